@@ -1,0 +1,101 @@
+"""The exceptions of this package.
+
+Every error says what happened, to which file and byte, and what to do about it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import heapq
+import os
+from collections.abc import Iterable
+
+_MOST_CANDIDATES = 500
+
+
+class EngineLoaderError(Exception):
+    """Base of everything that this package raises on purpose."""
+
+
+class SettingsError(EngineLoaderError, ValueError):
+    """A setting is unknown or has a bad value; the message names where it came from."""
+
+
+class CheckpointError(EngineLoaderError):
+    """A checkpoint cannot be read as asked.
+
+    Attributes:
+        message: what is wrong, without the place.
+        file: the file concerned, if there is one.
+        offset: the byte offset in that file, if there is one.
+        hint: what the reader of the message can do.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        file: str | os.PathLike[str] | None = None,
+        offset: int | None = None,
+        hint: str | None = None,
+    ) -> None:
+        self.message = message
+        self.file = None if file is None else os.fspath(file)
+        self.offset = offset
+        self.hint = hint
+        super().__init__(self._text())
+
+    def _text(self) -> str:
+        place = "" if self.file is None else f"{_printable(self.file)}: "
+        if self.offset is not None:
+            place = f"{place}at byte {self.offset}: "
+        hint = "" if self.hint is None else f" ({self.hint})"
+        return f"{place}{self.message}{hint}"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Engines send exceptions between processes; the default would call the constructor with the text alone.
+        return (_rebuild, (type(self), self.message, self.file, self.offset, self.hint), self.__dict__)
+
+
+class TransferError(CheckpointError):
+    """Bytes could not be moved: an IO error, a deadline, a file that changed. ``errno`` holds the cause, if any."""
+
+    errno: int | None = None
+
+
+class TransferCancelled(TransferError):
+    """A transfer was cancelled by its owner; its destinations hold unspecified bytes."""
+
+
+class TensorNotFoundError(CheckpointError, KeyError):
+    """A tensor was asked for that the checkpoint does not have."""
+
+    # KeyError prints the repr of its argument; ours is a sentence.
+    __str__ = CheckpointError.__str__
+
+    @classmethod
+    def among(cls, name: str, names: Iterable[str], file: str | None) -> TensorNotFoundError:
+        """Build the error for ``name`` with the nearest of ``names`` as the suggestion."""
+        near = difflib.get_close_matches(name, _candidates(name, names), n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(map(repr, near))}?" if near else "list the names with .keys()"
+        return cls(f"no tensor named {name!r}", file=file, hint=hint)
+
+
+def _rebuild(
+    kind: type[CheckpointError], message: str, file: str | None, offset: int | None, hint: str | None
+) -> CheckpointError:
+    return kind(message, file=file, offset=offset, hint=hint)
+
+
+def _candidates(name: str, names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that begin and end most like ``name``: comparing it with all of them would take seconds."""
+
+    def alike(other: str) -> int:
+        return len(os.path.commonprefix([name, other])) + len(os.path.commonprefix([name[::-1], other[::-1]]))
+
+    return heapq.nlargest(_MOST_CANDIDATES, names, key=alike)
+
+
+def _printable(path: str) -> str:
+    # A path may hold bytes that are not text (surrogate escapes), or line breaks; a log must not fail or break on them.
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in path)

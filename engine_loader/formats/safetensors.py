@@ -1,0 +1,259 @@
+"""The safetensors header: every check of the format in one place.
+
+Layout: 8 bytes little-endian length N of the header, N bytes of JSON (an object of name -> {dtype, shape, data_offsets},
+and ``__metadata__``, strings to strings), then the data. The rules are those of the reference implementation
+(https://github.com/huggingface/safetensors, 0.8): the tensors cover the data without hole or overlap, the header is at most
+100 MB. Stricter than it: a name stands once (there, the last one counts), and an entry is an object with a string for its dtype.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import reprlib
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ..errors import CheckpointError
+from .dtypes import DTYPE_BITS, torch_dtype, torch_shape
+
+if TYPE_CHECKING:
+    import torch
+
+LENGTH_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000
+"""The reference implementation's bound; nothing longer is read into memory."""
+_MAX_INT64 = 2**63 - 1
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring = 3, 10, 3, 200
+_COPY_AGAIN = "the file is damaged or was not written completely: copy or download it again"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies.
+
+    Attributes:
+        name: as in the header.
+        dtype: the safetensors name of its element type, e.g. "BF16".
+        shape: as in the header.
+        file: the path of the file that holds it.
+        offset: of its first byte, from the start of the file.
+        nbytes: its length.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    nbytes: int
+
+    def as_torch(self) -> tuple[torch.dtype, tuple[int, ...]]:
+        """The element type and the shape of the torch tensor that it becomes.
+
+        Raises:
+            CheckpointError: torch has no tensor like it.
+        """
+        try:
+            return torch_dtype(self.dtype), torch_shape(self.dtype, self.shape)
+        except CheckpointError as error:
+            raise CheckpointError(f"{_short(self.name)}: {error.message}", file=self.file, hint=error.hint) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A checked header: the tensors in the order of their offsets, and the file's own metadata."""
+
+    file: str
+    file_bytes: int
+    header_bytes: int
+    tensors: tuple[TensorInfo, ...]
+    metadata: Mapping[str, str]
+
+
+def header_length(prefix: bytes, file_bytes: int, file: str) -> int:
+    """The length of the JSON, checked against the file, from the file's first 8 bytes.
+
+    Raises:
+        CheckpointError: the file is too short for a header, or the length cannot be true.
+    """
+    if file_bytes == 0:
+        raise CheckpointError("the file is empty", file=file, hint=_COPY_AGAIN)
+    if file_bytes < LENGTH_BYTES or len(prefix) < LENGTH_BYTES:
+        raise CheckpointError(f"{file_bytes} bytes are too short for a safetensors file", file=file, hint=_COPY_AGAIN)
+    length: int = struct.unpack("<Q", prefix[:LENGTH_BYTES])[0]
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"the header claims {length} bytes, more than the {MAX_HEADER_BYTES} that the format allows",
+            file=file,
+            hint=_what_it_is(prefix) or "this is not a safetensors file, or it is damaged",
+        )
+    if LENGTH_BYTES + length > file_bytes:
+        raise CheckpointError(
+            f"the header claims {length} bytes, but the file ends after {file_bytes}",
+            file=file,
+            hint=_what_it_is(prefix) or _COPY_AGAIN,
+        )
+    return length
+
+
+def parse_header(text: bytes, file_bytes: int, file: str) -> Header:
+    """Check the JSON ``text`` of a header against a file of ``file_bytes`` bytes.
+
+    Raises:
+        CheckpointError: anything is wrong with it; the message says what, and for which tensor.
+    """
+    entries = _parse_json(text, file)
+    metadata = _metadata(entries.pop("__metadata__", None), file)
+    data_start = LENGTH_BYTES + len(text)
+    tensors = sorted(
+        (_tensor(name, entry, data_start, file) for name, entry in entries.items()),
+        key=lambda info: (info.offset, info.nbytes),
+    )
+    _check_cover(tensors, data_start, file_bytes, file)
+    return Header(file, file_bytes, data_start, tuple(tensors), metadata)
+
+
+def _parse_json(text: bytes, file: str) -> dict[str, Any]:
+    try:
+        decoded = text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            "the header is not UTF-8", file=file, offset=LENGTH_BYTES + error.start, hint=_COPY_AGAIN
+        ) from None
+    try:
+        parsed = json.loads(
+            decoded,
+            object_pairs_hook=lambda pairs: _unique(pairs, file),
+            parse_int=_integer,
+            parse_float=_finite,
+            parse_constant=_no_number,
+        )
+        if "\\u" in decoded:
+            _check_text(parsed)
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"the header is not valid JSON: {error}", file=file, hint=_COPY_AGAIN) from None
+    if not isinstance(parsed, dict):
+        raise CheckpointError("the header is not a JSON object", file=file, hint=_COPY_AGAIN)
+    return parsed
+
+
+def _unique(pairs: list[tuple[str, Any]], file: str) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise CheckpointError(f"the header has {_short(twice)} twice", file=file)
+    return unique
+
+
+def _integer(digits: str) -> int | float:
+    # What no 64-bit integer can be, -0 included, is a float to the reference implementation; no size is one.
+    return int(digits) if len(digits) <= 20 and not digits.startswith("-") else _finite(digits)
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError("a number is out of range")
+    return number
+
+
+def _no_number(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _check_text(parsed: Any) -> None:
+    """Refuse escapes of half a character (lone surrogates), which Python lets pass."""
+    try:
+        json.dumps(parsed, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("a string has half of a surrogate pair") from None
+
+
+def _metadata(value: Any, file: str) -> Mapping[str, str]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise CheckpointError("__metadata__ is not an object of strings", file=file)
+    return value
+
+
+def _tensor(name: str, entry: Any, data_start: int, file: str) -> TensorInfo:
+    shown = _short(name)
+    if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"the entry of {shown} has not got dtype, shape and data_offsets", file=file)
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise CheckpointError(
+            f"{shown} has the unknown dtype {_short(dtype)}", file=file, hint=f"known: {', '.join(DTYPE_BITS)}"
+        )
+    if not _naturals(shape):
+        raise CheckpointError(f"the shape of {shown} is not a list of sizes: {_short(shape)}", file=file)
+    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise CheckpointError(f"the data_offsets of {shown} are not [begin, end]: {_short(offsets)}", file=file)
+    begin, end = offsets
+    nbytes = _expected_bytes(shown, dtype, shape, file)
+    if end - begin != nbytes:
+        raise CheckpointError(
+            f"{shown} is {dtype} {_short(shape)}, which takes {nbytes} bytes, but its data_offsets span {end - begin}",
+            file=file,
+            offset=data_start + begin,
+        )
+    return TensorInfo(name, dtype, tuple(shape), file, data_start + begin, nbytes)
+
+
+def _expected_bytes(shown: str, dtype: str, shape: list[int], file: str) -> int:
+    # torch's strides are int64, also where a dimension is zero.
+    if math.prod(size or 1 for size in shape[1:]) > _MAX_INT64:
+        raise CheckpointError(f"the shape of {shown} is too large: {_short(shape)}", file=file)
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    if bits % 8:
+        raise CheckpointError(f"{shown} is {dtype} {_short(shape)}, which is not a whole number of bytes", file=file)
+    return bits // 8
+
+
+def _check_cover(tensors: list[TensorInfo], data_start: int, file_bytes: int, file: str) -> None:
+    expected, before = data_start, "the header"
+    for info in tensors:
+        if info.offset != expected:
+            what = "overlaps" if info.offset < expected else "leaves a hole after"
+            raise CheckpointError(f"{_short(info.name)} {what} {before}", file=file, offset=info.offset)
+        expected, before = info.offset + info.nbytes, _short(info.name)
+    if expected > file_bytes:
+        raise CheckpointError(
+            f"the data is cut short: the header describes {expected} bytes, the file has {file_bytes}",
+            file=file,
+            hint=_COPY_AGAIN,
+        )
+    if expected < file_bytes:
+        raise CheckpointError(
+            f"{file_bytes - expected} bytes after the last tensor belong to none", file=file, offset=expected
+        )
+
+
+def _naturals(value: Any) -> bool:
+    # bool is an int to Python, but `true` is no size.
+    return isinstance(value, list) and all(type(item) is int and 0 <= item <= _MAX_INT64 for item in value)
+
+
+def _short(value: Any) -> str:
+    """What stands in a header, for a message: it can be megabytes long, and nested deeper than str() can go."""
+    return _SHORT.repr(value)
+
+
+def _what_it_is(prefix: bytes) -> str | None:
+    """What a file that is no safetensors file may be, by its first bytes."""
+    if prefix.startswith(b"version "):
+        return "this is a git-lfs pointer, not the file itself: run `git lfs pull`"
+    if prefix.startswith(b"PK\3\4"):
+        return "this is a zip file, perhaps a .pt checkpoint: convert it to safetensors"
+    # A length of a true header has zeros in it; the text of a page has none.
+    if prefix.lstrip().startswith((b"<", b"{")) and 0 not in prefix[:LENGTH_BYTES]:
+        return "this is a text file, perhaps an error page of a download: download it again"
+    return None

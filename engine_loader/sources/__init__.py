@@ -1,0 +1,1 @@
+"""Where bytes are: one small protocol, one file a kind of place."""

@@ -1,0 +1,71 @@
+"""Files that are bytes in memory: the mock for tests, and for checkpoints that arrived some other way."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Mapping, Sequence
+
+from ..errors import CheckpointError
+
+
+class MemoryFile:
+    """One entry of a MemorySource."""
+
+    source = "memory"
+
+    def __init__(self, path: str, content: memoryview) -> None:
+        self.path = path
+        self.size = len(content)
+        self._content = content
+
+    def read_into(self, offset: int, buffers: Sequence[memoryview]) -> int:
+        begin = offset
+        for buffer in buffers:
+            piece = self._content[offset : offset + len(buffer)]
+            buffer[: len(piece)] = piece
+            offset += len(piece)
+            if len(piece) < len(buffer):
+                break
+        return offset - begin
+
+    def fileno(self) -> int | None:
+        return None
+
+    def verify_unchanged(self) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+
+class MemorySource:
+    """A tree of files held in memory, given as path -> content."""
+
+    name = "memory"
+
+    def __init__(self, files: Mapping[str, bytes | bytearray | memoryview]) -> None:
+        self._files = {posixpath.normpath(path): memoryview(content).cast("B") for path, content in files.items()}
+
+    def open(self, path: str) -> MemoryFile:
+        content = self._files.get(posixpath.normpath(path))
+        if content is None:
+            what = "this is a directory where a file is meant" if self.is_dir(path) else "there is no such file in memory"
+            raise CheckpointError(what, file=path)
+        return MemoryFile(path, content)
+
+    def is_dir(self, path: str) -> bool:
+        prefix = _prefix(path)
+        return any(name.startswith(prefix) for name in self._files)
+
+    def list(self, path: str) -> list[str]:
+        prefix = _prefix(path)
+        names = sorted(name[len(prefix) :] for name in self._files if name.startswith(prefix))
+        if not names:
+            raise CheckpointError("there is no such directory in memory", file=path)
+        return [name for name in names if "/" not in name]
+
+
+def _prefix(directory: str) -> str:
+    """What the paths below ``directory`` begin with."""
+    path = posixpath.normpath(directory)
+    return "" if path == "." else path.rstrip("/") + "/"

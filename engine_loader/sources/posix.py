@@ -1,0 +1,107 @@
+"""Files of local and network file systems, read through the kernel."""
+
+from __future__ import annotations
+
+import errno
+import io
+import logging
+import os
+import stat
+from collections.abc import Sequence
+
+from ..errors import CheckpointError
+from ..failures import end_of_file, errno_hint
+
+logger = logging.getLogger(__name__)
+
+# preadv takes at most this many buffers in one call (IOV_MAX).
+_IOV_MAX = 1024
+
+
+class PosixFile:
+    """An open regular file."""
+
+    source = "posix"
+
+    def __init__(self, path: str, fd: int, status: os.stat_result) -> None:
+        self.path = path
+        self.size = status.st_size
+        self._mtime_ns = status.st_mtime_ns
+        # A FileIO closes itself when it is forgotten, a bare descriptor does not.
+        self._file = io.FileIO(fd)
+
+    def read_into(self, offset: int, buffers: Sequence[memoryview]) -> int:
+        fd = self.fileno()
+        if fd is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF), self.path)
+        return os.preadv(fd, buffers[:_IOV_MAX], offset)
+
+    def fileno(self) -> int | None:
+        return None if self._file.closed else self._file.fileno()
+
+    def verify_unchanged(self) -> None:
+        fd = self.fileno()
+        if fd is None:
+            return
+        status = os.fstat(fd)
+        if status.st_size < self.size:
+            raise end_of_file(self.path, status.st_size, self.size)
+        if status.st_mtime_ns != self._mtime_ns:
+            # Not an error: some network file systems report a new time without a change.
+            logger.warning("%s was modified while it was being read; if something writes to it, load it again", self.path)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class PosixSource:
+    """The file systems that the kernel has mounted."""
+
+    name = "posix"
+
+    def open(self, path: str) -> PosixFile:
+        # O_NONBLOCK: opening a named pipe must not hang; it changes nothing for a regular file.
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno == errno.ENXIO:
+                raise CheckpointError("this is a socket or a device where a file is meant", file=path) from None
+            raise _cannot("open the file", path, error) from None
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+                raise CheckpointError(f"this is {kind} where a file is meant", file=path)
+        except BaseException:
+            os.close(fd)
+            raise
+        return PosixFile(path, fd, status)
+
+    def is_dir(self, path: str) -> bool:
+        try:
+            return os.path.isdir(path)
+        except ValueError:
+            return False
+
+    def list(self, path: str) -> list[str]:
+        try:
+            with os.scandir(path) as entries:
+                return sorted(entry.name for entry in entries if not _is_dir(entry))
+        except (OSError, ValueError) as error:
+            raise _cannot("list the directory", path, error) from None
+
+
+def _is_dir(entry: os.DirEntry[str]) -> bool:
+    # A link that leads nowhere, or where we may not go, concerns only whoever opens it.
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _cannot(doing: str, path: str, error: OSError | ValueError) -> CheckpointError:
+    if not isinstance(error, OSError):
+        return CheckpointError(f"could not {doing}: {error}", file=path)
+    code = error.errno
+    name = f" [{errno.errorcode[code]}]" if code is not None and code in errno.errorcode else ""
+    return CheckpointError(f"could not {doing}: {error.strerror}{name}", file=path, hint=errno_hint(code))

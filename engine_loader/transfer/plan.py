@@ -1,0 +1,79 @@
+"""A plan: which bytes of which files go where in memory.
+
+An extent is two-dimensional, so that a slice of an inner dimension is one row of the plan: ``rows`` runs of ``row_bytes`` bytes,
+``src_stride`` bytes apart in the file from ``offset`` on, put ``dst_stride`` bytes apart in memory from ``address`` on. A plain
+contiguous extent has one row (its strides are ignored).
+
+The columns are a numpy structured array whose layout is the native engine's ``el_extent``, so that submitting copies nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import CheckpointError
+from ..sources.protocol import SourceFile
+
+EXTENT = np.dtype(
+    [
+        ("file", "<u4"),
+        ("rows", "<u4"),
+        ("offset", "<u8"),
+        ("row_bytes", "<u8"),
+        ("src_stride", "<u8"),
+        ("address", "<u8"),
+        ("dst_stride", "<u8"),
+    ]
+)
+"""One extent, 48 bytes, native alignment; the same as ``el_extent`` in transfer/native/engine.h."""
+
+Extents = npt.NDArray[np.void]
+ExtentRow = tuple[int, int, int, int, int, int, int]
+
+
+def extent(file: int, offset: int, nbytes: int, address: int) -> ExtentRow:
+    """A contiguous extent: ``nbytes`` at ``offset`` of file number ``file`` to memory ``address``."""
+    return (file, 1, offset, nbytes, 0, address, 0)
+
+
+def make_extents(rows: Sequence[ExtentRow]) -> Extents:
+    """The plan of the given extents, in the given order; extents without bytes are kept (they are complete at once)."""
+    return np.array(rows, dtype=EXTENT)
+
+
+def plan_bytes(extents: Extents) -> int:
+    """How many bytes the plan moves."""
+    if len(extents) == 0:
+        return 0
+    return int((extents["rows"].astype(np.uint64) * extents["row_bytes"]).sum())
+
+
+def check_plan(extents: Extents, files: Sequence[SourceFile]) -> None:
+    """Refuse a plan that reaches beyond its files: an engine must never be asked for bytes that cannot be there.
+
+    Raises:
+        CheckpointError: an extent ends after its file.
+    """
+    if len(extents) == 0:
+        return
+    sizes = np.array([file.size for file in files], dtype=np.uint64)[extents["file"]]
+    more_rows = np.maximum(extents["rows"], 1).astype(np.uint64) - np.uint64(1)
+    # In differences and quotients, because sums and products can overflow.
+    after_row = sizes - np.minimum(extents["row_bytes"], sizes)
+    after_offset = after_row - np.minimum(extents["offset"], after_row)
+    beyond = np.flatnonzero(
+        (extents["row_bytes"] > sizes)
+        | (extents["offset"] > after_row)
+        | ((more_rows > 0) & (extents["src_stride"] > after_offset // np.maximum(more_rows, 1)))
+    )
+    if len(beyond):
+        bad = extents[beyond[0]]
+        file = files[int(bad["file"])]
+        raise CheckpointError(
+            f"the read of {int(bad['row_bytes'])} bytes ends beyond the file's {file.size} bytes",
+            file=file.path,
+            offset=int(bad["offset"]),
+        )
