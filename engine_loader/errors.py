@@ -91,7 +91,10 @@ def _candidates(name: str, names: Iterable[str]) -> list[str]:
     """Those of ``names`` that begin and end most like ``name``: comparing it with all of them would take seconds."""
 
     def alike(other: str) -> int:
-        return len(os.path.commonprefix([name, other])) + len(os.path.commonprefix([name[::-1], other[::-1]]))
+        # Character by character is what is wanted here.
+        begin = os.path.commonprefix([name, other])  # noqa: RUF071
+        end = os.path.commonprefix([name[::-1], other[::-1]])  # noqa: RUF071
+        return len(begin) + len(end)
 
     return heapq.nlargest(_MOST_CANDIDATES, names, key=alike)
 

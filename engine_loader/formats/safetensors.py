@@ -1,9 +1,10 @@
 """The safetensors header: every check of the format in one place.
 
-Layout: 8 bytes little-endian length N of the header, N bytes of JSON (an object of name -> {dtype, shape, data_offsets},
-and ``__metadata__``, strings to strings), then the data. The rules are those of the reference implementation
-(https://github.com/huggingface/safetensors, 0.8): the tensors cover the data without hole or overlap, the header is at most
-100 MB. Stricter than it: a name stands once (there, the last one counts), and an entry is an object with a string for its dtype.
+Layout: 8 bytes little-endian length N of the header, N bytes of JSON (an object of name -> {dtype, shape,
+data_offsets}, and ``__metadata__``, strings to strings), then the data. The rules are those of the reference
+implementation (https://github.com/huggingface/safetensors, 0.8): the tensors cover the data without hole or
+overlap, the header is at most 100 MB. Stricter than it: a name stands once (there, the last one counts), and an
+entry is an object with a string for its dtype.
 """
 
 from __future__ import annotations

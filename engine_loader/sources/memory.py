@@ -49,8 +49,9 @@ class MemorySource:
     def open(self, path: str) -> MemoryFile:
         content = self._files.get(posixpath.normpath(path))
         if content is None:
-            what = "this is a directory where a file is meant" if self.is_dir(path) else "there is no such file in memory"
-            raise CheckpointError(what, file=path)
+            if self.is_dir(path):
+                raise CheckpointError("this is a directory where a file is meant", file=path)
+            raise CheckpointError("there is no such file in memory", file=path)
         return MemoryFile(path, content)
 
     def is_dir(self, path: str) -> bool:

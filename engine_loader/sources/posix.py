@@ -31,24 +31,21 @@ class PosixFile:
         self._file = io.FileIO(fd)
 
     def read_into(self, offset: int, buffers: Sequence[memoryview]) -> int:
-        fd = self.fileno()
-        if fd is None:
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF), self.path)
-        return os.preadv(fd, buffers[:_IOV_MAX], offset)
+        return os.preadv(self.fileno(), buffers[:_IOV_MAX], offset)
 
-    def fileno(self) -> int | None:
-        return None if self._file.closed else self._file.fileno()
+    def fileno(self) -> int:
+        try:
+            return self._file.fileno()
+        except ValueError:
+            raise CheckpointError("the file was closed while it was being read", file=self.path) from None
 
     def verify_unchanged(self) -> None:
-        fd = self.fileno()
-        if fd is None:
-            return
-        status = os.fstat(fd)
+        status = os.fstat(self.fileno())
         if status.st_size < self.size:
             raise end_of_file(self.path, status.st_size, self.size)
         if status.st_mtime_ns != self._mtime_ns:
             # Not an error: some network file systems report a new time without a change.
-            logger.warning("%s was modified while it was being read; if something writes to it, load it again", self.path)
+            logger.warning("%s was modified while it was read; if something writes to it, load it again", self.path)
 
     def close(self) -> None:
         self._file.close()

@@ -1,7 +1,8 @@
 """Buffers that are counted and reused.
 
-A buffer is handed out as a *lease*, an object that exports the buffer's memory. Tensors made over a lease keep it alive; when the
-last one is gone, so is the lease, and the buffer goes back to the pool. So no tensor ever sees its memory reused.
+A buffer is handed out as a *lease*, an object that exports the buffer's memory. Tensors made over a lease keep it
+alive; when the last one is gone, so is the lease, and the buffer goes back to the pool. So no tensor ever sees its
+memory reused.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ class Lease:
 class BufferPool:
     """Memory for streaming, bounded by a budget.
 
-    The budget covers the buffers that are free, being filled, or just handed out. A buffer whose tensors the consumer keeps is
-    written off (``disown``): it is the consumer's memory from then on. The pool is used from one thread; leases may end on any.
+    The budget covers the buffers that are free, being filled, or just handed out. A buffer whose tensors the consumer
+    keeps is written off (``disown``): it is the consumer's memory from then on. The pool is used from one thread;
+    leases may end on any.
     """
 
     def __init__(self, budget_bytes: int) -> None:

@@ -1,10 +1,11 @@
 """A plan: which bytes of which files go where in memory.
 
-An extent is two-dimensional, so that a slice of an inner dimension is one row of the plan: ``rows`` runs of ``row_bytes`` bytes,
-``src_stride`` bytes apart in the file from ``offset`` on, put ``dst_stride`` bytes apart in memory from ``address`` on. A plain
-contiguous extent has one row (its strides are ignored).
+An extent is two-dimensional, so that a slice of an inner dimension is one row of the plan: ``rows`` runs of
+``row_bytes`` bytes, ``src_stride`` bytes apart in the file from ``offset`` on, put ``dst_stride`` bytes apart in memory
+from ``address`` on. A plain contiguous extent has one row (its strides are ignored).
 
-The columns are a numpy structured array whose layout is the native engine's ``el_extent``, so that submitting copies nothing.
+The columns are a numpy structured array whose layout is the native engine's ``el_extent``, so that submitting copies
+nothing.
 """
 
 from __future__ import annotations

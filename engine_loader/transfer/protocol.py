@@ -16,6 +16,7 @@ class TransferStatistics:
 
     Attributes:
         bytes_read: bytes that reached their destinations.
+        overread_bytes: bytes that were read beside them and thrown away: gaps between wanted ones, alignment.
         reads: read calls (IOs) that were made.
         retries: reads that were tried again after an error that may pass.
         short_reads: reads that returned less than asked and were resumed.
@@ -24,6 +25,7 @@ class TransferStatistics:
     """
 
     bytes_read: int = 0
+    overread_bytes: int = 0
     reads: int = 0
     retries: int = 0
     short_reads: int = 0

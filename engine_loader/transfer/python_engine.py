@@ -1,7 +1,7 @@
-"""The pure-Python transfer engine: the fallback where the native one cannot be built, and for sources without a descriptor.
+"""The pure-Python transfer engine: where the native one cannot be built, and for sources without a descriptor.
 
-Its threads need the GIL between reads, so it is slow beside busy Python code; apart from speed it behaves like the native
-engine and passes the same tests.
+Its threads need the GIL between reads, so it is slow beside busy Python code; apart from speed it behaves like the
+native engine and passes the same tests.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import TransferCancelled, TransferError
+from ..errors import CheckpointError, TransferCancelled, TransferError
 from ..failures import RETRYABLE, deadline_passed, end_of_file, io_error
 from ..sources.protocol import SourceFile
 from .plan import Extents, check_plan, plan_bytes
@@ -65,7 +65,7 @@ class _RowsRead:
     since: float = 0.0
 
 
-class _Stopped(Exception):  # noqa: N818 - it ends a task and is no error
+class _Stopped(Exception):
     """The transfer of a task has failed or was cancelled meanwhile."""
 
 
@@ -169,7 +169,7 @@ class PythonEngine:
         scratch = bytearray()
         while (task := self._next_task()) is not None:
             transfer, read = task
-            failure: TransferError | None = None
+            failure: CheckpointError | None = None
             try:
                 if isinstance(read, _RowsRead):
                     scratch = self._read_rows(transfer, read, scratch)
@@ -177,7 +177,7 @@ class PythonEngine:
                     self._read(transfer, read)
             except _Stopped:
                 pass
-            except TransferError as error:
+            except CheckpointError as error:
                 failure = error
             except Exception as error:  # a source's own failure must reach the waiter, not end the thread
                 failure = TransferError(f"could not read: {error!r}", file=read.file.path, offset=read.offset)
@@ -275,7 +275,7 @@ class PythonTransfer:
         self._missing = (extents["rows"].astype(np.int64) * extents["row_bytes"].astype(np.int64)).tolist()
         self._bytes_done = 0
         self._reading: list[_Read | _RowsRead] = []
-        self._failure: TransferError | None = None
+        self._failure: CheckpointError | None = None
         self._submitted = time.monotonic()
         order = np.lexsort((extents["offset"], extents["file"])) if ordered else np.argsort(self._missing)[::-1]
         self._tasks = _tasks(files, extents, order.tolist(), engine.block_bytes)
@@ -324,7 +324,7 @@ class PythonTransfer:
                 self._missing[extent] -= length
             self._bytes_done += sum(lengths)
 
-    def task_ended(self, read: _Read | _RowsRead, failure: TransferError | None) -> None:
+    def task_ended(self, read: _Read | _RowsRead, failure: CheckpointError | None) -> None:
         """Book a read that will write no more; with the first ``failure`` the transfer fails."""
         with self._changed:
             self._reading.remove(read)
@@ -333,7 +333,7 @@ class PythonTransfer:
             self._forget_if_over()
             self._changed.notify_all()
 
-    def fail(self, error: TransferError) -> None:
+    def fail(self, error: CheckpointError) -> None:
         """Stop, and let waiters raise ``error``; a transfer that is complete or has failed stays as it is."""
         with self._changed:
             if self._failure is None and self._bytes_done < self.nbytes:

@@ -1,15 +1,16 @@
 """Sources that count what is read of them, and that fail on command."""
 
+import os
 import posixpath
 import threading
 from collections.abc import Callable, Mapping, Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from engine_loader.errors import CheckpointError
-from engine_loader.loading.checkpoint import Checkpoint
-from engine_loader.loading.locate import open_files
 from engine_loader.settings import load_settings
+
+if TYPE_CHECKING:
+    from engine_loader.loading.checkpoint import Checkpoint
 
 Behaviour = Callable[[int, int], int]
 """(offset, bytes wanted) -> bytes given; it may raise OSError, or take its time."""
@@ -80,16 +81,18 @@ class FakeSource:
         return sorted(posixpath.basename(name) for name in self.files if posixpath.dirname(name) == path)
 
 
-def open_fake(*files: FakeFile, **options: object) -> Checkpoint:
+def open_fake(*files: FakeFile, **options: object) -> "Checkpoint":
     """A checkpoint of these files."""
+    import torch
+
+    from engine_loader.loading.checkpoint import Checkpoint
+    from engine_loader.loading.locate import open_files
+
     source = FakeSource({file.path: file for file in files})
     settings = load_settings(options).settings.loader
     return Checkpoint(open_files(source, [file.path for file in files]), source.name, settings, torch.device("cpu"))
 
 
 def open_resources() -> tuple[int, int]:
-    """How many file descriptors and threads of ours this process has."""
-    import os
-
-    ours = [thread for thread in threading.enumerate() if thread.name.startswith("engine-loader")]
-    return len(os.listdir("/proc/self/fd")), len(ours)
+    """How many file descriptors and threads this process has, native ones included."""
+    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))

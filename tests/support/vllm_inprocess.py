@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -24,6 +25,8 @@ from unittest import mock
 
 import torch
 from torch import nn
+
+from engine_loader.engines.vllm_rank import Rank, RankModel, rank_model
 
 RANK_TIMEOUT_S = 240
 _CPU_ENVIRONMENT = {
@@ -94,7 +97,8 @@ def _join_ranks(tp: int, rank: int, init_method: str | None) -> None:
     if init_method is None:
         if tp > 1:
             raise ValueError("ranks that load together need a common init_method; load_state() starts them")
-        init_method = f"file://{_scratch_of_this_process().name}/store"
+        # A store of its own for every world: the last one's keys would confuse it.
+        init_method = f"file://{_scratch_of_this_process().name}/store-{time.monotonic_ns()}"
     os.environ.setdefault("VLLM_DIST_IDENT", Path(init_method).parent.name)  # names the ranks' shared memory
     parallel_state.init_distributed_environment(tp, rank, init_method, rank, "gloo")
     parallel_state.destroy_model_parallel()
@@ -186,6 +190,38 @@ def load_state(
         gc.collect()
         return [state]
     return load_states_in_ranks([(model_dir, load_format, dict(extra_config or {}), engine_args)], tp=tp)[0]
+
+
+def load_state_as(
+    model_dir: str | os.PathLike[str],
+    load_format: str,
+    rank: Rank,
+    extra_config: Mapping[str, Any] | None = None,
+    **engine_args: Any,
+) -> tuple[State, Any]:
+    """What one rank of several holds after loading, in this process and without the others; and the loader."""
+    arguments = {"dtype": "bfloat16", "max_model_len": 256, **engine_args}
+    with rank_as(model_dir, load_format, rank, extra_config, **arguments) as built:
+        built.load()
+        return state_of(built.module), built.loader
+
+
+@contextmanager
+def rank_as(
+    model_dir: str | os.PathLike[str],
+    load_format: str,
+    rank: Rank,
+    extra_config: Mapping[str, Any] | None = None,
+    **engine_args: Any,
+) -> Iterator[RankModel]:
+    """One rank's model, its memory full of NaN."""
+    for name, value in _CPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    with (
+        _filled_memory(),
+        rank_model(model_dir, rank, load_format=load_format, extra_config=extra_config, **engine_args) as built,
+    ):
+        yield built
 
 
 Job = tuple[str | os.PathLike[str], str, dict[str, Any], dict[str, Any]]

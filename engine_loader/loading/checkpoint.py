@@ -1,0 +1,244 @@
+"""The public way to read a checkpoint: ``open_checkpoint``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Self
+
+import torch
+
+from ..errors import CheckpointError, TensorNotFoundError
+from ..formats.hf_index import ShardIndex
+from ..formats.safetensors import TensorInfo
+from ..report.load import LoadReport
+from ..settings import LoaderSettings, load_settings
+from ..sources.constructor import make_source
+from ..transfer.plan import ExtentRow
+from .geometry import contiguous_strides, view_extents
+from .locate import OpenFiles, PathLike, open_files
+from .reader import Reader
+from .slices import TensorSlice
+from .targets import check_target, check_targets_apart
+
+
+def open_checkpoint(
+    path: PathLike | Sequence[PathLike],
+    *,
+    device: str | torch.device = "cpu",
+    backend: str = "auto",
+    files: Mapping[str, bytes | bytearray | memoryview] | None = None,
+    **options: Any,
+) -> Checkpoint:
+    """Open a checkpoint for reading; use it as a context manager.
+
+    Args:
+        path: a .safetensors file, a Hugging Face directory with or without model.safetensors.index.json, or a list of
+            files.
+        device: where tensors are put.
+        backend: "auto", "posix" (mounted file systems), "usrbio" (3FS past its mount) or "memory".
+        files: for the memory backend, path -> content.
+        options: settings of the loader by name, e.g. ``threads=8`` or ``buffer_bytes="1GiB"``; they override the
+            environment and the YAML file (see ``engine-loader settings``).
+
+    Raises:
+        CheckpointError: there is no checkpoint, or a header or the index is wrong; the message says which file and why.
+        SettingsError: an option is unknown or has a bad value.
+
+    Example:
+        >>> with open_checkpoint("model/") as checkpoint:
+        ...     for name, tensor in checkpoint.tensors():
+        ...         print(name, tensor.shape)
+    """
+    settings = load_settings(options).settings.loader
+    place = torch.device(device)
+    if backend == "auto":
+        backend = settings.backend if files is None else "memory"
+    source = make_source(backend, files, settings)
+    return Checkpoint(open_files(source, path), source.name, settings, place)
+
+
+class Checkpoint:
+    """An open checkpoint. Made by ``open_checkpoint``; its headers were read and checked.
+
+    It may be used from several threads. ``close()``, or the end of the ``with`` block, gives back files and threads;
+    tensors that were handed out stay valid.
+    """
+
+    def __init__(self, files: OpenFiles, source: str, settings: LoaderSettings, device: torch.device) -> None:
+        self._reader = Reader(files, source, settings)
+        self._device = device
+        try:
+            self._infos = _by_name(files)
+        except BaseException:
+            self._reader.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self._infos)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._infos
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._infos)
+
+    def keys(self) -> list[str]:
+        """The names of all tensors, in file order."""
+        return list(self._infos)
+
+    def info(self, name: str) -> TensorInfo:
+        """Element type, shape and place of a tensor (``dtype``, ``shape``, ``file``, ``offset``, ``nbytes``).
+
+        Raises:
+            TensorNotFoundError: there is no such tensor; the message suggests the nearest names.
+        """
+        try:
+            return self._infos[name]
+        except KeyError:
+            raise TensorNotFoundError.among(name, self._infos, self._reader.files.files[0].file.path) from None
+
+    def metadata(self) -> dict[str, str]:
+        """The ``__metadata__`` of all files together; where two differ, the first file's entry counts."""
+        merged: dict[str, str] = {}
+        for opened in reversed(self._reader.files.files):
+            merged.update(opened.header.metadata)
+        return merged
+
+    def tensors(
+        self, names: Iterable[str] | None = None, *, report: LoadReport | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Iterate over (name, tensor) in file order, reading ahead.
+
+        Every tensor owns its bytes for as long as anyone holds it. Memory in use beyond what is held: at most the
+        setting ``buffer_bytes``, and one block or tensor.
+
+        Args:
+            names: only these, still in file order; the rest is not read.
+            report: is told what was read.
+
+        Raises:
+            TensorNotFoundError: one of ``names`` is not there.
+            CheckpointError: the bytes could not be read.
+        """
+        infos: Iterable[TensorInfo] = self._infos.values()
+        if names is not None:
+            wanted = {self.info(name).name for name in names}
+            infos = [info for info in infos if info.name in wanted]
+        return self._stream(infos, report or LoadReport())
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        """Read one tensor.
+
+        Raises:
+            TensorNotFoundError: there is no such tensor.
+            CheckpointError: the bytes could not be read.
+        """
+        return self.get_slice(name)[...]
+
+    def get_slice(self, name: str) -> TensorSlice:
+        """A part of a tensor: ``get_slice(name)[index]`` reads only the bytes that the index needs.
+
+        The index is torch's: integers, slices, ``...``, None, lists or tensors of indices, masks.
+
+        Raises:
+            TensorNotFoundError: there is no such tensor.
+        """
+        return TensorSlice(self.info(name), self._reader, self._device)
+
+    def load_into(self, targets: Mapping[str, torch.Tensor], *, report: LoadReport | None = None) -> None:
+        """Read tensors straight into existing memory, of any strides.
+
+        Args:
+            targets: name -> tensor to fill. Element type and shape must be the checkpoint's; no two may overlap in
+                memory.
+            report: is told what was read.
+
+        Raises:
+            TensorNotFoundError: a name is not there.
+            CheckpointError: a target does not fit, or the bytes could not be read (targets then hold unspecified
+                bytes).
+        """
+        pairs = [(self.info(name), target) for name, target in targets.items()]
+        for info, target in pairs:
+            check_target(info, target)
+        direct = [(info, target.detach()) for info, target in pairs if target.device.type == "cpu"]
+        check_targets_apart(direct)
+        self._read(direct)
+        report = report or LoadReport()
+        for info, _ in direct:
+            report.handed_out(info)
+        others = {info.name: target for info, target in pairs if target.device.type != "cpu"}
+        if others:
+            with torch.no_grad():
+                for name, tensor in self.tensors(others, report=report):
+                    others[name].copy_(tensor)
+        self._reader.finish(report)
+
+    def close(self) -> None:
+        """Cancel what is in flight; give back files and threads. Safe to call twice."""
+        self._reader.close()
+
+    def _stream(self, infos: Iterable[TensorInfo], report: LoadReport) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in self._reader.stream(infos, report):
+            yield name, tensor.to(self._device)
+        self._reader.finish(report)
+
+    def _read(self, pairs: Sequence[tuple[TensorInfo, torch.Tensor]]) -> None:
+        """Read whole tensors into CPU memory."""
+        extents: list[ExtentRow] = []
+        for info, target in pairs:
+            extents += view_extents(
+                self._reader.file_number(info),
+                info.offset,
+                target.dtype.itemsize,
+                target.shape,
+                src_strides=contiguous_strides(target.shape),
+                dst_strides=target.stride(),
+                address=target.data_ptr(),
+            )
+        self._reader.read(extents, [target for _, target in pairs])
+
+
+def check_index(index: ShardIndex, files: OpenFiles) -> dict[str, TensorInfo]:
+    """The tensors of ``files`` that ``index`` lists, by name.
+
+    Raises:
+        CheckpointError: the index lists a tensor that its file does not have.
+    """
+    here = {(info.file, info.name): info for info in files.tensors}
+    elsewhere = {info.name: info for info in files.tensors}
+    infos: dict[str, TensorInfo] = {}
+    for name, shard in index.weight_map.items():
+        info = here.get((index.path_of(shard), name))
+        if info is None:
+            found = f"it is in {elsewhere[name].file}" if name in elsewhere else None
+            raise CheckpointError(
+                f"the index puts {name!r} into {shard!r}, which does not have it",
+                file=index.file,
+                hint=found or "index and shards are of different checkpoints, or a shard is damaged",
+            )
+        infos[name] = info
+    return infos
+
+
+def _by_name(files: OpenFiles) -> dict[str, TensorInfo]:
+    """All tensors by name, in file order."""
+    listed = check_index(files.index, files) if files.index is not None else {}
+    infos: dict[str, TensorInfo] = {}
+    for info in files.tensors:
+        if listed.get(info.name, info) is not info:
+            continue  # of two with one name, that counts which the index names
+        if info.name in infos:
+            raise CheckpointError(
+                f"{info.name!r} is also in {infos[info.name].file}",
+                file=info.file,
+                hint="it is not clear which one counts: give the list of files that belong together",
+            )
+        infos[info.name] = info
+    return infos

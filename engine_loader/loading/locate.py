@@ -1,0 +1,210 @@
+"""From a path to the files of a checkpoint, their headers read and checked."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Self
+
+from ..errors import CheckpointError
+from ..failures import RETRYABLE, end_of_file, io_error
+from ..formats.hf_index import INDEX_NAME, MAX_INDEX_BYTES, ShardIndex, parse_index
+from ..formats.safetensors import LENGTH_BYTES, Header, TensorInfo, header_length, parse_header
+from ..sources.protocol import Source, SourceFile
+
+PathLike = str | os.PathLike[str]
+_HEADER_THREADS = 16
+# One read gets the length and, mostly, the whole header.
+_FIRST_READ_BYTES = 128 << 10
+_TRIES = 5
+_RETRY_DELAY_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class OpenFile:
+    """A safetensors file that is open, with its checked header."""
+
+    file: SourceFile
+    header: Header
+
+
+class OpenFiles:
+    """The open files of a checkpoint, in order; closes them together.
+
+    Attributes:
+        files: the files.
+        index: the checkpoint's index, where it has one.
+    """
+
+    def __init__(self, source: Source, paths: Sequence[str], index: ShardIndex | None = None) -> None:
+        """Open ``paths`` and read their headers, several at a time.
+
+        Raises:
+            CheckpointError: a file is missing or unreadable, or its header is wrong.
+        """
+        self.index = index
+        with ExitStack() as stack, ThreadPoolExecutor(min(_HEADER_THREADS, max(1, len(paths)))) as threads:
+            opened = [threads.submit(_open_file, source, path) for path in paths]
+            failure: CheckpointError | None = None
+            files: list[OpenFile] = []
+            for future in opened:
+                try:
+                    files.append(future.result())
+                    stack.callback(files[-1].file.close)
+                except CheckpointError as error:
+                    failure = failure or error
+            if failure is not None:
+                raise failure
+            self.files = files
+            self._close = stack.pop_all()
+
+    @property
+    def tensors(self) -> list[TensorInfo]:
+        """Every tensor of every file, in file order."""
+        return [info for opened in self.files for info in opened.header.tensors]
+
+    @property
+    def file_bytes(self) -> int:
+        """The size of all files together."""
+        return sum(opened.header.file_bytes for opened in self.files)
+
+    def verify_unchanged(self) -> None:
+        """Raise CheckpointError when a file is not what it was when it was opened."""
+        for opened in self.files:
+            opened.file.verify_unchanged()
+
+    def close(self) -> None:
+        """Close every file. Safe to call twice."""
+        self._close.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def locate(source: Source, path: PathLike | Sequence[PathLike]) -> tuple[list[str], ShardIndex | None]:
+    """The safetensors files that ``path`` stands for, in natural order, and the index where there is one.
+
+    Args:
+        source: where to look.
+        path: a file, a directory with or without model.safetensors.index.json, or a list of files.
+
+    Raises:
+        CheckpointError: there is nothing to load; the message says what was found instead.
+    """
+    if not isinstance(path, str | os.PathLike):
+        paths = [os.fspath(item) for item in path]
+        if not paths:
+            raise CheckpointError("the list of files is empty")
+        return paths, None
+    text = os.fspath(path)
+    if not source.is_dir(text):
+        return [text], None
+    names = source.list(text)
+    if INDEX_NAME in names:
+        index = read_index(source, text)
+        return [index.path_of(shard) for shard in sorted(index.shards, key=natural_key)], index
+    weights = sorted((name for name in names if name.endswith(".safetensors")), key=natural_key)
+    if not weights:
+        raise CheckpointError("no .safetensors file in this directory", file=text, hint=_what_is_there(names))
+    return [os.path.join(text, name) for name in weights], None
+
+
+def read_index(source: Source, directory: str) -> ShardIndex:
+    """Read and check the index in ``directory``.
+
+    Raises:
+        CheckpointError: it is missing, unreadable or wrong.
+    """
+    path = os.path.join(directory, INDEX_NAME)
+    return parse_index(_read_small_file(source, path), path)
+
+
+def open_files(source: Source, path: PathLike | Sequence[PathLike]) -> OpenFiles:
+    """Locate and open a checkpoint.
+
+    Raises:
+        CheckpointError: as ``locate`` and ``OpenFiles``, or a shard that the index names is missing.
+    """
+    paths, index = locate(source, path)
+    if index is not None:
+        present = set(source.list(os.path.dirname(index.file)))
+        for shard in index.shards:
+            if "/" not in shard and shard not in present:
+                count = sum(name == shard for name in index.weight_map.values())
+                raise CheckpointError(
+                    f"the index puts {count} tensors into {shard!r}, which is not there",
+                    file=index.file,
+                    hint="the download is not complete: fetch the missing shard",
+                )
+    return OpenFiles(source, paths, index)
+
+
+def natural_key(name: str) -> list[tuple[int, int, str]]:
+    """Sorts "shard-10" after "shard-9"."""
+    parts = re.split(r"(\d+)", name)
+    return [
+        (0, len(digits := part.lstrip("0")), digits) if number % 2 else (1, 0, part)
+        for number, part in enumerate(parts)
+    ]
+
+
+def _open_file(source: Source, path: str) -> OpenFile:
+    file = source.open(path)
+    try:
+        return OpenFile(file, _read_header(file))
+    except BaseException:
+        file.close()
+        raise
+
+
+def _read_header(file: SourceFile) -> Header:
+    first = _read(file, 0, min(file.size, _FIRST_READ_BYTES))
+    end = LENGTH_BYTES + header_length(first, file.size, file.path)
+    if end > len(first):
+        first += _read(file, len(first), end - len(first))
+    return parse_header(first[LENGTH_BYTES:end], file.size, file.path)
+
+
+def _read_small_file(source: Source, path: str) -> bytes:
+    file = source.open(path)
+    try:
+        if file.size > MAX_INDEX_BYTES:
+            raise CheckpointError(f"the file has {file.size} bytes, too many for an index", file=path)
+        return _read(file, 0, file.size)
+    finally:
+        file.close()
+
+
+def _read(file: SourceFile, offset: int, nbytes: int) -> bytes:
+    """Read a few bytes on this thread, short reads resumed and passing errors tried again."""
+    buffer = memoryview(bytearray(nbytes))
+    done = tries = 0
+    while done < nbytes:
+        try:
+            got = file.read_into(offset + done, [buffer[done:]])
+        except OSError as error:
+            tries += 1
+            if error.errno not in RETRYABLE or tries >= _TRIES:
+                raise io_error(file.path, offset + done, error.errno, tries=tries) from error
+            time.sleep(_RETRY_DELAY_S * 2 ** (tries - 1))
+            continue
+        if got == 0:
+            raise end_of_file(file.path, offset + done, file.size)
+        done += got
+    return bytes(buffer)
+
+
+def _what_is_there(names: list[str]) -> str:
+    if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
+        return "it has PyTorch files; this loader reads safetensors only: convert them with safetensors or transformers"
+    if not names:
+        return "it is empty"
+    return f"it has {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"

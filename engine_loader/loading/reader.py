@@ -1,0 +1,143 @@
+"""Open files together with the engine that reads them: what every way of loading stands on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
+from typing import Self
+
+import torch
+
+from ..errors import CheckpointError
+from ..formats.safetensors import TensorInfo
+from ..report.load import LoadReport
+from ..settings import LoaderSettings
+from ..transfer.constructor import make_engine
+from ..transfer.modes import can_map
+from ..transfer.native_engine import NativeEngine
+from ..transfer.plan import ExtentRow, make_extents
+from ..transfer.protocol import Transfer, TransferEngine
+from .filling import PooledFiller
+from .locate import OpenFiles
+from .mapped import MappedFiller
+from .stream import AnyFiller, stream_tensors
+
+
+class Reader:
+    """Reads tensors of open files. May be used from several threads; owns the files and closes them.
+
+    Args:
+        files: the open files.
+        source: the name of where they are, for the report.
+        settings: how to read.
+    """
+
+    def __init__(self, files: OpenFiles, source: str, settings: LoaderSettings) -> None:
+        self.files = files
+        self._source = source
+        self._settings = settings
+        self._open = {opened.file.path: opened.file for opened in files.files}
+        self._numbers = {path: number for number, path in enumerate(self._open)}
+        self._engine: TransferEngine | None = None
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def file_number(self, info: TensorInfo) -> int:
+        """The number of a tensor's file in the extents that ``read`` takes."""
+        return self._numbers[info.file]
+
+    def read(self, extents: Sequence[ExtentRow], owner: object) -> None:
+        """Carry out a plan and wait for it.
+
+        Args:
+            extents: the plan; its files are numbered by ``file_number``.
+            owner: keeps the destinations alive.
+
+        Raises:
+            CheckpointError: the bytes could not be read; the destinations then hold unspecified bytes.
+        """
+        if not extents:
+            return
+        transfer = self.submit(extents, owner)
+        try:
+            transfer.wait()
+        except BaseException:
+            transfer.cancel()
+            raise
+
+    def submit(self, extents: Sequence[ExtentRow], owner: object) -> Transfer:
+        """Start a plan; arguments and errors are those of ``read``, the errors when it is waited for."""
+        return self._running_engine().submit(list(self._open.values()), make_extents(extents), owner=owner)
+
+    def stream(self, infos: Iterable[TensorInfo], report: LoadReport) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (name, CPU tensor) of ``infos``, in their order, reading ahead (see stream.py)."""
+        yield from stream_tensors(infos, self._filler_of(report), report)
+
+    def tensor_at(self, file: str | None, offset: int | None) -> str | None:
+        """The name of the tensor that holds a byte of a file, for messages."""
+        for info in self.files.tensors:
+            if info.file == file and offset is not None and info.offset <= offset < info.offset + info.nbytes:
+                return info.name
+        return None
+
+    def finish(self, report: LoadReport) -> None:
+        """Check that no file changed meanwhile, and complete the account.
+
+        Raises:
+            CheckpointError: a file is shorter than it was.
+        """
+        self.files.verify_unchanged()
+        engine = self._running_engine()
+        report.source, report.engine = self._source, f"{engine.name} engine, {engine.threads} threads"
+        statistics = engine.statistics()
+        report.modes |= statistics.modes
+        report.bytes_read = statistics.bytes_read + statistics.overread_bytes
+        report.finished()
+
+    def close(self) -> None:
+        """Cancel what is in flight; give back files and threads. Safe to call twice."""
+        with self._lock:
+            self._closed = True
+            engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
+        self.files.close()
+
+    def _filler_of(self, report: LoadReport) -> Callable[[TensorInfo], AnyFiller]:
+        """How each file is brought into memory: mapped where it lies in memory anyway, else read into buffers."""
+        engine = self._running_engine()
+        pooled = PooledFiller(
+            self._open,
+            engine,
+            buffer_bytes=int(self._settings.buffer_bytes),
+            block_bytes=int(self._settings.block_bytes),
+        )
+        if not isinstance(engine, NativeEngine) or self._settings.read_mode not in ("auto", "mapped"):
+            return lambda info: pooled
+        mapped = MappedFiller(self._open, buffer_bytes=int(self._settings.buffer_bytes), count=report.mapped)
+        always = self._settings.read_mode == "mapped"
+
+        @cache
+        def mappable(path: str) -> bool:
+            return can_map(self._open[path], always=always)
+
+        def choose(info: TensorInfo) -> AnyFiller:
+            return mapped if mappable(info.file) and (always or not mapped.consumer_keeps) else pooled
+
+        return choose
+
+    def _running_engine(self) -> TransferEngine:
+        with self._lock:
+            if self._closed:
+                raise CheckpointError("the checkpoint is closed")
+            if self._engine is None:
+                descriptors = all(file.fileno() is not None for file in self._open.values())
+                self._engine = make_engine(self._settings, descriptors=descriptors)
+            return self._engine

@@ -1,0 +1,92 @@
+"""What every engine's adapter does with a list of weight files: check them, stream them, show progress, tell the
+account."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+
+import torch
+
+from ..errors import CheckpointError
+from ..formats.hf_index import INDEX_NAME
+from ..report.load import LoadReport
+from ..report.progress import byte_progress
+from ..settings import LoaderSettings
+from ..sources.constructor import make_source
+from ..sources.protocol import Source
+from .direct import DirectLoad
+from .locate import OpenFiles, natural_key, open_files, read_index
+from .reader import Reader
+
+
+def stream_weights(
+    files: Iterable[str],
+    settings: LoaderSettings,
+    *,
+    skip: Callable[[str], bool] | None = None,
+    show_progress: bool = False,
+    tell: Callable[[str], object] = lambda line: None,
+    note: str | None = None,
+    direct: DirectLoad | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, CPU tensor) of all ``files``: the files in natural order, each in file order.
+
+    Args:
+        files: safetensors files. Where an index lies beside them, they are checked against it.
+        settings: how to read.
+        skip: a tensor for whose name it is true is not read.
+        show_progress: show a bar.
+        tell: is given the account, one line, when all has been loaded.
+        note: a remark for that line.
+        direct: the load in direct mode of which this is a part; then the tensors are recording ones (see direct.py).
+
+    Raises:
+        CheckpointError: a file, a header or the index is wrong, or bytes could not be read.
+    """
+    source = make_source(settings.backend, settings=settings)
+    in_order: list[str] = sorted(files, key=natural_key)
+    with ExitStack() as stack:
+        reader = stack.enter_context(Reader(open_files(source, in_order), source.name, settings))
+        _check_indexes(source, reader.files)
+        infos = [info for info in reader.files.tensors if skip is None or not skip(info.name)]
+        report = LoadReport()
+        if note:
+            report.note(note)
+        progress = byte_progress(sum(info.nbytes for info in infos), "Loading weights (b10_3fs)", shown=show_progress)
+        stack.callback(progress.close)
+        if direct is not None:
+            stack.pop_all()  # the direct load closes them: it reads on when all tensors have been handed out
+            yield from direct.tensors(reader, infos, report, progress=progress, tell=tell)
+            return
+        for info, pair in zip(infos, reader.stream(infos, report), strict=True):
+            yield pair
+            progress.update(info.nbytes)
+        reader.finish(report)
+    tell(report.line())
+
+
+def _check_indexes(source: Source, files: OpenFiles) -> None:
+    """Check the files against the indexes of their directories.
+
+    An engine may rightly leave out shards that an index lists; but what it does read must hold what the index says.
+
+    Raises:
+        CheckpointError: a shard does not have a tensor that the index puts into it.
+    """
+    held: dict[str, set[str]] = {}
+    for info in files.tensors:
+        held.setdefault(info.file, set()).add(info.name)
+    for directory in {os.path.dirname(opened.file.path) for opened in files.files}:
+        if os.path.basename(INDEX_NAME) not in source.list(directory or "."):
+            continue
+        index = read_index(source, directory)
+        for name, shard in index.weight_map.items():
+            names = held.get(os.path.join(directory, shard))
+            if names is not None and name not in names:
+                raise CheckpointError(
+                    f"the index puts {name!r} into {shard!r}, which does not have it",
+                    file=index.file,
+                    hint="index and shards are of different checkpoints, or a shard is damaged",
+                )

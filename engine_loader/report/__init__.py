@@ -1,0 +1,1 @@
+"""What a person sees of a load: progress while it runs, one line when it is done."""

@@ -1,0 +1,104 @@
+"""The account of one load, and the line that tells it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from ..formats.safetensors import TensorInfo
+
+
+@dataclass
+class LoadReport:
+    """Counts while a load runs.
+
+    Attributes:
+        source: where the bytes came from, e.g. "posix".
+        engine: what moved them, e.g. "python engine, 2 threads".
+        files: how many files were read from.
+        tensors: how many tensors were handed out or filled.
+        bytes_offered: bytes of those tensors.
+        bytes_kept: of these, what was read because this rank keeps it; None where all was read.
+        bytes_read: what the engine read from the source, with what it threw away; filled at the end.
+        peak_buffer_bytes: the most memory that the buffers took at once.
+        modes: ways of reading with the bytes of each; filled at the end.
+        notes: remarks for the line, e.g. why a mode was not used.
+    """
+
+    source: str = ""
+    engine: str = ""
+    tensors: int = 0
+    bytes_offered: int = 0
+    bytes_kept: int | None = None
+    bytes_read: int = 0
+    peak_buffer_bytes: int = 0
+    modes: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    _files: set[str] = field(default_factory=set)
+    _began: float = field(default_factory=time.perf_counter)
+    _seconds: float | None = None
+
+    @property
+    def files(self) -> int:
+        return len(self._files)
+
+    @property
+    def seconds(self) -> float:
+        """From the start to ``finished``, or to now."""
+        return time.perf_counter() - self._began if self._seconds is None else self._seconds
+
+    def handed_out(self, info: TensorInfo) -> None:
+        """Count a tensor."""
+        self.tensors += 1
+        self.bytes_offered += info.nbytes
+        self._files.add(info.file)
+
+    def loaded(self, nbytes: int) -> None:
+        """Count bytes that were read because they are kept (direct mode); in other modes all that is handed out is."""
+        self.bytes_kept = (self.bytes_kept or 0) + nbytes
+
+    @property
+    def bytes_loaded(self) -> int:
+        """Bytes that were loaded: in direct mode what this rank keeps, else all that was handed out."""
+        return self.bytes_offered if self.bytes_kept is None else self.bytes_kept
+
+    def buffers(self, peak_bytes: int) -> None:
+        """Note the peak of a buffer pool."""
+        self.peak_buffer_bytes = max(self.peak_buffer_bytes, peak_bytes)
+
+    def mapped(self, nbytes: int) -> None:
+        """Count bytes that were handed out as mapped pages."""
+        self.modes["mapped"] = self.modes.get("mapped", 0) + nbytes
+
+    def note(self, text: str) -> None:
+        """Add a remark to the line."""
+        self.notes.append(text)
+
+    def finished(self) -> None:
+        """Stop the clock."""
+        self._seconds = time.perf_counter() - self._began
+
+    def line(self) -> str:
+        """One line for the log: bytes, tensors, files, seconds, GB/s, source, engine, buffers."""
+        rate = self.bytes_loaded / max(self.seconds, 1e-9) / 1e9
+        ways = f", {'+'.join(sorted(self.modes))}" if self.modes else ""
+        whole = f" of {human_bytes(self.bytes_offered)}" if self.bytes_loaded < self.bytes_offered else ""
+        notes = "".join(f"; {note}" for note in self.notes)
+        return (
+            f"loaded {human_bytes(self.bytes_loaded)}{whole} ({self.tensors} tensors, {_count(self.files, 'file')}) "
+            f"in {self.seconds:.2f} s, {rate:.2f} GB/s, from {self.source} ({self.engine}{ways}), "
+            f"peak buffers {human_bytes(self.peak_buffer_bytes)}{notes}"
+        )
+
+
+def human_bytes(nbytes: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(nbytes) < 1024 or unit == "TiB":
+            break
+        nbytes /= 1024
+    return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}" if nbytes < 10 else f"{nbytes:.1f} {unit}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

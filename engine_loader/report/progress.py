@@ -1,0 +1,36 @@
+"""The progress bar of a load."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from tqdm import tqdm
+
+# vLLM's own format: one line per update, so that a container's log stays readable.
+_BAR_FORMAT = "{desc}: {percentage:3.0f}% Completed | {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]\n"
+_SECONDS_BETWEEN_LINES = 1.0
+
+
+class Progress(Protocol):
+    """Is told of bytes."""
+
+    def update(self, nbytes: float, /) -> object:
+        """Count ``nbytes`` more."""
+        ...
+
+    def close(self) -> object:
+        """Finish the bar."""
+        ...
+
+
+def byte_progress(total_bytes: int, description: str, *, shown: bool) -> Progress:
+    """A bar over ``total_bytes``; silent when it is not to be shown."""
+    return tqdm(
+        total=total_bytes,
+        desc=description,
+        disable=not shown,
+        bar_format=_BAR_FORMAT,
+        mininterval=_SECONDS_BETWEEN_LINES,
+        unit="B",
+        unit_scale=True,
+    )

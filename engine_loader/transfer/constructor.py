@@ -1,0 +1,57 @@
+"""Picks the transfer engine."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+from ..errors import TransferError
+from ..settings import LoaderSettings
+from .native_engine import NativeEngine
+from .native_library import load_library
+from .protocol import TransferEngine
+from .python_engine import PythonEngine
+
+logger = logging.getLogger(__name__)
+
+
+def make_engine(settings: LoaderSettings, *, descriptors: bool = True) -> TransferEngine:
+    """The engine that ``settings.engine`` asks for.
+
+    Args:
+        settings: the loader's settings.
+        descriptors: whether all files have descriptors, which native threads need.
+
+    Raises:
+        TransferError: the native engine was asked for by name and cannot be had.
+    """
+    if settings.engine == "cpp" and not descriptors:
+        raise TransferError(
+            "the native engine reads files by their descriptors, and these have none", hint="set engine to auto"
+        )
+    native = settings.engine == "cpp" or (settings.engine == "auto" and descriptors and _native_is_there())
+    if native:
+        return NativeEngine(
+            settings.threads,
+            block_bytes=int(settings.io_bytes),
+            max_tries=settings.max_tries,
+            deadline_s=settings.deadline_s,
+            read_mode=settings.read_mode,
+        )
+    return PythonEngine(
+        settings.threads,
+        block_bytes=int(settings.io_bytes),
+        max_tries=settings.max_tries,
+        deadline_s=settings.deadline_s,
+    )
+
+
+@cache
+def _native_is_there() -> bool:
+    try:
+        load_library()
+    except TransferError as error:
+        # Said once; pip hides what the build said.
+        logger.warning("reading with the slower pure-Python engine: %s", error)
+        return False
+    return True

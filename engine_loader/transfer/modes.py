@@ -1,0 +1,185 @@
+"""Picks how a file is read: through the page cache where its bytes lie there already, around it where they do not.
+
+A cold file read by O_DIRECT spares the copy into the page cache and the memory for it; a warm file read that way would
+come from the disk again. (Measured, cold, ext4 on virtio: 2.8 GB/s direct with 8 threads, 1.6-2.4 GB/s buffered.)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import numpy as np
+
+from ..sources.protocol import SourceFile
+
+_SYS_CACHESTAT = 451
+_SAMPLES = 32
+_SAMPLE_BYTES = 1 << 20
+_RESIDENT = 0.95
+_ABSENT = 0.05
+
+_TMPFS, _RAMFS = 0x01021994, 0x858458F6
+_IN_MEMORY = {_TMPFS: "tmpfs", _RAMFS: "ramfs", 0x958458F6: "hugetlbfs"}
+# File systems on which O_DIRECT reads are known to be quick. Others (FUSE, 9p, ZFS, …) take it too, but some serve it
+# with one small request after the other, so there the page cache's read-ahead is the safer choice.
+_DIRECT = {
+    0xEF53: "ext4",
+    0x58465342: "xfs",
+    0x9123683E: "btrfs",
+    0xF2F52010: "f2fs",
+    0x794C7630: "overlay",
+    0x6969: "nfs",
+    0x0BD00BD0: "lustre",
+    0x00C36400: "ceph",
+    0x47504653: "gpfs",
+    0x19830326: "beegfs",
+}
+_OTHER = {
+    0x65735546: "fuse",
+    0x01021997: "9p",
+    0x2FC12FC1: "zfs",
+    0xFF534D42: "cifs",
+    0xFE534D42: "smb",
+    0x73717368: "squashfs",
+    0xE0F5E1E2: "erofs",
+}
+
+
+@dataclass(frozen=True)
+class ReadMode:
+    """How a file is read.
+
+    Attributes:
+        name: "buffered" (through the page cache), "direct" (around it), or "mixed" (direct, but what lies in the page
+            cache comes from there); or by 3FS's library ("usrbio").
+        wide: whether reads wait for storage, so that more threads than CPUs are of use.
+        reason: why, for the log line.
+    """
+
+    name: Literal["buffered", "direct", "mixed", "usrbio"]
+    wide: bool
+    reason: str
+
+
+def choose_mode(file: SourceFile, setting: str = "auto") -> ReadMode:
+    """Pick the mode for an open file.
+
+    Args:
+        file: one with a descriptor.
+        setting: "buffered" or "direct" settle it; anything else lets the file system and the page cache decide.
+    """
+    fd = file.fileno()
+    if fd is None:
+        raise TypeError(f"{file.path} has no descriptor that native threads could read")
+    kind = _file_system(fd)
+    if kind in _IN_MEMORY:
+        return ReadMode("buffered", False, f"{_IN_MEMORY[kind]} lies in memory")
+    share = resident_share(fd, file.size)
+    warm = share is not None and share >= _RESIDENT
+    if setting == "buffered":
+        return ReadMode("buffered", not warm, "set")
+    if setting == "direct":
+        return ReadMode("direct", True, "set")
+    return _choose(kind, share)
+
+
+def can_map(file: SourceFile, *, always: bool = False) -> bool:
+    """Whether to hand out mapped pages of a file: they lie in memory already, and a copy would be one pass too many.
+
+    Args:
+        file: any open file.
+        always: also when it does not lie in the page cache.
+    """
+    fd = file.fileno()
+    if fd is None or file.size == 0 or file.source == "usrbio":
+        return False
+    if always or _file_system(fd) in (_TMPFS, _RAMFS):
+        return True
+    share = resident_share(fd, file.size)
+    return share is not None and share >= _RESIDENT
+
+
+def _choose(kind: int, share: float | None) -> ReadMode:
+    name = _DIRECT.get(kind) or _OTHER.get(kind) or f"file system {kind:#x}"
+    if share is None:
+        return ReadMode("buffered", True, f"{name}; the kernel does not say what is cached")
+    where = f"{name}, {share:.0%} in the page cache"
+    if share >= _RESIDENT:
+        return ReadMode("buffered", False, where)
+    if kind not in _DIRECT:
+        return ReadMode("buffered", True, where)
+    return ReadMode("direct" if share <= _ABSENT else "mixed", True, where)
+
+
+def resident_share(fd: int, size: int) -> float | None:
+    """The share (0 to 1) of a file that lies in the page cache, by samples; None where the kernel does not tell."""
+    if size == 0:
+        return 1.0
+    pages = cached = 0
+    for offset, length in _samples(size):
+        found = _cached_pages(fd, offset, length)
+        if found is None:
+            return None
+        cached += found
+        pages += -(-length // mmap.PAGESIZE)
+    return cached / pages
+
+
+def _samples(size: int) -> list[tuple[int, int]]:
+    """Where to look: evenly over the file, from page boundaries on, all of it when it is small."""
+    if size <= _SAMPLES * _SAMPLE_BYTES:
+        return [(0, size)]
+    step = (size - _SAMPLE_BYTES) / (_SAMPLES - 1)
+    unit = mmap.ALLOCATIONGRANULARITY
+    return [(int(step * number) // unit * unit, _SAMPLE_BYTES) for number in range(_SAMPLES)]
+
+
+def _cached_pages(fd: int, offset: int, length: int) -> int | None:
+    found = _cachestat(fd, offset, length)
+    return _mincore(fd, offset, length) if found is None else found
+
+
+def _cachestat(fd: int, offset: int, length: int) -> int | None:
+    """By the system call that Linux has since 6.5."""
+    where = (ctypes.c_uint64 * 2)(offset, length)
+    counts = (ctypes.c_uint64 * 5)()
+    if _libc().syscall(ctypes.c_long(_SYS_CACHESTAT), ctypes.c_int(fd), where, counts, ctypes.c_uint(0)) != 0:
+        return None
+    return int(counts[0])
+
+
+def _mincore(fd: int, offset: int, length: int) -> int | None:
+    """By mapping the file; the kernel tells the truth only to those who could write to it."""
+    status = os.fstat(fd)
+    if os.geteuid() not in (0, status.st_uid):
+        return None
+    states = np.zeros(-(-length // mmap.PAGESIZE), np.uint8)
+    try:
+        with mmap.mmap(fd, length, prot=mmap.PROT_READ, offset=offset) as mapped:
+            view = np.frombuffer(mapped, np.uint8)
+            failed = _libc().mincore(
+                ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(length), ctypes.c_void_p(states.ctypes.data)
+            )
+            del view
+    except (OSError, ValueError):
+        return None
+    return None if failed else int((states & 1).sum())
+
+
+def _file_system(fd: int) -> int:
+    """The magic number of the file system; 0 where it cannot be told."""
+    # `struct statfs` begins with the type, a word; the rest takes less than 128 bytes.
+    answer = (ctypes.c_ulong * 32)()
+    if _libc().fstatfs(ctypes.c_int(fd), answer) != 0:
+        return 0
+    return int(answer[0]) & 0xFFFFFFFF
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)

@@ -1,0 +1,182 @@
+/* The plain C interface of the native transfer engine.
+ *
+ * Every call may come from any thread, blocks only where it says so, and tolerates NULL. Handles stay valid until they
+ * are destroyed or released; calls on a closed engine return EL_E_CLOSED, and in a child after fork() EL_E_FORKED
+ * (the threads did not come along, and a lock may be held for ever by one of them).
+ */
+#ifndef ENGINE_LOADER_ENGINE_H
+#define ENGINE_LOADER_ENGINE_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define EL_API __attribute__((visibility("default")))
+#define EL_ABI_VERSION 2u /* goes up with every change of this file; the binding refuses another one */
+
+enum { /* what calls return */
+    EL_OK = 0,
+    EL_TIMEOUT = 1,     /* time ran out first; nothing else happened */
+    EL_FAILED = 2,      /* see el_failure */
+    EL_E_CLOSED = -1,   /* the handle is NULL, or its engine was closed */
+    EL_E_FORKED = -2,   /* the engine belongs to the parent process */
+    EL_E_ARGUMENT = -3, /* an argument makes no sense: the caller has a bug */
+    EL_E_MEMORY = -4,
+    EL_E_THREAD = -5, /* no thread could be started; errno says why */
+};
+
+enum { /* el_file.mode: how a file is read */
+    EL_BUFFERED = 0, /* through the page cache */
+    EL_DIRECT = 1,   /* around it (O_DIRECT); buffered where the file system refuses */
+    EL_MIXED = 2,    /* direct, but blocks that lie in the page cache come from there */
+    EL_USRBIO = 3,   /* by 3FS's library, see usrbio.h */
+};
+
+enum {
+    EL_FILE_WIDE = 1, /* el_file.flags: reads wait for storage rather than for a CPU: use the wide threads too */
+    EL_ORDERED = 1,   /* el_submit flags: by file and offset; otherwise largest blocks first */
+    EL_HUGE_PAGES = 1 /* el_config.flags: advise huge pages for large destinations */
+};
+
+enum { /* el_failure.kind */
+    EL_FAIL_NONE = 0,
+    EL_FAIL_IO = 1,          /* a read failed with `error` */
+    EL_FAIL_EOF = 2,         /* the file ended before the size that el_file gives */
+    EL_FAIL_DEADLINE = 3,    /* no byte came for deadline_ms; the read may still be stuck in the kernel */
+    EL_FAIL_CANCELLED = 4,   /* el_cancel, el_release or el_engine_close */
+    EL_FAIL_MEMORY = 5,      /* el_populate: the pages could not be made present (`error`; EFAULT: file cut short) */
+    EL_FAIL_UNSUPPORTED = 6, /* el_populate: this kernel (before 5.14) cannot */
+    EL_FAIL_USRBIO = 7,      /* no ring could be made: `error`, and the step in `tries`, see usrbio.h */
+};
+
+enum { /* el_populate: how */
+    EL_POPULATE_READ = 0,  /* make the pages present */
+    EL_POPULATE_WRITE = 1, /* and, in a private mapping, copies: later writes to the file do not show. A file that is cut
+                              short still takes them away: the kernel unmaps even written pages behind its end */
+    EL_MAKE_PRIVATE = 2,   /* put memory of the process in their place, which depends on no file; nobody may write to
+                              the range meanwhile, for what is written could be lost */
+};
+
+#define EL_NO_EXTENT UINT32_MAX
+
+typedef struct el_engine el_engine;
+typedef struct el_transfer el_transfer;
+
+typedef struct {
+    uint32_t struct_bytes;  /* sizeof(el_config) */
+    uint32_t flags;         /* EL_HUGE_PAGES */
+    uint32_t threads;       /* for reads that cost CPU time; 0: 2 */
+    uint32_t wide_threads;  /* for reads that wait for storage, at least `threads`; 0: 8 */
+    uint32_t max_tries;     /* of one read without progress; 0: 5 */
+    uint32_t retry_base_ms; /* pause before the second try; doubles up to retry_cap_ms; 0: 20 */
+    uint32_t retry_cap_ms;  /* 0: 2000 */
+    uint32_t deadline_ms;   /* of one read without progress; 0: none */
+    uint64_t block_bytes;   /* what a thread reads at a time, buffered; 0: the tuned default */
+    uint64_t direct_block_bytes;
+    uint64_t gap_bytes;     /* unwanted bytes between wanted ones that are read through, buffered; 0: tuned */
+    uint64_t wide_gap_bytes; /* the same for wide and direct files */
+    const uint32_t *cpus;   /* the threads run on these CPUs only; NULL: like the creating thread */
+    uint32_t n_cpus;
+    uint32_t reserved;
+} el_config;
+
+typedef struct {
+    int32_t fd;        /* stays open until the transfer is quiet */
+    int32_t direct_fd; /* the same file with O_DIRECT, or -1 */
+    uint64_t size;     /* an end of file before this is a failure */
+    uint32_t mode;
+    uint32_t flags;
+} el_file;
+
+typedef struct { /* the layout of EXTENT in transfer/plan.py */
+    uint32_t file;
+    uint32_t rows;
+    uint64_t offset;
+    uint64_t row_bytes;
+    uint64_t src_stride;
+    uint64_t address;
+    uint64_t dst_stride;
+} el_extent;
+
+typedef struct {
+    uint32_t kind;
+    int32_t error; /* errno, or 0 */
+    uint32_t file;
+    uint32_t extent; /* one that waits for these bytes, or EL_NO_EXTENT */
+    uint64_t offset; /* in the file; for el_populate from `address` on */
+    uint32_t tries;
+    uint32_t in_flight; /* reads that have not come back: while there are any, the destinations may be written */
+} el_failure_info;
+
+typedef struct {
+    uint64_t bytes;             /* that reached their destinations */
+    uint64_t reads;             /* system calls that read */
+    uint64_t retries;
+    uint64_t short_reads;
+    uint64_t overread_bytes;    /* read and thrown away: gaps, alignment */
+    uint64_t buffered_bytes;
+    uint64_t direct_bytes;
+    uint64_t direct_straight_bytes; /* of these without a copy */
+    uint64_t direct_refused;    /* files whose file system refused O_DIRECT */
+    uint64_t populated_bytes;
+    uint64_t read_ns;           /* in reads, summed over the threads; so are the next four */
+    uint64_t scatter_ns;        /* copying from scratch memory to destinations */
+    uint64_t populate_ns;
+    uint64_t backoff_ns;        /* pauses before another try */
+    uint64_t idle_ns;           /* threads waiting for work */
+    uint64_t wait_ns;           /* callers waiting in el_wait */
+    uint64_t usrbio_bytes;
+} el_stats_info;
+
+EL_API uint32_t el_abi_version(void);
+
+/* An engine, or NULL with *error set (EL_E_...). Threads start with the first transfer that needs them. */
+EL_API el_engine *el_engine_create(const el_config *config, int *error);
+
+/* Cancel everything, end the threads and join them. EL_TIMEOUT: a read is stuck in the kernel; call again, or destroy:
+ * the thread then frees the engine when its read comes back. timeout_ms < 0: as long as it takes. */
+EL_API int el_engine_close(el_engine *engine, int64_t timeout_ms);
+
+/* Give the handle back (after el_engine_close(engine, 0) if that was not done). */
+EL_API void el_engine_destroy(el_engine *engine);
+
+EL_API int el_stats(el_engine *engine, el_stats_info *out);
+
+/* Start a plan; the arrays are copied. Transfers are served first come, first served. The destinations must stay alive
+ * until the transfer is quiet: el_wait said EL_OK or EL_FAILED with in_flight 0, or el_cancel said EL_OK. */
+EL_API int el_submit(el_engine *engine, const el_file *files, uint32_t n_files, const el_extent *extents,
+                     uint64_t n_extents, uint32_t flags, el_transfer **out);
+
+/* Make the pages of a mapping present or private on the engine's threads. A page that cannot be had is a failure of the
+ * transfer where touching it would be a SIGBUS. Whole pages are worked on, so the range's first and last one, too. */
+EL_API int el_populate(el_engine *engine, uint64_t address, uint64_t nbytes, uint32_t how, el_transfer **out);
+
+/* Wait for one extent, or with extent < 0 for all. timeout_ms < 0: without limit.
+ * EL_FAILED comes only when no read is in flight any more, unless one is older than the deadline. */
+EL_API int el_wait(el_transfer *transfer, int64_t extent, int64_t timeout_ms);
+
+EL_API uint64_t el_bytes_done(el_transfer *transfer);
+
+/* Extents complete so far, in order of completion: copies those from number `from` on, up to `capacity`, and returns
+ * how many there are in all. */
+EL_API uint64_t el_completed(el_transfer *transfer, uint64_t from, uint32_t *out, uint64_t capacity);
+
+/* An event descriptor that becomes readable whenever extents complete and when the transfer ends; it belongs to the
+ * transfer. Negative: -errno, or EL_E_... */
+EL_API int el_event_fd(el_transfer *transfer);
+
+/* Give up what has not been read. EL_OK: nothing will be written any more. EL_TIMEOUT: a read is still in flight. */
+EL_API int el_cancel(el_transfer *transfer, int64_t timeout_ms);
+
+/* What went wrong, if anything; EL_OK or EL_FAILED or EL_E_... */
+EL_API int el_failure(el_transfer *transfer, el_failure_info *out);
+
+/* Give the handle back. A transfer in flight is cancelled without waiting: call el_cancel first to know it is quiet. */
+EL_API void el_release(el_transfer *transfer);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,44 @@
+// Memory: scratch buffers, huge pages for fresh destinations, and making pages present before they are touched.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+#include <vector>
+
+namespace el {
+
+// A page-aligned buffer that grows when needed and is given back with its owner.
+class Scratch {
+  public:
+    Scratch() = default;
+    ~Scratch() { release(); }
+    Scratch(const Scratch &) = delete;
+    Scratch &operator=(const Scratch &) = delete;
+    // At least `bytes`, or nullptr when memory is short.
+    char *get(size_t bytes);
+    void release();
+
+  private:
+    char *memory_ = nullptr;
+    size_t bytes_ = 0;
+};
+
+struct Range {
+    uint64_t begin;
+    uint64_t end;
+};
+
+// Ask for huge pages where large parts of `ranges` will be written. The order of `ranges` changes.
+void advise_huge_pages(std::vector<Range> &ranges);
+
+// Make the pages of a large fresh destination present in one call rather than fault by fault. Costs next to nothing
+// where they are present already. Best effort.
+void prefault(void *address, size_t bytes);
+
+// madvise(MADV_POPULATE_READ or _WRITE) over the pages of a range; 0 or an errno.
+int populate(uint64_t address, uint64_t bytes, bool write);
+
+// Whether (nearly) all of a file's range lies in the page cache; false where the kernel cannot tell.
+bool in_page_cache(int fd, uint64_t offset, uint64_t bytes);
+
+}  // namespace el

@@ -1,0 +1,12 @@
+"""Settings of the whole suite."""
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+# The same cases in every run, so that a failure is the change's; HYPOTHESIS_PROFILE=explore looks further.
+settings.register_profile("default", deadline=None, derandomize=True, max_examples=60, print_blob=True)
+settings.register_profile(
+    "explore", deadline=None, max_examples=1000, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

@@ -1,0 +1,91 @@
+"""The 3FS emulator for tests: built once, loaded into this process, its faults set and its counters read."""
+
+import ctypes
+import gc
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+from engine_loader.sources.hf3fs import Hf3fsLibrary, load_library
+from engine_loader.threefs_emulator import build_emulator
+
+KEPT = ("rings", "iovs", "registrations", "threads", "in_flight")
+
+
+class Emulator:
+    """The emulator in this process.
+
+    Attributes:
+        library: its path.
+        mount: the directory that it takes for 3FS.
+    """
+
+    def __init__(self, library: Path, mount: Path) -> None:
+        self.library = library
+        self.mount = mount
+        self.loaded: Hf3fsLibrary = load_library(library)
+        self._calls = self.loaded.calls
+        self._calls.hf3fs_emulator_count.restype = ctypes.c_int64
+        self.set(f"mount={mount}")
+
+    @property
+    def lib_dir(self) -> str:
+        return str(self.library.parent)
+
+    def set(self, options: str) -> None:
+        assert self._calls.hf3fs_emulator_configure(options.encode()) == 0, options
+
+    def count(self, what: str) -> int:
+        count = int(self._calls.hf3fs_emulator_count(what.encode()))
+        assert count >= 0, what
+        return count
+
+    def environment(self, options: str = "") -> dict[str, str]:
+        """What makes another process use an emulator of its own."""
+        return {
+            "HF3FS_LIB_DIR": self.lib_dir,
+            "HF3FS_EMULATOR_MOUNT": str(self.mount),
+            "HF3FS_EMULATOR_OPTIONS": options,
+        }
+
+    def leftovers(self) -> dict[str, object]:
+        """What is still open, of rings, buffers, registrations, threads, shared memory and links."""
+        found: dict[str, object] = {what: n for what in KEPT if (n := self.count(what))}
+        shared = [name for name in os.listdir("/dev/shm") if name.startswith(("hf3fs-iov-", "engine-loader-"))]
+        links = os.listdir(self.mount / "3fs-virt" / "iovs")
+        return found | ({"shared memory": shared} if shared else {}) | ({"links": links} if links else {})
+
+    def wait_until_clean(self, timeout_s: float = 3.0) -> dict[str, object]:
+        """The leftovers, after a moment for threads to end."""
+        end = time.monotonic() + timeout_s
+        while (found := self.leftovers()) and time.monotonic() < end:
+            time.sleep(0.01)
+        return found
+
+
+@cache
+def emulator() -> Emulator:
+    """The one emulator of this process (a library is loaded once)."""
+    directory = Path(tempfile.mkdtemp(prefix="3fs-emulator-")).resolve()
+    mount = directory / "mount"
+    mount.mkdir()
+    return Emulator(build_emulator(directory / "lib"), mount)
+
+
+@contextmanager
+def clean_emulator() -> Iterator[Emulator]:
+    """The emulator without faults; afterwards nothing may be left open, and no rule broken."""
+    running = emulator()
+    running.set("reset")
+    broken = running.count("violations")
+    descriptors = len(os.listdir("/proc/self/fd"))
+    yield running
+    running.set("reset")
+    gc.collect()  # what a caught exception still holds
+    assert running.wait_until_clean() == {}
+    assert running.count("violations") == broken
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
