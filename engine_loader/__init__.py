@@ -10,20 +10,57 @@ from typing import TYPE_CHECKING, Any
 from .errors import CheckpointError, EngineLoaderError, SettingsError, TensorNotFoundError, TransferError
 
 if TYPE_CHECKING:
+    from .compile_cache.api import (
+        CacheError,
+        CacheOperationInterrupted,
+        CacheValidationError,
+        OperationStatus,
+        clear_local_cache,
+        get_cache_info,
+        list_available_caches,
+        load_compile_cache,
+        save_compile_cache,
+        transfer,
+    )
     from .loading.checkpoint import Checkpoint, open_checkpoint
 
 __version__ = "0.1.0"
 __all__ = [
+    "CacheError",
+    "CacheOperationInterrupted",
+    "CacheValidationError",
     "Checkpoint",
     "CheckpointError",
     "EngineLoaderError",
+    "OperationStatus",
     "SettingsError",
     "TensorNotFoundError",
     "TransferError",
+    "clear_local_cache",
+    "get_cache_info",
+    "list_available_caches",
+    "load_compile_cache",
     "open_checkpoint",
+    "save_compile_cache",
+    "transfer",
 ]
 
 _LAZY = {"Checkpoint": ".loading.checkpoint", "open_checkpoint": ".loading.checkpoint"}
+_LAZY |= dict.fromkeys(
+    (
+        "CacheError",
+        "CacheOperationInterrupted",
+        "CacheValidationError",
+        "OperationStatus",
+        "clear_local_cache",
+        "get_cache_info",
+        "list_available_caches",
+        "load_compile_cache",
+        "save_compile_cache",
+        "transfer",
+    ),
+    ".compile_cache.api",
+)  # `import engine_loader as b10_transfer` serves programs that were written for it
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,106 @@
+"""Measures how fast a checkpoint's bytes reach parameters on the CPU, and prints Markdown for docs/performance.md.
+
+    python benchmarks/read.py
+
+Plain preadv reads into the same parameters are the limit (for cold reads also dd with O_DIRECT); beside this package
+run the other loaders that are installed: pip install fastsafetensors runai-model-streamer (with --no-deps where they
+would bring another torch). The checkpoint is made once and reused. Every contender's bytes are compared with the files
+before it is measured; rounds are interleaved; figures are medians. On a machine that does other things too, they mean
+little.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.checkpoints import GIB, make_checkpoint
+from engine_loader.benchmarking import contenders, report
+from engine_loader.benchmarking.contenders import Contender
+from engine_loader.benchmarking.rounds import Benchmark, Measurement, Scenario, check_memory, count_runs
+from engine_loader.benchmarking.workload import Workload
+from engine_loader.cli.interrupts import prompt_interrupt
+from engine_loader.cli.output import progress_bar
+from engine_loader.machine import memory
+
+SCENARIOS = {"warm": Scenario(), "fresh": Scenario(fresh=True), "cold": Scenario(cold=True)}
+THREADS = (1, 2, 4, 8, 16)
+
+
+def main() -> None:
+    arguments = _arguments()
+    path = _checkpoint(arguments.dir, arguments.gib, arguments.files)
+    workload = Workload.of(path)
+    warning = check_memory(workload, memory().available)
+    machine = report.describe_machine(workload)
+    scenarios = [SCENARIOS[name] for name in arguments.scenarios]
+    measurements = _measure(workload, scenarios, arguments.rounds, arguments.patience)
+    print(f"Machine: {report.machine_line(machine)}.\n")
+    print(f"Checkpoint: {report.workload_line(workload)}. Medians of {arguments.rounds} interleaved rounds.\n")
+    print("\n".join(map(report.markdown, measurements)))
+    if warning:
+        print(f"**Note:** {warning}")
+    if arguments.json:
+        results = {"machine": machine, "measurements": [measurement.as_dict() for measurement in measurements]}
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    default = Path(tempfile.gettempdir()) / "engine-loader-benchmark"
+    parser.add_argument("--dir", type=Path, default=default, help="where the checkpoint is kept (default: %(default)s)")
+    parser.add_argument("--gib", type=float, default=3.0, help="its size (default: %(default)s)")
+    parser.add_argument("--files", type=int, default=6, help="its shards (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each is measured (default: %(default)s)")
+    parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS), help="default: all")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="before each run, wait up to so long for other processes",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every round's figure to FILE")
+    return parser.parse_args()
+
+
+def _checkpoint(directory: Path, gib: float, files: int) -> Path:
+    """The checkpoint of an earlier run, or a new one; one that was not finished never has the final name."""
+    path = directory / f"llama-{gib:g}gib-{files}files"
+    if not path.exists():
+        unfinished = path.with_suffix(".partial")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        make_checkpoint(unfinished, int(gib * GIB), files)
+        unfinished.rename(path)
+    return path
+
+
+def _measure(workload: Workload, scenarios: list[Scenario], rounds: int, patience_s: float) -> list[Measurement]:
+    chosen = {scenario: _contenders(scenario) for scenario in scenarios}
+    everyone = {contender.name: contender for group in chosen.values() for contender in group}
+    steps = count_runs(list(everyone.values()), 0) + sum(len(group) * rounds for group in chosen.values())
+    with prompt_interrupt(), progress_bar(steps) as progress:
+        benchmark = Benchmark(workload, list(everyone.values()), progress, patience_s=patience_s)
+        benchmark.verify()
+        return [benchmark.measure(scenario, rounds, chosen[scenario]) for scenario in scenarios]
+
+
+def _contenders(scenario: Scenario) -> list[Contender]:
+    return [
+        *(contenders.plain(threads) for threads in THREADS),
+        *(contenders.plain(threads, huge_pages=True) for threads in (1, 2, 4) if scenario.fresh),
+        *(contenders.dd() if scenario.cold else []),
+        *contenders.ours(),
+        *contenders.installed_peers(),
+    ]
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,208 @@
+"""Measures reading from 3FS by USRBIO on the emulator, and prints Markdown for docs/performance.md.
+
+    python benchmarks/usrbio.py
+    python benchmarks/usrbio.py --published DIR    # beside the published reader, unpacked (pip install -t DIR --no-deps
+                                                   # fastsafetensor-3fs-reader==0.3.3)
+
+One file is read into touched memory of the CPU: over a link of 2 GB/s with no and with 2 ms of latency for each IO, and
+without a limit, where this package's own POSIX reads are the yardstick. Every reader has a process of its own with an
+emulator of its own; they take turns; figures are medians. The emulator's copying costs CPU time that a NIC's DMA does
+not, so without a limit it is also measured with pages mapped in place of copies (option dma).
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+MIB, GIB = 1 << 20, 1 << 30
+LINK = 2_000_000_000
+SCENARIOS = {
+    "a link of 2 GB/s": f"bandwidth={LINK}",
+    "a link of 2 GB/s, 2 ms of latency for each IO": f"bandwidth={LINK},latency_us=2000",
+    "no limit": "",
+    "no limit, bytes by DMA": "dma=1",
+}
+READERS = {
+    "native": "engine_loader, native",
+    "python": "engine_loader, pure Python",
+    "published": "fastsafetensor-3fs-reader 0.3.3",
+    "published-pipelined": "fastsafetensor-3fs-reader 0.3.3, pipelined",
+    "posix": "engine_loader, native, POSIX",
+}
+
+
+@dataclass
+class Child:
+    """A reader in a process of its own."""
+
+    process: subprocess.Popen[str]
+    rates: list[float] = field(default_factory=list)
+
+    def measure(self) -> float:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print("go", file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline().strip()
+        if not answer:
+            raise RuntimeError(f"a reader ended: status {self.process.wait()}")
+        return float(answer)
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(60)
+
+
+def main() -> None:
+    arguments = _arguments()
+    if arguments.child:
+        _serve(arguments.child, arguments.file)
+        return
+    from engine_loader.benchmarking.report import cpu_model, usable_cpus
+    from engine_loader.threefs_emulator import build_emulator
+
+    with tempfile.TemporaryDirectory(prefix="engine-loader-usrbio-") as directory:
+        library = build_emulator(Path(directory) / "lib")
+        mount = Path(directory).resolve() / "mount"
+        mount.mkdir()
+        file = mount / "file"
+        _fill(file, arguments.mib * MIB)
+        print(f"Machine: {cpu_model()}, {usable_cpus()} CPUs, load average {os.getloadavg()[0]:.2f} at the start.")
+        print(f"One file of {arguments.mib} MiB; medians of {arguments.rounds} rounds, taken in turns.\n")
+        for scenario, options in SCENARIOS.items():
+            environment = {
+                **os.environ,
+                "HF3FS_LIB_DIR": str(library.parent),
+                "HF3FS_EMULATOR_MOUNT": str(mount),
+                "HF3FS_EMULATOR_OPTIONS": options,
+            }
+            names = [name for name in READERS if _takes_part(name, options, arguments.published)]
+            _scenario(scenario, names, file, arguments, environment, limited="bandwidth" in options)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--mib", type=int, default=1024, help="size of the file (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each reads it (default: %(default)s)")
+    parser.add_argument("--published", type=Path, metavar="DIR", help="where fastsafetensor_3fs_reader is")
+    parser.add_argument("--child", choices=READERS, help=argparse.SUPPRESS)
+    parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _fill(path: Path, nbytes: int) -> None:
+    import numpy as np
+
+    rng = np.random.default_rng(1)
+    with path.open("wb") as file:
+        for _ in range(nbytes // (64 * MIB)):
+            file.write(rng.bytes(64 * MIB))
+        file.write(rng.bytes(nbytes % (64 * MIB)))
+
+
+def _takes_part(name: str, options: str, published: Path | None) -> bool:
+    if name.startswith("published"):
+        # It reads from the buffer that dma replaces while its own next read is in flight only.
+        return published is not None
+    return name != "posix" or "bandwidth" not in options
+
+
+def _scenario(
+    title: str,
+    names: list[str],
+    file: Path,
+    arguments: argparse.Namespace,
+    environment: dict[str, str],
+    *,
+    limited: bool,
+) -> None:
+    children = {name: _start(name, file, arguments.published, environment) for name in names}
+    try:
+        for child in children.values():
+            child.measure()
+        for _ in range(arguments.rounds):
+            for child in children.values():
+                child.rates.append(child.measure())
+    finally:
+        for child in children.values():
+            child.close()
+    limit = LINK if limited else statistics.median(children["posix"].rates)
+    print(f"### {title[0].upper()}{title[1:]}\n")
+    print(
+        f"| reader | GB/s, median | slowest - fastest | of {'the link' if limited else 'POSIX'} |\n|---|---:|---:|---:|"
+    )
+    for name, child in children.items():
+        median, worst, best = statistics.median(child.rates), min(child.rates), max(child.rates)
+        figures = f"{median / 1e9:.2f} | {worst / 1e9:.2f} - {best / 1e9:.2f} | {median / limit:.2f}"
+        print(f"| {READERS[name]} | {figures} |")
+    print()
+
+
+def _start(name: str, file: Path, published: Path | None, environment: dict[str, str]) -> Child:
+    path = [str(ROOT), *([str(published)] if published else [])]
+    command = [sys.executable, __file__, "--child", name, "--file", str(file)]
+    return Child(
+        subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**environment, "PYTHONPATH": os.pathsep.join(path)},
+            text=True,
+        )
+    )
+
+
+def _serve(name: str, file: Path) -> None:
+    """Read once for every line that comes; answer with bytes per second."""
+    import numpy as np
+
+    target = np.ones(file.stat().st_size, np.uint8)
+    expected = np.fromfile(file, np.uint8, 1 << 20, offset=len(target) // 2)
+    read = _published(name, file, target) if name.startswith("published") else _ours(name, file, target)
+    for _ in sys.stdin:
+        target[len(target) // 2 :][: 1 << 20] = 0
+        began = time.perf_counter()
+        read()
+        seconds = time.perf_counter() - began
+        if not (target[len(target) // 2 :][: 1 << 20] == expected).all():
+            sys.exit("wrong bytes")
+        print(len(target) / seconds, flush=True)
+
+
+def _ours(name: str, path: Path, target: "object") -> Callable[[], object]:
+    from engine_loader.settings import LoaderSettings
+    from engine_loader.sources.constructor import make_source
+    from engine_loader.transfer.constructor import make_engine
+    from engine_loader.transfer.plan import extent, make_extents
+
+    settings = LoaderSettings(
+        backend="posix" if name == "posix" else "usrbio", engine="python" if name == "python" else "cpp"
+    )
+    file = make_source(settings.backend, settings=settings).open(str(path))
+    engine = make_engine(settings)
+    plan = make_extents([extent(0, 0, file.size, target.ctypes.data)])  # type: ignore[attr-defined]
+    return lambda: engine.submit([file], plan).wait()
+
+
+def _published(name: str, path: Path, target: "object") -> Callable[[], object]:
+    from fastsafetensor_3fs_reader import ThreeFSFileReader
+
+    pipelined = name.endswith("pipelined")
+    # Its documentation's best: 8 MiB alone, 16 MiB pipelined.
+    size = (16 if pipelined else 8) * MIB
+    reader = ThreeFSFileReader(mount_point=str(path.parent), buffer_size=size)
+    address, nbytes = target.ctypes.data, len(target)  # type: ignore[attr-defined,arg-type]
+    return lambda: reader.read_chunked(str(path), address, 0, nbytes, 0, pipelined)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""The command ``engine-loader``. One file per command; what takes long to import is imported when a command runs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from .. import __version__
+from ..errors import EngineLoaderError, SettingsError
+from . import bench, compile_cache, doctor, emulate_3fs, explain_load, inspect, settings
+from .output import print_error
+
+_BAD_SETTINGS_STATUS = 2
+
+
+class _Commands(TyperGroup):
+    """Turns what this package raises on purpose into one message and an exit status."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EngineLoaderError as error:
+            print_error(str(error))
+            # Bad settings end like bad options of the command line.
+            raise typer.Exit(_BAD_SETTINGS_STATUS if isinstance(error, SettingsError) else 1) from None
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"engine-loader {__version__}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Look into checkpoints, settings and machines, and measure how fast weights can be read.
+
+    Start here:
+
+    ```shell
+    engine-loader doctor                 # does everything here fit together?
+    engine-loader inspect --check MODEL  # is this checkpoint sound?
+    engine-loader bench read MODEL       # how fast does it load here?
+    engine-loader settings               # what is set, and where?
+    ```
+    """
+
+
+app.command()(inspect.inspect)
+app.command("explain-load")(explain_load.explain_load)
+app.command()(settings.settings)
+app.command()(doctor.doctor)
+app.command("emulate-3fs")(emulate_3fs.emulate_3fs)
+app.add_typer(bench.app, name="bench")
+app.add_typer(compile_cache.app, name="compile-cache")

@@ -1,0 +1,146 @@
+"""``engine-loader bench``: how fast a checkpoint's bytes reach parameters on this machine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import EngineLoaderError
+from .interrupts import prompt_interrupt
+from .output import console, print_json, print_warning, printable, progress_bar
+
+if TYPE_CHECKING:
+    from ..benchmarking.contenders import Contender
+    from ..benchmarking.rounds import Measurement, Scenario
+    from ..benchmarking.workload import Workload
+
+_STYLES = {"plain": "", "ours": "bold", "peer": ""}
+
+app = typer.Typer(no_args_is_help=True, help="Measure this machine.", rich_markup_mode="markdown")
+
+
+@app.callback()
+def bench() -> None:
+    """Measure how fast weights can be read here."""
+
+
+@app.command()
+def read(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A model's directory, or one .safetensors file.")],
+    *,
+    rounds: Annotated[int, typer.Option(min=1, max=10_000, help="How often each is measured.")] = 5,
+    cold: Annotated[
+        bool, typer.Option("--cold", help="Drop these files from the page cache (posix_fadvise) before every run.")
+    ] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Read into memory that was not touched before, as an engine's start does.")
+    ] = False,
+    files: Annotated[int | None, typer.Option(min=1, help="Take only so many files of the checkpoint.")] = None,
+    threads: Annotated[
+        str | None,
+        typer.Option(metavar="N,N,…", help="Threads of the plain reads. Default: 1, 2, 4, … 2 x CPUs, up to 16."),
+    ] = None,
+    peers: Annotated[bool, typer.Option(help="Measure the other loaders that are installed, too.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure the reading of a checkpoint into parameters on the CPU.
+
+    Beside this package, plain preadv reads on several threads show what the kernel and the storage give (the limit),
+    and safetensors, fastsafetensors and the Run:ai Model Streamer, where installed, what users could pick instead. Each
+    loads once before, and every byte of that is compared with the files. Rounds are interleaved; figures are medians.
+
+    With --cold, the files are dropped from the kernel's page cache before every run; caches of a storage server, a
+    hypervisor or a disk are not. Nothing is written.
+
+    **Examples**
+
+    ```shell
+    engine-loader bench read /models/llama
+    engine-loader bench read --fresh --rounds 9 /models/llama
+    engine-loader bench read --cold --files 2 --no-peers /mnt/3fs/models/llama
+    ```
+    """
+    from ..benchmarking import contenders, report
+    from ..benchmarking import rounds as measuring
+    from ..benchmarking.workload import Workload
+    from ..machine import memory
+
+    workload = Workload.of(path, files)
+    if not workload.nbytes:
+        raise EngineLoaderError(f"{path}: there are no bytes to read: all tensors are empty")
+    warning = measuring.check_memory(workload, memory().available)
+    if warning:
+        print_warning(warning)
+    machine = report.describe_machine(workload)
+    chosen = [contenders.plain(number) for number in _thread_counts(threads)]
+    chosen += [contenders.plain(number, huge_pages=True) for number in _thread_counts(threads) if fresh]
+    chosen += contenders.ours()
+    chosen += contenders.installed_peers() if peers else []
+    measurement = _measure(workload, chosen, measuring.Scenario(fresh=fresh, cold=cold), rounds)
+    if as_json:
+        checkpoint = {
+            "path": path,
+            "files": list(workload.files),
+            "tensors": len(workload.tensors),
+            "bytes": workload.nbytes,
+        }
+        print_json({"checkpoint": checkpoint, "machine": machine, **measurement.as_dict()})
+    else:
+        _print(measurement, report.workload_line(workload), report.machine_line(machine))
+    _fail_on_wrong_bytes(measurement)
+
+
+def _measure(workload: Workload, chosen: list[Contender], scenario: Scenario, rounds: int) -> Measurement:
+    from ..benchmarking.rounds import Benchmark, count_runs
+
+    with prompt_interrupt(), progress_bar(count_runs(chosen, rounds)) as progress:
+        benchmark = Benchmark(workload, chosen, progress)
+        benchmark.verify()
+        return benchmark.measure(scenario, rounds)
+
+
+def _thread_counts(given: str | None) -> list[int]:
+    if given is None:
+        from ..machine import usable_cpus
+
+        most = min(16, 2 * usable_cpus())
+        return [count for count in (1, 2, 4, 8, 16) if count <= most]
+    try:
+        counts = [int(part) for part in given.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or not all(1 <= count <= 256 for count in counts):
+        raise typer.BadParameter(
+            f"{given!r} is not a list of numbers from 1 to 256, like 1,2,4", param_hint="--threads"
+        )
+    return list(dict.fromkeys(counts))
+
+
+def _print(measurement: Measurement, workload: str, machine: str) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from ..benchmarking import report
+
+    out = console()
+    out.print(Text(f"{workload}; {measurement.scenario.title}; medians of {measurement.rounds} rounds"), soft_wrap=True)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for number, column in enumerate(report.COLUMNS):
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    for result, row in zip(measurement.results, report.rows(measurement), strict=True):
+        table.add_row(*map(printable, row), style=_STYLES[result.contender.kind] if result.error is None else "red")
+    out.print(table)
+    for line in report.ways(measurement):
+        out.print(Text(line, "dim"), soft_wrap=True)
+    out.print(Text(machine, "dim"), soft_wrap=True)
+    for warning in measurement.warnings:
+        print_warning(warning)
+
+
+def _fail_on_wrong_bytes(measurement: Measurement) -> None:
+    for result in measurement.results:
+        if result.contender.kind == "ours" and result.verified is False:
+            raise EngineLoaderError(
+                f"{result.contender.name} loaded wrong bytes: {result.error}; this is a bug, report it"
+            )

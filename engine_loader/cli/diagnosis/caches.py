@@ -1,0 +1,132 @@
+"""What each cache directory resolves to, and whether it can be used."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from ...machine import mount_of
+from ...report.load import human_bytes
+from .finding import Finding
+from .sources import is_network
+
+_AREA = "caches"
+_FEW_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class _Cache:
+    """A directory that an engine, or what it uses, caches in.
+
+    Attributes:
+        variable: that sets it.
+        default: where it lies otherwise.
+        module: it is looked at when this can be imported.
+        compiled: whether shared libraries are loaded from it.
+    """
+
+    variable: str
+    default: Callable[[], str]
+    module: str
+    compiled: bool = True
+
+
+def _user_cache(*names: str) -> Callable[[], str]:
+    return lambda: os.path.join(os.environ.get("XDG_CACHE_HOME") or _home(".cache"), *names)
+
+
+def _home(*names: str) -> str:
+    return os.path.join(os.path.expanduser("~"), *names)
+
+
+def _inductor() -> str:
+    # As torch names it: after the user, without what a file's name cannot hold.
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = f"uid_{os.getuid()}"  # a user without a name, as Kubernetes gives out
+    return os.path.join(tempfile.gettempdir(), "torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", user))
+
+
+def _triton() -> str:
+    return os.path.join(os.environ.get("TRITON_HOME") or _home(), ".triton", "cache")
+
+
+def _hub() -> str:
+    return os.path.join(_resolved(_HF_HOME), "hub")
+
+
+_HF_HOME = _Cache("HF_HOME", _user_cache("huggingface"), "huggingface_hub", compiled=False)
+_CACHES = (
+    _Cache("VLLM_CACHE_ROOT", _user_cache("vllm"), "vllm"),
+    _Cache("SGLANG_CACHE_DIR", _user_cache("sglang"), "sglang"),
+    _Cache("TORCHINDUCTOR_CACHE_DIR", _inductor, "torch"),
+    _Cache("TRITON_CACHE_DIR", _triton, "triton"),
+    _Cache("FLASHINFER_WORKSPACE_BASE", _home, "flashinfer"),
+    _Cache("DG_JIT_CACHE_DIR", lambda: _home(".deep_gemm"), "deep_gemm"),
+    _Cache("TVM_FFI_CACHE_DIR", lambda: _home(".cache", "tvm-ffi"), "tvm_ffi"),
+    _HF_HOME,
+    _Cache("HF_HUB_CACHE", _hub, "huggingface_hub", compiled=False),
+)
+
+
+def check_caches() -> Iterator[Finding]:
+    """The cache directories of what is installed."""
+    for cache in _CACHES:
+        if find_spec(cache.module) is not None:
+            yield _check(cache)
+
+
+def _resolved(cache: _Cache) -> str:
+    return os.path.abspath(os.path.expanduser(os.environ.get(cache.variable) or cache.default()))
+
+
+def _check(cache: _Cache) -> Finding:
+    path = _resolved(cache)
+    there = os.path.exists(path)
+    parent = path if there else _nearest_parent(path)
+    mend = f"set {cache.variable} to a directory that this user can write to"
+    if not os.path.isdir(parent):
+        return Finding(_AREA, cache.variable, "fail", f"{path}: {parent} is not a directory", mend)
+    refused = _refused(parent)
+    if refused:
+        return Finding(_AREA, cache.variable, "fail", f"{path}: {refused} in {parent}", mend)
+    return _judge(cache, path, parent, there)
+
+
+def _judge(cache: _Cache, path: str, parent: str, there: bool) -> Finding:
+    status, mount = os.statvfs(parent), mount_of(parent)
+    free = status.f_bavail * status.f_frsize
+    kind = mount.kind if mount else "unknown file system"
+    value = f"{path} ({'exists' if there else 'will be made'}, writable, {human_bytes(free)} free, {kind})"
+    if cache.compiled and mount is not None and "noexec" in mount.options:
+        mend = f"set {cache.variable} elsewhere: compiled kernels are loaded from it as shared libraries"
+        return Finding(_AREA, cache.variable, "fail", f"{value}, mounted noexec", mend)
+    if free < _FEW_BYTES or (status.f_files and not status.f_favail):
+        return Finding(
+            _AREA, cache.variable, "warn", f"{value}, nearly full", f"free space, or set {cache.variable} elsewhere"
+        )
+    if cache.compiled and mount is not None and is_network(mount):
+        mend = f"compilers write and lock many small files: set {cache.variable} to a local disk"
+        return Finding(_AREA, cache.variable, "warn", value, mend)
+    return Finding(_AREA, cache.variable, "ok", value)
+
+
+def _nearest_parent(path: str) -> str:
+    while not os.path.lexists(path) and path != os.path.dirname(path):
+        path = os.path.dirname(path)
+    return path
+
+
+def _refused(directory: str) -> str | None:
+    """Why nothing can be written there; found by trying, with a file that has no name."""
+    try:
+        with tempfile.TemporaryFile(dir=directory):
+            return None
+    except OSError as error:
+        return f"cannot write ({error.strerror})"

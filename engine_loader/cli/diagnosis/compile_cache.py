@@ -1,0 +1,45 @@
+"""Whether compile caches are shared, and what of the engine is mended for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from ...compile_cache.errors import CacheError
+from ...compile_cache.operations import open_store
+from ...compile_cache.space import mib
+from ...engines import torch_fixups, vllm_fixups
+from ...settings import load_settings
+from .finding import Finding
+
+_AREA = "compile cache"
+
+
+def check_compile_cache() -> Iterator[Finding]:
+    """The store, and the fix-ups of engines."""
+    settings = load_settings().settings.compile_cache
+    if not settings.enabled:
+        yield Finding(_AREA, "state", "warn", "switched off", "set compile_cache.enabled: true")
+        return
+    try:
+        store, trust = open_store(settings)
+        packs = list(store.list())
+        if Path(store.description).exists():
+            trust.check_store(Path(store.description))
+        signed = "signed" if trust.secret is not None else "trusted by owner" if not trust.anyone else "from anyone"
+        size = mib(sum(pack.size for pack in packs))
+        yield Finding(_AREA, "store", "ok", f"{store.description} ({len(packs)} packs, {size}, {signed})")
+    except (OSError, CacheError) as error:
+        yield Finding(_AREA, "store", "warn", str(error), "engines start without a cache until this is mended")
+    for fixup in (*vllm_fixups.FIXUPS, *torch_fixups.FIXUPS):
+        state = fixup.state()
+        if state == "needed" and not settings.fixups:
+            mend = f"set compile_cache.fixups: true, or apply patches/{fixup.patch}"
+            yield Finding(_AREA, fixup.name, "warn", f"needed, and switched off: {fixup.why}", mend)
+        elif state == "needed":
+            replaced = " ".join(fixup.upstream.split())
+            yield Finding(
+                _AREA, fixup.name, "ok", f"applied in {fixup.module} in the place of `{replaced}`: {fixup.why}"
+            )
+        else:
+            yield Finding(_AREA, fixup.name, "ok", f"not applied: {state}")

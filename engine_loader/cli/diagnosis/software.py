@@ -1,0 +1,116 @@
+"""Versions, and whether what is installed works: Python, this package, torch, settings, the native library."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Iterator
+
+from ... import __version__
+from ...errors import EngineLoaderError, SettingsError, TransferError
+from .finding import Finding, installed_version
+
+_AREA = "software"
+_COMPILERS = ("c++", "g++", "clang++")
+
+
+def check_versions() -> Iterator[Finding]:
+    """Python, this package and what it is installed as, torch, safetensors."""
+    yield Finding(_AREA, "python", "ok", platform.python_version())
+    installed = installed_version("engine-loader")
+    if installed is None:
+        mend = "pip install engine-loader: without it, no engine finds the plugin"
+        yield Finding(
+            _AREA, "engine-loader", "warn", f"{__version__}, not installed: it runs from its source tree", mend
+        )
+    elif installed != __version__:
+        mend = "install it again: the entry points of the other version are in use"
+        yield Finding(_AREA, "engine-loader", "warn", f"{__version__}, but {installed} is installed", mend)
+    else:
+        yield Finding(_AREA, "engine-loader", "ok", __version__)
+    torch = installed_version("torch")
+    if torch is None:
+        yield Finding(_AREA, "torch", "fail", "not installed", "install the engine, which brings its own torch")
+    else:
+        yield Finding(_AREA, "torch", "ok", torch)
+    safetensors = installed_version("safetensors")
+    yield Finding(_AREA, "safetensors", "ok", safetensors or "not installed; only benchmarks use it")
+
+
+def check_settings() -> Iterator[Finding]:
+    """Whether the settings can be read, and how many are not the default."""
+    from ...settings import load_settings
+
+    try:
+        origins = load_settings().origins
+    except SettingsError as error:
+        for line in str(error).splitlines():
+            yield Finding(
+                _AREA, "settings", "fail", line, "engine-loader settings shows them all; no engine starts like this"
+            )
+        return
+    changed = ", ".join(f"{name} from {place}" for name, place in origins.items())
+    yield Finding(_AREA, "settings", "ok", changed or "all at their defaults")
+
+
+def check_native_engine() -> Iterator[Finding]:
+    """Whether the native transfer engine can be had."""
+    from ...settings import LoaderSettings
+    from ...transfer.constructor import make_engine
+
+    try:
+        engine = make_engine(LoaderSettings(engine="cpp"))
+    except TransferError as error:
+        value = f"{error.message}; the pure-Python one serves instead"
+        yield Finding(_AREA, "native engine", "warn", value, _native_mend())
+        return
+    threads = engine.threads
+    engine.close()
+    yield Finding(_AREA, "native engine", "ok", f"works, {threads} threads")
+
+
+def check_reading() -> Iterator[Finding]:
+    """Load a small checkpoint from every source and compare the bytes."""
+    import tempfile
+    from pathlib import Path
+
+    content, expected = _tiny_checkpoint()
+    with tempfile.TemporaryDirectory(prefix="engine-loader-doctor-") as directory:
+        path = Path(directory) / "model.safetensors"
+        path.write_bytes(content)
+        yield _read_back("posix", expected, str(path))
+    yield _read_back("memory", expected, "model.safetensors", {"model.safetensors": content})
+
+
+def _read_back(backend: str, expected: list[int], path: str, files: dict[str, bytes] | None = None) -> Finding:
+    from ... import open_checkpoint
+
+    try:
+        with open_checkpoint(path, backend=backend, files=files) as checkpoint:
+            got = checkpoint.get_tensor("x").tolist()
+    except SettingsError:
+        return Finding("sources", backend, "warn", "not tried: the settings cannot be read", "see settings above")
+    except (EngineLoaderError, OSError) as error:
+        return Finding("sources", backend, "fail", str(error), "report this with the output of doctor --json")
+    if got != expected:
+        return Finding(
+            "sources", backend, "fail", f"read {got} where {expected} was written", "report this: it is a bug"
+        )
+    return Finding("sources", backend, "ok", "a tensor was read back bit for bit")
+
+
+def _tiny_checkpoint() -> tuple[bytes, list[int]]:
+    import json
+    import struct
+
+    values = list(range(256))
+    header = json.dumps({"x": {"dtype": "U8", "shape": [256], "data_offsets": [0, 256]}}).encode()
+    return struct.pack("<Q", len(header)) + header + bytes(values), values
+
+
+def _native_mend() -> str:
+    compiler = "" if any(map(shutil.which, _COMPILERS)) else "install a C++17 compiler (apt-get install g++), then "
+    again = (
+        "install engine-loader again with ENGINE_LOADER_NATIVE_BUILD=require, which says why when it cannot be built"
+    )
+    return f"it keeps its speed beside busy Python code: {compiler}{again}"

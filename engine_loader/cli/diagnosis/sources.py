@@ -1,0 +1,124 @@
+"""What the file systems under some paths can do."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Iterator, Sequence
+
+from ...errors import CheckpointError, SettingsError
+from ...formats.hf_index import INDEX_NAME
+from ...loading.locate import locate
+from ...machine import Mount, mount_of
+from ...report.load import human_bytes
+from ...settings import load_settings
+from ...sources.hf3fs import LIB_DIR_VARIABLE, LIBRARY_NAME, Hf3fsError, find_library, load_library, mounts
+from ...sources.posix import PosixSource
+from ...transfer.modes import choose_mode
+from .finding import Finding
+
+_AREA = "sources"
+_GIVE_PATH = "engine-loader doctor /path/to/model looks at the file system that your weights lie on"
+_NETWORK = ("nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "lustre", "gpfs", "beegfs", "virtiofs", "afs")
+
+
+def check_paths(paths: Sequence[str]) -> Iterator[Finding]:
+    """The file system of every path, whether a file there can be read, and whether past the page cache."""
+    if not paths:
+        yield Finding(_AREA, "file systems", "ok", "none was asked for", _GIVE_PATH)
+    for path in paths:
+        yield from _check(path)
+
+
+def check_3fs() -> Iterator[Finding]:
+    """Whether 3FS is mounted here, and its library found and usable."""
+    try:
+        search = find_library(load_settings().settings.loader.hf3fs_lib_dir)
+    except SettingsError:
+        search = find_library()
+    at = ", ".join(mounts())
+    mounted = f"mounted at {at}" if at else "no 3FS mount here"
+    if search.path is None:
+        mend = f"set {LIB_DIR_VARIABLE} to the directory of {LIBRARY_NAME}; reads go through the mount meanwhile"
+        explained = f"{mounted}; {search.explain()}"
+        yield Finding(_AREA, "usrbio", "warn" if at else "ok", explained, mend if at else "")
+        return
+    try:
+        load_library(search.path)
+    except Hf3fsError as error:
+        mend = f"set {LIB_DIR_VARIABLE} to a build for this machine"
+        yield Finding(_AREA, "usrbio", "warn", f"{mounted}; {error}", mend)
+        return
+    yield Finding(_AREA, "usrbio", "ok", f"{mounted}; {search.path}, found by {search.origin}")
+
+
+def is_network(mount: Mount) -> bool:
+    """Whether a file system's bytes come over a network, as far as its type tells."""
+    return mount.kind in _NETWORK or mount.kind.startswith("fuse.")
+
+
+def _check(path: str) -> Iterator[Finding]:
+    mount = mount_of(path)
+    kind = f"{mount.kind} from {mount.source}" if mount else "an unknown file system"
+    if os.path.isdir(path) and not any(name.endswith((".safetensors", INDEX_NAME)) for name in os.listdir(path)):
+        yield Finding(_AREA, path, "ok", f"{kind}; no weights right here", "name a model's directory to try reading")
+        return
+    try:
+        files, _ = locate(PosixSource(), path)
+        sizes = [_readable(file) for file in files]
+    except CheckpointError as error:
+        yield Finding(
+            _AREA, path, "fail", str(error), "engine-loader inspect --check says what is wrong with a checkpoint"
+        )
+        return
+    count = len(files)
+    what = f"{kind}; {count} file{'' if count == 1 else 's'}, {human_bytes(sum(sizes))}, all can be opened"
+    yield Finding(_AREA, path, "ok", what)
+    yield _direct(path, files[0], mount)
+    yield _read_mode(path, files[0])
+
+
+def _readable(path: str) -> int:
+    file = PosixSource().open(path)
+    file.close()
+    return file.size
+
+
+def _read_mode(path: str, file: str) -> Finding:
+    """How the first file would be read now."""
+    opened = PosixSource().open(file)
+    try:
+        mode = choose_mode(opened)
+    finally:
+        opened.close()
+    return Finding(_AREA, f"read_mode: auto on {path}", "ok", f"{mode.name} now ({mode.reason})")
+
+
+def _direct(path: str, file: str, mount: Mount | None) -> Finding:
+    """Whether O_DIRECT works, by reading a page with it."""
+    name = f"direct IO on {path}"
+    refused = _read_directly(file)
+    if refused is None:
+        return Finding(_AREA, name, "ok", "works")
+    reason = errno.errorcode.get(refused, str(refused))
+    mend = "reads go through the page cache instead: leave it memory, and set loader.read_mode to auto or buffered"
+    if mount is not None and mount.kind in ("tmpfs", "ramfs"):
+        return Finding(_AREA, name, "ok", f"not needed: a {mount.kind} is memory")
+    return Finding(_AREA, name, "warn", f"refused with {reason}", mend)
+
+
+def _read_directly(file: str) -> int | None:
+    """The errno of the refusal, or None when it worked."""
+    try:
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+    except OSError as error:
+        return error.errno or errno.EIO
+    try:
+        with mmap.mmap(-1, mmap.PAGESIZE) as page:  # O_DIRECT wants aligned memory
+            os.preadv(fd, [page], 0)
+    except OSError as error:
+        return error.errno or errno.EIO
+    finally:
+        os.close(fd)
+    return None

@@ -1,0 +1,104 @@
+"""``engine-loader doctor``: does everything fit together on this machine?"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .output import console, print_json, printable
+
+if TYPE_CHECKING:
+    from .diagnosis.finding import Finding
+
+_MARKS = {"ok": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "bold red")}
+
+
+def doctor(
+    paths: Annotated[
+        list[str] | None, typer.Argument(metavar="[PATH]...", help="Models whose files and file systems to look at.")
+    ] = None,
+    *,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Leave out what takes seconds: starting engines' plugins, reading back a tensor."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check versions, engines, plugins, sources, cache directories and the machine, and say how to mend what is wrong.
+
+    ✓ is well; ! may be slow or fail; ✗ will not work. The status is 1 if anything is ✗.
+
+    **Examples**
+
+    ```shell
+    engine-loader doctor
+    engine-loader doctor --quick /mnt/3fs/models/llama
+    engine-loader doctor --json | jq '.findings[] | select(.status != "ok")'
+    ```
+    """
+    findings = []
+    shown_area = ""
+    for finding in _findings(paths or [], quick=quick, quiet=as_json):
+        findings.append(finding)
+        if not as_json:
+            if finding.area != shown_area:
+                console().print(("\n" if shown_area else "") + finding.area, style="bold")
+                shown_area = finding.area
+            _print(finding)
+    counts = Counter[str](finding.status for finding in findings)
+    if as_json:
+        summary = {status: counts[status] for status in _MARKS}
+        print_json({"findings": [asdict(finding) for finding in findings], "summary": summary})
+    else:
+        console().print(f"\n{counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} to mend")
+    if counts["fail"]:
+        raise typer.Exit(1)
+
+
+def _findings(paths: list[str], *, quick: bool, quiet: bool) -> Iterator[Finding]:
+    from .diagnosis import caches, compile_cache, engines, machine, software, sources
+
+    checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
+        ("versions", software.check_versions),
+        ("settings", software.check_settings),
+        ("the native engine", software.check_native_engine),
+        ("engines; this takes some seconds", lambda: engines.check_engines(start=not quick)),
+        *([] if quick else [("sources", software.check_reading)]),
+        ("3FS", sources.check_3fs),
+        ("file systems", lambda: sources.check_paths(paths)),
+        ("cache directories", caches.check_caches),
+        ("the compile cache", compile_cache.check_compile_cache),
+        ("the machine", machine.check_machine),
+    ]
+    err = console(stderr=True)
+    for what, check in checks:
+        with nullcontext() if quiet or not err.is_terminal else err.status(f"looking at {what}"):
+            yield from _checked(what, check)
+
+
+def _checked(what: str, check: Callable[[], Iterator[Finding]]) -> list[Finding]:
+    from ..errors import SettingsError
+    from .diagnosis.finding import Finding
+
+    try:
+        return list(check())
+    except SettingsError:
+        # What is wrong with them was said by the check of the settings.
+        return [Finding("software", what, "warn", "not looked at: the settings cannot be read", "mend the settings")]
+
+
+def _print(finding: Finding) -> None:
+    from rich.text import Text
+
+    mark, style = _MARKS[finding.status]
+    text = Text.assemble((f"  {mark} ", style), (printable(finding.name), "bold"), f": {printable(finding.value)}")
+    console().print(text, soft_wrap=True)
+    if finding.mend:
+        console().print(
+            Text(f"    → {printable(finding.mend)}", style if finding.status != "ok" else "dim"), soft_wrap=True
+        )

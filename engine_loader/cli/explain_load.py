@@ -1,0 +1,130 @@
+"""``engine-loader explain-load``: what one rank would read of a checkpoint, and why."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .output import console, print_json, print_warning, printable
+
+if TYPE_CHECKING:
+    from ..engines.vllm_rank import Rank
+    from ..loading.explain import Explanation
+
+_SHOWN = 12
+
+
+def explain_load(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The model's directory.")],
+    *,
+    tensor_parallel_size: Annotated[int, typer.Option("--tensor-parallel-size", "-tp", min=1)] = 1,
+    pipeline_parallel_size: Annotated[int, typer.Option("--pipeline-parallel-size", "-pp", min=1)] = 1,
+    expert_parallel: Annotated[
+        bool, typer.Option("--enable-expert-parallel", help="Whole experts, spread over the ranks.")
+    ] = False,
+    rank: Annotated[int, typer.Option(min=0, help="Which rank, of tensor- times pipeline-parallel size.")] = 0,
+    tensors: Annotated[bool, typer.Option("--tensors", help="Tell of every tensor.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what one rank of vLLM reads of a checkpoint: by kind of layer, what is in the files, kept and read.
+
+    vLLM's own model is built in this process as that rank, and its own code runs over tensors without data. Needs vLLM, no GPU; little
+    memory, for the parameters are never filled.
+
+    **Examples**
+
+    ```shell
+    engine-loader explain-load /models/llama -tp 4 --rank 3
+    engine-loader explain-load /models/mixtral -tp 8 --enable-expert-parallel --json | jq .totals.experts
+    ```
+    """
+    from ..engines.vllm_rank import Rank
+
+    which = Rank(tensor_parallel_size, pipeline_parallel_size, rank, expert_parallel)
+    with quiet_engine():
+        explanation = _explain(model, which)
+    if as_json:
+        layout = {"rank": rank, "tensor_parallel_size": tensor_parallel_size}
+        layout |= {"pipeline_parallel_size": pipeline_parallel_size, "expert_parallel": expert_parallel}
+        print_json({"model": model, **layout, **explanation.as_dict(tensors=tensors)})
+    else:
+        _print(explanation, tensors=tensors)
+
+
+def _explain(model: str, rank: Rank) -> Explanation:
+    from ..engines.vllm_rank import rank_model
+
+    with rank_model(model, rank) as built:
+        explanation: Explanation = built.loader.explain(built.module, built.config.model_config)
+        return explanation
+
+
+@contextlib.contextmanager
+def quiet_engine() -> Iterator[None]:
+    """Keep what vLLM says off stdout; turn its absence and its refusals into one message.
+
+    Raises:
+        EngineLoaderError: vLLM is not installed, or does not take the model.
+    """
+    from ..errors import EngineLoaderError
+
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    except ImportError as error:
+        raise EngineLoaderError(f"vLLM cannot be imported here: {error}") from error
+    except (ValueError, RuntimeError, AssertionError, OSError, NotImplementedError) as error:
+        if isinstance(error, EngineLoaderError):
+            raise
+        raise EngineLoaderError(f"vLLM does not take this model: {error}") from error
+
+
+def _print(explanation: Explanation, *, tensors: bool) -> None:
+    from ..report.load import human_bytes
+    from .inspect import _table
+
+    out = console()
+    rows = [
+        (
+            kind,
+            f"{row['tensors']:,}",
+            f"{row['not_read']:,}",
+            human_bytes(row["file_bytes"]),
+            human_bytes(row["kept_bytes"]),
+            human_bytes(row["read_bytes"]),
+            f"{row['read_bytes'] / row['kept_bytes']:.2f}" if row["kept_bytes"] else "-",
+            f"{row['reads']:,}",
+        )
+        for kind, row in explanation.totals().items()
+    ]
+    columns = ("kind", "tensors", "not read", "in files", "kept", "read", "read/kept", "reads")
+    out.print(_table(columns, rows, right=tuple(range(1, 8))))
+    out.print()
+    for text in sorted(set(explanation.places.values())):
+        out.print(f"files are read {text}", soft_wrap=True)
+    plans = list(explanation.tensors.values())
+    as_data = [plan for plan in plans if plan.why]
+    if as_data:
+        out.print()
+        shown = [(printable(p.info.name), human_bytes(p.read_bytes), ", ".join(p.why)) for p in as_data[:_SHOWN]]
+        out.print(_table((f"{len(as_data)} needed as data", "read", "for"), shown, right=(1,)))
+    if tensors:
+        out.print()
+        listed = [_tensor_row(plan) for plan in plans]
+        out.print(_table(("tensor", "in files", "kept", "read", "reads", "how"), listed, right=(1, 2, 3, 4)))
+    if explanation.obstacle:
+        print_warning(f"mode auto streams this model: {explanation.obstacle}")
+
+
+def _tensor_row(plan: Any) -> tuple[str, ...]:
+    from ..report.load import human_bytes
+
+    sizes = map(human_bytes, (plan.info.nbytes, plan.kept_bytes, plan.read_bytes))
+    return printable(plan.info.name), *sizes, f"{plan.reads:,}", ", ".join(plan.ways) or "not read"

@@ -1,0 +1,184 @@
+"""vLLM: the loader class behind ``--load-format b10_3fs``.
+
+It is vLLM's own DefaultModelLoader, told that the format is "safetensors", with one thing exchanged: the iterator over
+safetensors files. So whatever the default loader does around the reading (download, revisions, ignore patterns,
+secondary weights and prefixes, filters, weight tracking, reloading) stays the engine's, in every version. Read in vLLM
+0.10.1 to 0.32.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from vllm.config.load import LoadConfig
+from vllm.model_executor.model_loader import default_loader, register_model_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from ..errors import SettingsError
+from ..loading.direct import DirectLoad
+from ..loading.explain import Explanation
+from ..loading.weights import stream_weights
+from ..plugin import LOAD_FORMAT
+from ..settings import load_settings
+
+# Below vLLM's own logger, so that it is shown in vLLM's way and at vLLM's level.
+logger = logging.getLogger("vllm.engine_loader")
+
+_ENGINE_KEYS = frozenset({"enable_weights_track"})
+"""Keys of --model-loader-extra-config that vLLM's default loader takes and that mean something with this reader."""
+_ITERATOR = "safetensors_weights_iterator"
+_exchange = threading.RLock()
+
+Weights = Iterator[tuple[str, torch.Tensor]]
+
+
+def register() -> None:
+    """Register the loader class; a second call does nothing."""
+    from vllm.model_executor import model_loader
+
+    if getattr(model_loader, "_LOAD_FORMAT_TO_MODEL_LOADER", {}).get(LOAD_FORMAT) is not B10ModelLoader:
+        register_model_loader(LOAD_FORMAT)(B10ModelLoader)
+    _show_warnings()
+
+
+class B10ModelLoader(DefaultModelLoader):
+    """Loads safetensors weights by this package's reader.
+
+    Raises:
+        SettingsError: --model-loader-extra-config has an unknown key or a bad value.
+    """
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        own, engine = _split(load_config.model_loader_extra_config)
+        self._reader_settings = load_settings(own).settings.loader
+        masked = copy.copy(load_config)
+        masked.load_format = "safetensors"
+        masked.model_loader_extra_config = engine
+        super().__init__(masked)
+        self._direct: DirectLoad | None = None
+        self.last_load: DirectLoad | None = None
+        self._note: str | None = None
+
+    def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
+        """Load into an initialised model, in direct mode where that can serve.
+
+        Raises:
+            SettingsError: direct mode was asked for and cannot serve.
+        """
+        mode = self._reader_settings.mode
+        obstacle = None if mode == "stream" else _obstacle_to_direct(model)
+        if obstacle and mode == "direct":
+            raise SettingsError(f"mode: direct cannot serve here: {obstacle}; set mode to auto or stream")
+        self._note = f"streamed: {obstacle}" if obstacle else None
+        if mode == "stream" or obstacle:
+            super().load_weights(model, model_config)
+            return
+        self._load_directly(model, model_config, DirectLoad(model, expects=_expects(model)))
+
+    def explain(self, model: torch.nn.Module, model_config: Any) -> Explanation:
+        """What ``load_weights`` would read of which tensor, in direct mode. The model is not filled."""
+        explanation = Explanation(self._reader_settings)
+        explanation.obstacle = _obstacle_to_direct(model)
+        load = DirectLoad(model, expects=_expects(model), observer=explanation, execute=False)
+        self._load_directly(model, model_config, load)
+        return explanation
+
+    def _load_directly(self, model: torch.nn.Module, model_config: Any, load: DirectLoad) -> None:
+        self.last_load = load
+        with load as self._direct:
+            try:
+                super().load_weights(model, model_config)
+            finally:
+                self._direct = None
+
+    def _get_weights_iterator(self, source: Any) -> Weights:
+        with _exchange:
+            original = getattr(default_loader, _ITERATOR)
+            setattr(default_loader, _ITERATOR, self._weights(original))
+            try:
+                return super()._get_weights_iterator(source)  # type: ignore[no-any-return]
+            finally:
+                setattr(default_loader, _ITERATOR, original)
+
+    def _weights(self, original: Callable[..., Weights]) -> Callable[..., Weights]:
+        """What stands in for vLLM's iterator, with its arguments."""
+
+        def weights(
+            files: list[str],
+            use_tqdm_on_load: bool,
+            strategy: str | None = None,
+            *args: Any,
+            local_expert_ids: set[int] | None = None,
+            **options: Any,
+        ) -> Weights:
+            if strategy == "torchao":
+                # These files hold flattened tensor subclasses that only vLLM's iterator puts together again.
+                logger.warning("%s: torchao checkpoints are read by vLLM's own reader", LOAD_FORMAT)
+                return original(files, use_tqdm_on_load, strategy, *args, local_expert_ids=local_expert_ids, **options)
+            first = _is_first_rank()
+            return stream_weights(
+                files,
+                self._reader_settings,
+                skip=_skip_experts(local_expert_ids),
+                show_progress=use_tqdm_on_load and first,
+                tell=functools.partial(logger.log, logging.INFO if first else logging.DEBUG, "%s: %s", LOAD_FORMAT),
+                note=self._note,
+                direct=self._direct,
+            )
+
+        return weights
+
+
+def _obstacle_to_direct(model: torch.nn.Module) -> str | None:
+    """Why this model cannot be loaded in direct mode, if so."""
+    devices = {parameter.device.type for parameter in model.parameters()}
+    if devices - {"cpu", "meta"}:
+        return f"parameters are on {', '.join(sorted(devices - {'cpu'}))}"
+    online = any(getattr(getattr(part, "quant_method", None), "uses_meta_device", False) for part in model.modules())
+    if online or "meta" in devices:
+        return "weights are quantised, or their memory made, while they are loaded"
+    return None
+
+
+def _expects(model: torch.nn.Module) -> Callable[[str], bool]:
+    """Whether a tensor, by its name in the checkpoint, is of a layer of this pipeline stage, as far as that can be told."""
+    from vllm.model_executor.models.utils import is_pp_missing_parameter
+
+    return lambda name: not is_pp_missing_parameter(name, model)
+
+
+def _skip_experts(local_expert_ids: set[int] | None) -> Callable[[str], bool] | None:
+    if local_expert_ids is None:
+        return None
+    from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
+
+    return functools.partial(should_skip_weight, local_expert_ids=local_expert_ids)
+
+
+def _split(extra_config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Our keys and vLLM's."""
+    if not isinstance(extra_config, Mapping):
+        raise SettingsError(f"--model-loader-extra-config must be a JSON object, not {type(extra_config).__name__}")
+    for key in ("enable_multithread_load", "num_threads"):
+        if key in extra_config:
+            raise SettingsError(f"--model-loader-extra-config: {key} is for vLLM's own reader; here, set threads")
+    own = {key: value for key, value in extra_config.items() if key not in _ENGINE_KEYS}
+    return own, {key: value for key, value in extra_config.items() if key in _ENGINE_KEYS}
+
+
+def _is_first_rank() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def _show_warnings() -> None:
+    """Show what this package logs in vLLM's way: vLLM sets up its own logger only."""
+    ours, theirs = logging.getLogger("engine_loader"), logging.getLogger("vllm")
+    if not ours.handlers:
+        ours.handlers = list(theirs.handlers)
+        ours.setLevel(theirs.level)

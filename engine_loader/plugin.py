@@ -1,0 +1,105 @@
+"""What engines call when they start: it registers the load format and the hooks of the compile cache, and does
+nothing else.
+
+vLLM calls ``register`` in every process, before arguments are parsed, and dies when it raises. So it imports no engine
+and no torch: an engine's adapter is imported when the engine itself imports the module that the adapter extends.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+logger = logging.getLogger(__name__)
+
+LOAD_FORMAT = "b10_3fs"
+_VLLM_CACHE = "engine_loader.engines.vllm_cache"
+_ADAPTERS = {
+    "vllm.model_executor.model_loader": "engine_loader.engines.vllm",
+    "vllm.model_executor.models.registry": f"{_VLLM_CACHE}:register_registry",
+    "vllm.v1.executor.abstract": f"{_VLLM_CACHE}:register_executor",
+    "vllm.v1.engine.core": f"{_VLLM_CACHE}:register_engine_core",
+    "vllm.v1.worker.worker_base": f"{_VLLM_CACHE}:register_worker",
+    "vllm.worker.worker_base": f"{_VLLM_CACHE}:register_worker",  # up to 0.11
+    "vllm.compilation.decorators": "engine_loader.engines.vllm_fixups",
+    "torch._inductor.codecache": "engine_loader.engines.torch_fixups",
+}
+"""Module of an engine -> the adapter whose ``register()``, or the function behind the colon, runs once that module is
+there.
+"""
+
+
+def register() -> None:
+    """Make the load format and the compile cache known to the engine of this process. Costs milliseconds, may be
+    called again, never raises.
+    """
+    _name_triton_directory()
+    for module, adapter in _ADAPTERS.items():
+        try:
+            _when_imported(module, adapter)
+        except Exception:
+            logger.exception("engine_loader could not prepare %s", adapter)
+
+
+def _name_triton_directory() -> None:
+    """Name Triton's own default: where nobody does, inductor points Triton elsewhere in mid-process, and its cache is
+    not found again.
+    """
+    home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
+    os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(home, ".triton", "cache"))
+
+
+def _when_imported(module: str, adapter: str) -> None:
+    if module in sys.modules:
+        _run(adapter)
+    elif not any(isinstance(finder, _AfterImport) and finder.module == module for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport(module, lambda: _run(adapter)))
+
+
+def _run(adapter: str) -> None:
+    module, _, function = adapter.partition(":")
+    try:
+        getattr(importlib.import_module(module), function or "register")()
+    except Exception:
+        # An engine that is used with another load format must start all the same.
+        logger.exception(
+            "engine_loader could not register the load format %s or its compile cache: %s; "
+            "`engine-loader doctor` says more",
+            LOAD_FORMAT,
+            adapter,
+        )
+
+
+class _AfterImport(MetaPathFinder):
+    """Calls ``then`` once after ``module`` was imported. (wrapt has this too; importing it alone takes longer than we
+    may.)
+    """
+
+    def __init__(self, module: str, then: Callable[[], None]) -> None:
+        self.module = module
+        self._then = then
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None, /
+    ) -> ModuleSpec | None:
+        if fullname != self.module:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        execute, then = spec.loader.exec_module, self._then
+
+        def execute_and_call(module: ModuleType) -> None:
+            execute(module)
+            then()
+
+        spec.loader.exec_module = execute_and_call  # type: ignore[method-assign]
+        return spec

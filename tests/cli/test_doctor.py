@@ -1,0 +1,320 @@
+"""``engine-loader doctor``: every finding was looked at, and what is wrong comes with how to mend it."""
+
+import json
+import os
+import resource
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from engine_loader.cli.diagnosis import caches, engines, machine, software, sources
+from engine_loader.cli.diagnosis.finding import Finding
+from engine_loader.errors import TransferError
+from engine_loader.machine import Memory, Mount
+from tests.cli.running import invoke, run
+from tests.support.checkpoints import checkpoint, entry
+
+
+def diagnose(*arguments: str | Path, env: dict[str, str | None] | None = None) -> dict[str, dict[str, Any]]:
+    """The findings of ``doctor --quick --json`` by name."""
+    result = invoke("doctor", "--quick", "--json", *arguments, env=env)
+    found = json.loads(result.stdout)
+    failed = any(finding["status"] == "fail" for finding in found["findings"])
+    assert result.exit_code == int(failed)
+    return {finding["name"]: finding for finding in found["findings"]}
+
+
+def only(findings: Iterator[Finding]) -> Finding:
+    (finding,) = findings
+    return finding
+
+
+class TestReport:
+    def test_as_json_every_finding_has_all_its_fields_and_what_is_not_well_says_how_to_mend_it(self) -> None:
+        found = json.loads(invoke("doctor", "--quick", "--json").stdout)
+        for finding in found["findings"]:
+            assert set(finding) == {"area", "name", "status", "value", "mend"}
+            assert finding["status"] in ("ok", "warn", "fail")
+            assert finding["value"]
+            assert finding["status"] == "ok" or finding["mend"]
+        statuses = [finding["status"] for finding in found["findings"]]
+        assert found["summary"] == {status: statuses.count(status) for status in ("ok", "warn", "fail")}
+        areas = {finding["area"] for finding in found["findings"]}
+        assert areas >= {"software", "engines", "sources", "caches", "machine"}
+
+    def test_a_person_sees_marks_and_how_to_mend(self) -> None:
+        output = invoke("doctor", "--quick", env={"ENGINE_LOADER_LOADER__THREADS": "0"}).output
+        assert "✓ python: " in output
+        assert "✗ settings: ENGINE_LOADER_LOADER__THREADS: loader.threads = '0'" in output
+        assert "    → engine-loader settings shows them all" in output
+        assert " 1 to mend" in output.splitlines()[-1]
+
+    def test_the_status_is_1_when_anything_fails(self) -> None:
+        assert run("doctor", "--quick", env={"VLLM_PLUGINS": ""}).returncode == 1
+
+    def test_a_tensor_is_read_back_from_every_source(self) -> None:
+        assert [(finding.name, finding.status) for finding in software.check_reading()] == [
+            ("posix", "ok"),
+            ("memory", "ok"),
+        ]
+
+
+class TestSoftware:
+    def test_versions_are_those_installed(self) -> None:
+        import torch
+
+        found = diagnose()
+        assert found["python"]["value"] == ".".join(map(str, sys.version_info[:3]))
+        assert found["torch"]["value"] == torch.__version__
+
+    def test_settings_that_are_not_the_default_are_named_with_their_origin(self) -> None:
+        found = diagnose(env={"ENGINE_LOADER_LOADER__THREADS": "3"})
+        assert found["settings"]["value"] == "loader.threads from ENGINE_LOADER_LOADER__THREADS"
+
+    def test_a_native_engine_that_was_not_built_is_a_warning_with_the_reason(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def make_engine(settings: Any) -> Any:
+            assert settings.engine == "cpp"
+            raise TransferError("the native engine was not built")
+
+        monkeypatch.setattr("engine_loader.transfer.constructor.make_engine", make_engine)
+        monkeypatch.setattr(software.shutil, "which", lambda name: None)
+        finding = only(software.check_native_engine())
+        assert finding.status == "warn"
+        assert finding.value == "the native engine was not built; the pure-Python one serves instead"
+        assert "apt-get install g++" in finding.mend
+
+    def test_an_installed_package_of_another_version_is_noticed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(software, "installed_version", lambda *names: "0.0.1")
+        found = {finding.name: finding for finding in software.check_versions()}
+        assert found["engine-loader"].status == "warn"
+        assert "0.0.1 is installed" in found["engine-loader"].value
+
+
+class TestEngines:
+    @pytest.mark.parametrize("value", ["", "other", "other,lora", "other, b10_3fs", "b10_3fs ,other"])
+    def test_vllm_plugins_that_keep_ours_out_are_found(self, value: str) -> None:
+        finding = diagnose(env={"VLLM_PLUGINS": value})["VLLM_PLUGINS"]
+        assert finding["status"] == "fail"
+        assert repr(value) in finding["value"]
+        # What is proposed is what vLLM would let through.
+        if "VLLM_PLUGINS=" in finding["mend"]:
+            assert "b10_3fs" in finding["mend"].partition("VLLM_PLUGINS=")[2].split(",")
+
+    @pytest.mark.parametrize("value", ["b10_3fs", "other,b10_3fs", None])
+    def test_vllm_plugins_that_let_ours_through_are_no_finding(self, value: str | None) -> None:
+        assert "VLLM_PLUGINS" not in diagnose(env={"VLLM_PLUGINS": value})
+
+    def test_sglang_strips_names_and_takes_an_empty_value_for_all(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for value, kept_out in (("", False), (" b10_3fs , x", False), ("x", True)):
+            monkeypatch.setenv("SGLANG_PLUGINS", value)
+            assert bool(engines._filter(engines._SGLANG)) is kept_out, value
+
+    def test_a_missing_entry_point_is_a_failure(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(engines, "entry_points", lambda **_: EntryPoints())
+        finding = engines._entry_point(engines._VLLM)
+        assert finding.status == "fail"
+        assert finding.mend.startswith("pip install engine-loader")
+
+    @pytest.mark.parametrize(
+        ("values", "expected"),
+        [
+            (["engine_loader.plugin:register"], "ok"),
+            (["other.plugin:register"], "fail"),
+            (["engine_loader.plugin:register", "other:register"], "fail"),
+        ],
+    )
+    def test_who_provides_the_entry_point(
+        self, values: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        entries = EntryPoints(EntryPoint("b10_3fs", value, "vllm.general_plugins") for value in values)
+        monkeypatch.setattr(engines, "entry_points", lambda **_: entries)
+        assert engines._entry_point(engines._VLLM).status == expected
+
+    @pytest.mark.parametrize(
+        ("version", "expected"), [("0.10.0", "fail"), ("0.10.1", "ok"), ("0.32.0+cpu", "ok"), ("1.0", "ok")]
+    )
+    def test_versions_that_have_no_plugins_yet(
+        self, version: str, expected: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(engines, "installed_version", lambda *names: version)
+        assert engines._version_finding(engines._VLLM).status == expected
+
+    def test_no_engine_at_all_is_a_warning(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(engines, "find_spec", lambda name: None)
+        assert only(engines.check_engines()).status == "warn"
+
+    def test_a_plugin_that_does_not_register_is_a_failure_with_the_engines_reason(self) -> None:
+        probe = "raise ValueError('Load format `b10_3fs` is not supported')"
+        finding = engines._run_plugins(SimpleNamespace(name="vLLM", module="vllm", probe=probe))  # type: ignore[arg-type]
+        assert finding.status == "fail"
+        assert finding.value == "not registered: ValueError: Load format `b10_3fs` is not supported"
+
+    @pytest.mark.engine
+    def test_the_real_engine_takes_the_format(self) -> None:
+        found = {finding.name: finding for finding in engines.check_engines()}
+        finding = found["vLLM --load-format b10_3fs"]
+        assert finding.status == "ok", finding
+        assert finding.value.startswith("registered: engine_loader.engines.vllm.")
+
+
+class TestSources:
+    def test_a_model_on_a_file_system(self, tmp_path: Path) -> None:
+        (tmp_path / "model.safetensors").write_bytes(checkpoint({"a": entry("U8", [1 << 20])}))
+        found = diagnose(tmp_path)
+        assert "1 file, 1.00 MiB, all can be opened" in found[str(tmp_path)]["value"]
+        assert found[f"direct IO on {tmp_path}"]["value"] == (
+            "works"
+            if sources._read_directly(str(tmp_path / "model.safetensors")) is None
+            else "not needed: a tmpfs is memory"
+        )
+
+    def test_a_directory_without_weights_is_told_by_its_file_system(self, tmp_path: Path) -> None:
+        finding = diagnose(tmp_path)[str(tmp_path)]
+        assert finding["status"] == "ok"
+        assert "no weights right here" in finding["value"]
+
+    def test_a_path_that_is_not_there(self, tmp_path: Path) -> None:
+        finding = diagnose(tmp_path / "missing")[str(tmp_path / "missing")]
+        assert finding["status"] == "fail"
+        assert "[ENOENT]" in finding["value"]
+
+    def test_direct_io_that_is_refused_is_a_warning(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sources, "_read_directly", lambda file: 22)
+        finding = sources._direct("/x", "/x/model.safetensors", Mount("/x", "fuse.thing", "s", frozenset()))
+        assert (finding.status, finding.value) == ("warn", "refused with EINVAL")
+
+    def test_a_3fs_library_that_is_none(self, tmp_path: Path) -> None:
+        (tmp_path / "libhf3fs_api_shared.so").write_text("not a library")
+        finding = diagnose(env={"HF3FS_LIB_DIR": str(tmp_path)})["usrbio"]
+        assert finding["status"] == "warn"
+        assert str(tmp_path) in finding["value"]
+
+
+class TestCaches:
+    @pytest.fixture
+    def home(self, tmp_path: Path) -> Path:
+        home = tmp_path / "home"
+        home.mkdir()
+        return home
+
+    def env(self, home: Path, **more: str) -> dict[str, str | None]:
+        names = [cache.variable for cache in caches._CACHES] + ["XDG_CACHE_HOME", "TRITON_HOME"]
+        return {**dict.fromkeys(names), "HOME": str(home), **more}
+
+    def test_defaults_resolve_as_in_the_programs_themselves(self, home: Path) -> None:
+        found = diagnose(env=self.env(home))
+        assert found["VLLM_CACHE_ROOT"]["value"].startswith(f"{home}/.cache/vllm (will be made, writable, ")
+        assert found["TRITON_CACHE_DIR"]["value"].startswith(f"{home}/.triton/cache ")
+        assert found["HF_HOME"]["value"].startswith(f"{home}/.cache/huggingface ")
+        assert found["HF_HUB_CACHE"]["value"].startswith(f"{home}/.cache/huggingface/hub ")
+
+    def test_variables_that_move_them(self, home: Path) -> None:
+        env = self.env(
+            home, XDG_CACHE_HOME=f"{home}/xdg", TRITON_HOME=f"{home}/t", HF_HOME="~/hf", VLLM_CACHE_ROOT=str(home)
+        )
+        found = diagnose(env=env)
+        assert found["VLLM_CACHE_ROOT"]["value"].startswith(f"{home} (exists, writable, ")
+        assert found["TRITON_CACHE_DIR"]["value"].startswith(f"{home}/t/.triton/cache ")
+        assert found["HF_HUB_CACHE"]["value"].startswith(f"{home}/hf/hub ")
+
+    @pytest.mark.engine
+    def test_what_vllm_and_torch_say_is_what_we_say(self, home: Path) -> None:
+        code = (
+            "import vllm.envs, torch._inductor.runtime.cache_dir_utils as c\n"
+            "import huggingface_hub.constants as h, triton.knobs as t\n"
+            "print(vllm.envs.VLLM_CACHE_ROOT, c.default_cache_dir(), t.cache.dir, h.HF_HUB_CACHE, sep='\\n')\n"
+        )
+        env = {key: value for key, value in {**os.environ, **self.env(home)}.items() if value is not None}
+        for more in ({}, {"XDG_CACHE_HOME": str(home / "xdg")}):
+            said = subprocess.run(
+                [sys.executable, "-c", code], env=env | more, capture_output=True, text=True, check=True
+            )
+            found = diagnose(env={**self.env(home), **more})
+            names = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "HF_HUB_CACHE")
+            ours = [found[name]["value"].partition(" (")[0] for name in names]
+            assert ours == said.stdout.split("\n")[-5:-1]
+
+    def test_a_directory_that_cannot_be_written_to_is_a_failure(self, home: Path) -> None:
+        # Root may write anywhere but here.
+        finding = diagnose(env=self.env(home, VLLM_CACHE_ROOT="/proc/engine-loader"))["VLLM_CACHE_ROOT"]
+        assert finding["status"] == "fail"
+        assert "cannot write" in finding["value"]
+        assert "set VLLM_CACHE_ROOT to a directory" in finding["mend"]
+
+    def test_a_file_where_a_directory_is_meant(self, home: Path) -> None:
+        (home / "file").touch()
+        for path in (home / "file", home / "file" / "below"):
+            finding = diagnose(env=self.env(home, TRITON_CACHE_DIR=str(path)))["TRITON_CACHE_DIR"]
+            assert finding["status"] == "fail"
+            assert f"{home}/file is not a directory" in finding["value"]
+
+    def test_looking_leaves_nothing_behind(self, home: Path) -> None:
+        diagnose(env=self.env(home, VLLM_CACHE_ROOT=str(home)))
+        assert list(home.iterdir()) == []
+
+    def test_a_nearly_full_disk_a_network_and_noexec(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        cache = next(cache for cache in caches._CACHES if cache.variable == "VLLM_CACHE_ROOT")
+        monkeypatch.setenv("VLLM_CACHE_ROOT", str(home))
+        monkeypatch.setattr(caches, "mount_of", lambda path: Mount("/", "ext4", "disk", frozenset({"noexec"})))
+        assert caches._check(cache).status == "fail"
+        monkeypatch.setattr(caches, "mount_of", lambda path: Mount("/", "nfs4", "server:/", frozenset()))
+        assert caches._check(cache).status == "warn"
+        assert "local disk" in caches._check(cache).mend
+        monkeypatch.setattr(caches, "mount_of", lambda path: Mount("/", "ext4", "disk", frozenset()))
+        monkeypatch.setattr(caches, "_FEW_BYTES", 1 << 62)
+        assert "nearly full" in caches._check(cache).value
+
+    def test_a_user_without_a_name_gets_torchs_own_directory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def getuser() -> str:
+            raise KeyError("uid not found")
+
+        monkeypatch.setattr(caches.getpass, "getuser", getuser)
+        assert caches._inductor().endswith(f"/torchinductor_uid_{os.getuid()}")
+
+
+class TestMachine:
+    def test_a_quota_below_the_cpus_is_a_warning(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(machine, "usable_cpus", lambda: 64)
+        monkeypatch.setattr(machine, "cgroup_cpus", lambda: 2.5)
+        finding = machine._cpus()
+        assert finding.status == "warn"
+        assert "cgroup quota 2.5" in finding.value
+
+    def test_little_memory_is_a_warning(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(machine, "memory", lambda: Memory(64 << 30, 1 << 30, 4 << 30))
+        finding = machine._memory()
+        assert finding.status == "warn"
+        assert finding.value == "1.00 GiB available of 64.0 GiB, cgroup limit 4.00 GiB"
+
+    def test_few_descriptors_are_a_warning(self) -> None:
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+        try:
+            finding = machine._descriptors()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        assert finding.status == "warn"
+        assert finding.value.startswith("256 at once, ")
+        assert "ulimit -n" in finding.mend
+
+    @pytest.mark.parametrize(
+        ("text", "expected"), [("always [madvise] never", "ok"), ("always madvise [never]", "warn")]
+    )
+    def test_huge_pages(self, text: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "enabled").write_text(text)
+        monkeypatch.setattr(machine, "_HUGE_PAGES", tmp_path / "enabled")
+        assert machine._huge_pages().status == expected
+
+    def test_a_machine_has_all_of_these(self) -> None:
+        names = [finding.name for finding in machine.check_machine()]
+        assert names == ["CPUs", "memory", "open files", "transparent huge pages", "/dev/shm"]
+        assert stat.S_ISDIR(os.stat("/dev/shm").st_mode)

@@ -1,0 +1,62 @@
+"""``engine-loader settings``."""
+
+import json
+from pathlib import Path
+
+from engine_loader.settings import describe_settings
+from tests.cli.running import invoke, run
+
+
+def test_every_setting_is_shown_with_value_origin_default_and_meaning(tmp_path: Path) -> None:
+    config = tmp_path / "settings.yaml"
+    config.write_text("loader:\n  buffer_bytes: 1GiB\n")
+    done = run("settings", env={"ENGINE_LOADER_CONFIG": str(config), "ENGINE_LOADER_LOADER__THREADS": "8"})
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert f"loader.buffer_bytes = 1 GiB  ← {config}:2 (default: 512 MiB)" in lines
+    assert "loader.threads = 8  ← ENGINE_LOADER_LOADER__THREADS (default: auto)" in lines
+    assert "loader.engine = auto" in lines
+    for name, _, meaning in describe_settings():
+        (position,) = (number for number, line in enumerate(lines) if line.startswith(f"{name} = "))
+        assert lines[position + 1].strip() == meaning
+
+
+def test_as_json_every_setting_has_its_value_in_the_type_of_the_setting(tmp_path: Path) -> None:
+    config = tmp_path / "settings.yaml"
+    config.write_text("loader:\n  buffer_bytes: 1GiB\n")
+    env = {"ENGINE_LOADER_CONFIG": str(config), "FASTSAFETENSORS_DEBUG": "1"}
+    rows = {row["name"]: row for row in json.loads(invoke("settings", "--json", env=env).stdout)}
+    assert set(rows) == {name for name, _, _ in describe_settings()}
+    assert rows["loader.buffer_bytes"] == {
+        "name": "loader.buffer_bytes",
+        "value": 1 << 30,
+        "shown": "1 GiB",
+        "default": "512 MiB",
+        "origin": f"{config}:2",
+        "variable": "ENGINE_LOADER_LOADER__BUFFER_BYTES",
+        "description": rows["loader.buffer_bytes"]["description"],
+    }
+    assert (rows["debug"]["value"], rows["debug"]["origin"]) == (True, "FASTSAFETENSORS_DEBUG")
+    assert (rows["loader.threads"]["value"], rows["loader.threads"]["shown"]) == (None, "auto")
+
+
+def test_an_unknown_setting_in_the_file_is_named_with_file_and_line(tmp_path: Path) -> None:
+    config = tmp_path / "settings.yaml"
+    config.write_text("loader:\n  treads: 8\n")
+    done = run("settings", env={"ENGINE_LOADER_CONFIG": str(config)})
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"error: {config}:2: there is no setting loader.treads; did you mean loader.threads?")
+
+
+def test_an_unknown_variable_is_named() -> None:
+    done = run("settings", "--json", env={"ENGINE_LOADER_THREADS": "8"})
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ENGINE_LOADER_THREADS: there is no such setting; did you mean ")
+
+
+def test_several_problems_are_a_line_each(tmp_path: Path) -> None:
+    env = {"ENGINE_LOADER_LOADER__THREADS": "0", "ENGINE_LOADER_DEBUG": "perhaps"}
+    lines = run("settings", env=env).stderr.splitlines()
+    assert len(lines) == 2
+    assert any(line.removeprefix("error: ").startswith("ENGINE_LOADER_DEBUG: ") for line in lines)

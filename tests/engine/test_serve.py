@@ -1,0 +1,90 @@
+"""The real `vllm serve` on CPU: the same completions as vLLM's own loader, and clean ends on bad checkpoints."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.tiny_models import make_model
+from tests.support.vllm_server import VllmServer
+
+pytestmark = pytest.mark.engine
+
+PROMPT = "the quick brown fox"
+TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+
+
+def completion(model: Path, load_format: str, *args: str, env: dict[str, str] | None = None) -> tuple[str, str]:
+    """What the server answers, and its log."""
+    with VllmServer(model, "--load-format", load_format, *args, env=env) as server:
+        text = server.complete(PROMPT, max_tokens=24)
+    return text, server.log
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model("llama", tmp_path_factory.mktemp("llama"), shards=3)
+
+
+@pytest.fixture(scope="module")
+def expected_of_llama(llama: Path) -> str:
+    return completion(llama, "auto")[0]
+
+
+def test_a_llama_in_shards_answers_as_with_vllms_loader(llama: Path, expected_of_llama: str) -> None:
+    text, log = completion(llama, "b10_3fs", "--model-loader-extra-config", '{"threads": 2}')
+    assert expected_of_llama.strip()
+    assert text == expected_of_llama
+    (line,) = [line for line in log.splitlines() if "b10_3fs: loaded" in line]
+    assert "3 files" in line
+    assert "2 threads" in line
+
+
+def test_tensor_parallel_2_answers_the_same(llama: Path, expected_of_llama: str) -> None:
+    text, log = completion(llama, "b10_3fs", "--tensor-parallel-size", "2", env=TWO_RANKS)
+    assert text == expected_of_llama
+    assert log.count("b10_3fs: loaded") == 1
+
+
+@pytest.mark.parametrize(("architecture", "shards"), [("llama-tied", 1), ("mixtral", 4)])
+def test_other_models_answer_as_with_vllms_loader(architecture: str, shards: int, tmp_path: Path) -> None:
+    model = make_model(architecture, tmp_path, shards=shards)
+    expected, _ = completion(model, "auto")
+    text, _ = completion(model, "b10_3fs")
+    assert expected.strip()
+    assert text == expected
+
+
+def test_a_shard_that_is_cut_short_ends_the_engine_with_its_name(tmp_path: Path) -> None:
+    model = make_model("llama", tmp_path, shards=2)
+    shard = model / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    log = failed_start(model)
+    assert f"{shard}: the data is cut short" in log
+
+
+def test_an_index_that_lies_ends_the_engine_with_the_tensors_name(tmp_path: Path) -> None:
+    model = make_model("llama", tmp_path, shards=2)
+    index = model / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.layers.9.no.such.weight"] = "model-00001-of-00002.safetensors"
+    index.write_text(json.dumps(content))
+    log = failed_start(model)
+    assert "the index puts 'model.layers.9.no.such.weight' into 'model-00001-of-00002.safetensors'" in log
+
+
+def test_an_unknown_option_ends_the_engine_with_the_valid_ones(tmp_path: Path) -> None:
+    log = failed_start(make_model("llama", tmp_path), "--model-loader-extra-config", '{"thread": 2}')
+    assert "there is no setting" in log
+    assert "buffer_bytes" in log
+
+
+def failed_start(model: Path, *args: str) -> str:
+    """The log of a server that must not start. (VllmServer sees to it that no process is left.)"""
+    server = VllmServer(model, "--load-format", "b10_3fs", *args, start_timeout_s=120)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"ended with status [1-9]"), server:
+        pass
+    assert time.monotonic() - began < 100
+    return server.log
