@@ -1,0 +1,241 @@
+"""The functions of b10_transfer, by their names: `import engine_loader as b10_transfer` serves a model.py with
+torch.compile as it is.
+
+They cache what torch.compile makes (inductor and Triton) under the environment's key, never raise for what can go
+wrong with a cache, and never take longer than compile_cache.restore_timeout_s and save_timeout_s. Their variables
+(B10FS_CACHE_DIR, MAX_CACHE_SIZE_MB, …) count.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import os
+import shutil
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import SettingsError
+from ..settings import CompileCacheSettings, load_settings
+from .directories import INDUCTOR, TRITON, directories_of
+from .errors import CacheError, CacheOperationInterrupted, CacheValidationError
+from .key import CacheKey, environment_key
+from .operations import Job, open_store
+from .outcome import Outcome
+from .scan import scan
+from .session import run_job
+from .space import Floor, mib, no_room_is_an_interruption
+
+__all__ = [
+    "CacheError",
+    "CacheOperationInterrupted",
+    "CacheValidationError",
+    "OperationStatus",
+    "clear_local_cache",
+    "get_cache_info",
+    "list_available_caches",
+    "load_compile_cache",
+    "save_compile_cache",
+    "transfer",
+]
+
+logger = logging.getLogger(__name__)
+
+ENGINE = "torch"
+_SCOPE = "all"
+_MB = 1 << 20
+_COPY_BYTES = 16 << 20
+
+
+class OperationStatus(enum.Enum):
+    """How an operation ended. True when a cache is in place: ``if not load_compile_cache(): …``."""
+
+    SUCCESS = "success"
+    ERROR = "error"
+    DOES_NOT_EXIST = "does_not_exist"
+    SKIPPED = "skipped"
+
+    def __bool__(self) -> bool:
+        return self in (OperationStatus.SUCCESS, OperationStatus.SKIPPED)
+
+
+_LOADED = {
+    "restored": OperationStatus.SUCCESS,
+    "complete": OperationStatus.SKIPPED,
+    "nothing": OperationStatus.DOES_NOT_EXIST,
+}
+_SAVED = {"saved": OperationStatus.SUCCESS, "complete": OperationStatus.SKIPPED}
+
+
+def load_compile_cache() -> OperationStatus:
+    """Bring what the store has for this environment into the local caches; call it before the first torch.compile.
+
+    Returns:
+        SUCCESS: something was restored. SKIPPED: everything was in place. DOES_NOT_EXIST: the store has nothing for
+            this environment.
+        ERROR: the store cannot be used or is not to be trusted, or caching is switched off; the log says why.
+    """
+    return _run("restore", _LOADED)
+
+
+def save_compile_cache() -> OperationStatus:
+    """Bring what the local caches have into the store; call it after warm-up.
+
+    Returns:
+        SUCCESS: a pack was saved. SKIPPED: the store has everything. ERROR: there is nothing to save, no room, or the
+            store cannot be
+        written; the log says why.
+    """
+    return _run("save", _SAVED)
+
+
+def clear_local_cache() -> bool:
+    """Delete inductor's local cache. False when something could not be deleted."""
+    _name_inductor_directory()
+    directory = INDUCTOR.directory()
+    try:
+        if directory.is_symlink():
+            raise CacheValidationError(f"{directory} is a symbolic link; delete what it points to yourself")
+        if directory.exists():
+            shutil.rmtree(directory)
+    except (OSError, CacheError) as error:
+        logger.warning("compile cache: %s could not be cleared: %s", directory, error)
+        return False
+    return True
+
+
+def get_cache_info() -> dict[str, Any]:
+    """What is here and what the store has for this environment; sizes (MB, of 2**20 bytes) where there is something.
+
+    Keys: environment_key, local_cache_exists, b10fs_enabled, b10fs_cache_exists, local_cache_size_mb,
+    b10fs_cache_size_mb.
+    """
+    settings = _settings()
+    key = _key(settings)
+    local = sum(file.size for file in scan((INDUCTOR, TRITON), directories_of(ENGINE)))
+    packs = [stored.size for stored in _stored(settings) if stored.key_prefix == key.prefix]
+    info: dict[str, Any] = {
+        "environment_key": key.environment,
+        "local_cache_exists": local > 0,
+        "b10fs_enabled": settings.enabled,
+        "b10fs_cache_exists": bool(packs),
+    }
+    if local:
+        info["local_cache_size_mb"] = local / _MB
+    if packs:
+        info["b10fs_cache_size_mb"] = sum(packs) / _MB
+    return info
+
+
+def list_available_caches() -> dict[str, Any]:
+    """All packs in the store, the newest first.
+
+    Keys: caches (each with filename, environment_key, size_mb, is_current_environment, created_time),
+    current_environment, total_caches, current_cache_exists, b10fs_enabled; error where the store cannot be read.
+    """
+    settings = _settings()
+    key = _key(settings)
+    result: dict[str, Any] = {"caches": [], "current_environment": key.environment, "b10fs_enabled": settings.enabled}
+    if not settings.enabled:
+        return result | {"total_caches": 0, "current_cache_exists": False, "error": "compile_cache.enabled is false"}
+    try:
+        for stored in sorted(_stored(settings), key=lambda item: item.modified, reverse=True):
+            result["caches"].append(
+                {
+                    "filename": stored.name,
+                    "environment_key": stored.key_prefix.partition("/")[0].rpartition("_")[0],
+                    "size_mb": stored.size / _MB,
+                    "is_current_environment": stored.key_prefix == key.prefix,
+                    "created_time": stored.modified,
+                }
+            )
+    except (OSError, CacheError) as error:
+        result["error"] = str(error)
+    caches = result["caches"]
+    return result | {
+        "total_caches": len(caches),
+        "current_cache_exists": any(cache["is_current_environment"] for cache in caches),
+    }
+
+
+def transfer(source: str | os.PathLike[str], dest: str | os.PathLike[str]) -> OperationStatus:
+    """Copy a file, seen under ``dest`` only when it is complete; given up before a disk is full.
+
+    Returns:
+        SUCCESS, DOES_NOT_EXIST (no such source) or ERROR; the log says why.
+    """
+    origin, target = Path(source), Path(dest)
+    if target.is_dir():
+        target = target / origin.name
+    if not origin.is_file():
+        logger.warning("transfer: %s is not there, or is no file", origin)
+        return OperationStatus.DOES_NOT_EXIST
+    unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        floor = Floor(target.parent, int(_settings().min_local_free_bytes), "compile_cache.min_local_free_bytes")
+        floor.check(origin.stat().st_size)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with no_room_is_an_interruption(target.parent), origin.open("rb") as reader, unfinished.open("wb") as writer:
+            while content := reader.read(_COPY_BYTES):
+                floor.check(len(content))
+                writer.write(content)
+        shutil.copystat(origin, unfinished)
+        unfinished.replace(target)
+    except (OSError, CacheError, SettingsError) as error:
+        logger.error("transfer: %s -> %s: %s", origin, target, error)
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        return OperationStatus.ERROR
+    return OperationStatus.SUCCESS
+
+
+def _run(action: Literal["restore", "save"], statuses: dict[str, OperationStatus]) -> OperationStatus:
+    _name_inductor_directory()
+    try:
+        settings = load_settings().settings.compile_cache
+        directories = {name: str(path) for name, path in directories_of(ENGINE).items()}
+        job = Job(action, ENGINE, _key(settings), directories, settings=settings.model_dump(mode="json"))
+        outcome = run_job(job, settings.restore_timeout_s if action == "restore" else settings.save_timeout_s)
+    except (OSError, CacheError, SettingsError) as error:
+        outcome = Outcome("failed", messages=[str(error)])
+    for message in outcome.messages:
+        logger.warning("compile cache: %s", message)
+    if outcome.files:
+        logger.info(
+            "compile cache: %s %d files, %s, in %.1f s",
+            outcome.status,
+            outcome.files,
+            mib(outcome.bytes),
+            outcome.seconds,
+        )
+    elif outcome.status == "off":
+        logger.warning("compile cache: switched off (compile_cache.enabled, BASETEN_FS_ENABLED)")
+    elif outcome.status == "nothing" and action == "save":
+        logger.warning("compile cache: there is nothing to save in %s", ", ".join(job.directories.values()))
+    return statuses.get(outcome.status, OperationStatus.ERROR)
+
+
+def _name_inductor_directory() -> None:
+    """TORCH_CACHE_DIR named the directory for b10_transfer; inductor itself looks at another variable. Triton's moves
+    in mid-process.
+    """
+    if directory := os.environ.get("TORCH_CACHE_DIR"):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", directory)
+    os.environ.setdefault("TRITON_CACHE_DIR", str(TRITON.directory()))
+
+
+def _settings() -> CompileCacheSettings:
+    _name_inductor_directory()
+    return load_settings().settings.compile_cache
+
+
+def _key(settings: CompileCacheSettings) -> CacheKey:
+    return environment_key({}, settings.scope or _SCOPE)
+
+
+def _stored(settings: CompileCacheSettings) -> list[Any]:
+    with suppress(CacheError, OSError):
+        return list(open_store(settings)[0].list())
+    return []

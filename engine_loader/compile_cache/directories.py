@@ -1,0 +1,132 @@
+"""What is cached for each engine: directories, the variables that name them, and what in them must stay at home.
+
+Read in vLLM 0.10 to 0.32, torch 2.13, Triton 3.9, and the documentation of the rest.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import translate
+from pathlib import Path
+
+STATE = ".engine_loader"
+"""Our own directory in a cache: locks, and what is being unpacked. Never packed."""
+
+_ALWAYS_OUT = (
+    f"{STATE}/*",
+    "*.tmp",
+    "*.tmp.*",
+    "*/tmp.*",
+    "tmp.*",
+    "*.lock",
+    "locks/*",
+    "*/locks/*",
+    "*/__pycache__/*",
+)
+
+
+@dataclass(frozen=True)
+class CacheRoot:
+    """A cache of one component.
+
+    Attributes:
+        name: the first part of its files' paths in packs.
+        variable: the environment variable that names its directory.
+        default: the directory where the variable is not set; "<cache>" is XDG_CACHE_HOME, "<inductor>" torch's
+            default.
+        below: what the component itself adds to the variable's value.
+        only: patterns of what is taken; empty: everything.
+        out: patterns of what is left: it holds for one machine, is no cache of compiled code, or belongs to a running
+            process.
+    """
+
+    name: str
+    variable: str
+    default: str
+    below: str = ""
+    only: tuple[str, ...] = ()
+    out: tuple[str, ...] = ()
+
+    def directory(self, environ: Mapping[str, str] | None = None) -> Path:
+        """Where it is in this process."""
+        environ = os.environ if environ is None else environ
+        value = environ.get(self.variable)
+        if not value:
+            value = self.default.replace("<inductor>", _inductor_default())
+            value = value.replace("<cache>", environ.get("XDG_CACHE_HOME") or "~/.cache")
+        return Path(os.path.abspath(os.path.expanduser(value))) / self.below
+
+    def takes(self, path: str) -> bool:
+        """Whether the file at ``path``, relative to the directory, belongs into a pack."""
+        if any(pattern.fullmatch(path) for pattern in _patterns((*_ALWAYS_OUT, *self.out))):
+            return False
+        return not self.only or any(pattern.fullmatch(path) for pattern in _patterns(self.only))
+
+
+INDUCTOR = CacheRoot("inductor", "TORCHINDUCTOR_CACHE_DIR", "<inductor>")
+TRITON = CacheRoot("triton", "TRITON_CACHE_DIR", "~/.triton/cache")
+VLLM = CacheRoot(
+    "vllm",
+    "VLLM_CACHE_ROOT",
+    "<cache>/vllm",
+    out=(
+        "gpu_p2p_access_cache_for_*",
+        "assets/*",
+        "xla_cache/*",
+        "*dummy_cache/*",
+        "modelinfos/*",
+        "*/precompiled_headers/*",
+    ),
+)
+VLLM_MODEL_INFOS = CacheRoot("vllm", "VLLM_CACHE_ROOT", "<cache>/vllm", only=("modelinfos/*.json",))
+"""One file an architecture, needed before there is an engine: it has a key of its own."""
+SHARED = (
+    INDUCTOR,
+    TRITON,
+    CacheRoot("flashinfer", "FLASHINFER_WORKSPACE_BASE", "~", below=".cache/flashinfer"),
+    CacheRoot("deep_gemm", "DG_JIT_CACHE_DIR", "~/.deep_gemm"),
+    CacheRoot("tvm_ffi", "TVM_FFI_CACHE_DIR", "~/.cache/tvm-ffi"),
+    CacheRoot("cute_dsl", "CUTE_DSL_CACHE_DIR", "~/.cache/cute_dsl"),
+    CacheRoot("tilelang", "TILELANG_CACHE_DIR", "~/.tilelang/cache"),
+    CacheRoot("helion", "HELION_CACHE_DIR", "~/.cache/helion"),
+    CacheRoot("cuda", "CUDA_CACHE_PATH", "~/.nv/ComputeCache"),
+)
+"""What several engines fill."""
+ENGINES: Mapping[str, tuple[CacheRoot, ...]] = {
+    "vllm": (VLLM, *SHARED),
+    "sglang": (CacheRoot("sglang", "SGLANG_CACHE_DIR", "<cache>/sglang"), *SHARED),
+    "torch": (INDUCTOR, TRITON),
+}
+"""Engine -> its caches; "torch" is plain torch.compile."""
+
+
+def directories_of(engine: str, environ: Mapping[str, str] | None = None) -> dict[str, Path]:
+    """Name of a cache -> its directory. One that lies inside another is taken with that one."""
+    found: dict[str, Path] = {}
+    for root in ENGINES[engine]:
+        directory = root.directory(environ)
+        if not any(directory == other or other in directory.parents for other in found.values()):
+            found[root.name] = directory
+    return found
+
+
+def _inductor_default() -> str:
+    try:
+        user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
+    except (KeyError, OSError):
+        user = f"uid_{os.getuid()}"  # a container's user without a name
+    return os.path.join(tempfile.gettempdir(), f"torchinductor_{user}")
+
+
+_compiled: dict[tuple[str, ...], list[re.Pattern[str]]] = {}
+
+
+def _patterns(texts: tuple[str, ...]) -> list[re.Pattern[str]]:
+    if texts not in _compiled:
+        _compiled[texts] = [re.compile(translate(text)) for text in texts]
+    return _compiled[texts]

@@ -1,0 +1,318 @@
+"""vLLM: when compile caches are restored and saved. Holds for 0.10.1 to 0.32.
+
+- engine process, ``Executor.__init__``: the restore starts, beside the start of workers and the loading of weights;
+  ``EngineCore._initialize_kv_caches`` waits for it, and when that returns, every rank has warmed up: the save starts.
+- worker process: ``determine_available_memory`` and ``compile_or_warm_up_model`` wait for the node's restore, since a
+  follower of a multi-node engine (--headless) has no engine process, and Ray's workers may be on nodes of their own.
+- API process: ``_LazyRegisteredModel.inspect_model_cls`` restores vLLM's descriptions of models, which saves it a
+  process.
+
+Nothing here lets an exception out, and nothing waits for longer than compile_cache.restore_timeout_s.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..compile_cache.directories import VLLM_MODEL_INFOS, directories_of
+from ..compile_cache.key import CacheKey, environment_key, module_version, python_version, short_hash
+from ..compile_cache.locks import NodeLock
+from ..compile_cache.operations import Job
+from ..compile_cache.session import Running, run_job, tell_restore, tell_save
+from ..compile_cache.use import note_use
+from ..settings import CompileCacheSettings, load_settings
+
+# Below vLLM's own logger, so that it is shown in vLLM's way and at vLLM's level.
+logger = logging.getLogger("vllm.engine_loader")
+
+RESTORE_LOCK = "restore"
+_ATTRIBUTE = "_engine_loader_cache"
+_STARTED = "_ENGINE_LOADER_CACHE_STARTED_NS"
+"""Tells the workers that a process of their node has begun the restore, and when. (No setting: the prefix differs.)"""
+_MODEL_INFOS_TIMEOUT_S = 10.0
+_SLACK_S = 5.0
+_SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL")
+_WORKER_METHODS = ("determine_available_memory", "compile_or_warm_up_model")
+
+
+class NodeSession:
+    """The restore and the save of one engine on one node."""
+
+    def __init__(self, vllm_config: Any, settings: CompileCacheSettings) -> None:
+        self.settings = settings
+        self.since_ns = time.time_ns()
+        self._key = key_of(vllm_config, settings)
+        self._directories = {name: str(path) for name, path in directories_of("vllm").items()}
+        job = Job("restore", "vllm", self._key, self._directories)
+        self._home = job.home()
+        # Taken before there are workers, so that they find it taken. Another engine of this node may have it already.
+        lock = NodeLock(self._home, RESTORE_LOCK)
+        self._running = Running(
+            job,
+            settings,
+            settings.restore_timeout_s,
+            then=functools.partial(tell_restore, logger, job, settings.directory),
+            lock=lock,
+        )
+        os.environ[_STARTED] = str(self.since_ns)
+
+    def wait(self) -> None:
+        """Return when the restore is done, or given up."""
+        passed_s = (time.time_ns() - self.since_ns) / 1e9
+        if self._running.result(max(0.0, self.settings.restore_timeout_s + _SLACK_S - passed_s)) is None:
+            logger.warning("compile cache: the restore does not end; this engine starts without it")
+
+    def save(self) -> None:
+        """Begin to save what was compiled."""
+        start_save(self._key, self.settings, self._directories, self.since_ns)
+
+
+def start_save(key: CacheKey, settings: CompileCacheSettings, directories: dict[str, str], since_ns: int) -> None:
+    """In the background, with the lowest priority. It also finds out what the cache was good for."""
+    job = Job("save", "vllm", key, directories, since_ns=since_ns, settle=True, background=True)
+    Running(job, settings, settings.save_timeout_s, then=functools.partial(tell_save, logger, job, settings.directory))
+
+
+def key_of(vllm_config: Any, settings: CompileCacheSettings) -> CacheKey:
+    """The key of an engine: this machine, and by default its model and parallel layout."""
+    parallel = vllm_config.parallel_config
+    sizes = {
+        "tp": parallel.tensor_parallel_size,
+        "pp": parallel.pipeline_parallel_size,
+        "dp": parallel.data_parallel_size,
+    }
+    scope = settings.scope
+    if scope is None:
+        model = str(vllm_config.model_config.model)
+        revision = str(getattr(vllm_config.model_config, "revision", None) or "")
+        layout = "_".join(f"{name}{size}" for name, size in sizes.items())
+        scope = f"{Path(model).name[:60]}_{short_hash(model, revision)}_{layout}"
+    local_engines = getattr(parallel, "data_parallel_size_local", 1) or 1
+    devices = (getattr(parallel, "local_world_size", None) or sizes["tp"] * sizes["pp"]) * local_engines
+    return environment_key({"vllm": module_version("vllm")}, scope, devices=devices)
+
+
+def model_infos_key() -> CacheKey:
+    """vLLM checks a description against the model's source itself; it holds on any machine."""
+    return CacheKey((("vllm", module_version("vllm")), ("python", python_version())), "model-infos")
+
+
+def register_executor() -> None:
+    """Start a restore when an executor is made."""
+    from vllm.v1.executor.abstract import Executor
+
+    def start(original: Callable[..., Any], self: Any, vllm_config: Any, *args: Any, **options: Any) -> Any:
+        session = _quietly(_start, vllm_config)
+        if session is not None:
+            object.__setattr__(self, _ATTRIBUTE, session)
+        return original(self, vllm_config, *args, **options)
+
+    _wrap(Executor, "__init__", start)
+
+
+def register_engine_core() -> None:
+    """Wait for the restore before the first compilation, and save after warm-up."""
+    from vllm.v1.engine.core import EngineCore
+
+    def around(original: Callable[..., Any], self: Any, *args: Any, **options: Any) -> Any:
+        session = getattr(getattr(self, "model_executor", None), _ATTRIBUTE, None)
+        if session is None:  # an executor of another kind
+            session = _quietly(_start, self.vllm_config)
+        if session is not None:
+            _quietly(session.wait)
+        result = original(self, *args, **options)
+        if session is not None:
+            _quietly(session.save)
+        return result
+
+    _wrap(EngineCore, "_initialize_kv_caches", around)
+
+
+def register_worker() -> None:
+    """Let workers wait for the restore of their node."""
+    try:
+        from vllm.v1.worker.worker_base import WorkerWrapperBase
+    except ImportError:  # up to 0.11
+        from vllm.worker.worker_base import WorkerWrapperBase
+
+    def around(original: Callable[..., Any], self: Any, *args: Any, **options: Any) -> Any:
+        session = _quietly(_start, self.vllm_config) if _STARTED not in os.environ else None
+        result = original(self, *args, **options)
+        _quietly(_watch, self.worker, self.vllm_config, session)
+        return result
+
+    _wrap(WorkerWrapperBase, "init_device", around)
+
+
+def register_registry() -> None:
+    """Restore vLLM's description of a model where it would start a process to make it."""
+    from vllm.model_executor.models.registry import _LazyRegisteredModel
+
+    if not hasattr(_LazyRegisteredModel, "_get_cache_filename"):
+        return  # before there was such a cache
+
+    def around(original: Callable[..., Any], self: Any, *args: Any, **options: Any) -> Any:
+        missing: Path | None = _quietly(_restore_model_info, self)
+        result = original(self, *args, **options)
+        if missing is not None:
+            _quietly(_save_model_info, missing)
+        return result
+
+    _wrap(_LazyRegisteredModel, "inspect_model_cls", around)
+
+
+def _start(vllm_config: Any) -> NodeSession | None:
+    settings = _settings()
+    return NodeSession(vllm_config, settings) if settings.enabled else None
+
+
+def _settings() -> CompileCacheSettings:
+    return load_settings().settings.compile_cache
+
+
+def _watch(worker: Any, vllm_config: Any, session: NodeSession | None) -> None:
+    """Wrap the methods of a worker that compile: before them the restore is waited for, after the last one there is
+    something to save.
+    """
+    settings = _settings()
+    if not settings.enabled:
+        return
+    began_ns = session.since_ns if session is not None else int(os.environ.get(_STARTED, time.time_ns()))
+    wait = session.wait if session is not None else functools.partial(_wait_for_node, settings, began_ns)
+    saves = session is not None or _is_follower(vllm_config, worker)
+
+    def wrapped(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def method(*args: Any, **options: Any) -> Any:
+            _quietly(wait)
+            result = original(*args, **options)
+            if name == _WORKER_METHODS[-1]:
+                _quietly(_note_use, vllm_config)
+                if saves:
+                    directories = {key: str(path) for key, path in directories_of("vllm").items()}
+                    _quietly(start_save, key, settings, directories, began_ns)
+            return result
+
+        return method
+
+    key = session._key if session is not None else key_of(vllm_config, settings) if saves else None
+    for name in _WORKER_METHODS:
+        original = getattr(worker, name, None)
+        if original is not None:
+            setattr(worker, name, wrapped(name, original))
+
+
+def _wait_for_node(settings: CompileCacheSettings, began_ns: int) -> None:
+    """Return when no process of this node restores."""
+    lock = NodeLock(directories_of("vllm")["vllm"], RESTORE_LOCK)
+    passed_s = (time.time_ns() - began_ns) / 1e9
+    if lock.acquire(max(0.0, settings.restore_timeout_s + _SLACK_S - passed_s), shared=True):
+        lock.release()
+
+
+def _is_follower(vllm_config: Any, worker: Any) -> bool:
+    """Whether this is the worker that saves for a node without an engine process."""
+    parallel = vllm_config.parallel_config
+    node = getattr(parallel, "node_rank_within_dp", None) or getattr(parallel, "node_rank", 0)
+    return bool(node) and getattr(worker, "local_rank", 0) == 0
+
+
+def _note_use(vllm_config: Any) -> None:
+    """Note which of vLLM's directories this rank uses, so that they are saved also when nothing in them is new, and
+    what is in vLLM's key.
+    """
+    root = directories_of("vllm")["vllm"]
+    config, parallel = vllm_config.compilation_config, vllm_config.parallel_config
+    inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    found = {str(getattr(config, name, "") or "") for name in ("cache_dir", "local_cache_dir")}
+    found.add(os.path.dirname(inductor) if os.path.basename(inductor) == "inductor_cache" else inductor)
+    rank = f"rank_{parallel.rank}_{getattr(parallel, 'data_parallel_index', parallel.data_parallel_rank)}"
+    note_use(root, rank, [path for path in found if path.startswith(f"{root}/")], key_factors(vllm_config))
+
+
+def key_factors(vllm_config: Any) -> dict[str, Any]:
+    """What vLLM's own keys are made of, in so far as it can be told by name; for a person who wonders about a miss."""
+    from vllm import envs
+
+    factors = getattr(envs, "compile_factors", None)
+    named = factors() if factors is not None else {k: v for k, v in os.environ.items() if k.startswith("VLLM_")}
+    environment = {name: value for name, value in named.items() if not _SECRET.search(name)}
+    configs = {}
+    for name, value in vars(vllm_config).items():
+        compute = getattr(value, "compute_hash", None)
+        if compute is not None:
+            configs[name] = str(_quietly(compute))
+    return {"env": environment, "config": configs, "model": str(vllm_config.model_config.model)}
+
+
+def _restore_model_info(model: Any) -> Path | None:
+    """The file of a description that is not there, after it was looked for in the store; else None."""
+    path = Path(model._get_cache_dir(), model._get_cache_filename())
+    if path.exists():
+        return None
+    settings = _settings()
+    if not settings.enabled:
+        return None
+    job = _model_infos_job("restore", settings)
+    outcome = run_job(job, min(_MODEL_INFOS_TIMEOUT_S, settings.restore_timeout_s))
+    for message in outcome.messages:
+        logger.warning("compile cache: %s", message)
+    if path.exists():
+        logger.info("compile cache: restored vLLM's description of the model in %.1f s", outcome.seconds)
+        return None
+    return path
+
+
+def _save_model_info(path: Path) -> None:
+    settings = _settings()
+    if path.exists() and not settings.read_only:
+        Running(_model_infos_job("save", settings), settings, settings.save_timeout_s)
+
+
+def _model_infos_job(action: Any, settings: CompileCacheSettings) -> Job:
+    directories = {VLLM_MODEL_INFOS.name: str(VLLM_MODEL_INFOS.directory())}
+    return Job(
+        action,
+        "vllm",
+        model_infos_key(),
+        directories,
+        model_infos=True,
+        background=action == "save",
+        settings=settings.model_dump(mode="json"),
+    )
+
+
+def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
+    """Put ``around(original, self, …)`` in the place of a method; once."""
+    original = getattr(owner, name)
+    if getattr(original, _ATTRIBUTE, False):
+        return
+
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **options: Any) -> Any:
+        return around(original, self, *args, **options)
+
+    setattr(method, _ATTRIBUTE, True)
+    setattr(owner, name, method)
+
+
+def _quietly(action: Callable[..., Any], *args: Any) -> Any:
+    """What ``action`` returns; None when it fails, which is a warning and no more."""
+    try:
+        return action(*args)
+    except Exception as error:
+        logger.warning(
+            "compile cache: %s: %s; the engine goes on without it "
+            "(switch it off: ENGINE_LOADER_COMPILE_CACHE__ENABLED=false)",
+            type(error).__name__,
+            error,
+            exc_info=logger.isEnabledFor(logging.DEBUG),
+        )
+        return None

@@ -1,0 +1,58 @@
+"""Small caches and stores for the tests."""
+
+import os
+import random
+from pathlib import Path
+
+from engine_loader.compile_cache.directories import INDUCTOR, TRITON
+from engine_loader.compile_cache.filesystem_store import FilesystemStore
+from engine_loader.compile_cache.key import CacheKey
+from engine_loader.compile_cache.outcome import Outcome
+from engine_loader.compile_cache.restore import restore
+from engine_loader.compile_cache.save import save
+from engine_loader.compile_cache.scan import scan
+from engine_loader.compile_cache.trust import Trust
+
+KEY = CacheKey((("torch", "2.13.0"), ("cuda", "13.0")), "model_tp1")
+OTHER_KEY = CacheKey((("torch", "2.12.0"), ("cuda", "13.0")), "model_tp1")
+SECRET = Trust(b"sixteen bytes or more")
+
+
+class Machine:
+    """A machine of a fleet: local caches, and the store that it shares with the others."""
+
+    def __init__(self, directory: Path, store: Path, trust: Trust = SECRET) -> None:
+        self.directories = {"inductor": directory / "inductor", "triton": directory / "triton"}
+        self.trust = trust
+        self.store = FilesystemStore(store, trust)
+
+    def write(self, path: str, content: bytes = b"", mtime_ns: int | None = None) -> Path:
+        """Make a file of a local cache; ``path`` as in packs."""
+        root, _, below = path.partition("/")
+        file = self.directories[root] / below
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+        if mtime_ns is not None:
+            os.utime(file, ns=(mtime_ns, mtime_ns))
+        return file
+
+    def save(self, key: CacheKey = KEY, *, most_bytes: int = 1 << 40) -> Outcome:
+        files = scan((INDUCTOR, TRITON), self.directories)
+        return save(self.store, key, self.directories, files, self.trust, threads=2, level=1, most_bytes=most_bytes)
+
+    def restore(self, key: CacheKey = KEY, *, least_free_bytes: int = 0) -> Outcome:
+        return restore(self.store, key, self.directories, self.trust, threads=2, least_free_bytes=least_free_bytes)
+
+    def content(self) -> dict[str, bytes]:
+        """Path as in packs -> content, of everything in the local caches."""
+        return {
+            file.path: os.readlink(file.local).encode() if file.link else Path(file.local).read_bytes()
+            for file in scan((INDUCTOR, TRITON), self.directories)
+        }
+
+    def packs(self, key: CacheKey = KEY) -> list[Path]:
+        return sorted(self.store.directory / stored.name for stored in self.store.list(key.prefix))
+
+
+def some_bytes(size: int, seed: int = 0) -> bytes:
+    return random.Random(seed).randbytes(size)

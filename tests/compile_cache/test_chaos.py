@@ -1,0 +1,118 @@
+"""Many processes save, restore and prune at once, and are killed at random moments. CHAOS_ROUNDS=200 takes some
+minutes.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from engine_loader.compile_cache.key import CacheKey
+from engine_loader.compile_cache.restore import read_packs
+from engine_loader.compile_cache.retention import GRACE_S, Policy, compact, prune
+from engine_loader.compile_cache.verify import verify
+from tests.compile_cache.support import SECRET, Machine, some_bytes
+
+PROCESSES = 16
+OPERATIONS = PROCESSES * int(os.environ.get("CHAOS_ROUNDS", "40"))
+KEYS = [CacheKey((("torch", "2.13.0"),), f"model-{number}") for number in range(3)]
+POLICY = Policy(days=30, keys=100, bytes=1 << 40, unfinished_s=3600)
+
+
+def content_of(name: str) -> bytes:
+    """Every file's content follows from its name, so that half a file, or another's, is found out."""
+    seed = int(name.rpartition("-")[2])
+    return some_bytes(seed % 90_000, seed)
+
+
+def work(directory: Path, store: Path, journal: Path, seed: int) -> None:
+    """Do one thing; what was saved is written to the journal when the save has returned."""
+    chance = random.Random(seed)
+    machine = Machine(directory, store)
+    key = chance.choice(KEYS)
+    action = chance.choice(["save", "save", "restore", "restore", "compact", "prune"])
+    if action == "save":
+        machine.restore(key)
+        names = [
+            f"inductor/{chance.randrange(16):x}/file-{chance.randrange(1 << 40)}"
+            for _ in range(chance.randrange(1, 12))
+        ]
+        for name in names:
+            machine.write(name, content_of(name))
+        assert machine.save(key).status in ("saved", "complete")
+        with journal.open("a") as file:
+            file.write(json.dumps({"key": key.scope, "names": names}) + "\n")
+    elif action == "restore":
+        outcome = machine.restore(key)
+        assert not outcome.messages, outcome
+        for name, content in machine.content().items():
+            assert content == content_of(name), name
+    elif action == "compact":
+        compact(machine.store, key, SECRET, level=1, more_than=3)
+    else:
+        prune(machine.store, POLICY, SECRET, now=time.time() + GRACE_S + 1 if chance.random() < 0.1 else None)
+
+
+def run(directory: Path, store: Path, journal: Path, failures: Path, seed: int) -> None:
+    try:
+        work(directory, store, journal, seed)
+    except Exception as error:
+        failures.with_name(f"failure-{seed}").write_text(repr(error))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_nothing_is_ever_half_there_and_nothing_is_lost(tmp_path: Path) -> None:
+    chance = random.Random(7)
+    context = multiprocessing.get_context("fork")
+    store, failures = tmp_path / "store", tmp_path / "failures"
+    running: dict[int, tuple[multiprocessing.process.BaseProcess, float]] = {}
+    journals: list[Path] = []
+    killed: set[int] = set()
+    started = 0
+    while started < OPERATIONS or running:
+        while len(running) < PROCESSES and started < OPERATIONS:
+            # Some machines are fresh, some have been used (and killed) before.
+            directory = tmp_path / f"machine-{chance.randrange(40)}-{chance.randrange(3)}-{started % PROCESSES}"
+            journal = tmp_path / f"journal-{started}"
+            journals.append(journal)
+            process = context.Process(target=run, args=(directory, store, journal, failures, started))
+            process.start()
+            deadline = time.monotonic() + (chance.random() * 0.15 if chance.random() < 0.4 else 1e9)
+            running[started] = (process, deadline)
+            started += 1
+        for number, (process, deadline) in list(running.items()):
+            if process.is_alive() and time.monotonic() > deadline and process.pid:
+                os.kill(process.pid, signal.SIGKILL)
+                killed.add(number)
+            if not process.is_alive():
+                process.join()
+                del running[number]
+        time.sleep(0.005)
+    assert len(killed) > started // 10
+    assert [path.read_text() for path in tmp_path.glob("failure-*")] == []
+    final = Machine(tmp_path / "final", store)
+    assert [one for one in verify(final.store, SECRET) if one.problem] == []
+    for key in KEYS:
+        messages: list[str] = []
+        packs = read_packs(final.store, key, SECRET, messages)
+        there = {file.path for pack in packs for file in pack.manifest.files}
+        saved = {
+            name
+            for journal in journals
+            if journal.exists()
+            for line in journal.read_text().splitlines()
+            if (entry := json.loads(line))["key"] == key.scope
+            for name in entry["names"]
+        }
+        assert messages == []
+        assert saved <= there, f"{len(saved - there)} files of {len(saved)} were lost"
+    left = list(final.store.unfinished())
+    prune(final.store, POLICY, SECRET, now=time.time() + 3601)
+    assert list(final.store.unfinished()) == []
+    print(f"{started} operations, {len(killed)} killed, {len(left)} leftovers cleaned up")

@@ -1,0 +1,124 @@
+"""`engine-loader compile-cache …`: what a person types, and what a program reads."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from engine_loader.cli import app
+from engine_loader.compile_cache.directories import STATE
+from engine_loader.compile_cache.explain import Verdict, note_verdict
+from engine_loader.compile_cache.key import environment_key
+from tests.compile_cache.support import some_bytes
+
+
+@pytest.fixture
+def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine of its own, with something in inductor's cache."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "vllm"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.setenv("ENGINE_LOADER_COMPILE_CACHE__DIRECTORY", str(tmp_path / "store"))
+    monkeypatch.setenv("ENGINE_LOADER_COMPILE_CACHE__MIN_LOCAL_FREE_BYTES", "0")
+    monkeypatch.setenv("ENGINE_LOADER_COMPILE_CACHE__MIN_STORE_FREE_BYTES", "0")
+    kernel = tmp_path / "inductor" / "ab" / "kernel.so"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_bytes(some_bytes(100_000))
+    return tmp_path
+
+
+def run(*arguments: str, status: int = 0) -> str:
+    result = CliRunner().invoke(app, ["compile-cache", *arguments])
+    assert result.exit_code == status, result.output
+    return result.output
+
+
+def run_json(*arguments: str, status: int = 0) -> Any:
+    result = CliRunner().invoke(app, ["compile-cache", *arguments, "--json"])
+    assert result.exit_code == status, result.output
+    return json.loads(result.stdout)
+
+
+def test_save_clear_load(local: Path) -> None:
+    assert "saved: 1 files, 97.7 KiB" in run("save", "--engine", "torch")
+    assert "deleted 1 files" in run("clear", "--engine", "torch", "--yes")
+    assert not (local / "inductor/ab/kernel.so").exists()
+    assert "restored: 1 files" in run("load", "--engine", "torch")
+    assert (local / "inductor/ab/kernel.so").read_bytes() == some_bytes(100_000)
+    assert run_json("load", "--engine", "torch")["status"] == "complete"
+
+
+def test_an_empty_store_is_told_plainly(local: Path) -> None:
+    assert "is empty" in run("list")
+    assert "is empty" in run("verify")
+    assert run_json("list") == []
+    assert run_json("load", "--engine", "torch")["status"] == "nothing"
+
+
+def test_info_shows_the_key_and_every_cache(local: Path) -> None:
+    info = run_json("info", "--engine", "torch")
+    assert info["environment"].startswith("torch-")
+    assert [(item["cache"], item["files"]) for item in info["local"]] == [("inductor", 1), ("triton", 0)]
+    assert "TORCHINDUCTOR_CACHE_DIR" in run("info", "--engine", "torch")
+
+
+def test_list_shows_a_line_for_each_key(local: Path) -> None:
+    run("save", "--engine", "torch", "--scope", "one")
+    run("save", "--engine", "torch", "--scope", "two")
+    assert {row["scope"] for row in run_json("list")} == {"one", "two"}
+    assert "one" in run("list")
+
+
+def test_verify_ends_with_1_when_a_pack_is_damaged(local: Path) -> None:
+    run("save", "--engine", "torch")
+    assert "ok" in run("verify")
+    (pack,) = (local / "store").rglob("*.tar.zst")
+    content = bytearray(pack.read_bytes())
+    content[100] ^= 1
+    pack.write_bytes(content)
+    (found,) = run_json("verify", status=1)
+    assert "refused" in found["problem"]
+    assert run_json("load", "--engine", "torch", "--scope", "all", status=0)["status"] == "complete"
+
+
+def test_prune_keeps_what_is_new(local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("save", "--engine", "torch", "--scope", "one")
+    run("save", "--engine", "torch", "--scope", "two")
+    assert "deleted 0 files" in run("prune")
+    monkeypatch.setenv("ENGINE_LOADER_COMPILE_CACHE__KEEP_KEYS", "1")
+    assert len(run_json("prune", "--dry-run")["deleted"]) == 1
+    assert len(run_json("prune")["deleted"]) == 1
+    assert len(run_json("list")) == 1
+
+
+def test_explain_tells_what_an_engine_found(local: Path) -> None:
+    assert "no engine has told" in run("explain", "--engine", "torch")
+    key = environment_key({}, "llama_tp1")
+    note_verdict(local / "inductor", key, Verdict("miss", ["VLLM_X was 1 when this cache was made, is 2 now"]))
+    assert (local / "inductor" / STATE / "last.json").is_file()
+    text = run("explain", "--engine", "torch")
+    assert "llama_tp1: miss" in text
+    assert "VLLM_X was 1 when this cache was made, is 2 now" in text
+    assert run_json("explain", "--engine", "torch")["last"]["verdict"] == "miss"
+
+
+def test_the_key_that_an_engine_used_last_is_the_default(local: Path) -> None:
+    note_verdict(local / "inductor", environment_key({}, "llama_tp1"), Verdict("hit"))
+    assert run_json("save", "--engine", "torch", "--scope", "llama_tp1")["key"].endswith("/llama_tp1")
+
+
+def test_an_engine_that_does_not_exist_and_a_scope_that_is_missing_are_errors_of_the_command_line(local: Path) -> None:
+    assert "there is no engine" in run("info", "--engine", "nope", status=2)
+    assert "name one" in run("save", "--engine", "vllm", status=2)
+
+
+def test_a_store_that_is_open_to_others_ends_with_1_and_says_what_to_do(local: Path) -> None:
+    run("save", "--engine", "torch")
+    (local / "store").chmod(0o777)
+    run("clear", "--engine", "torch", "--yes")
+    result = CliRunner().invoke(app, ["compile-cache", "load", "--engine", "torch"])
+    assert result.exit_code == 1
+    assert "chmod go-w" in result.output + result.stderr

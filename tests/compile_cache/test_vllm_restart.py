@@ -1,0 +1,151 @@
+"""The real `vllm serve` with compilation: cold, then on fresh machines that have nothing but the store."""
+
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.support.tiny_models import make_model
+from tests.support.vllm_server import VllmServer
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
+
+PROMPT = "Once upon a time"
+DONE = ("compile cache: saved", "compile cache: nothing new to save", "nothing was saved")
+NO_COMPILATION = ("Directly load AOT compilation from path",)
+COMPILATION = ("saved AOT compiled function to", "Compiling model again")
+
+
+@dataclass
+class Start:
+    """What one start of a server on a fresh machine was like; ``files`` are what its caches hold, with their mtimes."""
+
+    text: str
+    log: str
+    files: dict[str, int]
+    seconds_to_ready: float
+
+    @property
+    def init_s(self) -> float:
+        (seconds,) = re.findall(r"init engine .* took ([\d.]+) s", self.log)
+        return float(seconds)
+
+    @property
+    def restored(self) -> int:
+        return sum(map(int, re.findall(r"compile cache: restored (\d+) files", self.log)))
+
+
+class Fleet:
+    """Machines that share a model and a store, and nothing else."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.store = directory / "store"
+        self.model = make_model("llama", directory / "llama", shards=2)
+        self.machines = 0
+
+    def start(self, *args: str, eager: bool = False, **variables: str) -> Start:
+        """Serve on a machine without any cache until the compile cache has told that it is done."""
+        self.machines += 1
+        machine = self.directory / f"machine-{self.machines}"
+        for name in ("home", "tmp"):
+            (machine / name).mkdir(parents=True)
+        env = {
+            "HOME": str(machine / "home"),
+            "TMPDIR": str(machine / "tmp"),
+            "VLLM_CACHE_ROOT": str(machine / "vllm"),
+            "TORCHINDUCTOR_CACHE_DIR": None,
+            "TRITON_CACHE_DIR": None,
+            "ENGINE_LOADER_COMPILE_CACHE__ENABLED": "true",
+            "ENGINE_LOADER_COMPILE_CACHE__DIRECTORY": str(self.store),
+            **variables,
+        }
+        with VllmServer(self.model, *args, env=env, eager=eager) as server:
+            text = server.complete(PROMPT, max_tokens=12)
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline and not any(words in server.log for words in DONE):
+                time.sleep(0.2)
+        files = {
+            str(path.relative_to(machine)): path.stat().st_mtime_ns
+            for directory in ("vllm", "tmp", "home")
+            for path in (machine / directory).rglob("*")
+            if path.is_file() and "/.engine_loader/" not in str(path) and "/locks/" not in str(path)
+        }
+        compiled = {
+            file: mtime for file, mtime in files.items() if re.match("vllm/|tmp/torchinductor|home/.triton", file)
+        }
+        assert server.seconds_to_ready is not None
+        return Start(text, server.log, compiled, server.seconds_to_ready)
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Fleet:
+    return Fleet(tmp_path_factory.mktemp("fleet"))
+
+
+@pytest.fixture(scope="module")
+def cold(fleet: Fleet) -> Start:
+    return fleet.start("--load-format", "b10_3fs")
+
+
+@pytest.fixture(scope="module")
+def restored(fleet: Fleet, cold: Start) -> Start:
+    return fleet.start("--load-format", "b10_3fs")
+
+
+def test_the_first_start_compiles_and_saves(cold: Start) -> None:
+    assert "has nothing yet" in cold.log
+    assert "compile cache: miss; the store had nothing" in cold.log
+    assert "compile cache: saved" in cold.log
+    assert COMPILATION[0] in cold.log
+
+
+def test_a_start_on_the_restored_cache_compiles_nothing(cold: Start, restored: Start) -> None:
+    assert restored.text == cold.text
+    assert restored.restored > 0
+    assert all(words in restored.log for words in NO_COMPILATION)
+    assert not any(words in restored.log for words in COMPILATION)
+    assert restored.files == cold.files  # nothing was added, nothing is missing, nothing was written again
+    assert "compile cache: hit" in restored.log
+    assert "compile cache: nothing new to save" in restored.log
+
+
+def test_a_restored_start_needs_no_process_to_inspect_the_model(restored: Start) -> None:
+    assert "restored vLLM's description of the model" in restored.log
+
+
+def test_a_restored_start_is_several_times_faster(cold: Start, restored: Start) -> None:
+    """The figures are in docs/performance.md; here is only what holds on a busy machine."""
+    print(f"engine initialisation {cold.init_s:.1f} -> {restored.init_s:.1f} s ({restored.init_s / cold.init_s:.2f})")
+    print(f"ready after {cold.seconds_to_ready:.1f} -> {restored.seconds_to_ready:.1f} s")
+    assert restored.init_s < cold.init_s / 2
+
+
+def test_without_the_fix_up_the_kernels_still_come_from_the_cache(fleet: Fleet, cold: Start, restored: Start) -> None:
+    start = fleet.start("--load-format", "b10_3fs", ENGINE_LOADER_COMPILE_CACHE__FIXUPS="false")
+    assert start.text == cold.text
+    assert "Compiling model again due to a load failure" in start.log
+    assert "compile cache: partial" in start.log or "compile cache: hit" in start.log
+    print(f"engine initialisation without the fix-up {start.init_s:.1f} s ({start.init_s / cold.init_s:.2f} of cold)")
+
+
+def test_a_miss_is_explained_and_another_load_format_is_served_too(fleet: Fleet, cold: Start, restored: Start) -> None:
+    start = fleet.start(VLLM_NIXL_SIDE_CHANNEL_PORT="5601")
+    assert start.text == cold.text
+    assert "compile cache: miss" in start.log
+    assert "VLLM_NIXL_SIDE_CHANNEL_PORT was 5600 when this cache was made, is 5601 now" in start.log
+
+
+def test_a_store_that_cannot_be_used_does_not_keep_the_engine_from_starting(fleet: Fleet, cold: Start) -> None:
+    (fleet.directory / "a-file").write_text("no directory")
+    start = fleet.start(
+        "--load-format",
+        "b10_3fs",
+        eager=True,
+        ENGINE_LOADER_COMPILE_CACHE__DIRECTORY=str(fleet.directory / "a-file" / "store"),
+    )
+    assert start.text
+    assert "Not a directory" in start.log
+    assert "WARNING" in next(line for line in start.log.splitlines() if "Not a directory" in line)
