@@ -53,7 +53,8 @@ logger = logging.getLogger(__name__)
 
 _WIDE_THREADS = 8
 _MOST_WIDE_THREADS = 16
-_DIRECT_BLOCK_BYTES = 2 << 20
+# With the quarter that a block may be longer, a thread's scratch memory is one huge page.
+_DIRECT_BLOCK_BYTES = 1536 << 10
 _MOST_RINGS = 4
 _FEW_LIVE = 32
 _MANY_EXTENTS = 20_000

@@ -37,7 +37,7 @@ el_config with_defaults(el_config config) {
     config.retry_base_ms = or_default(config.retry_base_ms, 20u);
     config.retry_cap_ms = or_default(config.retry_cap_ms, 2000u);
     config.block_bytes = block_size(config.block_bytes, 4 << 20);
-    config.direct_block_bytes = block_size(config.direct_block_bytes, 2 << 20);
+    config.direct_block_bytes = block_size(config.direct_block_bytes, 1536 << 10);
     // A call costs what reading 4 KiB does; an IO of its own what reading 128 KiB does.
     config.gap_bytes = std::min(or_default<uint64_t>(config.gap_bytes, 4 << 10), kLongestGap);
     config.wide_gap_bytes = std::min(or_default<uint64_t>(config.wide_gap_bytes, 128 << 10), kLongestGap);

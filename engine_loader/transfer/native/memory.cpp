@@ -22,6 +22,7 @@
 namespace el {
 namespace {
 
+constexpr uint64_t kHugePage = 2 << 20;
 // Allocators put a header between two tensors; huge pages may span it. More would be memory that nobody asked for.
 constexpr uint64_t kBridgedGap = 64 << 10;
 // Below this, looking whether memory is fresh costs about what it saves.
@@ -34,6 +35,10 @@ uint64_t page_bytes() {
 
 uint64_t down(uint64_t value, uint64_t unit) { return value / unit * unit; }
 uint64_t up(uint64_t value, uint64_t unit) { return down(value + unit - 1, unit); }
+
+void unmap(uint64_t begin, uint64_t end) {
+    if (begin < end) munmap(reinterpret_cast<void *>(begin), end - begin);
+}
 
 bool read_text(const char *path, char *text, size_t capacity) {
     FILE *file = fopen(path, "re");
@@ -83,11 +88,21 @@ void Scratch::release() {
 char *Scratch::get(size_t bytes) {
     if (bytes <= bytes_) return memory_;
     release();
-    void *fresh = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (fresh == MAP_FAILED) return nullptr;
-    memory_ = static_cast<char *>(fresh);
-    bytes_ = bytes;
+    const uint64_t unit = bytes < kHugePage / 2 ? page_bytes() : kHugePage;
+    memory_ = map_memory(up(bytes, unit), 0);
+    if (memory_ != nullptr) bytes_ = up(bytes, unit);
     return memory_;
+}
+
+char *map_memory(uint64_t bytes, uint64_t place) {
+    void *memory = mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) return nullptr;
+    const uint64_t all = reinterpret_cast<uint64_t>(memory);
+    const uint64_t begin = all + (place - all) % kHugePage;
+    unmap(all, begin);
+    unmap(begin + bytes, all + bytes + kHugePage);
+    if (bytes >= kHugePage) madvise(reinterpret_cast<void *>(begin), bytes, MADV_HUGEPAGE);
+    return reinterpret_cast<char *>(begin);
 }
 
 void advise_huge_pages(std::vector<Range> &ranges) {

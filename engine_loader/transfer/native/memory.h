@@ -7,7 +7,8 @@
 
 namespace el {
 
-// A page-aligned buffer that grows when needed and is given back with its owner.
+// A buffer that grows when needed and is given back with its owner. It is of huge pages where it can be: direct reads into
+// small pages, which lie anywhere, are cut into many small requests (measured: 1.3 GB/s against 2.2).
 class Scratch {
   public:
     Scratch() = default;
@@ -22,6 +23,10 @@ class Scratch {
     char *memory_ = nullptr;
     size_t bytes_ = 0;
 };
+
+// Fresh memory that lies to huge pages as `place` does, of huge pages where there is room for one; nullptr when memory is
+// short. munmap gives it back.
+char *map_memory(uint64_t bytes, uint64_t place);
 
 struct Range {
     uint64_t begin;

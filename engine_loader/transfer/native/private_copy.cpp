@@ -5,50 +5,38 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include "memory.h"
+
 namespace el {
 namespace {
-
-constexpr uint64_t kHugePage = 2 << 20;
 
 uint64_t page_bytes() {
     static const uint64_t bytes = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
     return bytes;
 }
 
-// Anonymous memory that lies to huge pages as `place` does, so that it can be moved there without splitting any.
+// Memory that can be moved to `place` without splitting huge pages.
 class Spare {
   public:
-    Spare(uint64_t place, uint64_t bytes) : bytes_(bytes) {
-        void *memory = mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (memory == MAP_FAILED) return;
-        const uint64_t begin = reinterpret_cast<uint64_t>(memory);
-        begin_ = begin + (place - begin) % kHugePage;
-        unmap(begin, begin_);
-        unmap(begin_ + bytes, begin + bytes + kHugePage);
-        if (bytes >= kHugePage) madvise(get(), bytes, MADV_HUGEPAGE);
-    }
+    Spare(uint64_t place, uint64_t bytes) : memory_(map_memory(bytes, place)), bytes_(bytes) {}
     ~Spare() {
-        if (begin_ != 0) unmap(begin_, begin_ + bytes_);
+        if (memory_ != nullptr) munmap(memory_, bytes_);
     }
     Spare(const Spare &) = delete;
     Spare &operator=(const Spare &) = delete;
 
-    char *get() const { return reinterpret_cast<char *>(begin_); }
+    char *get() const { return memory_; }
 
     int move_to(uint64_t place) {
-        void *moved = mremap(get(), bytes_, bytes_, MREMAP_MAYMOVE | MREMAP_FIXED, reinterpret_cast<void *>(place));
-        if (moved == MAP_FAILED) return errno;
-        bytes_ = 0;  // another thread's memory may lie here now
+        void *to = reinterpret_cast<void *>(place);
+        if (mremap(memory_, bytes_, bytes_, MREMAP_MAYMOVE | MREMAP_FIXED, to) == MAP_FAILED) return errno;
+        memory_ = nullptr;  // another thread's memory may lie there now
         return 0;
     }
 
   private:
-    static void unmap(uint64_t begin, uint64_t end) {
-        if (begin < end) munmap(reinterpret_cast<void *>(begin), end - begin);
-    }
-
-    uint64_t begin_ = 0;
-    uint64_t bytes_;
+    char *memory_;
+    const uint64_t bytes_;
 };
 
 // A memcpy by the kernel, which answers EFAULT where touching a page would be a SIGBUS.

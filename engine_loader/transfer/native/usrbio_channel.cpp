@@ -141,6 +141,7 @@ bool Channel::make_buffer(const UsrbioConfig &config, UsrbioFailure &failure) {
         return false;
     }
     buffer_made_ = true;
+    library_->iovunlink(&iov_);  // the daemon has it open; a crash leaves nothing in /dev/shm
     const int error = make_present(reinterpret_cast<char *>(iov_.base), bytes);
     if (error != 0) {
         failure = {EL_USRBIO_MEMORY, error};

@@ -1,0 +1,67 @@
+"""An emulator of 3FS's user-space I/O: libhf3fs_api_shared.so over pread.
+
+It is for trying and testing the 3FS path without a cluster: strict where the real library is, and with faults, a
+latency and a link of some bandwidth on demand (options in emulator.h, ways to set them in options.c).
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+from ..errors import EngineLoaderError
+
+LIBRARY_NAME = "libhf3fs_api_shared.so"
+_SOURCES = ("options.c", "files.c", "buffers.c", "rings.c", "daemon.c")
+_FLAGS = ("-std=gnu11", "-O2", "-g", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra")
+# The real name, so that whatever needs the real library is satisfied; never unloaded, as its threads may still run.
+_LINK_FLAGS = (f"-Wl,-soname,{LIBRARY_NAME}", "-Wl,-z,nodelete")
+
+
+class EmulatorBuildError(EngineLoaderError):
+    """The emulator could not be built; the message says why."""
+
+
+def build_emulator(directory: str | os.PathLike[str]) -> Path:
+    """Compile the emulator into ``directory`` (made if it is missing); returns the library's path.
+
+    Raises:
+        EmulatorBuildError: there is no C compiler, or it failed.
+    """
+    compiler = _find_compiler()
+    library = Path(directory).absolute() / LIBRARY_NAME
+    unfinished = library.with_suffix(f".{os.getpid()}.tmp")
+    here = Path(__file__).parent
+    command = [
+        *compiler,
+        *_FLAGS,
+        *(str(here / name) for name in _SOURCES),
+        "-o",
+        str(unfinished),
+        *_LINK_FLAGS,
+        "-lrt",
+    ]
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise EmulatorBuildError(f"{compiler[0]} could not build the 3FS emulator:\n{done.stderr.strip()}")
+        unfinished.replace(library)
+    except OSError as error:
+        raise EmulatorBuildError(f"could not build the 3FS emulator: {error}") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return library
+
+
+def _find_compiler() -> list[str]:
+    chosen = os.environ.get("CC")
+    if chosen:
+        return shlex.split(chosen)
+    for name in ("cc", "gcc", "clang"):
+        if shutil.which(name):
+            return [name]
+    raise EmulatorBuildError("no C compiler was found (tried cc, gcc, clang; set CC to name another)")

@@ -1,0 +1,143 @@
+/* What the parts of the emulator share. One mutex guards all of it. */
+#ifndef EMULATOR_H
+#define EMULATOR_H
+
+#include <limits.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <sys/types.h>
+
+#include "hf3fs_abi.h"
+
+/* Options; all are numbers but the mount. `*_every` = n picks every n-th one; 0: none. */
+struct options {
+    int64_t latency_us;   /* of each IO */
+    int64_t jitter_us;    /* up to so much is added to the latency */
+    int64_t bandwidth;    /* bytes per second of the link that all IOs of the process share; 0: no limit */
+    int64_t threads;      /* of the daemon */
+    int64_t eager_every;  /* preps that start IOs before they are submitted */
+    int64_t error;        /* errno of failing IOs */
+    int64_t error_every;
+    int64_t short_every;  /* IOs that come back short */
+    int64_t zero_every;   /* IOs that come back empty before the end of the file */
+    int64_t hole_at;      /* a hole in every file: reads stop there */
+    int64_t hole_bytes;
+    int64_t hang_every;   /* IOs that never complete */
+    int64_t late_every;   /* IOs that are carried out late_ms later */
+    int64_t late_ms;
+    int64_t full_every;   /* preps that find the ring full before it is */
+    int64_t buffer_every; /* buffers that cannot be registered: EACCES for every IO into them */
+    int64_t dead;         /* the daemon is gone: nothing completes any more */
+    int64_t die_after;    /* the daemon dies after so many IOs */
+    int64_t iov_error;    /* errno of iovcreate */
+    int64_t ior_error;    /* errno of iorcreate */
+    int64_t register_error;
+    int64_t seed;
+    int64_t dma;          /* bytes come as a NIC's do, at no cost of CPU: pages are mapped where that can be */
+    char mount[PATH_MAX]; /* what is taken for 3FS: this directory and all below it */
+};
+
+struct counters {
+    int64_t rings, iovs, registrations, threads, in_flight; /* at this moment */
+    int64_t ios, bytes, rings_made, iovs_made, batches, max_in_flight, errors, violations;
+};
+
+/* A buffer as the daemon sees it: a mapping of its own, so that a late read hurts nobody after the client unmapped its. */
+struct buffer {
+    struct buffer *next;
+    uint8_t id[16];
+    uint8_t *memory;
+    size_t size, block_size;
+    int references;
+    bool wrapped, refused;
+    char shm_name[64];
+    char link[PATH_MAX];
+};
+
+/* A registered descriptor; read through a duplicate, as 3FS reads by inode. */
+struct registered {
+    int fd, dup_fd, references, access;
+};
+
+struct batch {
+    int missing, count;
+    struct io *ios;
+};
+
+struct io {
+    struct io *next; /* in a queue */
+    struct io *batch_next;
+    struct ring *ring;
+    struct batch *batch;
+    struct registered *file;
+    struct buffer *buffer;
+    size_t buffer_offset, offset;
+    uint8_t *client; /* the client's own view of the buffer */
+    uint64_t length;
+    const void *userdata;
+    int slot;
+    int64_t result, due_ns;
+    bool carried_out, late;
+    int64_t number;
+};
+
+struct ring {
+    struct ring *next;
+    pthread_cond_t completed;
+    int entries, io_depth, timeout, free_slots;
+    bool for_read, destroyed;
+    bool *slot_taken;
+    struct io *queued, **queued_end;
+    int queued_count;
+    struct hf3fs_cqe *cqes;
+    int cqe_count;
+    int busy; /* IOs that the daemon holds */
+    atomic_int preparing, reaping;
+};
+
+struct emulator {
+    pthread_mutex_t lock;
+    pthread_cond_t work;
+    struct options options;
+    struct counters counters;
+    struct ring *rings;
+    struct buffer *buffers;
+    struct registered **files;
+    int max_files;
+    struct io *ready, **ready_end; /* to be carried out */
+    struct io *hung;               /* never completed, until their ring is destroyed */
+    struct io **due;               /* heap: wait for their time */
+    int due_count, due_capacity;
+    int64_t link_free_ns;
+    uint64_t random;
+    pid_t pid;
+    int64_t preps;
+};
+
+extern struct emulator emulator;
+
+void lock(void);
+void unlock(void);
+int64_t now_ns(void);
+uint64_t random_below(uint64_t limit);
+void violation(const char *what);
+
+/* options.c */
+int parse_options(const char *text);
+void read_control_file(void);
+
+/* buffers.c */
+struct buffer *find_buffer(const struct hf3fs_iov *iov);
+void release_buffer(struct buffer *buffer);
+void forget_wrapped_buffers(void);
+
+/* files.c */
+void release_file(struct registered *file);
+
+/* daemon.c: with the lock held */
+void start_batches(struct ring *ring);
+void start_workers(void);
+void free_ring_if_idle(struct ring *ring);
+void forget_hung(struct ring *ring);
+
+#endif
