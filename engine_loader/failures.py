@@ -59,8 +59,6 @@ def end_of_file(path: str, offset: int, size: int) -> TransferError:
 
 def deadline_passed(path: str, offset: int, seconds: float) -> TransferError:
     """The error for a read that made no progress for ``seconds``."""
-    error = TransferError(
-        f"no byte came for {seconds:g} s", file=path, offset=offset, hint=_HINTS[errno.ETIMEDOUT]
-    )
+    error = TransferError(f"no byte came for {seconds:g} s", file=path, offset=offset, hint=_HINTS[errno.ETIMEDOUT])
     error.errno = errno.ETIMEDOUT
     return error

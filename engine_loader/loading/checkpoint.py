@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
@@ -10,12 +11,13 @@ import torch
 from ..errors import CheckpointError, TensorNotFoundError
 from ..formats.hf_index import ShardIndex
 from ..formats.safetensors import TensorInfo
+from ..formats.sharded_state import ShardRank
 from ..report.load import LoadReport
 from ..settings import LoaderSettings, load_settings
 from ..sources.constructor import make_source
 from ..transfer.plan import ExtentRow
 from .geometry import contiguous_strides, view_extents
-from .locate import OpenFiles, PathLike, open_files
+from .locate import OpenFiles, PathLike, open_files, sharded_files
 from .reader import Reader
 from .slices import TensorSlice
 from .targets import check_target, check_targets_apart
@@ -27,16 +29,20 @@ def open_checkpoint(
     device: str | torch.device = "cpu",
     backend: str = "auto",
     files: Mapping[str, bytes | bytearray | memoryview] | None = None,
+    rank: int | None = None,
+    pipeline_rank: int = 0,
     **options: Any,
 ) -> Checkpoint:
     """Open a checkpoint for reading; use it as a context manager.
 
     Args:
-        path: a .safetensors file, a Hugging Face directory with or without model.safetensors.index.json, or a list of
-            files.
+        path: a .safetensors file, a Hugging Face directory with or without model.safetensors.index.json, the directory
+            of a sharded_state checkpoint, or a list of files.
         device: where tensors are put.
         backend: "auto", "posix" (mounted file systems), "usrbio" (3FS past its mount) or "memory".
         files: for the memory backend, path -> content.
+        rank: of a sharded_state checkpoint, whose part (the tensor-parallel rank); needed where it has several.
+        pipeline_rank: the same for its pipeline stages.
         options: settings of the loader by name, e.g. ``threads=8`` or ``buffer_bytes="1GiB"``; they override the
             environment and the YAML file (see ``engine-loader settings``).
 
@@ -54,6 +60,9 @@ def open_checkpoint(
     if backend == "auto":
         backend = settings.backend if files is None else "memory"
     source = make_source(backend, files, settings)
+    if isinstance(path, str | os.PathLike):
+        wanted = None if rank is None else ShardRank(pipeline_rank, rank)
+        path = sharded_files(source, os.fspath(path), wanted, settings.sharded_pattern) or path
     return Checkpoint(open_files(source, path), source.name, settings, place)
 
 
@@ -167,7 +176,7 @@ class Checkpoint:
         pairs = [(self.info(name), target) for name, target in targets.items()]
         for info, target in pairs:
             check_target(info, target)
-        direct = [(info, target.detach()) for info, target in pairs if target.device.type == "cpu"]
+        direct = [pair for pair in pairs if pair[1].device.type == "cpu"]
         check_targets_apart(direct)
         self._read(direct)
         report = report or LoadReport()
@@ -193,14 +202,18 @@ class Checkpoint:
         """Read whole tensors into CPU memory."""
         extents: list[ExtentRow] = []
         for info, target in pairs:
+            number, address = self._reader.file_number(info), target.data_ptr()
+            if target.is_contiguous():
+                extents.append((number, 1, info.offset, info.nbytes, 0, address, 0))
+                continue
             extents += view_extents(
-                self._reader.file_number(info),
+                number,
                 info.offset,
                 target.dtype.itemsize,
                 target.shape,
                 src_strides=contiguous_strides(target.shape),
                 dst_strides=target.stride(),
-                address=target.data_ptr(),
+                address=address,
             )
         self._reader.read(extents, [target for _, target in pairs])
 

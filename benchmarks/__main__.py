@@ -1,0 +1,13 @@
+"""Runs the benchmarks of loading one after the other: python -m benchmarks (make bench)."""
+
+import subprocess
+import sys
+
+MODULES = ("read", "gil", "small_tensors", "direct", "usrbio", "compile_cache")
+
+if __name__ == "__main__":
+    for module in sys.argv[1:] or MODULES:
+        print(f"\n## {module}\n", flush=True)
+        status = subprocess.run([sys.executable, "-m", f"benchmarks.{module}"], check=False).returncode
+        if status:
+            sys.exit(status)
