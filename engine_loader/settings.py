@@ -77,6 +77,12 @@ class LoaderSettings(_Group):
         description="How weights reach the model: read straight into its parameters, only what this rank keeps "
         "(direct), or handed to the engine as whole tensors (stream); auto is direct where that can serve.",
     )
+    sharded_pattern: str | None = Field(
+        default=None,
+        max_length=200,
+        description="Names of the files of a sharded_state checkpoint, with {rank} (or {tp_rank}), {pp_rank} and "
+        "{part}; auto: vLLM's, where the directory has such files.",
+    )
     engine: Literal["auto", "cpp", "python", "mock"] = Field(
         default="auto",
         description="What moves the bytes: the native engine (cpp) or the pure-Python one; mock is python.",
@@ -129,10 +135,17 @@ class LoaderSettings(_Group):
         description="Where libhf3fs_api_shared.so is; auto: LD_LIBRARY_PATH, or beside the installed hf3fs_py_usrbio.",
     )
 
-    @field_validator("threads", "usrbio_rings", "hf3fs_lib_dir", mode="before")
+    @field_validator("threads", "usrbio_rings", "hf3fs_lib_dir", "sharded_pattern", mode="before")
     @classmethod
     def _auto_is_none(cls, value: Any) -> Any:
         return None if value == "auto" else value
+
+    @field_validator("sharded_pattern")
+    @classmethod
+    def _is_pattern(cls, value: str | None) -> str | None:
+        from .formats.sharded_state import check_pattern
+
+        return None if value is None else check_pattern(value)
 
 
 class CompileCacheSettings(_Group):

@@ -14,7 +14,7 @@ BASE = {"errors", "failures", "settings", "machine"}
 STEPS: dict[str, set[str]] = {
     "errors": set(),
     "failures": {"errors"},
-    "settings": {"errors"},
+    "settings": {"errors", "formats"},
     "machine": {"errors"},
     "formats": {"errors", "failures"},
     "sources": BASE | {"formats"},

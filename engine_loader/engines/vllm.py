@@ -26,6 +26,7 @@ from ..loading.explain import Explanation
 from ..loading.weights import stream_weights
 from ..plugin import LOAD_FORMAT
 from ..settings import load_settings
+from .vllm_sharded import files_of_this_rank, fill_state, tie_as_saved
 
 # Below vLLM's own logger, so that it is shown in vLLM's way and at vLLM's level.
 logger = logging.getLogger("vllm.engine_loader")
@@ -77,9 +78,21 @@ class B10ModelLoader(DefaultModelLoader):
             raise SettingsError(f"mode: direct cannot serve here: {obstacle}; set mode to auto or stream")
         self._note = f"streamed: {obstacle}" if obstacle else None
         if mode == "stream" or obstacle:
-            super().load_weights(model, model_config)
+            self._fill(model, model_config)
             return
         self._load_directly(model, model_config, DirectLoad(model, expects=_expects(model)))
+
+    def _fill(self, model: torch.nn.Module, model_config: Any) -> None:
+        """Have the engine's code put the weights into the model."""
+        directory = getattr(model_config, "model_weights", None) or model_config.model
+        files = files_of_this_rank(directory, self._reader_settings)
+        if files is None:
+            super().load_weights(model, model_config)
+            return
+        tie_as_saved(model, model_config, files, self._reader_settings)
+        weights = self._weights(default_loader.safetensors_weights_iterator)(files, self.load_config.use_tqdm_on_load)
+        with torch.no_grad():
+            fill_state(model, weights, directory)
 
     def explain(self, model: torch.nn.Module, model_config: Any) -> Explanation:
         """What ``load_weights`` would read of which tensor, in direct mode. The model is not filled."""
@@ -93,7 +106,7 @@ class B10ModelLoader(DefaultModelLoader):
         self.last_load = load
         with load as self._direct:
             try:
-                super().load_weights(model, model_config)
+                self._fill(model, model_config)
             finally:
                 self._direct = None
 
@@ -147,7 +160,8 @@ def _obstacle_to_direct(model: torch.nn.Module) -> str | None:
 
 
 def _expects(model: torch.nn.Module) -> Callable[[str], bool]:
-    """Whether a tensor, by its name in the checkpoint, is of a layer of this pipeline stage, as far as that can be told."""
+    """Whether a tensor, by its name in the checkpoint, is of a layer of this pipeline stage, as far as that can be
+    told."""
     from vllm.model_executor.models.utils import is_pp_missing_parameter
 
     return lambda name: not is_pp_missing_parameter(name, model)

@@ -1,7 +1,8 @@
-"""Direct mode: the engine's copies are recorded, planned, and carried out straight into the parameters while recording goes on.
+"""Direct mode: the engine's copies are recorded, planned, and carried out straight into the parameters while recording
+goes on.
 
-What an engine's ``load_weights`` copies where is known before a byte is read, so only the bytes that this rank keeps are read, and each goes
-where it belongs in one pass.
+What an engine's ``load_weights`` copies where is known before a byte is read, so only the bytes that this rank keeps
+are read, and each goes where it belongs in one pass.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from .reader import Reader
 from .recording import (
     LiveOrigins,
     Origin,
-    RecordingTensor,
     SettleBeforeRead,
     SettleBeforeUse,
     reason,
@@ -42,7 +42,8 @@ _T = TypeVar("_T")
 # A batch is handed to the engine's threads when it is worth their while.
 _BATCH_BYTES = 32 << 20
 _BATCH_EXTENTS = 1024
-# Tensors up to this size are read in one go before recording starts: scales and norms are often looked at, not copied, one by one.
+# Tensors up to this size are read in one go before recording starts: scales and norms are often looked at, not copied,
+# one by one.
 _SMALL_BYTES = 16 << 10
 _SMALL_TOTAL_BYTES = 16 << 20
 SMALL = "it is small"
@@ -105,14 +106,16 @@ class LoadObserver(Protocol):
 
 
 class DirectLoad:
-    """One load in direct mode: a context manager around the engine's ``load_weights``, at whose end every parameter is complete.
+    """One load in direct mode: a context manager around the engine's ``load_weights``, at whose end every parameter is
+    complete.
 
-    It must be entered before the engine's code runs and left after it: what it does to torch meanwhile (see ``SettleBeforeUse``) is a
-    stack that the engine's own contexts lie on.
+    It must be entered before the engine's code runs and left after it: what it does to torch meanwhile (see
+    ``SettleBeforeUse``) is a stack that the engine's own contexts lie on.
 
     Args:
         module: the model; what a loader stored in it as a recording tensor is replaced at the end.
-        expects: whether this rank will want a tensor, as far as one can tell; others are not read before the engine asks.
+        expects: whether this rank will want a tensor, as far as one can tell; others are not read before the engine
+            asks.
         observer: is told what happens.
         execute: False: nothing is copied into the model; only what the engine needs as data is read.
 

@@ -15,7 +15,8 @@ from ..transfer.plan import ExtentRow
 from .direct import SMALL
 
 GAP_BYTES = 4 << 10
-"""Unwanted bytes between two wanted runs that are read through from the page cache: what a call of preadv costs, in bytes of a copy."""
+"""Unwanted bytes between two wanted runs that are read through from the page cache: what a call of preadv costs, in
+bytes of a copy."""
 WIDE_GAP_BYTES = 128 << 10
 """The same from storage: what a read's latency costs, in bytes of its bandwidth. (Both: native/engine.cpp.)"""
 _ALIGNMENT = 4096
@@ -41,8 +42,8 @@ class TensorPlan:
         read_bytes: what is read from the source, gaps and alignment included.
         extents: pieces that its copies are made of.
         reads: separate places in the file that are read.
-        ways: how it is read: "whole", "rows" (one piece of it), "runs" (many pieces), "read through" (many pieces, gaps included),
-            "as data", "small" (with all small ones, before recording starts).
+        ways: how it is read: "whole", "rows" (one piece of it), "runs" (many pieces), "read through" (many pieces,
+            gaps included), "as data", "small" (with all small ones, before recording starts).
         why: what it was needed as data for, if it was.
     """
 
@@ -131,7 +132,15 @@ class Explanation:
         for plan in self.tensors.values():
             for key in (plan.kind, "all"):
                 row = kinds.setdefault(key, dict.fromkeys(_COLUMNS, 0))
-                values = (1, int(not plan.ways), plan.info.nbytes, plan.kept_bytes, plan.read_bytes, plan.extents, plan.reads)
+                values = (
+                    1,
+                    int(not plan.ways),
+                    plan.info.nbytes,
+                    plan.kept_bytes,
+                    plan.read_bytes,
+                    plan.extents,
+                    plan.reads,
+                )
                 for column, value in zip(_COLUMNS, values, strict=True):
                     row[column] += value
         return dict(sorted(kinds.items(), key=lambda item: (item[0] == "all", -item[1]["file_bytes"])))

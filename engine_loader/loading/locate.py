@@ -15,6 +15,7 @@ from ..errors import CheckpointError
 from ..failures import RETRYABLE, end_of_file, io_error
 from ..formats.hf_index import INDEX_NAME, MAX_INDEX_BYTES, ShardIndex, parse_index
 from ..formats.safetensors import LENGTH_BYTES, Header, TensorInfo, header_length, parse_header
+from ..formats.sharded_state import ShardRank, shards_by_rank, shards_of
 from ..sources.protocol import Source, SourceFile
 
 PathLike = str | os.PathLike[str]
@@ -115,6 +116,37 @@ def locate(source: Source, path: PathLike | Sequence[PathLike]) -> tuple[list[st
     if not weights:
         raise CheckpointError("no .safetensors file in this directory", file=text, hint=_what_is_there(names))
     return [os.path.join(text, name) for name in weights], None
+
+
+def sharded_files(source: Source, path: str, rank: ShardRank | None, pattern: str | None) -> list[str]:
+    """One rank's files of a sharded_state checkpoint; empty where ``path`` is none.
+
+    Args:
+        source: where to look.
+        path: a directory.
+        rank: whose files; None where there is only one.
+        pattern: of their names; None: vLLM's.
+
+    Raises:
+        CheckpointError: there are several ranks, or not this one.
+    """
+    if not source.is_dir(path):
+        return []
+    names = source.list(path)
+    shards = {} if INDEX_NAME in names and pattern is None else shards_by_rank(names, pattern)
+    if not shards:
+        if rank is not None:
+            raise CheckpointError(
+                "this is no sharded_state checkpoint, so there are no ranks to choose from", file=path
+            )
+        return []
+    if rank is None and len(shards) > 1:
+        raise CheckpointError(
+            f"this is a sharded_state checkpoint of {len(shards)} ranks",
+            file=path,
+            hint="say which: open_checkpoint(…, rank=0)",
+        )
+    return [os.path.join(path, name) for name in shards_of(shards, rank or next(iter(shards)), None, path)]
 
 
 def read_index(source: Source, directory: str) -> ShardIndex:

@@ -1,8 +1,10 @@
-"""Recording tensors: stand-ins that an engine's own ``load_weights`` runs over, so that its copies are known before a byte is read.
+"""Recording tensors: stand-ins that an engine's own ``load_weights`` runs over, so that its copies are known before a
+byte is read.
 
-A recording tensor has the shape, strides and type of a tensor of the checkpoint, and no data. Views of it (narrow, slice, transpose, …) are
-tracked as geometry. A ``copy_`` of the same type into real memory is handed to a ``CopySink`` as "these bytes of this file go there".
-Anything else reads the tensor and goes on with real data, so the result is always right.
+A recording tensor has the shape, strides and type of a tensor of the checkpoint, and no data. Views of it (narrow,
+slice, transpose, …) are tracked as geometry. A ``copy_`` of the same type into real memory is handed to a ``CopySink``
+as "these bytes of this file go there". Anything else reads the tensor and goes on with real data, so the result is
+always right.
 """
 
 from __future__ import annotations
@@ -26,13 +28,40 @@ aten = torch.ops.aten
 
 _VIEWS = frozenset(
     getattr(aten, name)
-    for name in (
-        "alias as_strided chunk detach diagonal expand flatten movedim narrow permute reshape select slice split split_with_sizes "
-        "squeeze swapaxes t transpose unbind unflatten unfold unsafe_split _unsafe_view _reshape_alias unsqueeze view view_as"
-    ).split()
+    for name in [
+        "alias",
+        "as_strided",
+        "chunk",
+        "detach",
+        "diagonal",
+        "expand",
+        "flatten",
+        "movedim",
+        "narrow",
+        "permute",
+        "reshape",
+        "select",
+        "slice",
+        "split",
+        "split_with_sizes",
+        "squeeze",
+        "swapaxes",
+        "t",
+        "transpose",
+        "unbind",
+        "unflatten",
+        "unfold",
+        "unsafe_split",
+        "_unsafe_view",
+        "_reshape_alias",
+        "unsqueeze",
+        "view",
+        "view_as",
+    ]
     if hasattr(aten, name)
 )
-# These read and copy where no view will do. (Mostly torch takes them apart before they get here; in inference mode it does not.)
+# These read and copy where no view will do. (Mostly torch takes them apart before they get here; in inference mode it
+# does not.)
 _READING_VIEWS = frozenset({aten.reshape, aten.flatten})
 _T = torch.Tensor
 _SET_DATA = _T.data.__set__  # type: ignore[attr-defined]
@@ -76,6 +105,10 @@ _TURNS = frozenset(
 )
 
 
+_LOOKED_AT = _OPENS | _READS | _TURNS
+_without_subclasses = torch._C.DisableTorchFunctionSubclass
+
+
 class _Reason(threading.local):
     """What the data of a recording tensor was last needed for, e.g. "aten::mul.Tensor"."""
 
@@ -89,11 +122,13 @@ class CopySink(Protocol):
     """Where recorded copies go."""
 
     def copy(self, target: torch.Tensor, origin: Origin, view: torch.Tensor) -> bool:
-        """Take over copying ``view`` (geometry within the origin, a meta tensor) into ``target``; False: the caller must do it."""
+        """Take over copying ``view`` (geometry within the origin, a meta tensor) into ``target``; False: the caller
+        must do it."""
         ...
 
     def settle(self, tensor: torch.Tensor) -> None:
-        """Return when no copy into the tensor's memory is pending; where it is not known where that is, when none is."""
+        """Return when no copy into the tensor's memory is pending; where it is not known where that is, when none
+        is."""
         ...
 
     def opened(self, tensor: torch.Tensor) -> None:
@@ -191,7 +226,9 @@ class RecordingTensor(torch.Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        args, kwargs = _with_data(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        if func in _LOOKED_AT:
+            args, kwargs = _with_data(func, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -214,10 +251,6 @@ def recording_tensor(info: TensorInfo, sink: CopySink) -> RecordingTensor:
 def dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Carry out an operation of which at least one argument is a recording tensor."""
     packet = func._overloadpacket
-    if torch.Tag.inplace_view in func.tags and isinstance(args[0], RecordingTensor):
-        if packet is aten.detach_:
-            return args[0]
-        raise NotImplementedError(f"{func} on {args[0]!r}, past torch's functions: set the loader's mode to stream")
     if packet in _VIEWS and type(args[0]) is RecordingTensor:
         tracked = _track_view(func, args[0], args[1:], kwargs)
         if tracked is not None:
@@ -227,6 +260,10 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if source.origin.data is None and source.origin.sink.copy(target, source.origin, source.view_of_origin):
             return target
         source.origin.sink.settle(target)
+    if torch.Tag.inplace_view in func.tags and isinstance(args[0], RecordingTensor):
+        if packet is aten.detach_:
+            return args[0]
+        raise NotImplementedError(f"{func} on {args[0]!r}, past torch's functions: set the loader's mode to stream")
     reason.text = func.name()
     positions, names = _shared_arguments(func)
     real_args = [_real(argument, shared=at in positions) for at, argument in enumerate(args)]
@@ -286,13 +323,17 @@ def _bytes_of(view: torch.Tensor) -> tuple[int, int]:
 class SettleBeforeUse(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While it is active, an operation on memory into which copies are pending waits for them.
 
-    Views are let through: they read nothing. It sees what its own thread does; copies from recording tensors in other threads are done
-    at once.
+    Views are let through: they read nothing. It sees what its own thread does; copies from recording tensors in other
+    threads are done at once.
     """
 
     def __init__(self, sink: CopySink) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._sink = sink
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and to say so costs microseconds with every call
 
     def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -325,7 +366,12 @@ class SettleBeforeRead(TorchFunctionMode):
         self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _OPENS or func in _READS or func in _TURNS:
+        # This is called for every attribute of every tensor, so it must be short.
+        if func not in _LOOKED_AT:
+            if len(types) == 1 and types[0] is RecordingTensor:
+                with _without_subclasses():
+                    return func(*args, **kwargs)
+        else:
             args, kwargs = _with_data(func, args, kwargs)
             settle_all(self._sink, args)
             if func in _OPENS:

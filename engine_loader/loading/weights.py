@@ -4,13 +4,14 @@ account."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 
 import torch
 
 from ..errors import CheckpointError
 from ..formats.hf_index import INDEX_NAME
+from ..formats.safetensors import TensorInfo
 from ..report.load import LoadReport
 from ..report.progress import byte_progress
 from ..settings import LoaderSettings
@@ -19,6 +20,10 @@ from ..sources.protocol import Source
 from .direct import DirectLoad
 from .locate import OpenFiles, natural_key, open_files, read_index
 from .reader import Reader
+
+# Recording takes some hundred microseconds a tensor; in that time a small one is read whole and copied.
+_MANY_TENSORS = 20_000
+_SMALL_BYTES = 256 << 10
 
 
 def stream_weights(
@@ -56,6 +61,9 @@ def stream_weights(
             report.note(note)
         progress = byte_progress(sum(info.nbytes for info in infos), "Loading weights (b10_3fs)", shown=show_progress)
         stack.callback(progress.close)
+        if direct is not None and settings.mode == "auto" and _cost_more_to_record_than_to_read(infos):
+            report.note(f"streamed: {len(infos)} tensors this small cost more to record than to read")
+            direct = None
         if direct is not None:
             stack.pop_all()  # the direct load closes them: it reads on when all tensors have been handed out
             yield from direct.tensors(reader, infos, report, progress=progress, tell=tell)
@@ -65,6 +73,11 @@ def stream_weights(
             progress.update(info.nbytes)
         reader.finish(report)
     tell(report.line())
+
+
+def _cost_more_to_record_than_to_read(infos: Sequence[TensorInfo]) -> bool:
+    """Whether there are so many and so small tensors that planning their copies takes longer than copying them."""
+    return len(infos) > _MANY_TENSORS and sum(info.nbytes for info in infos) < len(infos) * _SMALL_BYTES
 
 
 def _check_indexes(source: Source, files: OpenFiles) -> None:

@@ -14,11 +14,24 @@ from tests.support.vllm_inprocess import differences, load_state_as, rank_as
 pytestmark = pytest.mark.engine
 
 WIDE = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
-ARCHITECTURES = ["llama", "qwen3", "mixtral", "qwen3-moe", "deepseek-v2", "gemma3", "gpt-neox", "olmoe", "gpt-oss", "llama-w8a8"]
+ARCHITECTURES = [
+    "llama",
+    "qwen3",
+    "mixtral",
+    "qwen3-moe",
+    "deepseek-v2",
+    "gemma3",
+    "gpt-neox",
+    "olmoe",
+    "gpt-oss",
+    "llama-w8a8",
+]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_ranks_of_tensor_parallel_2_and_4_hold_the_default_loaders_parameters(architecture: str, tmp_path: Path) -> None:
+def test_ranks_of_tensor_parallel_2_and_4_hold_the_default_loaders_parameters(
+    architecture: str, tmp_path: Path
+) -> None:
     changes = {"num_key_value_heads": 4} if architecture not in ("gpt-neox",) else {}
     model = make_model(architecture, tmp_path, shards=2, **changes)
     for rank in (Rank(2, rank=1), Rank(4, rank=2)):

@@ -432,9 +432,7 @@ def test_an_error_of_the_engine_ends_the_load_and_gives_everything_back(checkpoi
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
-def test_when_most_must_be_read_first_the_rest_is_streamed(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_when_most_must_be_read_first_the_rest_is_streamed(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine_loader.loading.direct._MATERIALISED_GRACE_BYTES", 1000)
     lines: list[str] = []
     model, kinds = Model(), {}
@@ -606,7 +604,9 @@ def _step(draw: st.DataObject, targets: list[torch.Tensor], weights: list[torch.
     target = _some_view(draw, targets[draw.draw(st.integers(0, len(targets) - 1))])
     weight = _some_view(draw, weights[draw.draw(st.integers(0, len(weights) - 1))])
     kind = draw.draw(
-        st.sampled_from(["copy", "copy", "copy", "copy", "add", "fill", "write", "move", "index", "look", "cat", "data"])
+        st.sampled_from(
+            ["copy", "copy", "copy", "copy", "add", "fill", "write", "move", "index", "look", "cat", "data"]
+        )
     )
     if kind == "fill":
         target.fill_(draw.draw(st.integers(-9, 9)))
@@ -649,7 +649,9 @@ class _Replay:
 
 @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_random_loaders_do_the_same_directly_and_streamed(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_random_loaders_do_the_same_directly_and_streamed(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     shapes = data.draw(st.lists(st.lists(st.integers(0, 40), min_size=0, max_size=3), min_size=1, max_size=4))
     sizes = data.draw(st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=3), min_size=1, max_size=4))
     steps = data.draw(st.integers(1, 8))
@@ -680,3 +682,18 @@ def test_random_loaders_do_the_same_directly_and_streamed(data: st.DataObject, t
         actual = run(True)
     for one, other in zip(expected, actual, strict=True):
         assert torch.equal(one.view(-1).view(torch.uint8), other.view(-1).view(torch.uint8))
+
+
+def test_very_many_small_tensors_are_streamed(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine_loader.loading.weights._MANY_TENSORS", 2)
+    lines: list[str] = []
+    for mode, kind in (("auto", torch.Tensor), ("direct", RecordingTensor)):
+        settings = load_settings({"mode": mode}).settings.loader
+        model = Model()
+        with DirectLoad(model) as session, torch.no_grad():
+            weights = dict(stream_weights([str(checkpoint)], settings, direct=session, tell=lines.append))
+            assert type(weights["a"]) is kind
+            model.weight.copy_(weights["a"])
+        assert bool(torch.isfinite(model.weight).all())
+    assert "streamed: 4 tensors this small" in lines[0]
+    assert "streamed" not in lines[1]

@@ -30,6 +30,7 @@ class Emulator:
         self.loaded: Hf3fsLibrary = load_library(library)
         self._calls = self.loaded.calls
         self._calls.hf3fs_emulator_count.restype = ctypes.c_int64
+        self._shared_before = _shared_memory()
         self.set(f"mount={mount}")
 
     @property
@@ -55,7 +56,7 @@ class Emulator:
     def leftovers(self) -> dict[str, object]:
         """What is still open, of rings, buffers, registrations, threads, shared memory and links."""
         found: dict[str, object] = {what: n for what in KEPT if (n := self.count(what))}
-        shared = [name for name in os.listdir("/dev/shm") if name.startswith(("hf3fs-iov-", "engine-loader-"))]
+        shared = _shared_memory() - self._shared_before
         links = os.listdir(self.mount / "3fs-virt" / "iovs")
         return found | ({"shared memory": shared} if shared else {}) | ({"links": links} if links else {})
 
@@ -65,6 +66,10 @@ class Emulator:
         while (found := self.leftovers()) and time.monotonic() < end:
             time.sleep(0.01)
         return found
+
+
+def _shared_memory() -> set[str]:
+    return {name for name in os.listdir("/dev/shm") if name.startswith(("hf3fs-iov-", "engine-loader-"))}
 
 
 @cache

@@ -213,7 +213,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     "falcon-h1": Architecture(
         "falcon_h1",
         _BASE,
-        {"head_dim": 32, "mamba_d_ssm": 256, "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 32},
+        {
+            "head_dim": 32,
+            "mamba_d_ssm": 256,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 32,
+            "mamba_n_groups": 1,
+            "mamba_d_state": 32,
+        },
     ),
     "granite-moe-hybrid": Architecture(
         "granitemoehybrid",
@@ -236,15 +243,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "bert": Architecture("bert", _WITHOUT_GQA, {"type_vocab_size": 2}, made_by="AutoModel"),
     "roberta": Architecture("roberta", _WITHOUT_GQA, {"type_vocab_size": 1}, made_by="AutoModel"),
     "modernbert": Architecture("modernbert", _WITHOUT_GQA, made_by="AutoModel"),
-    "paligemma": Architecture(
-        "paligemma",
-        {"image_token_index": 5, "projection_dim": 128, "tie_word_embeddings": True},
-        {
-            "text_config": {"model_type": "gemma", **_BASE, "head_dim": 32, "tie_word_embeddings": True},
-            "vision_config": {"model_type": "siglip_vision_model", **_TINY_VISION, "vision_use_head": False},
-        },
-        made_by="AutoModelForImageTextToText",
-    ),
     "blip2": Architecture(
         "blip-2",
         {"image_token_index": 5, "num_query_tokens": 4},

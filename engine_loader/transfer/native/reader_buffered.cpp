@@ -2,7 +2,6 @@
 #include "readers.h"
 
 #include <algorithm>
-#include <fcntl.h>
 #include <string.h>
 
 namespace el {
@@ -78,11 +77,6 @@ Outcome straight(Reader reader, const Run &run) {
 }  // namespace
 
 Outcome read_buffered(Reader reader, const Run &run) {
-    const File &file = reader.transfer.files[run.file];
-    // A read of pages that are not there waits for one small read-ahead after the other; this starts them all at once.
-    if (file.wide && file.mode == EL_BUFFERED) {
-        posix_fadvise(file.fd, static_cast<off_t>(run.offset), static_cast<off_t>(run.span), POSIX_FADV_WILLNEED);
-    }
     char *scratch = many_small(run) ? reader.worker.scratch.get(run.span) : nullptr;
     const Outcome outcome = scratch != nullptr ? through_scratch(reader, run, scratch) : straight(reader, run);
     if (outcome == Outcome::done) {
