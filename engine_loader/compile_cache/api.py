@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from ..errors import SettingsError
 from ..settings import CompileCacheSettings, load_settings
-from .directories import INDUCTOR, TRITON, directories_of
+from .directories import INDUCTOR, TRITON, default_inductor_directory, directories_of
 from .errors import CacheError, CacheOperationInterrupted, CacheValidationError
 from .key import CacheKey, environment_key
 from .operations import Job, open_store
@@ -221,8 +221,10 @@ def _name_inductor_directory() -> None:
     """TORCH_CACHE_DIR named the directory for b10_transfer; inductor itself looks at another variable. Triton's moves
     in mid-process.
     """
-    if directory := os.environ.get("TORCH_CACHE_DIR"):
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", directory)
+    directory = os.environ.get("TORCH_CACHE_DIR")
+    # Parts of torch write the default into the variable when they are imported: that is nobody's choice.
+    if directory and os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, "", default_inductor_directory()):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = directory
     os.environ.setdefault("TRITON_CACHE_DIR", str(TRITON.directory()))
 
 

@@ -57,7 +57,7 @@ class CacheRoot:
         environ = os.environ if environ is None else environ
         value = environ.get(self.variable)
         if not value:
-            value = self.default.replace("<inductor>", _inductor_default())
+            value = self.default.replace("<inductor>", default_inductor_directory())
             value = value.replace("<cache>", environ.get("XDG_CACHE_HOME") or "~/.cache")
         return Path(os.path.abspath(os.path.expanduser(value))) / self.below
 
@@ -115,7 +115,8 @@ def directories_of(engine: str, environ: Mapping[str, str] | None = None) -> dic
     return found
 
 
-def _inductor_default() -> str:
+def default_inductor_directory() -> str:
+    """Where inductor keeps its cache when nobody says otherwise."""
     try:
         user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
     except (KeyError, OSError):

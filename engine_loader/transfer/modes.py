@@ -181,5 +181,6 @@ def _file_system(fd: int) -> int:
 
 
 @cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
+def _libc() -> ctypes.PyDLL:
+    # These calls take microseconds. Giving up the GIL for each could cost 5 ms, beside a thread that is busy in Python.
+    return ctypes.PyDLL(None, use_errno=True)

@@ -57,6 +57,7 @@ _MOST_WIDE_THREADS = 16
 _DIRECT_BLOCK_BYTES = 1536 << 10
 _MOST_RINGS = 4
 _FEW_LIVE = 32
+_MOMENT_MS = 2
 _MANY_EXTENTS = 20_000
 """So many take milliseconds to plan; other Python threads may run meanwhile."""
 
@@ -214,9 +215,10 @@ class NativeEngine:
         if self._closed or self._handle is None:
             return
         end = time.monotonic() + CANCEL_GRACE_S
-        while (result := self._library.el_engine_close(self._handle, SLICE_MS)) == TIMEOUT:
-            if time.monotonic() >= end:
-                break
+        # Idle threads end within a moment, so the GIL is kept for that long.
+        result = self._quick.el_engine_close(self._handle, _MOMENT_MS)
+        while result == TIMEOUT and time.monotonic() < end:
+            result = self._library.el_engine_close(self._handle, SLICE_MS)
         if result == E_FORKED:
             return
         self._last_statistics = self._stats()
