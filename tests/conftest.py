@@ -4,6 +4,9 @@ import os
 
 from hypothesis import HealthCheck, settings
 
+# Tests that load a model in this process make vLLM quiet, for good: others read what its servers and hooks log.
+os.environ["VLLM_LOGGING_LEVEL"] = "INFO"
+
 # The same cases in every run, so that a failure is the change's; HYPOTHESIS_PROFILE=explore looks further.
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=60, print_blob=True)
 settings.register_profile(

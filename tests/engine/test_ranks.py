@@ -21,7 +21,7 @@ ARCHITECTURES = [
     "qwen3-moe",
     "deepseek-v2",
     "gemma3",
-    "gpt-neox",
+    "qwen2",
     "olmoe",
     "gpt-oss",
     "llama-w8a8",
@@ -32,8 +32,7 @@ ARCHITECTURES = [
 def test_ranks_of_tensor_parallel_2_and_4_hold_the_default_loaders_parameters(
     architecture: str, tmp_path: Path
 ) -> None:
-    changes = {"num_key_value_heads": 4} if architecture not in ("gpt-neox",) else {}
-    model = make_model(architecture, tmp_path, shards=2, **changes)
+    model = make_model(architecture, tmp_path, shards=2, num_key_value_heads=4)
     for rank in (Rank(2, rank=1), Rank(4, rank=2)):
         expected, _ = load_state_as(model, "auto", rank)
         loaded, _ = load_state_as(model, "b10_3fs", rank, {"mode": "direct"})

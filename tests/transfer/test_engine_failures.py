@@ -313,7 +313,7 @@ def test_a_descriptor_of_a_directory(make_engine, tmp_path):
 
 def test_cancelled_is_an_error_of_its_own(make_engine, opened):
     engine = make_engine()
-    transfer = start(engine, [opened(CONTENT)], ALL * 1000, Destination(len(CONTENT)))
+    transfer = start(engine, [opened(CONTENT)], ALL * 20_000, Destination(len(CONTENT)))
     engine.close()
     with pytest.raises(TransferCancelled):
         transfer.wait()
