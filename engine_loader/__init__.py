@@ -57,15 +57,16 @@ _LAZY |= dict.fromkeys(
         "list_available_caches",
         "load_compile_cache",
         "save_compile_cache",
-        "transfer",
     ),
     ".compile_cache.api",
 )  # `import engine_loader as b10_transfer` serves programs that were written for it
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
+    if name == "transfer":  # the package, which can also be called: see there
+        return import_module(".transfer", __name__)
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_LAZY[name], __name__), name)

@@ -1,7 +1,9 @@
 """Settings of the whole suite."""
 
 import os
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # Tests that load a model in this process make vLLM quiet, for good: others read what its servers and hooks log.
@@ -13,3 +15,14 @@ settings.register_profile(
     "explore", deadline=None, max_examples=1000, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(autouse=True)
+def _environment_is_kept() -> Iterator[None]:
+    """vLLM, loaded in this process, sets variables for the workers that it would start (LD_PRELOAD for one, under
+    which no program with a sanitizer starts): they end with the test."""
+    before = dict(os.environ)
+    yield
+    if os.environ != before:
+        os.environ.clear()
+        os.environ.update(before)

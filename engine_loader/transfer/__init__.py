@@ -1,1 +1,27 @@
-"""How bytes move: plans of extents, the engines that carry them out, and the buffers they fill."""
+"""How bytes move: plans of extents, the engines that carry them out, and the buffers they fill.
+
+`engine_loader.transfer` is two things: this package, and b10_transfer's function of that name, which its users call
+as `b10_transfer.transfer(source, dest)`. Importing the package puts it over any function of the same name in
+`engine_loader`, so that the package itself is what can be called.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..compile_cache.api import OperationStatus
+
+
+class _CallablePackage(ModuleType):
+    def __call__(self, source: str | os.PathLike[str], dest: str | os.PathLike[str]) -> OperationStatus:
+        """`engine_loader.compile_cache.api.transfer`."""
+        from ..compile_cache.api import transfer
+
+        return transfer(source, dest)
+
+
+sys.modules[__name__].__class__ = _CallablePackage

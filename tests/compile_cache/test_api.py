@@ -1,5 +1,6 @@
 """The functions of b10_transfer: names, values and variables as programs know them."""
 
+import importlib
 import subprocess
 import sys
 import textwrap
@@ -84,6 +85,7 @@ def test_bad_settings_are_an_error_and_no_exception(machine: Path, monkeypatch: 
 
 
 def test_a_file_is_transferred(machine: Path, tmp_path: Path) -> None:
+    importlib.import_module("engine_loader.transfer.plan")  # a package of the function's name, used by any load
     (tmp_path / "source").write_bytes(some_bytes(100_000))
     assert b10_transfer.transfer(str(tmp_path / "source"), str(tmp_path / "deep" / "dest")) is OperationStatus.SUCCESS
     assert (tmp_path / "deep" / "dest").read_bytes() == some_bytes(100_000)
