@@ -167,7 +167,7 @@ def _split_evenly(tensors: list[tuple[str, Shape]], parts: int) -> Iterator[list
         nearest = min(range(len(ends)), key=lambda cut: abs(ends[cut] - wanted))
         cuts.append(min(max(nearest, cuts[-1] + 1), len(tensors) - (parts - part)))
     for start, end in pairwise([*cuts, len(tensors)]):
-        yield tensors[start:end]
+        yield sorted(tensors[start:end])  # safetensors writes tensors of one dtype by name
 
 
 def _write_safetensors(path: Path, tensors: list[tuple[str, Shape]], noise: memoryview, first: int) -> None:

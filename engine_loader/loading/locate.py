@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from ..sources.protocol import Source, SourceFile
 
 PathLike = str | os.PathLike[str]
 _HEADER_THREADS = 16
+# Starting a thread for it takes a part of a millisecond, too.
+_SLOW_S = 0.001
 # One read gets the length and, mostly, the whole header.
 _FIRST_READ_BYTES = 128 << 10
 _TRIES = 5
@@ -49,19 +52,11 @@ class OpenFiles:
             CheckpointError: a file is missing or unreadable, or its header is wrong.
         """
         self.index = index
-        with ExitStack() as stack, ThreadPoolExecutor(min(_HEADER_THREADS, max(1, len(paths)))) as threads:
-            opened = [threads.submit(_open_file, source, path) for path in paths]
-            failure: CheckpointError | None = None
-            files: list[OpenFile] = []
-            for future in opened:
-                try:
-                    files.append(future.result())
-                    stack.callback(files[-1].file.close)
-                except CheckpointError as error:
-                    failure = failure or error
-            if failure is not None:
-                raise failure
-            self.files = files
+        with ExitStack() as stack:
+            self.files: list[OpenFile] = []
+            for opened in _open_all(source, paths):
+                stack.callback(opened.file.close)
+                self.files.append(opened)
             self._close = stack.pop_all()
 
     @property
@@ -186,6 +181,30 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
         (0, len(digits := part.lstrip("0")), digits) if number % 2 else (1, 0, part)
         for number, part in enumerate(parts)
     ]
+
+
+def _open_all(source: Source, paths: Sequence[str]) -> Iterator[OpenFile]:
+    """Open files in order: one after the other as long as each takes no time, else several at once."""
+    ahead = deque(paths)
+    while ahead:
+        begin = time.perf_counter()
+        opened = _open_file(source, ahead.popleft())
+        slow = time.perf_counter() - begin > _SLOW_S
+        yield opened
+        if slow:
+            break
+    if not ahead:
+        return
+    with ThreadPoolExecutor(min(_HEADER_THREADS, len(ahead))) as threads:
+        futures = [threads.submit(_open_file, source, path) for path in ahead]
+        failure: CheckpointError | None = None
+        for future in futures:
+            try:
+                yield future.result()
+            except CheckpointError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
 
 
 def _open_file(source: Source, path: str) -> OpenFile:
