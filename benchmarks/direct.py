@@ -90,7 +90,7 @@ def by_preadv(threads: int) -> Load:
 
     def prepare(built: RankModel) -> None:
         places = Places()
-        loader = loader_of(built, "b10_3fs")
+        loader = loader_of(built, "b10_3fs", mode="direct")
         loader._load_directly(
             built.module, built.config.model_config, DirectLoad(built.module, observer=places, execute=False)
         )
@@ -175,7 +175,7 @@ def measure_llama(path: Path, rounds: int) -> None:
 
 def measure_many_tensors(path: Path, rounds: int) -> None:
     def recording_only(built: RankModel) -> None:
-        loader = loader_of(built, "b10_3fs")
+        loader = loader_of(built, "b10_3fs", mode="direct")
         loader._load_directly(built.module, built.config.model_config, DirectLoad(built.module, execute=False))
 
     with model(path) as built:

@@ -11,6 +11,7 @@ little.
 
 import argparse
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -38,7 +39,10 @@ def main() -> None:
     warning = check_memory(workload, memory().available)
     machine = report.describe_machine(workload)
     scenarios = [SCENARIOS[name] for name in arguments.scenarios]
-    measurements = _measure(workload, scenarios, arguments.rounds, arguments.patience)
+    chosen = {
+        scenario: [c for c in _contenders(scenario) if re.search(arguments.only, c.name)] for scenario in scenarios
+    }
+    measurements = _measure(workload, chosen, arguments.rounds, arguments.patience)
     print(f"Machine: {report.machine_line(machine)}.\n")
     print(f"Checkpoint: {report.workload_line(workload)}. Medians of {arguments.rounds} interleaved rounds.\n")
     print("\n".join(map(report.markdown, measurements)))
@@ -64,6 +68,9 @@ def _arguments() -> argparse.Namespace:
         metavar="S",
         help="before each run, wait up to so long for other processes",
     )
+    parser.add_argument(
+        "--only", type=re.compile, default="", metavar="REGEX", help='these contenders, e.g. "preadv, 2|load_into"'
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every round's figure to FILE")
     return parser.parse_args()
 
@@ -79,14 +86,15 @@ def _checkpoint(directory: Path, gib: float, files: int) -> Path:
     return path
 
 
-def _measure(workload: Workload, scenarios: list[Scenario], rounds: int, patience_s: float) -> list[Measurement]:
-    chosen = {scenario: _contenders(scenario) for scenario in scenarios}
+def _measure(
+    workload: Workload, chosen: dict[Scenario, list[Contender]], rounds: int, patience_s: float
+) -> list[Measurement]:
     everyone = {contender.name: contender for group in chosen.values() for contender in group}
     steps = count_runs(list(everyone.values()), 0) + sum(len(group) * rounds for group in chosen.values())
     with prompt_interrupt(), progress_bar(steps) as progress:
         benchmark = Benchmark(workload, list(everyone.values()), progress, patience_s=patience_s)
         benchmark.verify()
-        return [benchmark.measure(scenario, rounds, chosen[scenario]) for scenario in scenarios]
+        return [benchmark.measure(scenario, rounds, chosen[scenario]) for scenario in chosen]
 
 
 def _contenders(scenario: Scenario) -> list[Contender]:

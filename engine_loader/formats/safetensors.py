@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import reprlib
 import struct
 from collections.abc import Mapping
@@ -29,6 +30,9 @@ MAX_HEADER_BYTES = 100_000_000
 _MAX_INT64 = 2**63 - 1
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring = 3, 10, 3, 200
+_BLANK_BEFORE_COLON = re.compile(r'"\s+:')
+_ENTRY_KEYS = 3
+_NEGATIVE = re.compile(r"-\d")
 _COPY_AGAIN = "the file is damaged or was not written completely: copy or download it again"
 
 
@@ -126,13 +130,15 @@ def _parse_json(text: bytes, file: str) -> dict[str, Any]:
             "the header is not UTF-8", file=file, offset=LENGTH_BYTES + error.start, hint=_COPY_AGAIN
         ) from None
     try:
-        parsed = json.loads(
-            decoded,
-            object_pairs_hook=lambda pairs: _unique(pairs, file),
-            parse_int=_integer,
-            parse_float=_finite,
-            parse_constant=_no_number,
-        )
+        parsed = _parse_plain(decoded)
+        if parsed is None:
+            parsed = json.loads(
+                decoded,
+                object_pairs_hook=lambda pairs: _unique(pairs, file),
+                parse_int=_integer,
+                parse_float=_finite,
+                parse_constant=_no_number,
+            )
         if "\\u" in decoded:
             _check_text(parsed)
     except CheckpointError:
@@ -142,6 +148,24 @@ def _parse_json(text: bytes, file: str) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise CheckpointError("the header is not a JSON object", file=file, hint=_COPY_AGAIN)
     return parsed
+
+
+def _parse_plain(text: str) -> dict[str, Any] | None:
+    """A header as programs write it, by the decoder's C code alone, which is many times as fast; None where it takes a
+    closer look to see whether a key comes twice, or what a number is."""
+    if "-" in text and _NEGATIVE.search(text):
+        return None
+    if len(text.split(None, 1)) > 1 and _BLANK_BEFORE_COLON.search(text):
+        return None
+    parsed = json.loads(text, parse_float=_finite, parse_constant=_no_number)
+    if not isinstance(parsed, dict):
+        return None
+    for name, entry in parsed.items():
+        if not isinstance(entry, dict) or (len(entry) != _ENTRY_KEYS and name != "__metadata__"):
+            return None
+    # A colon follows its key at once, here, and what looks like that within a text only adds to the number: where it is
+    # that of the keys, none was dropped, and none is deeper.
+    return parsed if text.count('":') == len(parsed) + sum(map(len, parsed.values())) else None
 
 
 def _unique(pairs: list[tuple[str, Any]], file: str) -> dict[str, Any]:
@@ -186,46 +210,57 @@ def _metadata(value: Any, file: str) -> Mapping[str, str]:
 
 
 def _tensor(name: str, entry: Any, data_start: int, file: str) -> TensorInfo:
-    shown = _short(name)
-    if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"the entry of {shown} has not got dtype, shape and data_offsets", file=file)
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    try:
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (KeyError, TypeError):
+        raise CheckpointError(
+            f"the entry of {_short(name)} has not got dtype, shape and data_offsets", file=file
+        ) from None
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise CheckpointError(
-            f"{shown} has the unknown dtype {_short(dtype)}", file=file, hint=f"known: {', '.join(DTYPE_BITS)}"
+            f"{_short(name)} has the unknown dtype {_short(dtype)}", file=file, hint=f"known: {', '.join(DTYPE_BITS)}"
         )
     if not _naturals(shape):
-        raise CheckpointError(f"the shape of {shown} is not a list of sizes: {_short(shape)}", file=file)
+        raise CheckpointError(f"the shape of {_short(name)} is not a list of sizes: {_short(shape)}", file=file)
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"the data_offsets of {shown} are not [begin, end]: {_short(offsets)}", file=file)
+        raise CheckpointError(f"the data_offsets of {_short(name)} are not [begin, end]: {_short(offsets)}", file=file)
     begin, end = offsets
-    nbytes = _expected_bytes(shown, dtype, shape, file)
+    nbytes = _expected_bytes(name, dtype, shape, file)
     if end - begin != nbytes:
         raise CheckpointError(
-            f"{shown} is {dtype} {_short(shape)}, which takes {nbytes} bytes, but its data_offsets span {end - begin}",
+            f"{_short(name)} is {dtype} {_short(shape)}, which takes {nbytes} bytes, "
+            f"but its data_offsets span {end - begin}",
             file=file,
             offset=data_start + begin,
         )
     return TensorInfo(name, dtype, tuple(shape), file, data_start + begin, nbytes)
 
 
-def _expected_bytes(shown: str, dtype: str, shape: list[int], file: str) -> int:
+def _expected_bytes(name: str, dtype: str, shape: list[int], file: str) -> int:
     # torch's strides are int64, also where a dimension is zero.
-    if math.prod(size or 1 for size in shape[1:]) > _MAX_INT64:
-        raise CheckpointError(f"the shape of {shown} is too large: {_short(shape)}", file=file)
-    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    elements = math.prod(shape)
+    if (not elements or elements > _MAX_INT64) and math.prod(size or 1 for size in shape[1:]) > _MAX_INT64:
+        raise CheckpointError(f"the shape of {_short(name)} is too large: {_short(shape)}", file=file)
+    bits = elements * DTYPE_BITS[dtype]
     if bits % 8:
-        raise CheckpointError(f"{shown} is {dtype} {_short(shape)}, which is not a whole number of bytes", file=file)
+        raise CheckpointError(
+            f"{_short(name)} is {dtype} {_short(shape)}, which is not a whole number of bytes", file=file
+        )
     return bits // 8
 
 
 def _check_cover(tensors: list[TensorInfo], data_start: int, file_bytes: int, file: str) -> None:
-    expected, before = data_start, "the header"
+    expected = data_start
+    before: TensorInfo | None = None
     for info in tensors:
         if info.offset != expected:
             what = "overlaps" if info.offset < expected else "leaves a hole after"
-            raise CheckpointError(f"{_short(info.name)} {what} {before}", file=file, offset=info.offset)
-        expected, before = info.offset + info.nbytes, _short(info.name)
+            raise CheckpointError(
+                f"{_short(info.name)} {what} {'the header' if before is None else _short(before.name)}",
+                file=file,
+                offset=info.offset,
+            )
+        expected, before = info.offset + info.nbytes, info
     if expected > file_bytes:
         raise CheckpointError(
             f"the data is cut short: the header describes {expected} bytes, the file has {file_bytes}",
@@ -240,7 +275,9 @@ def _check_cover(tensors: list[TensorInfo], data_start: int, file_bytes: int, fi
 
 def _naturals(value: Any) -> bool:
     # bool is an int to Python, but `true` is no size.
-    return isinstance(value, list) and all(type(item) is int and 0 <= item <= _MAX_INT64 for item in value)
+    if not isinstance(value, list):
+        return False
+    return all(type(item) is int and 0 <= item <= _MAX_INT64 for item in value)
 
 
 def _short(value: Any) -> str:

@@ -29,15 +29,18 @@ from .reader import Reader
 from .recording import (
     LiveOrigins,
     Origin,
-    SettleBeforeRead,
-    SettleBeforeUse,
     reason,
     recording_tensor,
     replace_recording_tensors,
 )
+from .settling import SettleBeforeRead, SettleBeforeUse
 from .targets import overlaps_itself
 
 _T = TypeVar("_T")
+
+# Not the tensors' own methods, which wait for copies while a load is under way.
+_storage_of = torch._C.TensorBase.untyped_storage
+_address_of = torch._C.TensorBase.data_ptr
 
 # A batch is handed to the engine's threads when it is worth their while.
 _BATCH_BYTES = 32 << 20
@@ -245,7 +248,7 @@ class DirectLoad:
             if not _has_own_memory(tensor):
                 self._wait_for_batch(self._batch.number)
                 return
-            storage = self._storages.get(tensor.untyped_storage()._cdata)
+            storage = self._storages.get(_storage_of(tensor)._cdata)
             if storage is not None and tensor.numel():
                 self._wait_for_batch(storage.last_batch)
 
@@ -253,7 +256,7 @@ class DirectLoad:
         """From now on copy into the tensor's memory at once."""
         if _has_own_memory(tensor):
             with self._lock:
-                self._storages.setdefault(tensor.untyped_storage()._cdata, _Storage()).opened = True
+                self._storages.setdefault(_storage_of(tensor)._cdata, _Storage()).opened = True
 
     def pending(self) -> bool:
         """Whether any copy is pending."""
@@ -272,36 +275,41 @@ class DirectLoad:
             part = self._parts[info.file]
             part.report.loaded(nbytes)
         if nbytes:
-            row = (part.reader.file_number(info), 1, info.offset + begin, nbytes, 0, target.data_ptr(), 0)
+            row = (part.reader.file_number(info), 1, info.offset + begin, nbytes, 0, _address_of(target), 0)
             self._named(part, lambda: part.reader.read([row], target))
         return target
 
     def _extents(self, target: torch.Tensor, origin: Origin, view: torch.Tensor) -> list[ExtentRow] | None:
         """The copy as extents, or None where that would be many tiny runs."""
-        sizes, itemsize = tuple(target.shape), view.dtype.itemsize
+        itemsize = view.dtype.itemsize
+        number = self._parts[origin.info.file].reader.file_number(origin.info)
+        offset = origin.info.offset + int(view.storage_offset()) * itemsize
+        if view.is_contiguous() and target.is_contiguous():
+            nbytes = view.numel() * itemsize
+            return [(number, 1, offset, nbytes, 0, _address_of(target), 0)] if nbytes else []
+        sizes = tuple(target.shape)
         if any(stride == 0 and size > 1 for size, stride in zip(sizes, view.stride(), strict=True)):
             return None
         outer = 1
         for size in sizes[:-2]:
             outer *= size
-        if outer > _MAX_EXTENTS_PER_COPY and not (view.is_contiguous() and target.is_contiguous()):
+        if outer > _MAX_EXTENTS_PER_COPY:
             return None
-        offset = origin.info.offset + view.storage_offset() * itemsize
         extents = view_extents(
-            self._parts[origin.info.file].reader.file_number(origin.info),
-            int(offset),
+            number,
+            offset,
             itemsize,
             sizes,
             src_strides=view.stride(),
             dst_strides=target.stride(),
-            address=target.data_ptr(),
+            address=_address_of(target),
         )
         if extents and extents[0][1] > 1 and extents[0][3] < _MIN_RUN_BYTES:
             return None
         return extents
 
     def _add(self, part: _Part, target: torch.Tensor, extents: list[ExtentRow]) -> _Storage:
-        memory = target.untyped_storage()
+        memory = _storage_of(target)
         storage = self._storages.setdefault(memory._cdata, _Storage())
         if _overlaps(storage, extents):
             # The same memory twice: the later copy wins, so the earlier one comes first.
@@ -398,7 +406,7 @@ class DirectLoad:
             dtype, shape = info.as_torch()
             target = small[info.name] = torch.empty(shape, dtype=dtype, device="cpu")
             if info.nbytes:
-                extents.append((part.reader.file_number(info), 1, info.offset, info.nbytes, 0, target.data_ptr(), 0))
+                extents.append((part.reader.file_number(info), 1, info.offset, info.nbytes, 0, _address_of(target), 0))
             if self._observer is not None:
                 self._observer.read(info, info.nbytes, SMALL)
         part.report.loaded(total)

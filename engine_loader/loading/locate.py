@@ -184,18 +184,13 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
 
 
 def _open_all(source: Source, paths: Sequence[str]) -> Iterator[OpenFile]:
-    """Open files in order: one after the other as long as each takes no time, else several at once."""
+    """Open files: one after the other as long as each takes no time, else several at once.
+
+    On threads in any case: Ctrl-C does not get between an open and its close there.
+    """
     ahead = deque(paths)
-    while ahead:
-        begin = time.perf_counter()
-        opened = _open_file(source, ahead.popleft())
-        slow = time.perf_counter() - begin > _SLOW_S
-        yield opened
-        if slow:
-            break
-    if not ahead:
-        return
-    with ThreadPoolExecutor(min(_HEADER_THREADS, len(ahead))) as threads:
+    with ThreadPoolExecutor(min(_HEADER_THREADS, max(1, len(ahead)))) as threads:
+        yield from threads.submit(_open_while_quick, source, ahead).result()
         futures = [threads.submit(_open_file, source, path) for path in ahead]
         failure: CheckpointError | None = None
         for future in futures:
@@ -205,6 +200,20 @@ def _open_all(source: Source, paths: Sequence[str]) -> Iterator[OpenFile]:
                 failure = failure or error
         if failure is not None:
             raise failure
+
+
+def _open_while_quick(source: Source, ahead: deque[str]) -> list[OpenFile]:
+    """Open the first ``ahead``, which are taken from it."""
+    with ExitStack() as stack:
+        files = []
+        slow = False
+        while ahead and not slow:
+            begin = time.perf_counter()
+            files.append(_open_file(source, ahead.popleft()))
+            stack.callback(files[-1].file.close)
+            slow = time.perf_counter() - begin > _SLOW_S
+        stack.pop_all()
+        return files
 
 
 def _open_file(source: Source, path: str) -> OpenFile:

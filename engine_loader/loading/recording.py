@@ -13,20 +13,18 @@ import contextlib
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, wraps
 from typing import Any, Protocol
 
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from ..formats.safetensors import TensorInfo
 
 aten = torch.ops.aten
 
-_VIEWS = frozenset(
+VIEWS = frozenset(
     getattr(aten, name)
     for name in [
         "alias",
@@ -60,53 +58,59 @@ _VIEWS = frozenset(
     ]
     if hasattr(aten, name)
 )
-# These read and copy where no view will do. (Mostly torch takes them apart before they get here; in inference mode it
-# does not.)
-_READING_VIEWS = frozenset({aten.reshape, aten.flatten})
-_T = torch.Tensor
-_SET_DATA = _T.data.__set__  # type: ignore[attr-defined]
-# What hands out a tensor's memory past the dispatcher: nobody sees what is read or written there afterwards.
-_OPENS = frozenset(
-    {
-        _T.numpy,
-        _T.data_ptr,
-        _T.untyped_storage,
-        _T.storage,
-        _T._typed_storage,
-        _T.__array__,
-        _T.__dlpack__,
-        _T.share_memory_,
-        _T.apply_,
-        _T.map_,
-        _T.map2_,
-        torch.as_tensor,
-        torch.asarray,
-    }
+# Not the method of torch.Tensor, which waits for copies while a load is under way (settling.py).
+_storage_of = torch._C.TensorBase.untyped_storage
+_past_the_dispatcher = torch._C._DisableTorchDispatch
+# Methods that hand out a tensor's memory past the dispatcher: nobody sees what is read or written there afterwards.
+OPENING_METHODS = (
+    "numpy",
+    "data_ptr",
+    "untyped_storage",
+    "storage",
+    "_typed_storage",
+    "__array__",
+    "__dlpack__",
+    "share_memory_",
+    "apply_",
+    "map_",
+    "map2_",
 )
-# What reads a tensor's memory past the dispatcher, and is done with it.
-_READS = frozenset(
-    {_T.tolist, _T.__deepcopy__, _T.__reduce_ex__, _T.pin_memory, _T.new_tensor, torch.tensor, _SET_DATA}
+# Methods that read a tensor's memory past the dispatcher, and are done with it.
+READING_METHODS = ("tolist", "__deepcopy__", "__reduce_ex__", "pin_memory", "new_tensor")
+# Methods that return views and nothing else. They and those below are taken short cuts for, past the dispatcher, which
+# would cost several times as much; the rest of VIEWS goes through it. (``__getitem__`` must, too: to define it makes a
+# class a sequence for C, which torch's own is not.)
+VIEWING_METHODS = (
+    "chunk",
+    "detach",
+    "expand",
+    "narrow",
+    "permute",
+    "select",
+    "split",
+    "squeeze",
+    "swapaxes",
+    "t",
+    "transpose",
+    "unbind",
+    "unflatten",
+    "unsqueeze",
 )
-# What makes another tensor of the object that it is called on.
-_TURNS = frozenset(
-    {
-        _T.t_,
-        _T.squeeze_,
-        _T.unsqueeze_,
-        _T.transpose_,
-        _T.swapaxes_,
-        _T.swapdims_,
-        _T.resize_,
-        _T.resize_as_,
-        _T.as_strided_,
-        _T.set_,
-        _SET_DATA,
-    }
+# Methods that return a view where one will do.
+_PERHAPS_VIEWING_METHODS = ("contiguous", "flatten", "reshape", "view")
+# Methods that make another tensor of the object that they are called on.
+_TURNING_METHODS = (
+    "t_",
+    "squeeze_",
+    "unsqueeze_",
+    "transpose_",
+    "swapaxes_",
+    "swapdims_",
+    "resize_",
+    "resize_as_",
+    "as_strided_",
+    "set_",
 )
-
-
-_LOOKED_AT = _OPENS | _READS | _TURNS
-_without_subclasses = torch._C.DisableTorchFunctionSubclass
 
 
 class _Reason(threading.local):
@@ -222,15 +226,18 @@ class RecordingTensor(torch.Tensor):
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"RecordingTensor({self.origin.info.name!r}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in _LOOKED_AT:
-            args, kwargs = _with_data(func, args, kwargs)
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
+    # Everything goes to the dispatcher as it is; what would pass it by is overridden below.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @property
+    def data(self) -> torch.Tensor:
+        return RecordingTensor.of(self.origin, self.view_of_origin)
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        reason.text = "data"
+        self.become_real()
+        self.data = value
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -242,16 +249,69 @@ class RecordingTensor(torch.Tensor):
 _OWN = frozenset({"origin", "view_of_origin", "_is_param"})
 
 
+def _on_data(name: str, *, shared: bool) -> Callable[..., Any]:
+    original = getattr(torch.Tensor, name)
+
+    @wraps(original)
+    def method(self: RecordingTensor, *args: Any, **kwargs: Any) -> Any:
+        reason.text = name
+        return original(self.materialise(shared=shared), *real(args, shared=shared), **real(kwargs, shared=shared))
+
+    return method
+
+
+def _on_itself(name: str) -> Callable[..., Any]:
+    @wraps(getattr(torch.Tensor, name))
+    def method(self: RecordingTensor, *args: Any, **kwargs: Any) -> Any:
+        reason.text = name
+        self.become_real()
+        return getattr(self, name)(*args, **kwargs)
+
+    return method
+
+
+def _as_view(name: str, *, surely: bool) -> Callable[..., Any]:
+    original = getattr(torch.Tensor, name)
+
+    @wraps(original)
+    def method(self: RecordingTensor, *args: Any, **kwargs: Any) -> Any:
+        view = self.view_of_origin
+        with _past_the_dispatcher():
+            result = original(view, *args, **kwargs)
+        origin = self.origin
+        if type(result) is torch.Tensor:
+            if surely or _storage_of(result)._cdata == _storage_of(view)._cdata:
+                return RecordingTensor.of(origin, result)
+            return original(self, *args, **kwargs)
+        return type(result)([RecordingTensor.of(origin, part) for part in result])
+
+    return method
+
+
+for _name in VIEWING_METHODS:
+    setattr(RecordingTensor, _name, _as_view(_name, surely=True))
+for _name in _PERHAPS_VIEWING_METHODS:
+    setattr(RecordingTensor, _name, _as_view(_name, surely=False))
+for _name in OPENING_METHODS:
+    setattr(RecordingTensor, _name, _on_data(_name, shared=True))
+for _name in READING_METHODS:
+    setattr(RecordingTensor, _name, _on_data(_name, shared=False))
+for _name in _TURNING_METHODS:
+    setattr(RecordingTensor, _name, _on_itself(_name))
+
+
 def recording_tensor(info: TensorInfo, sink: CopySink) -> RecordingTensor:
     """A stand-in for a tensor of the checkpoint."""
     dtype, shape = info.as_torch()
-    return RecordingTensor.of(Origin(info, sink), torch.empty(shape, dtype=dtype, device="meta"))
+    with _past_the_dispatcher():
+        geometry = torch.empty(shape, dtype=dtype, device="meta")
+    return RecordingTensor.of(Origin(info, sink), geometry)
 
 
 def dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Carry out an operation of which at least one argument is a recording tensor."""
     packet = func._overloadpacket
-    if packet in _VIEWS and type(args[0]) is RecordingTensor:
+    if packet in VIEWS and type(args[0]) is RecordingTensor:
         tracked = _track_view(func, args[0], args[1:], kwargs)
         if tracked is not None:
             return tracked
@@ -266,8 +326,8 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         raise NotImplementedError(f"{func} on {args[0]!r}, past torch's functions: set the loader's mode to stream")
     reason.text = func.name()
     positions, names = _shared_arguments(func)
-    real_args = [_real(argument, shared=at in positions) for at, argument in enumerate(args)]
-    return func(*real_args, **{name: _real(argument, shared=name in names) for name, argument in kwargs.items()})
+    real_args = [real(argument, shared=at in positions) for at, argument in enumerate(args)]
+    return func(*real_args, **{name: real(argument, shared=name in names) for name, argument in kwargs.items()})
 
 
 @cache
@@ -278,32 +338,25 @@ def _shared_arguments(func: Any) -> tuple[frozenset[int], frozenset[str]]:
     return frozenset(at for at, _ in shared), frozenset(name for _, name in shared)
 
 
-def _with_data(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """The arguments with real tensors, where a function looks at memory past the dispatcher."""
-    if func in _TURNS or func in _OPENS or func in _READS:
-        reason.text = getattr(func, "__name__", str(func))
-    if func in _TURNS and args and isinstance(args[0], RecordingTensor):
-        args[0].become_real()
-    if func in _OPENS or func in _READS:
-        # Setting `.data` looks at its left side only, and would take a recording tensor for a real one.
-        shared = func in _OPENS or func is _SET_DATA
-        return _real(args, shared=shared), _real(kwargs, shared=shared)
-    return args, kwargs
-
-
 def _track_view(func: Any, tensor: RecordingTensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """The view as recording tensors, or None where torch would have to copy."""
     origin, view = tensor.origin, tensor.view_of_origin
     result = func(view, *args, **kwargs)
-    storage = view.untyped_storage()._cdata
+    storage = _storage_of(view)._cdata
     if isinstance(result, torch.Tensor):
-        return RecordingTensor.of(origin, result) if result.untyped_storage()._cdata == storage else None
-    if any(part.untyped_storage()._cdata != storage for part in result):
+        return RecordingTensor.of(origin, result) if _storage_of(result)._cdata == storage else None
+    if any(_storage_of(part)._cdata != storage for part in result):
         return None
     return type(result)(RecordingTensor.of(origin, part) for part in result)
 
 
-def _real(tree: Any, *, shared: bool = False) -> Any:
+def real(tree: Any, *, shared: bool = False) -> Any:
+    """The arguments of a function, with the data of recording tensors in their place.
+
+    Args:
+        tree: a tensor, or lists, tuples and dictionaries of them; anything else stays.
+        shared: as of ``RecordingTensor.materialise``.
+    """
     if isinstance(tree, RecordingTensor):
         return tree.materialise(shared=shared)
     if not isinstance(tree, list | tuple | dict):
@@ -318,67 +371,6 @@ def _bytes_of(view: torch.Tensor) -> tuple[int, int]:
     reach = sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
     itemsize = view.dtype.itemsize
     return int(view.storage_offset()) * itemsize, (int(reach) + 1) * itemsize
-
-
-class SettleBeforeUse(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While it is active, an operation on memory into which copies are pending waits for them.
-
-    Views are let through: they read nothing. It sees what its own thread does; copies from recording tensors in other
-    threads are done at once.
-    """
-
-    def __init__(self, sink: CopySink) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._sink = sink
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and to say so costs microseconds with every call
-
-    def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        packet = func._overloadpacket
-        recorded = packet is aten.copy_ and type(args[1]) is RecordingTensor
-        if not recorded and (packet not in _VIEWS or packet in _READING_VIEWS) and self._sink.pending():
-            settle_all(self._sink, args)
-            settle_all(self._sink, kwargs.values())
-        return dispatch(func, args, kwargs) if RecordingTensor in types else func(*args, **kwargs)
-
-
-def settle_all(sink: CopySink, arguments: Iterable[Any]) -> None:
-    """Settle every tensor among the arguments of an operation."""
-    for argument in arguments:
-        if isinstance(argument, torch.Tensor):
-            if not isinstance(argument, RecordingTensor):
-                sink.settle(argument)
-        elif isinstance(argument, list | tuple):
-            settle_all(sink, argument)
-
-
-class SettleBeforeRead(TorchFunctionMode):
-    """The same for what reaches memory without passing the dispatcher: ``numpy()``, ``tolist()``, ``data_ptr()``, …"""
-
-    def __init__(self, sink: CopySink) -> None:
-        super().__init__()
-        self._sink = sink
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        # This is called for every attribute of every tensor, so it must be short.
-        if func not in _LOOKED_AT:
-            if len(types) == 1 and types[0] is RecordingTensor:
-                with _without_subclasses():
-                    return func(*args, **kwargs)
-        else:
-            args, kwargs = _with_data(func, args, kwargs)
-            settle_all(self._sink, args)
-            if func in _OPENS:
-                for argument in args:
-                    if isinstance(argument, torch.Tensor):
-                        self._sink.opened(argument)
-        return func(*args, **kwargs)
 
 
 def replace_recording_tensors(module: torch.nn.Module) -> list[str]:
