@@ -34,6 +34,7 @@ from .recording import (
     replace_recording_tensors,
 )
 from .settling import SettleBeforeRead, SettleBeforeUse
+from .small import SmallTensors
 from .targets import overlaps_itself
 
 _T = TypeVar("_T")
@@ -45,10 +46,8 @@ _address_of = torch._C.TensorBase.data_ptr
 # A batch is handed to the engine's threads when it is worth their while.
 _BATCH_BYTES = 32 << 20
 _BATCH_EXTENTS = 1024
-# Tensors up to this size are read in one go before recording starts: scales and norms are often looked at, not copied,
-# one by one.
+# Tensors up to this size are read whole (small.py).
 _SMALL_BYTES = 16 << 10
-_SMALL_TOTAL_BYTES = 16 << 20
 SMALL = "it is small"
 # A copy that scatters into smaller runs than this (a transposed one, say) is left to torch.
 _MIN_RUN_BYTES = 64
@@ -152,6 +151,7 @@ class DirectLoad:
         self._lock = threading.RLock()
         self._thread = threading.get_ident()
         self._failure: CheckpointError | None = None
+        self._small: SmallTensors | None = None
         self._ended = False
         self.recorded_bytes = 0
         self.materialised: dict[str, int] = {}
@@ -199,7 +199,7 @@ class DirectLoad:
         self.reports.append(report)
         for opened in reader.files.files:
             self._parts[opened.file.path] = part
-        small = self._read_small(part, infos)
+        small = self._small = self._read_small(part, infos)
         for position, info in enumerate(infos):
             self._check_not_ended(info)
             if self._observer is not None:
@@ -208,7 +208,7 @@ class DirectLoad:
                 report.note("streamed in the end, for most tensors were needed as data")
                 yield from self._stream(part, infos[position:])
                 return
-            tensor = small.pop(info.name, None)
+            tensor = small.take(info)
             if tensor is None:
                 recording = recording_tensor(info, self)
                 self._live.add(recording.origin)
@@ -390,28 +390,25 @@ class DirectLoad:
             )
 
     def _cancel(self) -> None:
+        if self._small is not None:
+            self._small.cancel()
         while self._flying:
             self._flying.pop()[1].cancel()
 
-    def _read_small(self, part: _Part, infos: Iterable[TensorInfo]) -> dict[str, torch.Tensor]:
-        small: dict[str, torch.Tensor] = {}
-        extents: list[ExtentRow] = []
-        total = 0
-        for info in infos:
-            if info.nbytes > _SMALL_BYTES or total + info.nbytes > _SMALL_TOTAL_BYTES or info.name in small:
-                continue
-            if not self._expects(info.name):
-                continue
-            total += info.nbytes
-            dtype, shape = info.as_torch()
-            target = small[info.name] = torch.empty(shape, dtype=dtype, device="cpu")
-            if info.nbytes:
-                extents.append((part.reader.file_number(info), 1, info.offset, info.nbytes, 0, _address_of(target), 0))
+    def _read_small(self, part: _Part, infos: Iterable[TensorInfo]) -> SmallTensors:
+        def submit(window: Sequence[TensorInfo], extents: Sequence[ExtentRow], owner: object) -> Transfer | None:
             if self._observer is not None:
-                self._observer.read(info, info.nbytes, SMALL)
-        part.report.loaded(total)
-        self._named(part, lambda: part.reader.read(extents, small))
-        return small
+                for info in window:
+                    self._observer.read(info, info.nbytes, SMALL)
+            part.report.loaded(sum(info.nbytes for info in window))
+            return part.reader.submit(extents, owner) if extents else None
+
+        return SmallTensors(
+            [info for info in infos if info.nbytes <= _SMALL_BYTES and self._expects(info.name)],
+            file_number=part.reader.file_number,
+            submit=submit,
+            wait=lambda transfer: self._named(part, transfer.wait),
+        )
 
     def _stream(self, part: _Part, infos: Sequence[TensorInfo]) -> Iterator[tuple[str, torch.Tensor]]:
         sizes = iter(infos)

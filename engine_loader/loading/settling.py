@@ -113,7 +113,8 @@ _undo: list[Callable[[], object]] = []
 
 def _settle(arguments: Sequence[Any], *, opens: bool) -> None:
     for sink in _active.get(threading.get_ident(), ()):
-        settle_all(sink, arguments)
+        if sink.pending():
+            settle_all(sink, arguments)
         for argument in arguments if opens else ():
             if isinstance(argument, torch.Tensor):
                 sink.opened(argument)
@@ -154,6 +155,10 @@ def _copy(target: torch.Tensor, source: torch.Tensor, *args: Any, **kwargs: Any)
         and source.origin.sink.copy(target, source.origin, source.view_of_origin)
     ):
         return target
+    if type(source) in _PLAIN and type(target) in _PLAIN and _listeners() == 1:
+        _settle((target, source), opens=False)
+        with _past_the_dispatcher():
+            return _COPY(target, source, *args, **kwargs)
     return _COPY(target, source, *args, **kwargs)
 
 
