@@ -35,6 +35,7 @@ import torch
 
 from benchmarks.checkpoints import GIB, _write_files, make_checkpoint
 from engine_loader.benchmarking import page_cache
+from engine_loader.benchmarking.rounds import back_free_memory
 from engine_loader.engines.vllm_rank import Rank, RankModel, rank_model
 from engine_loader.formats.safetensors import TensorInfo
 from engine_loader.loading.direct import DirectLoad
@@ -128,11 +129,13 @@ def model(path: Path, rank: Rank | None = None) -> Iterator[RankModel]:
         yield built
 
 
-def seconds_of(load: Load, built: RankModel) -> float:
+def seconds_of(load: Load, built: RankModel, *, fresh_bytes: int = 0) -> float:
     gc.collect()
     prepare = getattr(load, "prepare", None)
     if prepare is not None:
         prepare(built)
+    if fresh_bytes:
+        back_free_memory(fresh_bytes)
     begin = time.perf_counter()
     with torch.no_grad():
         load(built)
@@ -161,7 +164,7 @@ def measure_llama(path: Path, rounds: int) -> None:
         for name, load in loads.items():
             give_memory_back()
             with model(path) as built:
-                fresh[name].append(seconds_of(load, built))
+                fresh[name].append(seconds_of(load, built, fresh_bytes=nbytes))
             del built
     rows = []
     for name in loads:
