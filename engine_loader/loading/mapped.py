@@ -57,7 +57,7 @@ class _Keeping:
 
 
 class _Recent:
-    """The tensors that were handed out last, in order. Each has an exporter of its own: so it is seen which are held."""
+    """The tensors handed out last, in order, each with an exporter of its own: so it is seen which are held."""
 
     def __init__(self, keeping: _Keeping) -> None:
         self._keeping = keeping

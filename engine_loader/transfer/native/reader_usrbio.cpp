@@ -19,6 +19,7 @@ constexpr int64_t kClosingGrace = 300 * kMillisecond;
 constexpr int64_t kWaited = kMillisecond / 20;
 constexpr uint32_t kReadyBeforeShrinking = 2;
 constexpr uint32_t kSmallestWindow = 2;
+constexpr uint64_t kSmallestRead = 1 << 20;
 
 // A block that is being read, in one or several runs.
 struct Work {
@@ -125,7 +126,7 @@ class RingReader {
             }
         }
         if (config != config_) change_mount(*config);
-        const RunLimits limits{config->slot_bytes(), engine_.config.wide_gap_bytes};
+        const RunLimits limits{std::min(read_bytes_, config->slot_bytes()), engine_.config.wide_gap_bytes};
         cutter_.emplace(*current_->transfer, current_->block, limits, cut_segments_);
         return true;
     }
@@ -135,6 +136,7 @@ class RingReader {
         config_ = &config;
         slots_ = std::vector<Slot>(config.depth);
         window_ = config.depth;
+        read_bytes_ = config.slot_bytes();
     }
 
     // Put the next run of the current block into a slot; false when there was none.
@@ -211,8 +213,10 @@ class RingReader {
     void adapt_window(int64_t waited_ns) {
         if (waited_ns > kWaited) {
             window_ = std::min(2 * window_, config_->depth);
+            read_bytes_ = std::min(2 * read_bytes_, config_->slot_bytes());
             ready_in_a_row_ = 0;
         } else if (++ready_in_a_row_ >= kReadyBeforeShrinking) {
+            if (window_ <= kSmallestWindow) read_bytes_ = std::max(read_bytes_ / 2, kSmallestRead);
             window_ = std::max(window_ - 1, std::min(kSmallestWindow, config_->depth));
             ready_in_a_row_ = 0;
         }
@@ -378,6 +382,7 @@ class RingReader {
     std::optional<RunCutter> cutter_;
     std::vector<Segment> cut_segments_;
     uint32_t window_ = 0;  // slots that are used at most
+    uint64_t read_bytes_ = 0;  // of an IO at most
     uint32_t ready_in_a_row_ = 0;
     bool full_ = false;
     bool closing_ = false;
