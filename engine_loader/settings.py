@@ -67,10 +67,17 @@ class _Group(BaseModel):
 class LoaderSettings(_Group):
     """How weights are read (``loader:`` in the YAML file; also the keys of ``--model-loader-extra-config``)."""
 
-    backend: Literal["auto", "posix", "usrbio"] = Field(
+    backend: Literal["auto", "posix", "usrbio", "object_store"] = Field(
         default="auto",
-        description="Where the files are read from: posix is any mounted file system, usrbio is 3FS past its mount; "
-        "auto is usrbio for files on 3FS where its library is found, else posix.",
+        description="Where the files are read from: posix is any mounted file system, usrbio is 3FS past its mount, "
+        "object_store is S3, Google Cloud Storage and Azure; auto is object_store for URLs (s3://, gs://, az://), "
+        "usrbio for files on 3FS where its library is found, else posix.",
+    )
+    weights_uri: str | None = Field(
+        default=None,
+        max_length=2000,
+        description="Where an engine reads a model's weights, in place of its directory, which keeps configuration and "
+        "tokenizer: s3://bucket/prefix, gs://, az://, or a path; auto: the model's directory.",
     )
     mode: Literal["auto", "direct", "stream"] = Field(
         default="auto",
@@ -135,7 +142,46 @@ class LoaderSettings(_Group):
         description="Where libhf3fs_api_shared.so is; auto: LD_LIBRARY_PATH, or beside the installed hf3fs_py_usrbio.",
     )
 
-    @field_validator("threads", "usrbio_rings", "hf3fs_lib_dir", "sharded_pattern", mode="before")
+    object_store_requests: int = Field(
+        default=16, ge=1, le=256, description="Requests to an object store in flight at once, each on a thread."
+    )
+    object_store_range_bytes: ByteSize = Field(
+        default=ByteSize(8 * _MIB),
+        ge=64 * _KIB,
+        le=_GIB,
+        description="The largest range of an object that one request asks for.",
+    )
+    object_store_timeout_s: float = Field(
+        default=30.0,
+        gt=0,
+        le=3600,
+        description="Seconds without a byte after which a request to an object store is sent again.",
+    )
+    object_store_endpoint_url: str | None = Field(
+        default=None,
+        pattern="^https?://[^/]",
+        description="The object store's address; auto: AWS_ENDPOINT_URL, or that of AWS, Google or Azure.",
+    )
+    object_store_region: str | None = Field(
+        default=None, description="The bucket's region; auto: AWS_REGION, AWS_DEFAULT_REGION, or us-east-1."
+    )
+    object_store_anonymous: bool = Field(
+        default=False, description="Send requests unsigned, without looking for credentials: for public buckets."
+    )
+    object_store_virtual_host: bool = Field(
+        default=False, description="Address buckets as https://bucket.host/key instead of https://host/bucket/key."
+    )
+
+    @field_validator(
+        "threads",
+        "usrbio_rings",
+        "hf3fs_lib_dir",
+        "sharded_pattern",
+        "weights_uri",
+        "object_store_endpoint_url",
+        "object_store_region",
+        mode="before",
+    )
     @classmethod
     def _auto_is_none(cls, value: Any) -> Any:
         return None if value == "auto" else value
@@ -156,7 +202,8 @@ class CompileCacheSettings(_Group):
     directory: str = Field(
         default="~/.cache/engine_loader/compile_cache",
         min_length=1,
-        description="The store of compile caches: a directory that the fleet shares.",
+        description="The store of compile caches: a directory that the fleet shares, or a prefix in an object store "
+        "(s3://bucket/prefix, gs://, az://).",
     )
     scope: str | None = Field(
         default=None,

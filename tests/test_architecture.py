@@ -21,7 +21,7 @@ STEPS: dict[str, set[str]] = {
     "transfer": BASE | {"formats", "sources"},
     "report": BASE | {"formats"},
     "loading": BASE | {"formats", "sources", "transfer", "report"},
-    "compile_cache": BASE,
+    "compile_cache": BASE | {"sources"},
     "plugin": {"errors"},
 }
 """What each room may import beside itself. Every other room is a door, or stands on top: it may import all of these."""

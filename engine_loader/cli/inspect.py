@@ -21,7 +21,9 @@ _FILES_SHOWN = 20
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A model's directory, or one .safetensors file.")],
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="A model's directory, or one .safetensors file; also s3://…")
+    ],
     *,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     check: Annotated[
@@ -39,6 +41,7 @@ def inspect(
     ```shell
     engine-loader inspect /models/llama
     engine-loader inspect --check /models/llama
+    engine-loader inspect s3://bucket/models/llama
     engine-loader inspect --tensors --json model.safetensors | jq '.tensors[].name'
     ```
     """

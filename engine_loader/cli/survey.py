@@ -14,6 +14,8 @@ from ..formats.dtypes import torch_shape
 from ..formats.hf_index import ShardIndex
 from ..formats.safetensors import Header, TensorInfo
 from ..loading.locate import OpenFiles, locate, open_files
+from ..settings import load_settings
+from ..sources.object_url import is_object_url
 from ..sources.posix import PosixSource
 from ..sources.protocol import Source
 
@@ -50,13 +52,13 @@ def read(path: str) -> Survey:
     Raises:
         CheckpointError: there is none, or a file is damaged: the first problem.
     """
-    with open_files(PosixSource(), path) as files:
+    with open_files(_source(path), path) as files:
         return Survey([opened.header for opened in files.files], files.index)
 
 
 def check(path: str) -> Survey:
     """Survey a checkpoint and look for everything that is wrong with it."""
-    source = PosixSource()
+    source = _source(path)
     try:
         paths, index = locate(source, path)
     except CheckpointError as error:
@@ -75,6 +77,15 @@ def check(path: str) -> Survey:
         survey.notes += _unlisted(index, survey.headers, source.list(os.path.dirname(index.file)))
     survey.problems += _without_tensor_shape(survey.tensors)
     return survey
+
+
+def _source(path: str) -> Source:
+    if not is_object_url(path):
+        return PosixSource()
+    from ..sources.constructor import object_store_options
+    from ..sources.object_store import ObjectStoreSource
+
+    return ObjectStoreSource(object_store_options(load_settings().settings.loader))
 
 
 def _header(source: Source, path: str) -> Header | CheckpointError:

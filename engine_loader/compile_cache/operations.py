@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..settings import CompileCacheSettings
+from ..sources.object_url import is_object_url
 from .directories import ENGINES, VLLM_MODEL_INFOS, CacheRoot
 from .errors import CacheError, CacheOperationInterrupted, CacheValidationError
 from .explain import judge, nearest_key, note_verdict
@@ -83,9 +84,13 @@ def open_store(settings: CompileCacheSettings) -> tuple[Store, Trust]:
     """The store of the settings.
 
     Raises:
-        CacheValidationError: the key file is not what it should be.
+        CacheValidationError: the key file is not what it should be, or the store is one of objects and cannot be had.
     """
     trust = load_trust(settings.key_file, anyone=settings.trust == "anyone")
+    if is_object_url(settings.directory):
+        from .object_store import ObjectCacheStore
+
+        return ObjectCacheStore(settings.directory, trust, settings.work_directory), trust
     return FilesystemStore(settings.directory, trust, int(settings.min_store_free_bytes)), trust
 
 

@@ -12,6 +12,7 @@ import copy
 import functools
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..loading.weights import stream_weights
 from ..plugin import LOAD_FORMAT
 from ..settings import load_settings
 from .vllm_sharded import files_of_this_rank, fill_state, tie_as_saved
+from .weights_uri import has_weights, weight_files
 
 # Below vLLM's own logger, so that it is shown in vLLM's way and at vLLM's level.
 logger = logging.getLogger("vllm.engine_loader")
@@ -55,6 +57,8 @@ class B10ModelLoader(DefaultModelLoader):
         SettingsError: --model-loader-extra-config has an unknown key or a bad value.
     """
 
+    counter_before_loading_weights: float
+
     def __init__(self, load_config: LoadConfig) -> None:
         own, engine = _split(load_config.model_loader_extra_config)
         self._reader_settings = load_settings(own).settings.loader
@@ -65,6 +69,12 @@ class B10ModelLoader(DefaultModelLoader):
         self._direct: DirectLoad | None = None
         self.last_load: DirectLoad | None = None
         self._note: str | None = None
+        self._replaced: tuple[str, str] | None = None
+
+    def download_model(self, model_config: Any) -> None:
+        """Fetch a hub model's weights, where they are what will be loaded."""
+        if self._replacement(model_config) is None:
+            super().download_model(model_config)
 
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
         """Load into an initialised model, in direct mode where that can serve.
@@ -84,7 +94,8 @@ class B10ModelLoader(DefaultModelLoader):
 
     def _fill(self, model: torch.nn.Module, model_config: Any) -> None:
         """Have the engine's code put the weights into the model."""
-        directory = getattr(model_config, "model_weights", None) or model_config.model
+        replaced = self._replacement(model_config)
+        directory = replaced[1] if replaced else getattr(model_config, "model_weights", None) or model_config.model
         files = files_of_this_rank(directory, self._reader_settings)
         if files is None:
             super().load_weights(model, model_config)
@@ -110,7 +121,20 @@ class B10ModelLoader(DefaultModelLoader):
             finally:
                 self._direct = None
 
+    def get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Weights:
+        self._replaced = self._replacement(model_config)
+        return super().get_all_weights(model_config, model)  # type: ignore[no-any-return]
+
+    def _replacement(self, model_config: Any) -> tuple[str, str] | None:
+        """The model's directory, and the weights_uri from which its weights come instead, if so."""
+        uri = self._reader_settings.weights_uri
+        if uri is None or (getattr(model_config, "runner_type", None) == "draft" and has_weights(model_config.model)):
+            return None  # a draft model is another model, unless its weights are among those of the one that it serves
+        return model_config.model, uri.rstrip("/")
+
     def _get_weights_iterator(self, source: Any) -> Weights:
+        if self._replaced is not None and source.model_or_path == self._replaced[0]:
+            return self._replaced_weights(source, self._replaced[1])
         with _exchange:
             original = getattr(default_loader, _ITERATOR)
             setattr(default_loader, _ITERATOR, self._weights(original))
@@ -118,6 +142,18 @@ class B10ModelLoader(DefaultModelLoader):
                 return super()._get_weights_iterator(source)  # type: ignore[no-any-return]
             finally:
                 setattr(default_loader, _ITERATOR, original)
+
+    def _replaced_weights(self, source: Any, uri: str) -> Weights:
+        """What vLLM's own method gives for a source, read from ``uri``."""
+        # Both attributes are of newer versions.
+        subfolder, patterns = getattr(source, "subfolder", None), getattr(source, "allow_patterns_overrides", None)
+        files = weight_files(uri, self._reader_settings, subfolder=subfolder, patterns=patterns)
+        if not self.counter_before_loading_weights:
+            self.counter_before_loading_weights = time.perf_counter()
+        weights = self._weights(getattr(default_loader, _ITERATOR))(
+            files, self.load_config.use_tqdm_on_load, local_expert_ids=getattr(self, "local_expert_ids", None)
+        )
+        return ((source.prefix + name, tensor) for name, tensor in weights)
 
     def _weights(self, original: Callable[..., Weights]) -> Callable[..., Weights]:
         """What stands in for vLLM's iterator, with its arguments."""

@@ -15,6 +15,7 @@ from ..formats.sharded_state import ShardRank
 from ..report.load import LoadReport
 from ..settings import LoaderSettings, load_settings
 from ..sources.constructor import make_source
+from ..sources.protocol import Source
 from ..transfer.plan import ExtentRow
 from .geometry import contiguous_strides, view_extents
 from .locate import OpenFiles, PathLike, open_files, sharded_files
@@ -31,18 +32,23 @@ def open_checkpoint(
     files: Mapping[str, bytes | bytearray | memoryview] | None = None,
     rank: int | None = None,
     pipeline_rank: int = 0,
+    key_mapping: Mapping[str, str] | None = None,
+    optimizer_state: bool = False,
     **options: Any,
 ) -> Checkpoint:
     """Open a checkpoint for reading; use it as a context manager.
 
     Args:
         path: a .safetensors file, a Hugging Face directory with or without model.safetensors.index.json, the directory
-            of a sharded_state checkpoint, or a list of files.
+            of a sharded_state checkpoint, that of a torch.distributed.checkpoint (with .metadata), or a list of files.
         device: where tensors are put.
-        backend: "auto", "posix" (mounted file systems), "usrbio" (3FS past its mount) or "memory".
+        backend: "auto", "posix" (mounted file systems), "usrbio" (3FS past its mount), "object_store" or "memory".
         files: for the memory backend, path -> content.
         rank: of a sharded_state checkpoint, whose part (the tensor-parallel rank); needed where it has several.
         pipeline_rank: the same for its pipeline stages.
+        key_mapping: of a torch.distributed.checkpoint, regular expression -> replacement, from the training's names to
+            those that are wanted; as transformers does, the first one that is found in a name is applied to it.
+        optimizer_state: of a torch.distributed.checkpoint, also the tensors of optimizers, which are left out else.
         options: settings of the loader by name, e.g. ``threads=8`` or ``buffer_bytes="1GiB"``; they override the
             environment and the YAML file (see ``engine-loader settings``).
 
@@ -61,9 +67,30 @@ def open_checkpoint(
         backend = settings.backend if files is None else "memory"
     source = make_source(backend, files, settings)
     if isinstance(path, str | os.PathLike):
+        dcp = _open_dcp(source, os.fspath(path), settings, place, key_mapping, optimizer_state)
+        if dcp is not None:
+            return dcp
         wanted = None if rank is None else ShardRank(pipeline_rank, rank)
         path = sharded_files(source, os.fspath(path), wanted, settings.sharded_pattern) or path
+    if key_mapping or optimizer_state:
+        raise CheckpointError("key_mapping and optimizer_state go with a DCP directory, which this is not")
     return Checkpoint(open_files(source, path), source.name, settings, place)
+
+
+def _open_dcp(
+    source: Source,
+    directory: str,
+    settings: LoaderSettings,
+    device: torch.device,
+    key_mapping: Mapping[str, str] | None,
+    optimizer_state: bool,
+) -> Checkpoint | None:
+    """A torch.distributed.checkpoint; None where the path is none."""
+    from .dcp import DcpCheckpoint, is_dcp
+
+    if not is_dcp(source, directory):
+        return None
+    return DcpCheckpoint(source, directory, settings, device, key_mapping=key_mapping, optimizer_state=optimizer_state)
 
 
 class Checkpoint:

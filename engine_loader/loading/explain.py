@@ -9,7 +9,9 @@ from typing import Any
 
 from ..formats.safetensors import TensorInfo
 from ..settings import LoaderSettings
+from ..sources.object_url import is_object_url
 from ..sources.posix import PosixSource
+from ..transfer.constructor import REMOTE_GAP_BYTES
 from ..transfer.modes import choose_mode
 from ..transfer.plan import ExtentRow
 from .direct import SMALL
@@ -166,6 +168,9 @@ class Explanation:
 
     def _limits(self, path: str) -> tuple[int, int]:
         """(gap that is read through, alignment) of a file."""
+        if is_object_url(path):
+            self._places[path] = ("object_store: by ranges", True)
+            return REMOTE_GAP_BYTES, 1
         if path not in self._places:
             file = PosixSource().open(path)
             try:

@@ -139,5 +139,6 @@ class Reader:
                 raise CheckpointError("the checkpoint is closed")
             if self._engine is None:
                 descriptors = all(file.fileno() is not None for file in self._open.values())
-                self._engine = make_engine(self._settings, descriptors=descriptors)
+                remote = any(file.source == "object_store" for file in self._open.values())
+                self._engine = make_engine(self._settings, descriptors=descriptors, remote=remote)
             return self._engine

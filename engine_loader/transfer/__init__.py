@@ -9,19 +9,15 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from ..compile_cache.api import OperationStatus
 
 
 class _CallablePackage(ModuleType):
-    def __call__(self, source: str | os.PathLike[str], dest: str | os.PathLike[str]) -> OperationStatus:
-        """`engine_loader.compile_cache.api.transfer`."""
-        from ..compile_cache.api import transfer
-
-        return transfer(source, dest)
+    def __call__(self, source: str | os.PathLike[str], dest: str | os.PathLike[str]) -> object:
+        """Do what `engine_loader.compile_cache.api.transfer` does, and return its OperationStatus."""
+        # By name: this package knows nothing of the caches.
+        return import_module("engine_loader.compile_cache.api").transfer(source, dest)
 
 
 sys.modules[__name__].__class__ = _CallablePackage

@@ -15,12 +15,18 @@ from .python_engine import PythonEngine
 logger = logging.getLogger(__name__)
 
 
-def make_engine(settings: LoaderSettings, *, descriptors: bool = True) -> TransferEngine:
+# Asking once more takes about as long as reading this much on.
+REMOTE_GAP_BYTES = 1 << 20
+
+
+def make_engine(settings: LoaderSettings, *, descriptors: bool = True, remote: bool = False) -> TransferEngine:
     """The engine that ``settings.engine`` asks for.
 
     Args:
         settings: the loader's settings.
         descriptors: whether all files have descriptors, which native threads need.
+        remote: whether there are objects of an object store among the files: they are read in larger pieces, by more
+            threads.
 
     Raises:
         TransferError: the native engine was asked for by name and cannot be had.
@@ -37,6 +43,14 @@ def make_engine(settings: LoaderSettings, *, descriptors: bool = True) -> Transf
             max_tries=settings.max_tries,
             deadline_s=settings.deadline_s,
             read_mode=settings.read_mode,
+        )
+    if remote:
+        return PythonEngine(
+            settings.object_store_requests,
+            block_bytes=int(settings.object_store_range_bytes),
+            max_tries=settings.max_tries,
+            deadline_s=settings.deadline_s,
+            gap_bytes=REMOTE_GAP_BYTES,
         )
     return PythonEngine(
         settings.threads,

@@ -32,7 +32,7 @@ _SLICE_S = 0.2
 _CANCEL_GRACE_S = 0.5
 _LONGEST_PAUSE_S = 2.0
 # Rows nearer to each other than this are read with what lies between them and picked out of it.
-_DENSE_GAP_BYTES = 64 << 10
+DEFAULT_GAP_BYTES = 64 << 10
 
 
 @dataclass(slots=True, eq=False)
@@ -78,6 +78,7 @@ class PythonEngine:
         max_tries: how often a read is tried when its error may pass.
         retry_delay_s: the wait before the second try; it doubles with every further one, up to 2 s.
         deadline_s: when a read gets no byte for this long, its transfer fails.
+        gap_bytes: rows that are no further apart are read with what lies between them.
     """
 
     name = "python"
@@ -90,12 +91,14 @@ class PythonEngine:
         max_tries: int = 5,
         retry_delay_s: float = 0.05,
         deadline_s: float = 120.0,
+        gap_bytes: int = DEFAULT_GAP_BYTES,
     ) -> None:
         self.threads = threads or min(8, len(os.sched_getaffinity(0)) * 2)
         self.block_bytes = block_bytes
         self.max_tries = max_tries
         self.retry_delay_s = retry_delay_s
         self.deadline_s = deadline_s
+        self.gap_bytes = gap_bytes
         self.last_progress = time.monotonic()
         self._changed = threading.Condition()
         self._queue: deque[PythonTransfer] = deque()
@@ -278,7 +281,7 @@ class PythonTransfer:
         self._failure: CheckpointError | None = None
         self._submitted = time.monotonic()
         order = np.lexsort((extents["offset"], extents["file"])) if ordered else np.argsort(self._missing)[::-1]
-        self._tasks = _tasks(files, extents, order.tolist(), engine.block_bytes)
+        self._tasks = _tasks(files, extents, order.tolist(), engine.block_bytes, engine.gap_bytes)
 
     @property
     def bytes_done(self) -> int:
@@ -382,7 +385,7 @@ class PythonTransfer:
 
 
 def _tasks(
-    files: Sequence[SourceFile], extents: Extents, order: list[int], block_bytes: int
+    files: Sequence[SourceFile], extents: Extents, order: list[int], block_bytes: int, gap_bytes: int
 ) -> Iterator[_Read | _RowsRead]:
     """Cut large extents and merge neighbours, in the given order."""
     pending: _Read | None = None
@@ -396,7 +399,7 @@ def _tasks(
                 yield pending
                 pending = None
             whole = _RowsRead(file, offset, index, rows, row_bytes, src_stride, address, dst_stride)
-            yield from _row_tasks(whole, block_bytes)
+            yield from _row_tasks(whole, block_bytes, gap_bytes)
             continue
         for start in range(0, rows * row_bytes, block_bytes):
             length = min(block_bytes, rows * row_bytes - start)
@@ -422,10 +425,10 @@ def _joins(pending: _Read, file: SourceFile, offset: int, length: int, block_byt
     )
 
 
-def _row_tasks(read: _RowsRead, block_bytes: int) -> Iterator[_Read | _RowsRead]:
+def _row_tasks(read: _RowsRead, block_bytes: int, gap_bytes: int) -> Iterator[_Read | _RowsRead]:
     # The stride is smaller than a row where rows overlap, and zero where one row is wanted many times.
     pitch = max(read.src_stride, read.row_bytes)
-    dense = pitch - read.row_bytes <= _DENSE_GAP_BYTES and pitch <= block_bytes
+    dense = pitch - read.row_bytes <= gap_bytes and pitch <= block_bytes
     step = block_bytes // pitch if dense else 1
     for row in range(0, read.rows, step):
         rows = min(step, read.rows - row)

@@ -1,0 +1,129 @@
+"""Loads a training's checkpoint by ``dcp.load``: through this package's reader, torch's, and against plain reads.
+
+    python -m benchmarks.dcp
+
+The limit is two threads of ``preadv`` into the same tensors. Rounds are interleaved, memory was touched before, the
+files lie in the page cache; every way is checked once, bit for bit, into poisoned memory.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as torch_dcp
+
+from engine_loader import dcp, open_checkpoint
+from engine_loader.benchmarking.page_cache import warm
+from engine_loader.benchmarking.plain_reads import read_plainly
+from engine_loader.benchmarking.workload import Workload
+from engine_loader.dcp import SerializationFormat
+from engine_loader.formats.safetensors import TensorInfo
+from engine_loader.machine import cpu_model, mount_of, usable_cpus
+
+from .checkpoints import GIB
+
+TENSORS = 199
+WIDTH = 2048
+Tensors = dict[str, torch.Tensor]
+
+
+def make_tensors(nbytes: int) -> Tensors:
+    """bf16 tensors, as those of a Llama: some large, most of them middling."""
+    torch.manual_seed(0)
+    weights = [8 if number % 10 == 0 else 1 + number % 3 for number in range(TENSORS)]
+    rows = [max(1, nbytes * weight // sum(weights) // (2 * WIDTH)) for weight in weights]
+    noise = torch.randn(max(rows), WIDTH).bfloat16()
+    return {f"model.layers.{number}.weight": noise[:count] + number for number, count in enumerate(rows)}
+
+
+def plain_workload(path: Path) -> Workload:
+    """Where the bytes of the tensors lie, for plain reads."""
+    with open_checkpoint(path) as checkpoint:
+        infos: list[TensorInfo] = [checkpoint.info(name) for name in checkpoint]
+    infos.sort(key=lambda info: (info.file, info.offset))
+    return Workload(path, tuple(dict.fromkeys(info.file for info in infos)), tuple(infos))
+
+
+def loads(reader: type[torch_dcp.FileSystemReader], path: Path) -> Callable[[Tensors], object]:
+    return lambda targets: torch_dcp.load(targets, storage_reader=reader(path), no_dist=True)
+
+
+def measure(ways: dict[str, Callable[[Tensors], object]], tensors: Tensors, rounds: int) -> None:
+    """Check each way, then print a table."""
+    targets = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
+    for name, load in ways.items():
+        for target in targets.values():
+            target.fill_(-1)
+        load(targets)
+        if not all(torch.equal(targets[key], tensor) for key, tensor in tensors.items()):
+            raise SystemExit(f"{name} loaded wrong bytes")
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    cpu: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds):
+        order = list(ways)
+        for name in order[number % len(order) :] + order[: number % len(order)]:
+            began, used = time.perf_counter(), time.process_time()
+            ways[name](targets)
+            seconds[name].append(time.perf_counter() - began)
+            cpu[name].append(time.process_time() - used)
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    limit = statistics.median(seconds["two threads of preadv"])
+    print("| loads by | GiB/s, median | slowest - fastest | of the limit | CPU-seconds |\n|---|---:|---:|---:|---:|")
+    for name, times in seconds.items():
+        median, rates = statistics.median(times), [nbytes / taken / GIB for taken in times]
+        print(
+            f"| {name} | {nbytes / median / GIB:.2f} | {min(rates):.2f} - {max(rates):.2f} "
+            f"| {limit / median:.0%} | {statistics.median(cpu[name]):.2f} |"
+        )
+    print()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    default = Path(tempfile.gettempdir()) / "engine-loader-benchmark"
+    parser.add_argument("--dir", type=Path, default=default, help="where checkpoints are kept (default: %(default)s)")
+    parser.add_argument("--gib", type=float, default=2.27, help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=11, help="default: %(default)s")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", message="torch.distributed is")
+    tensors = make_tensors(int(arguments.gib * GIB))
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    print(f"{cpu_model()}, {usable_cpus()} CPUs, Linux {platform.release()}, torch {torch.__version__}")
+    for serialization_format in SerializationFormat:
+        path = arguments.dir / f"dcp-{serialization_format.value}-{nbytes}"
+        if not (path / ".metadata").exists():
+            writer = dcp.FileSystemWriter(path, serialization_format=serialization_format)
+            torch_dcp.save(tensors, storage_writer=writer, no_dist=True)
+        workload = plain_workload(path)
+        warm(workload.files)
+        mount = mount_of(workload.files[0])
+        where = f"{mount.kind if mount else 'unknown file system'}, load average {os.getloadavg()[0]:.2f}"
+        print(f"\n### {serialization_format.value}: {nbytes / GIB:.2f} GiB in {len(tensors)} tensors ({where})\n")
+        ways: dict[str, Callable[[Tensors], object]] = {
+            "two threads of preadv": lambda targets, plain=workload: read_plainly(plain, targets, 2),  # type: ignore[misc]
+            "engine_loader.dcp.FileSystemReader": loads(dcp.FileSystemReader, path),
+            "engine_loader.open_checkpoint": lambda targets, path=path: open_into(path, targets),  # type: ignore[misc]
+        }
+        if serialization_format == SerializationFormat.TORCH_SAVE:  # torch's reader reads no safetensors
+            ways["torch's FileSystemReader"] = loads(torch_dcp.FileSystemReader, path)
+        measure(ways, tensors, arguments.rounds)
+
+
+def open_into(path: Path, targets: Tensors) -> None:
+    with open_checkpoint(path) as checkpoint:
+        checkpoint.load_into(targets)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,257 @@
+"""Reads DCP checkpoints from file systems: the metadata safely, the tensors straight into their targets."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch.distributed.checkpoint import filesystem as torch_filesystem
+from torch.distributed.checkpoint._extension import ExtensionRegistry
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
+
+from ..errors import CheckpointError
+from ..loading.dcp_files import DcpFiles, Part, StoredTensor, load_item
+from ..settings import LoaderSettings, load_settings
+from ..sources.constructor import make_source
+from ..transfer.protocol import Transfer
+
+_GROUP_BYTES = 256 << 20
+_LOCATED_AT_ONCE = 4096
+_GROUPS_IN_FLIGHT = 2
+_Wanted: TypeAlias = tuple[ReadItem, _StorageInfo, torch.Size | None]
+_Located: TypeAlias = tuple[_Wanted, StoredTensor | None]
+
+
+class FileSystemReader(torch_filesystem.FileSystemReader):
+    """Takes the place of ``torch.distributed.checkpoint.FileSystemReader`` in ``dcp.load``.
+
+    Tensors, of ``torch.save`` and safetensors items alike, are read by several native threads, only the bytes that the
+    plan wants, and straight into the state dict where that is plain CPU memory of the stored element type. What is not
+    (CUDA, another type, transforms) is read beside it and copied.
+
+    ``.metadata`` is read without running what it names. Items that are not tensors are handed to the planner, which
+    unpickles them, only after ``torch.load(weights_only=True)`` took them.
+
+    Args:
+        path: the checkpoint's directory.
+        _extension_registry: of the transforms that items were written with.
+        trust_pickles: also hand over items that ``weights_only`` refuses; whoever wrote them can then run code here.
+        options: settings of the loader by name, e.g. ``threads=8`` (see ``engine-loader settings``).
+
+    Raises (when it loads; ``dcp.load`` may wrap it in its CheckpointException):
+        CheckpointError: a file is missing, cut short or damaged, or metadata and files do not fit each other.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        _extension_registry: ExtensionRegistry | None = None,
+        *,
+        trust_pickles: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(path, _extension_registry)
+        self._trust_pickles = trust_pickles
+        self._tensors: dict[str, Any] = {}
+        self._settings: LoaderSettings = load_settings(options).settings.loader
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The checkpoint's metadata.
+
+        Raises:
+            CheckpointError: it is missing or wrong, or names what no checkpoint needs; nothing was run.
+        """
+        path = os.fspath(self._get_metadata_path(kwargs.get("rank")))
+        with self._files() as files:
+            metadata = files.read_metadata(os.path.basename(path))
+        if getattr(metadata, "storage_meta", None) is None:
+            metadata.storage_meta = StorageMeta()
+        cast(StorageMeta, metadata.storage_meta).load_id = self.load_id
+        return metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Carry out a plan.
+
+        Raises:
+            CheckpointError: it cannot be carried out; the state dict then holds unspecified values.
+        """
+        with self._files() as files:
+            tensors: list[tuple[ReadItem, _StorageInfo]] = []
+            for item in plan.items:
+                info = self._info(item)
+                if item.type == LoadItemType.BYTE_IO:
+                    self._load_bytes(files, item, info, planner)
+                elif info.transform_descriptors:
+                    tensor = self._transformed(files, item, info)
+                    _copy(files, item, info, tensor, planner)
+                else:
+                    tensors.append((item, info))
+            tensors.sort(key=lambda pair: (pair[1].relative_path, pair[1].offset))
+            _read_tensors(files, [(item, info, self._chunk_sizes(item)) for item, info in tensors], planner)
+            files.verify_unchanged()
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Keep what the metadata says, so that files can be compared with it."""
+        super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
+        self._tensors = metadata.state_dict_metadata
+
+    def _chunk_sizes(self, item: ReadItem) -> torch.Size | None:
+        """The sizes of the chunk that an item is read from, by the metadata."""
+        index = item.storage_index
+        entry = self._tensors.get(index.fqn)
+        if not isinstance(entry, TensorStorageMetadata):
+            return None
+        if index.offset is None:
+            return entry.size
+        if index.index is not None and index.index < len(entry.chunks):
+            hinted = entry.chunks[index.index]
+            if hinted.offsets == index.offset:
+                return hinted.sizes
+        return next((chunk.sizes for chunk in entry.chunks if chunk.offsets == index.offset), None)
+
+    def _files(self) -> DcpFiles:
+        source = make_source(self._settings.backend, None, self._settings)
+        return DcpFiles(source, os.fspath(self.path), self._settings)
+
+    def _info(self, item: ReadItem) -> _StorageInfo:
+        try:
+            return cast(_StorageInfo, self.storage_data[item.storage_index])
+        except KeyError:
+            raise CheckpointError(
+                f"the metadata does not say where {item.storage_index.fqn!r} at {item.storage_index.offset} lies",
+                file=os.fspath(self.path),
+            ) from None
+
+    def _load_bytes(self, files: DcpFiles, item: ReadItem, info: _StorageInfo, planner: LoadPlanner) -> None:
+        content = files.read_item(info, item.storage_index.fqn)
+        if info.transform_descriptors:
+            content = self._plain_stream(item, info, content)
+        if not self._trust_pickles:
+            _check_pickle(content, item, files, info)
+        planner.load_bytes(item, io.BytesIO(content))
+
+    def _transformed(self, files: DcpFiles, item: ReadItem, info: _StorageInfo) -> torch.Tensor:
+        name = item.storage_index.fqn
+        content = self._plain_stream(item, info, files.read_item(info, name))
+        return load_item(content, name, _path(files, info), info.offset)
+
+    def _plain_stream(self, item: ReadItem, info: _StorageInfo, content: bytes) -> bytes:
+        """The bytes of an item before its transforms."""
+        stream = self.transforms.transform_load_stream(item, info.transform_descriptors or (), io.BytesIO(content))
+        return stream.read(-1)
+
+
+def _check_pickle(content: bytes, item: ReadItem, files: DcpFiles, info: _StorageInfo) -> None:
+    name = item.storage_index.fqn
+    try:
+        torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:
+        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{name!r} is not a tensor, and torch.load(weights_only=True) refuses it: {text}",
+            file=_path(files, info),
+            offset=info.offset,
+            hint="nothing was run; if you trust the checkpoint: FileSystemReader(…, trust_pickles=True), "
+            "or torch.serialization.add_safe_globals",
+        ) from error
+
+
+def _read_tensors(files: DcpFiles, items: Sequence[_Wanted], planner: LoadPlanner) -> None:
+    """Read tensors in groups, of which one is planned while the one before it is read.
+
+    Where they lie is read for many groups ahead: such a read would have to wait for the group that is being read.
+    """
+    flying: deque[tuple[Transfer | None, list[tuple[ReadItem, torch.Tensor, Part]]]] = deque()
+    try:
+        for group in _located_groups(files, items):
+            flying.append(_start(files, group, planner))
+            if len(flying) >= _GROUPS_IN_FLIGHT:
+                _land(*flying[0], planner)
+                flying.popleft()
+        while flying:
+            _land(*flying[0], planner)
+            flying.popleft()
+    except BaseException:
+        for transfer, _ in flying:
+            if transfer is not None:
+                transfer.cancel()
+        raise
+
+
+def _start(
+    files: DcpFiles, group: Sequence[_Located], planner: LoadPlanner
+) -> tuple[Transfer | None, list[tuple[ReadItem, torch.Tensor, Part]]]:
+    parts = []
+    for (item, info, sizes), stored in group:
+        name = item.storage_index.fqn
+        if stored is not None and sizes is not None and stored.shape != tuple(sizes):
+            raise CheckpointError(
+                f"{name!r} is {list(stored.shape)} in the file, but {list(sizes)} by the metadata",
+                file=_path(files, info),
+                offset=info.offset,
+                hint="metadata and files are of different saves: copy the checkpoint again",
+            )
+        if stored is None:
+            content = files.read_item(info, name)
+            _copy(files, item, info, load_item(content, name, _path(files, info), info.offset), planner)
+            continue
+        target = planner.resolve_tensor(item)
+        parts.append((item, target, files.part(stored, item.storage_offsets, item.lengths, target.detach())))
+    return files.submit([part for _, _, part in parts]), parts
+
+
+def _land(
+    transfer: Transfer | None, parts: Sequence[tuple[ReadItem, torch.Tensor, Part]], planner: LoadPlanner
+) -> None:
+    if transfer is not None:
+        transfer.wait()
+    for item, target, part in parts:
+        part.finish()
+        planner.commit_tensor(item, target.detach())
+
+
+def _copy(files: DcpFiles, item: ReadItem, info: _StorageInfo, tensor: torch.Tensor, planner: LoadPlanner) -> None:
+    """The stock way: from a whole item in memory."""
+    target = planner.resolve_tensor(item).detach()
+    for dim, (begin, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=False)):
+        if dim >= tensor.dim() or begin + length > tensor.shape[dim]:
+            break
+        tensor = tensor.narrow(dim, begin, length)
+    if tensor.shape != target.shape:
+        raise CheckpointError(
+            f"{item.storage_index.fqn!r}: {list(tensor.shape)} of the checkpoint is to go to {list(target.shape)}",
+            file=_path(files, info),
+            offset=info.offset,
+        )
+    target.copy_(tensor)
+    planner.commit_tensor(item, target)
+
+
+def _located_groups(files: DcpFiles, items: Sequence[_Wanted]) -> Iterator[list[_Located]]:
+    for begin in range(0, len(items), _LOCATED_AT_ONCE):
+        batch = items[begin : begin + _LOCATED_AT_ONCE]
+        located = files.locate([(item.storage_index.fqn, info) for item, info, _ in batch])
+        group: list[_Located] = []
+        nbytes = 0
+        for wanted, stored in zip(batch, located, strict=True):
+            group.append((wanted, stored))
+            nbytes += wanted[1].length
+            if nbytes >= _GROUP_BYTES:
+                yield group
+                group, nbytes = [], 0
+        if group:
+            yield group
+
+
+def _path(files: DcpFiles, info: _StorageInfo) -> str:
+    return os.path.join(files.directory, info.relative_path)

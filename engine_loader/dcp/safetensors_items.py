@@ -1,0 +1,70 @@
+"""A safetensors file of a DCP checkpoint, written as a stream: the header from the plan, then tensor after tensor."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.planner import WriteItem
+
+from ..errors import CheckpointError
+from ..formats.safetensors import LENGTH_BYTES, MAX_HEADER_BYTES
+from ..loading.dcp_files import dtype_name
+
+_PADDING = 8
+_HF_DCP_VERSION = "1.0"
+
+
+def write_header(stream: io.BufferedIOBase, items: Sequence[WriteItem]) -> list[tuple[WriteItem, int, int]]:
+    """Write the header of a file with these tensors, whose names differ.
+
+    Returns:
+        (item, offset in the file, bytes) of each, in the order in which the tensors are to follow.
+
+    Raises:
+        CheckpointError: safetensors has no name for an element type, or the header gets too long.
+    """
+    begin = stream.tell()
+    # Wide elements first: so each tensor lies at a multiple of its element's size.
+    ordered = sorted(items, key=lambda item: -_dtype(item).itemsize)
+    entries: dict[str, Any] = {}
+    places: list[tuple[WriteItem, int, int]] = []
+    sharding: dict[str, dict[str, list[int]]] = {}
+    end = 0
+    for item in ordered:
+        data = item.tensor_data
+        assert data is not None
+        name, dtype = dtype_name(data.properties.dtype), data.properties.dtype
+        if name is None or name == "F4":
+            raise CheckpointError(
+                f"{item.index.fqn!r} is {dtype}, which safetensors cannot hold",
+                hint="save with serialization_format=TORCH_SAVE",
+            )
+        nbytes = data.chunk.sizes.numel() * dtype.itemsize
+        shape = list(data.chunk.sizes)
+        entries[item.index.fqn] = {"dtype": name, "shape": shape, "data_offsets": [end, end + nbytes]}
+        sharding[item.index.fqn] = {"saved_offsets": list(data.chunk.offsets)}
+        places.append((item, end, nbytes))
+        end += nbytes
+    metadata = {"DCP_SHARDING_INFO": json.dumps(sharding), "DCP_VERSION": _HF_DCP_VERSION, "format": "pt"}
+    text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _PADDING)
+    if len(text) > MAX_HEADER_BYTES:
+        raise CheckpointError("too many tensors for one safetensors file", hint="use more threads or files")
+    stream.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
+    first = begin + LENGTH_BYTES + len(text)
+    return [(item, first + offset, nbytes) for item, offset, nbytes in places]
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a CPU tensor's elements, in order; without a copy where it is contiguous."""
+    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    return plain.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _dtype(item: WriteItem) -> torch.dtype:
+    assert item.tensor_data is not None
+    return item.tensor_data.properties.dtype

@@ -1,0 +1,227 @@
+"""Where the bytes of one tensor lie in what ``torch.save`` made of it, without unpickling anything into being.
+
+That is a zip whose records are stored as they are: ``data.pkl`` says element type, shape and strides, ``data/0`` holds
+the bytes. Both ends of it are enough to see that. What is not the plain case (several storages, compression,
+big-endian, subclasses) is left to ``torch.load``. Facts are those of torch 2.13 (``torch/serialization.py`` and
+``torch/_utils.py``).
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+from .pickle_memo import check_memo
+
+ENDS_BYTES = 2 << 10
+"""So much of either end is needed; torch 2.13 takes 768 and 720 bytes."""
+ZIP_MAGIC = b"PK\x03\x04"
+_END = struct.Struct("<4s4H2LH")
+_END_64 = struct.Struct("<4sQ2H2L4Q")
+_ENTRY = struct.Struct("<4s6H3L5H2L")
+_LOCAL = struct.Struct("<4s5H3L2H")
+_FULL = 0xFFFFFFFF
+_NEEDED = frozenset({"data.pkl", "byteorder"})
+_STORAGES = {
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+    "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
+}
+_ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1}
+_ITEM_BYTES |= {"uint8": 1, "bool": 1, "complex64": 8, "complex128": 16, "uint16": 2, "uint32": 4, "uint64": 8}
+_ITEM_BYTES |= dict.fromkeys(
+    ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2"), 1
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorLayout:
+    """Where a tensor's elements lie.
+
+    Attributes:
+        dtype: the name of its torch dtype, e.g. "bfloat16".
+        shape: its sizes.
+        strides: in elements.
+        offset: of its first element, in bytes from the start of the item.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+
+def item_layout(head: bytes, tail: bytes, length: int) -> TensorLayout | None:
+    """The layout of the tensor in an item, or None where only ``torch.load`` can tell.
+
+    Args:
+        head: the item's first bytes, ``ENDS_BYTES`` of them or all.
+        tail: its last ones.
+        length: of the item.
+    """
+    try:
+        return _layout(head, tail, length)
+    # Whatever is odd here (IndexError, UnpicklingError, struct.error, …) is for torch.load to judge.
+    except Exception:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    offset: int
+    nbytes: int
+
+
+def _layout(head: bytes, tail: bytes, length: int) -> TensorLayout | None:
+    records = _records(head, tail, length)
+    data = {name: record for name, record in records.items() if name.startswith("data/")}
+    if len(data) != 1:
+        return None
+    order = records.get("byteorder")
+    if order is not None and head[order.offset : order.offset + order.nbytes] != b"little":
+        return None
+    pickled = records["data.pkl"]
+    content = head[pickled.offset : pickled.offset + pickled.nbytes]
+    check_memo(content)
+    tensor = _Unpickler(io.BytesIO(content)).load()
+    if len(content) != pickled.nbytes or not isinstance(tensor, _Tensor):
+        return None
+    ((name, record),) = data.items()
+    item_bytes = _ITEM_BYTES[tensor.dtype]
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
+    elements = 0 if 0 in tensor.shape else tensor.first + reach + 1
+    if name != f"data/{tensor.key}" or elements * item_bytes > record.nbytes:
+        return None
+    return TensorLayout(tensor.dtype, tensor.shape, tensor.strides, record.offset + tensor.first * item_bytes)
+
+
+def _records(head: bytes, tail: bytes, length: int) -> dict[str, _Record]:
+    """The records that are needed by their names in the archive; of those whose header is in ``head``."""
+    skipped = length - len(tail)
+    end = _END.unpack(tail[-_END.size :])
+    if end[0] != b"PK\x05\x06" or end[-1]:
+        raise ValueError("no end of a zip")
+    count, where = end[4], end[6]
+    big = tail.rfind(b"PK\x06\x06")
+    if where == _FULL and big >= 0:
+        fields = _END_64.unpack_from(tail, big)
+        count, where = fields[7], fields[9]
+    place = where - skipped
+    if place < 0:
+        raise ValueError("the directory is longer than it is with one tensor")
+    records = {}
+    for _ in range(count):
+        entry = _ENTRY.unpack_from(tail, place)
+        packed, nbytes, name_bytes, extra_bytes, comment_bytes, at = *entry[8:13], entry[16]
+        name_at = place + _ENTRY.size
+        name = tail[name_at : name_at + name_bytes].decode()
+        extra = tail[name_at + name_bytes : name_at + name_bytes + extra_bytes]
+        place = name_at + name_bytes + extra_bytes + comment_bytes
+        name = name.partition("/")[2]
+        if name not in _NEEDED and not name.startswith("data/"):
+            continue
+        packed, nbytes, at = _wide(extra, nbytes, packed, at)
+        if at + _LOCAL.size > len(head):
+            continue  # what comes after the bytes is not needed
+        local = _LOCAL.unpack_from(head, at)
+        begin = at + _LOCAL.size + local[-2] + local[-1]
+        stored = entry[0] == b"PK\x01\x02" and local[0] == ZIP_MAGIC and entry[4] == local[3] == 0 and packed == nbytes
+        if not stored or entry[3] & 1 or begin + nbytes > where:
+            raise ValueError("not a stored record")
+        records[name] = _Record(begin, nbytes)
+    return records
+
+
+def _wide(extra: bytes, nbytes: int, packed: int, at: int) -> tuple[int, int, int]:
+    """(packed size, size, offset), those that need it from the entry's 64-bit field."""
+    numbers = [nbytes, packed, at]
+    while _FULL in numbers and len(extra) >= 4:
+        kind, size = struct.unpack_from("<2H", extra)
+        if kind == 1:
+            wide = iter(struct.unpack_from(f"<{size // 8}Q", extra, 4))
+            numbers = [next(wide) if number == _FULL else number for number in numbers]
+            break
+        extra = extra[4 + size :]
+    return numbers[1], numbers[0], numbers[2]
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    """What a persistent id says; ``dtype`` is None for untyped bytes."""
+
+    key: str
+    dtype: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """A name that stands for an element type."""
+
+    dtype: str | None
+
+
+class _Tensor:
+    """Stands for ``torch._utils._rebuild_tensor_v2`` and ``_v3``: keeps what they are called with."""
+
+    __slots__ = ("dtype", "first", "key", "shape", "strides")
+
+    def __init__(
+        self, storage: _Storage, first: int, size: tuple[int, ...], stride: tuple[int, ...], *more: Any
+    ) -> None:
+        _, _, *rest = more  # requires_grad, hooks
+        dtype = storage.dtype
+        if dtype is None:
+            kind = rest.pop(0)
+            dtype = kind.dtype
+        if rest or not all(type(number) is int and number >= 0 for number in (first, *size, *stride)):
+            raise ValueError("not a plain tensor")  # conjugated, negated
+        self.key, self.dtype, self.first, self.shape, self.strides = storage.key, dtype, first, size, stride
+
+    # No pickle sets attributes of this class or its objects.
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("a state")
+
+
+class _Hooks:
+    """Stands for the OrderedDict of hooks, which is empty."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("a state")
+
+
+_FUNCTIONS: dict[tuple[str, str], Any] = {
+    ("torch._utils", "_rebuild_tensor_v2"): _Tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _Tensor,
+    ("collections", "OrderedDict"): _Hooks,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in _STORAGES:
+            return _Kind(_STORAGES[name])
+        if module == "torch" and name in _ITEM_BYTES:
+            return _Kind(name)
+        if (module, name) == ("torch.storage", "UntypedStorage"):
+            return _Kind(None)
+        return _FUNCTIONS[module, name]
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        tag, kind, key, _, _ = pid
+        if tag != "storage" or not isinstance(kind, _Kind) or not isinstance(key, str):
+            raise pickle.UnpicklingError("not a storage")
+        return _Storage(key, kind.dtype)

@@ -1,0 +1,457 @@
+"""A training's checkpoint (torch.distributed.checkpoint, DCP), served like any other, its chunks put together."""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import CheckpointError, TensorNotFoundError
+from ..formats.dcp_metadata import METADATA_NAME
+from ..formats.hf_index import INDEX_NAME
+from ..formats.safetensors import TensorInfo
+from ..report.load import LoadReport
+from ..settings import LoaderSettings
+from ..sources.protocol import Source
+from ..transfer.protocol import Transfer
+from .checkpoint import Checkpoint
+from .dcp_files import DcpFiles, Part, dtype_name, load_item
+from .locate import natural_key
+from .slices import Index, TensorSlice
+from .targets import check_target, check_targets_apart
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+_OPTIMIZER = re.compile(r"optim(izer)?s?(_states?|_state_dicts?)?")
+_MANY_CHUNKS = 4096
+"""Whether more than these overlap is not looked at: that they have the right size together must do."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    place: _StorageInfo
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """A tensor of the checkpoint: ``stored_name`` is what the training called it."""
+
+    name: str
+    stored_name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunks: tuple[_Chunk, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def info(self, file: str, offset: int) -> TensorInfo:
+        # What safetensors has no name for goes by torch's.
+        dtype = dtype_name(self.dtype) or str(self.dtype).removeprefix("torch.")
+        return TensorInfo(self.name, dtype, self.shape, file, offset, self.nbytes)
+
+
+def is_dcp(source: Source, directory: str) -> bool:
+    """Whether a directory holds a DCP checkpoint, and no safetensors checkpoint beside it."""
+    if not source.is_dir(directory):
+        return False
+    names = source.list(directory)
+    return METADATA_NAME in names and INDEX_NAME not in names and not any(map(_is_safetensors, names))
+
+
+class DcpCheckpoint(Checkpoint):
+    """An open DCP directory; see ``Checkpoint``. ``info`` tells the file and the offset of a tensor's first chunk.
+
+    Args:
+        source: where it is.
+        directory: its path.
+        settings: how to read.
+        device: where tensors are put.
+        key_mapping: regular expression -> replacement; the first that is found in a name is applied to it.
+        optimizer_state: also serve the tensors of optimizers, which are not looked at otherwise.
+
+    Raises:
+        CheckpointError: the metadata is missing or wrong, or two tensors get the same name.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        directory: str,
+        settings: LoaderSettings,
+        device: torch.device,
+        *,
+        key_mapping: Mapping[str, str] | None = None,
+        optimizer_state: bool = False,
+    ) -> None:
+        self._device = device
+        self._buffer_bytes = int(settings.buffer_bytes)
+        self._source = source.name
+        self._files = DcpFiles(source, directory, settings)
+        try:
+            metadata = self._files.read_metadata()
+            self._tensors = _tensors(metadata, self._files, _renamer(key_mapping or {}), optimizer_state)
+        except BaseException:
+            self._files.close()
+            raise
+        self._infos = {name: tensor.info(*self._first_place(tensor)) for name, tensor in self._tensors.items()}
+
+    def info(self, name: str) -> TensorInfo:
+        tensor = self._tensor(name)
+        if not tensor.chunks:
+            return self._infos[name]
+        (stored,) = self._files.locate([(tensor.stored_name, tensor.chunks[0].place)])
+        return self._infos[name] if stored is None else tensor.info(self._files.path_of(stored.file), stored.offset)
+
+    def metadata(self) -> dict[str, str]:
+        """Nothing: a DCP checkpoint has none of this kind."""
+        return {}
+
+    def tensors(
+        self, names: Iterable[str] | None = None, *, report: LoadReport | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        wanted = None if names is None else {self._tensor(name).name for name in names}
+        chosen = [tensor for name, tensor in self._tensors.items() if wanted is None or name in wanted]
+        return self._ahead(chosen, report or LoadReport())
+
+    def get_slice(self, name: str) -> TensorSlice:
+        return _DcpSlice(self._tensor(name), self._infos[name], self)
+
+    def load_into(self, targets: Mapping[str, torch.Tensor], *, report: LoadReport | None = None) -> None:
+        report = report or LoadReport()
+        pairs = [(self._tensor(name), target) for name, target in targets.items()]
+        for tensor, target in pairs:
+            _check_target(tensor, self._infos[tensor.name], target)
+        check_targets_apart(
+            [(self._infos[tensor.name], target) for tensor, target in pairs if target.device.type == "cpu"]
+        )
+        self._locate([tensor for tensor, _ in pairs])
+        parts: list[Part] = []
+        for tensor, target in pairs:
+            parts += self.parts(tensor, [0] * len(tensor.shape), tensor.shape, target.detach())
+            report.handed_out(self._infos[tensor.name])
+            if sum(part.nbytes for part in parts if part.pending is not None) > self._buffer_bytes:
+                self._files.read(parts)
+                parts = []
+        self._files.read(parts)
+        self._finish(report)
+
+    def close(self) -> None:
+        self._files.close()
+
+    def read(self, tensor: _Tensor, begin: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+        """A box of a tensor, as a new CPU tensor."""
+        read = _empty(tensor, lengths)
+        self._files.read(self.parts(tensor, begin, lengths, read))
+        return read
+
+    def place(self, tensor: torch.Tensor) -> torch.Tensor:
+        """On the checkpoint's device."""
+        return tensor.to(self._device)
+
+    def parts(self, tensor: _Tensor, begin: Sequence[int], lengths: Sequence[int], target: torch.Tensor) -> list[Part]:
+        """The reads that bring a box of a tensor to ``target``, one of each chunk that has some of it."""
+        cuts = [(chunk, _cut(chunk, begin, lengths)) for chunk in tensor.chunks]
+        wanted = [(chunk, cut) for chunk, cut in cuts if cut is not None]
+        located = self._files.locate([(tensor.stored_name, chunk.place) for chunk, _ in wanted])
+        parts = []
+        for (chunk, (low, sizes)), stored in zip(wanted, located, strict=True):
+            within = target
+            for dim, (first, size) in enumerate(zip(low, sizes, strict=True)):
+                within = within.narrow(dim, first - begin[dim], size)
+            inside = [first - offset for first, offset in zip(low, chunk.offsets, strict=True)]
+            if stored is not None and stored.shape == chunk.sizes and stored.dtype == tensor.dtype:
+                parts.append(self._files.part(stored, inside, sizes, within))
+            else:
+                whole = self._load(tensor, chunk)
+                for dim, (first, size) in enumerate(zip(inside, sizes, strict=True)):
+                    whole = whole.narrow(dim, first, size)
+                with torch.no_grad():
+                    within.copy_(whole)
+        return parts
+
+    def _locate(self, tensors: Sequence[_Tensor]) -> None:
+        """Find all at once where they lie: one after the other would wait for what is being read."""
+        self._files.locate([(tensor.stored_name, chunk.place) for tensor in tensors for chunk in tensor.chunks])
+
+    def _load(self, tensor: _Tensor, chunk: _Chunk) -> torch.Tensor:
+        """A chunk that is not plain bytes."""
+        path = os.path.join(self._files.directory, chunk.place.relative_path)
+        if chunk.place.transform_descriptors:
+            raise CheckpointError(
+                f"{tensor.stored_name!r} was transformed when it was saved ({chunk.place.transform_descriptors})",
+                file=path,
+                hint="load it by dcp.load with engine_loader.dcp.FileSystemReader, and save it without transforms",
+            )
+        content = self._files.read_item(chunk.place, tensor.stored_name)
+        whole = load_item(content, tensor.stored_name, path, chunk.place.offset)
+        if tuple(whole.shape) != chunk.sizes or whole.dtype != tensor.dtype:
+            raise CheckpointError(
+                f"{tensor.stored_name!r} is {whole.dtype} {list(whole.shape)} in the file, "
+                f"but {tensor.dtype} {list(chunk.sizes)} by the metadata",
+                file=path,
+                offset=chunk.place.offset,
+                hint="metadata and files are of different saves",
+            )
+        return whole
+
+    def _ahead(self, tensors: Sequence[_Tensor], report: LoadReport) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield tensors while the next ones are read."""
+        self._locate(tensors)
+        flying: deque[tuple[_Tensor, torch.Tensor, Transfer | None, list[Part]]] = deque()
+        coming = iter(tensors)
+        nbytes = 0
+        try:
+            while True:
+                for tensor in coming:
+                    target = _empty(tensor, tensor.shape)
+                    parts = self.parts(tensor, [0] * len(tensor.shape), tensor.shape, target)
+                    flying.append((tensor, target, self._files.submit(parts), parts))
+                    nbytes += tensor.nbytes
+                    if nbytes >= self._buffer_bytes:
+                        break
+                if not flying:
+                    break
+                tensor, target, transfer, parts = flying[0]
+                if transfer is not None:
+                    transfer.wait()
+                for part in parts:
+                    part.finish()
+                flying.popleft()
+                nbytes -= tensor.nbytes
+                report.handed_out(self._infos[tensor.name])
+                del parts, transfer
+                yield tensor.name, self.place(target)
+        finally:
+            for _, _, transfer, _ in flying:
+                if transfer is not None:
+                    transfer.cancel()
+        self._finish(report)
+
+    def _finish(self, report: LoadReport) -> None:
+        self._files.verify_unchanged()
+        report.source = self._source
+        report.engine, statistics = self._files.statistics()
+        report.modes |= statistics.modes
+        report.bytes_read = statistics.bytes_read + statistics.overread_bytes
+        report.finished()
+
+    def _tensor(self, name: str) -> _Tensor:
+        try:
+            return self._tensors[name]
+        except KeyError:
+            raise TensorNotFoundError.among(name, self._tensors, self._files.metadata_path) from None
+
+    def _first_place(self, tensor: _Tensor) -> tuple[str, int]:
+        if not tensor.chunks:
+            return self._files.metadata_path, 0
+        place = tensor.chunks[0].place
+        return os.path.join(self._files.directory, place.relative_path), place.offset
+
+
+class _DcpSlice(TensorSlice):
+    """Integers, slices and ``...`` read the box that they span; every other index reads the whole tensor."""
+
+    def __init__(self, tensor: _Tensor, info: TensorInfo, checkpoint: DcpCheckpoint) -> None:
+        self._info = info
+        self._tensor = tensor
+        self._checkpoint = checkpoint
+        self._meta = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+    def __getitem__(self, index: Index) -> torch.Tensor:
+        found = _box(index, self._meta)
+        shape = self._tensor.shape
+        if found is None:
+            whole = self._checkpoint.read(self._tensor, [0] * len(shape), shape)
+            return self._checkpoint.place(whole[index])
+        begin, lengths, rest = found
+        return self._checkpoint.place(self._checkpoint.read(self._tensor, begin, lengths)[rest].contiguous())
+
+
+def _box(index: Index, meta: torch.Tensor) -> tuple[list[int], list[int], tuple[Any, ...]] | None:
+    """(first element, lengths, what is left to index there) of the box that an index spans; None: all of it."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    if not all(item is None or item is Ellipsis or isinstance(item, slice) or _is_integer(item) for item in items):
+        return None
+    _ = meta[tuple(items)]  # raises what torch raises
+    taken = sum(item is not None and item is not Ellipsis for item in items)
+    missing = [slice(None)] * (meta.dim() - taken)
+    at = next((number for number, item in enumerate(items) if item is Ellipsis), len(items))
+    begin: list[int] = []
+    lengths: list[int] = []
+    rest: list[Any] = []
+    for item in [*items[:at], *missing, *(item for item in items[at:] if item is not Ellipsis)]:
+        if item is None:
+            rest.append(None)
+            continue
+        size = meta.shape[len(begin)]
+        if isinstance(item, slice):
+            first, last, step = item.indices(size)
+            begin.append(min(first, size))
+            lengths.append(max(0, last - first))
+            rest.append(slice(None, None, step))
+        else:
+            begin.append(operator.index(item) % size)
+            lengths.append(1)
+            rest.append(0)
+    return begin, lengths, tuple(rest)
+
+
+def _is_integer(item: Any) -> bool:
+    if isinstance(item, bool | torch.Tensor):
+        return False
+    try:
+        operator.index(item)
+    except TypeError:
+        return False
+    return True
+
+
+def _tensors(
+    metadata: Metadata, files: DcpFiles, rename: Callable[[str], str], optimizer_state: bool
+) -> dict[str, _Tensor]:
+    """The tensors by their new names, in the order of their files."""
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    places: dict[tuple[str, tuple[int, ...] | None], _StorageInfo] = {
+        (index.fqn, None if index.offset is None else tuple(index.offset)): place
+        for index, place in (metadata.storage_data or {}).items()
+    }
+    paths = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
+    found = []
+    for name, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            continue
+        if optimizer_state or not _is_optimizer(name, paths.get(name)):
+            found.append(_tensor(name, rename(name), entry, places, files))
+    tensors: dict[str, _Tensor] = {}
+    for tensor in sorted(found, key=_file_order):
+        if tensor.name in tensors:
+            raise CheckpointError(
+                f"{tensors[tensor.name].stored_name!r} and {tensor.stored_name!r} both become {tensor.name!r}",
+                file=files.metadata_path,
+                hint="correct key_mapping",
+            )
+        tensors[tensor.name] = tensor
+    return tensors
+
+
+def _tensor(
+    stored_name: str,
+    name: str,
+    entry: TensorStorageMetadata,
+    places: Mapping[tuple[str, tuple[int, ...] | None], _StorageInfo],
+    files: DcpFiles,
+) -> _Tensor:
+    chunks = []
+    for chunk in entry.chunks:
+        offsets = tuple(chunk.offsets)
+        place = places.get((stored_name, offsets)) or places.get((stored_name, None))
+        if place is None:
+            raise CheckpointError(
+                f"the metadata does not say where {stored_name!r} at {list(offsets)} lies", file=files.metadata_path
+            )
+        chunks.append(_Chunk(offsets, tuple(chunk.sizes), place))
+    _check_cover(stored_name, tuple(entry.size), chunks, files.metadata_path)
+    return _Tensor(name, stored_name, entry.properties.dtype, tuple(entry.size), tuple(chunks))
+
+
+def _check_cover(name: str, shape: tuple[int, ...], chunks: Sequence[_Chunk], file: str) -> None:
+    """Refuse chunks that leave a hole, which would show what was in memory before."""
+    covered = sum(math.prod(chunk.sizes) for chunk in chunks)
+    apart = len(chunks) == 1 or len(chunks) > _MANY_CHUNKS or _are_apart(chunks)
+    if covered != math.prod(shape) or not apart:
+        raise CheckpointError(
+            f"the chunks of {name!r} are not the whole tensor {list(shape)}, each part once",
+            file=file,
+            hint="a rank's part is missing: was the checkpoint saved by all of them?",
+        )
+
+
+def _are_apart(chunks: Sequence[_Chunk]) -> bool:
+    """Whether no two chunks have an element in common."""
+    low = torch.tensor([chunk.offsets for chunk in chunks], dtype=torch.int64)
+    high = low + torch.tensor([chunk.sizes for chunk in chunks], dtype=torch.int64)
+    apart = torch.zeros(len(chunks), len(chunks), dtype=torch.bool)
+    for dim in range(low.shape[1]):
+        begin = torch.maximum(low[:, None, dim], low[None, :, dim])
+        apart |= begin >= torch.minimum(high[:, None, dim], high[None, :, dim])
+    return int((~apart).sum()) <= int((~apart).diagonal().sum())
+
+
+def _cut(chunk: _Chunk, begin: Sequence[int], lengths: Sequence[int]) -> tuple[list[int], list[int]] | None:
+    """(first element, lengths) of what a box and a chunk have in common, by the whole tensor's coordinates."""
+    low = [max(first, offset) for first, offset in zip(begin, chunk.offsets, strict=True)]
+    high = [
+        min(first + length, offset + size)
+        for first, length, offset, size in zip(begin, lengths, chunk.offsets, chunk.sizes, strict=True)
+    ]
+    sizes = [end - first for first, end in zip(low, high, strict=True)]
+    return None if any(size <= 0 for size in sizes) else (low, sizes)
+
+
+def _renamer(key_mapping: Mapping[str, str]) -> Callable[[str], str]:
+    """As transformers' ``key_mapping``: the first pattern that is found is replaced wherever it is."""
+    try:
+        patterns = [(re.compile(pattern), replacement) for pattern, replacement in key_mapping.items()]
+    except re.error as error:
+        raise CheckpointError(f"{error.pattern!r} in key_mapping is no regular expression: {error.msg}") from None
+
+    def rename(name: str) -> str:
+        for pattern, replacement in patterns:
+            try:
+                renamed, count = pattern.subn(replacement, name)
+            except (re.error, IndexError) as error:
+                raise CheckpointError(f"{replacement!r} in key_mapping is no replacement: {error}") from None
+            if count:
+                return renamed
+        return name
+
+    return rename
+
+
+def _is_optimizer(name: str, path: Any) -> bool:
+    """Whether a tensor is of an optimizer's state, by the keys under which it was in the state dict."""
+    keys = path if isinstance(path, tuple) and len(path) > 1 else name.split(".")
+    return any(isinstance(key, str) and _OPTIMIZER.fullmatch(key.lower()) for key in keys[:-1])
+
+
+def _is_safetensors(name: str) -> bool:
+    return name.endswith(".safetensors")
+
+
+def _file_order(tensor: _Tensor) -> tuple[Any, ...]:
+    if not tensor.chunks:
+        return ([], 0)
+    place = tensor.chunks[0].place
+    return (natural_key(place.relative_path), place.offset)
+
+
+def _check_target(tensor: _Tensor, info: TensorInfo, target: torch.Tensor) -> None:
+    if dtype_name(tensor.dtype) is not None and dtype_name(tensor.dtype) != "F4":
+        check_target(info, target)
+    elif target.dtype != tensor.dtype or tuple(target.shape) != tensor.shape:
+        raise CheckpointError(
+            f"{tensor.name!r} is {tensor.dtype} {list(tensor.shape)}, "
+            f"the target is {target.dtype} {list(target.shape)}",
+            file=info.file,
+        )
+
+
+def _empty(tensor: _Tensor, shape: Sequence[int]) -> torch.Tensor:
+    try:
+        return torch.empty(tuple(shape), dtype=tensor.dtype, device="cpu")
+    except RuntimeError as error:
+        raise CheckpointError(f"no memory for {tensor.name!r}: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,455 @@
+"""The files of a DCP checkpoint: where in them the elements of each stored tensor lie, and reads of any part of it."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import torch
+
+from ..errors import CheckpointError
+from ..formats.dcp_metadata import MAX_METADATA_BYTES, METADATA_NAME, parse_metadata
+from ..formats.dtypes import DTYPE_BITS, torch_dtype
+from ..formats.safetensors import LENGTH_BYTES, MAX_HEADER_BYTES, Header, TensorInfo, parse_header
+from ..formats.torch_item import ENDS_BYTES, item_layout
+from ..settings import LoaderSettings
+from ..sources.protocol import Source, SourceFile
+from ..transfer.constructor import make_engine
+from ..transfer.plan import ExtentRow, extent, make_extents
+from ..transfer.protocol import Transfer, TransferEngine, TransferStatistics
+from .geometry import contiguous_strides, view_extents
+from .targets import overlaps_itself
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import Metadata
+
+_T = TypeVar("_T")
+_COPY_AGAIN = "a file was cut short or belongs to another save: copy the checkpoint again"
+_MANY_RUNS = 4096
+"""So many runs of a few bytes each are read as what they span, and taken apart by torch."""
+_SHORT_RUN_BYTES = 64
+_MOST_SPAN_BYTES = 64 << 20
+_MOST_SPAN_FACTOR = 16
+_ITEMS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor, or a chunk of one, as it is stored.
+
+    Attributes:
+        name: in the checkpoint.
+        file: its number in ``DcpFiles``.
+        offset: of its first element in the file, in bytes.
+        dtype, shape, strides: of what is stored; strides in elements.
+    """
+
+    name: str
+    file: int
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Part:
+    """The read of one part of a stored tensor.
+
+    Attributes:
+        extents: what to read.
+        owner: what keeps the memory it goes to.
+        pending: where the bytes do not go to their target straight away: (what is read, the target).
+        nbytes: of the part.
+    """
+
+    extents: list[ExtentRow]
+    owner: torch.Tensor
+    pending: tuple[torch.Tensor, torch.Tensor] | None
+    nbytes: int
+
+    def finish(self) -> None:
+        """To be called when the extents have been read."""
+        if self.pending is not None:
+            read, target = self.pending
+            with torch.no_grad():
+                target.copy_(read)
+
+
+class DcpFiles:
+    """The data files of a checkpoint, opened when they are needed, and the engine that reads them.
+
+    May be used from several threads.
+
+    Args:
+        source: where they are.
+        directory: the checkpoint's.
+        settings: how to read.
+    """
+
+    def __init__(self, source: Source, directory: str, settings: LoaderSettings) -> None:
+        self.source = source
+        self.directory = directory
+        self._settings = settings
+        self._files: list[SourceFile] = []
+        self._numbers: dict[str, int] = {}
+        self._headers: dict[int, Header | None] = {}
+        self._stored: dict[tuple[int, int, str], StoredTensor | None] = {}
+        self._engine: TransferEngine | None = None
+        self._lock = threading.RLock()
+        self._closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def metadata_path(self) -> str:
+        """The path of ``.metadata``, for messages."""
+        return os.path.join(self.directory, METADATA_NAME)
+
+    def path_of(self, number: int) -> str:
+        """The path of a file by its number."""
+        return self._files[number].path
+
+    def read_metadata(self, name: str = METADATA_NAME) -> Metadata:
+        """Read and check ``.metadata``.
+
+        Raises:
+            CheckpointError: it is missing, unreadable or wrong; nothing that it names was run.
+        """
+        number, file = self._open(name)
+        if file.size > MAX_METADATA_BYTES:
+            raise CheckpointError(f"the metadata has {file.size} bytes, more than are read", file=file.path)
+        return parse_metadata(self._bytes(number, 0, file.size), file.path)
+
+    def item(self, info: _StorageInfo, name: str) -> tuple[int, SourceFile]:
+        """The number and the file of an item, opened, its bounds checked.
+
+        Raises:
+            CheckpointError: the file is missing, or the item does not lie within it.
+        """
+        number, file = self._open(info.relative_path)
+        if info.offset + info.length > file.size:
+            raise CheckpointError(
+                f"{name!r} is {info.length} bytes here, but the file ends after {file.size}",
+                file=file.path,
+                offset=info.offset,
+                hint=_COPY_AGAIN,
+            )
+        return number, file
+
+    def read_item(self, info: _StorageInfo, name: str) -> bytes:
+        """All bytes of an item.
+
+        Raises:
+            CheckpointError: they cannot be read.
+        """
+        number, _ = self.item(info, name)
+        return self._bytes(number, info.offset, info.length)
+
+    def locate(self, items: Sequence[tuple[str, _StorageInfo]]) -> list[StoredTensor | None]:
+        """Where the elements of tensors lie; None where only ``torch.load`` of the item can tell.
+
+        Args:
+            items: (name, place) of each.
+
+        Raises:
+            CheckpointError: an item does not lie within its file, or its file does not have it.
+        """
+        places = [(*self.item(info, name), name, info) for name, info in items]
+        zips: dict[tuple[int, int, str], _StorageInfo] = {}
+        for number, file, name, info in places:
+            key = (number, info.offset, name)
+            if key in self._stored:
+                continue
+            header = self._header(number, file)
+            if info.transform_descriptors:
+                self._stored[key] = None
+            elif header is not None:
+                self._stored[key] = _in_safetensors(header, number, name, info)
+            else:
+                zips[key] = info
+        self._stored |= self._in_zips(zips)
+        return [self._stored[number, info.offset, name] for number, _, name, info in places]
+
+    def part(self, stored: StoredTensor, offsets: Sequence[int], lengths: Sequence[int], target: torch.Tensor) -> Part:
+        """The read of a part of a stored tensor into ``target``, which it fills.
+
+        Args:
+            stored: the tensor.
+            offsets: of the part in it, in elements per dimension.
+            lengths: of the part.
+            target: of the same shape; of any device and element type.
+
+        Raises:
+            CheckpointError: the part is not within the tensor, or the target has another shape.
+        """
+        whole = stored.shape
+        inside = len(offsets) == len(lengths) == len(whole) and all(
+            begin >= 0 and length >= 0 and begin + length <= size
+            for begin, length, size in zip(offsets, lengths, whole, strict=True)
+        )
+        if not inside or tuple(target.shape) != tuple(lengths):
+            raise CheckpointError(
+                f"{stored.name!r}: the part {list(lengths)} at {list(offsets)} of what is stored as {list(whole)} "
+                f"is to go to {list(target.shape)}",
+                file=self.path_of(stored.file),
+                hint="metadata and files are of different saves, or a shape differs between model and checkpoint",
+            )
+        first = stored.offset + _dot(offsets, stored.strides) * stored.dtype.itemsize
+        nbytes = math.prod(lengths) * stored.dtype.itemsize
+        if not nbytes:
+            return Part([], target, None, 0)
+        if _is_plain(target, stored.dtype) and not _scattered(lengths, stored, target.stride()):
+            return Part(_extents(stored, first, lengths, target), target, None, nbytes)
+        span = _dot([length - 1 for length in lengths], stored.strides) + 1
+        costly = span * stored.dtype.itemsize > max(_MOST_SPAN_BYTES, _MOST_SPAN_FACTOR * nbytes)
+        if costly or not _scattered(lengths, stored, contiguous_strides(lengths)):
+            read = torch.empty(tuple(lengths), dtype=stored.dtype, device="cpu")
+            return Part(_extents(stored, first, lengths, read), read, (read, target), nbytes)
+        flat = torch.empty(span, dtype=stored.dtype, device="cpu")
+        rows = [extent(stored.file, first, flat.nbytes, flat.data_ptr())]
+        return Part(rows, flat, (flat.as_strided(tuple(lengths), stored.strides), target), flat.nbytes)
+
+    def submit(self, parts: Sequence[Part]) -> Transfer | None:
+        """Start reading parts; None where there is nothing to read. Call ``finish`` of each when it is done.
+
+        Raises:
+            CheckpointError: an extent reaches beyond its file; other errors come when the transfer is waited for.
+        """
+        extents = [row for part in parts for row in part.extents]
+        if not extents:
+            return None
+        return self._submit(extents, [part.owner for part in parts])
+
+    def read(self, parts: Sequence[Part]) -> None:
+        """Read parts and wait for them.
+
+        Raises:
+            CheckpointError: the bytes could not be read; the targets then hold unspecified bytes.
+        """
+        transfer = self.submit(parts)
+        if transfer is not None:
+            _wait(transfer)
+        for part in parts:
+            part.finish()
+
+    def statistics(self) -> tuple[str, TransferStatistics]:
+        """What reads ("cpp engine, 2 threads"), and what it did so far."""
+        engine = self._running_engine()
+        return f"{engine.name} engine, {engine.threads} threads", engine.statistics()
+
+    def verify_unchanged(self) -> None:
+        """Raise CheckpointError when a file is shorter than it was."""
+        for file in list(self._files):
+            file.verify_unchanged()
+
+    def close(self) -> None:
+        """Cancel what is in flight; give back files and threads. Safe to call twice."""
+        with self._lock:
+            self._closed = True
+            engine, self._engine = self._engine, None
+            files, self._files = self._files, []
+        if engine is not None:
+            engine.close()
+        for file in files:
+            file.close()
+
+    def _open(self, relative_path: str) -> tuple[int, SourceFile]:
+        with self._lock:
+            if self._closed:
+                raise CheckpointError("the checkpoint is closed", file=self.directory)
+            number = self._numbers.get(relative_path)
+            if number is None:
+                self._files.append(self.source.open(os.path.join(self.directory, relative_path)))
+                number = self._numbers[relative_path] = len(self._files) - 1
+            return number, self._files[number]
+
+    def _bytes(self, number: int, offset: int, nbytes: int) -> bytes:
+        content = torch.empty(nbytes, dtype=torch.uint8)
+        rows = [extent(number, offset, nbytes, content.data_ptr())]
+        _wait(self._submit(rows, content))
+        return content.numpy().tobytes()
+
+    def _header(self, number: int, file: SourceFile) -> Header | None:
+        """The header of a safetensors file; None for any other."""
+        if number not in self._headers:
+            self._headers[number] = self._read_header(number, file)
+        return self._headers[number]
+
+    def _read_header(self, number: int, file: SourceFile) -> Header | None:
+        if file.size <= LENGTH_BYTES:
+            return None
+        first = self._bytes(number, 0, LENGTH_BYTES + 1)
+        length = int.from_bytes(first[:LENGTH_BYTES], "little")
+        # No zip, and hardly another pickle, begins like this.
+        if first[LENGTH_BYTES:] != b"{" or not 2 <= length <= min(MAX_HEADER_BYTES, file.size - LENGTH_BYTES):
+            return None
+        return parse_header(self._bytes(number, LENGTH_BYTES, length), file.size, file.path)
+
+    def _in_zips(self, items: Mapping[tuple[int, int, str], _StorageInfo]) -> dict[Any, StoredTensor | None]:
+        """What lies where in items of torch.save, by both their ends, which are read all at once."""
+        if not items:
+            return {}
+        if len(items) > _ITEMS_AT_ONCE:
+            several = [dict(batch) for batch in _batched(items.items(), _ITEMS_AT_ONCE)]
+            return {key: stored for batch in several for key, stored in self._in_zips(batch).items()}
+        ends = torch.empty((len(items), 2, ENDS_BYTES), dtype=torch.uint8)
+        rows: list[ExtentRow] = []
+        for at, ((number, offset, _), info) in enumerate(items.items()):
+            size = min(info.length, ENDS_BYTES)
+            rows.append(extent(number, offset, size, ends[at, 0].data_ptr()))
+            rows.append(extent(number, offset + info.length - size, size, ends[at, 1].data_ptr()))
+        _wait(self._submit(rows, ends))
+        found: dict[Any, StoredTensor | None] = {}
+        content = ends.numpy()
+        for at, (key, info) in enumerate(items.items()):
+            size = min(info.length, ENDS_BYTES)
+            layout = item_layout(content[at, 0, :size].tobytes(), content[at, 1, :size].tobytes(), info.length)
+            dtype = None if layout is None else getattr(torch, layout.dtype, None)
+            found[key] = None
+            if layout is not None and dtype is not None:
+                number, offset, name = key
+                place = offset + layout.offset
+                found[key] = StoredTensor(name, number, place, dtype, layout.shape, layout.strides)
+        return found
+
+    def _submit(self, rows: Sequence[ExtentRow], owner: object) -> Transfer:
+        """Start a plan; the engine is told of the files only that it needs, of a checkpoint's many."""
+        numbers = {number: place for place, number in enumerate(sorted({row[0] for row in rows}))}
+        extents = make_extents(rows)
+        extents["file"] = [numbers[row[0]] for row in rows]
+        return self._running_engine().submit([self._files[number] for number in numbers], extents, owner=owner)
+
+    def _running_engine(self) -> TransferEngine:
+        with self._lock:
+            if self._closed:
+                raise CheckpointError("the checkpoint is closed", file=self.directory)
+            if self._engine is None:
+                descriptors = all(file.fileno() is not None for file in self._files)
+                self._engine = make_engine(self._settings, descriptors=descriptors)
+            return self._engine
+
+
+def load_item(content: bytes, name: str, file: str, offset: int) -> torch.Tensor:
+    """The tensor of a stored item by ``torch.load``, which runs nothing (``weights_only``).
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    try:
+        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    # Of damaged bytes, torch.load raises what it comes across.
+    except Exception as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"the item of {name!r} cannot be read as a tensor: {text}", file=file, offset=offset, hint=_COPY_AGAIN
+        ) from error
+    if not isinstance(loaded, torch.Tensor):
+        raise CheckpointError(
+            f"the item of {name!r} is a {type(loaded).__name__}, not a tensor", file=file, offset=offset
+        )
+    return loaded
+
+
+@cache
+def _dtype_names() -> dict[torch.dtype, str]:
+    names: dict[torch.dtype, str] = {}
+    for name in DTYPE_BITS:
+        with suppress(CheckpointError):  # this torch does not have it
+            names.setdefault(torch_dtype(name), name)
+    names[torch.uint8] = "U8"  # 6-bit types come as these bytes
+    return names
+
+
+def dtype_name(dtype: torch.dtype) -> str | None:
+    """The safetensors name of an element type; None where it has none."""
+    return _dtype_names().get(dtype)
+
+
+def _in_safetensors(header: Header, number: int, name: str, info: _StorageInfo) -> StoredTensor:
+    for tensor in header.tensors:
+        # torch 2.13 itself writes the offset 0 for all of them, but each name only once into a file.
+        if tensor.name == name:
+            return _whole(tensor, number, name, info)
+    raise CheckpointError(
+        f"the metadata puts {name!r} into this file, which does not have it", file=header.file, hint=_COPY_AGAIN
+    )
+
+
+def _whole(tensor: TensorInfo, number: int, name: str, info: _StorageInfo) -> StoredTensor:
+    if info.offset not in (0, tensor.offset) or info.length != tensor.nbytes:
+        raise CheckpointError(
+            f"{name!r} is {info.length} bytes at {info.offset} by the metadata, "
+            f"but {tensor.nbytes} at {tensor.offset} by the file's header",
+            file=tensor.file,
+            hint=_COPY_AGAIN,
+        )
+    _, shape = tensor.as_torch()
+    return StoredTensor(name, number, tensor.offset, torch_dtype(tensor.dtype), shape, tuple(contiguous_strides(shape)))
+
+
+def _batched(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
+    left = iter(items)
+    while batch := list(itertools.islice(left, size)):
+        yield batch
+
+
+def _is_plain(target: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether bytes of the file can be put where the target's memory is."""
+    if type(target) not in (torch.Tensor, torch.nn.Parameter) or target.layout != torch.strided:
+        return False
+    if target.dtype != dtype or target.device.type != "cpu" or target.is_conj() or target.is_neg():
+        return False
+    with suppress(RuntimeError):  # fake tensors have no address
+        return target.data_ptr() != 0 and (target.is_contiguous() or not overlaps_itself(target))
+    return False
+
+
+def _scattered(lengths: Sequence[int], stored: StoredTensor, strides: Sequence[int]) -> bool:
+    """Whether the copy would be very many runs of very few bytes."""
+    run = 1
+    for length, src, dst in reversed(list(zip(lengths, stored.strides, strides, strict=True))):
+        if length == 1:
+            continue
+        if src != run or dst != run:
+            break
+        run *= length
+    runs = math.prod(lengths) // run
+    return runs > _MANY_RUNS and run * stored.dtype.itemsize < _SHORT_RUN_BYTES
+
+
+def _extents(stored: StoredTensor, first: int, lengths: Sequence[int], target: torch.Tensor) -> list[ExtentRow]:
+    return view_extents(
+        stored.file,
+        first,
+        stored.dtype.itemsize,
+        lengths,
+        src_strides=stored.strides,
+        dst_strides=target.stride(),
+        address=target.data_ptr(),
+    )
+
+
+def _dot(offsets: Sequence[int], strides: Sequence[int]) -> int:
+    return sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))
+
+
+def _wait(transfer: Transfer) -> None:
+    try:
+        transfer.wait()
+    except BaseException:
+        transfer.cancel()
+        raise

@@ -1,0 +1,213 @@
+"""A small S3 on loopback that does wrong what a test wants done wrong."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Self
+from urllib.parse import parse_qs, unquote, urlsplit
+
+MODIFIED = "Mon, 01 Jan 2024 00:00:00 GMT"
+
+
+@dataclass
+class Request:
+    """What came in.
+
+    Attributes:
+        number: of the requests of this method for this key, counted from 0.
+    """
+
+    method: str
+    key: str
+    headers: dict[str, str]
+    number: int
+    query: dict[str, list[str]]
+
+
+@dataclass
+class Answer:
+    """What goes out instead of the right answer. None: as it would be.
+
+    Attributes:
+        cut: bytes of the body that are sent before the connection breaks.
+        stall: instead of breaking, it stays open in silence until the server stops.
+    """
+
+    status: int | None = None
+    code: str = "Failure"
+    cut: int | None = None
+    stall: bool = False
+    ignore_range: bool = False
+    etag: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    content: bytes | None = None
+
+
+Fault = Callable[[Request], Answer | None]
+
+
+class FaultServer:
+    """Serves ``objects`` ("bucket/key" -> content) by GET, HEAD and ListObjectsV2. Takes more by PUT, on no condition.
+
+    Attributes:
+        objects: content by bucket and key. Its hash is its ETag.
+        fault: asked for every request of an object or a listing.
+        etags: whether answers have an ETag, and If-Match is heeded.
+        requests: all that came in.
+    """
+
+    def __init__(self) -> None:
+        self.objects: dict[str, bytes] = {}
+        self.fault: Fault = lambda request: None
+        self.etags = True
+        self.requests: list[Request] = []
+        self.stopped = threading.Event()
+        self._lock = threading.Lock()
+        self._open: set[object] = set()
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._http.server_port}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stopped.set()
+        self._http.shutdown()
+        self._http.server_close()
+
+    def connections(self) -> int:
+        """How many are open."""
+        return len(self._open)
+
+    def opened(self, connection: object) -> None:
+        with self._lock:
+            self._open.add(connection)
+
+    def closed(self, connection: object) -> None:
+        with self._lock:
+            self._open.discard(connection)
+
+    def gets(self) -> list[Request]:
+        """The requests for content."""
+        return [request for request in self.requests if request.method == "GET" and "list-type" not in request.query]
+
+    def arrived(self, method: str, target: str, headers: dict[str, str]) -> Request:
+        parts = urlsplit(target)
+        key, query = unquote(parts.path.lstrip("/")), parse_qs(parts.query)
+        with self._lock:
+            number = sum(request.method == method and request.key == key for request in self.requests)
+            request = Request(method, key, headers, number, query)
+            self.requests.append(request)
+        return request
+
+
+def tag_of(content: bytes) -> str:
+    """The ETag of an object."""
+    return f'"{hash(content) & 0xFFFFFFFF:08x}"'
+
+
+def _handler(server: FaultServer) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        # Header and body go out in two writes: the second would wait for the client's delayed acknowledgement.
+        disable_nagle_algorithm = True
+
+        def setup(self) -> None:
+            super().setup()
+            server.opened(self)
+
+        def finish(self) -> None:
+            server.closed(self)
+            super().finish()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+        def do_HEAD(self) -> None:
+            self._serve()
+
+        def do_GET(self) -> None:
+            self._serve()
+
+        def do_PUT(self) -> None:
+            headers = {name.lower(): value for name, value in self.headers.items()}
+            content = self.rfile.read(int(headers.get("content-length", 0)))
+            request = server.arrived("PUT", self.path, headers)
+            answer = server.fault(request) or Answer()
+            if answer.status is not None:
+                self._fail(answer.status, answer.code, answer.headers)
+                return
+            server.objects[request.key] = content
+            self._send(200, {"ETag": tag_of(content)}, b"", answer)
+
+        def _serve(self) -> None:
+            headers = {name.lower(): value for name, value in self.headers.items()}
+            request = server.arrived(self.command, self.path, headers)
+            answer = server.fault(request) or Answer()
+            if answer.status is not None:
+                self._fail(answer.status, answer.code, answer.headers)
+            elif "list-type" in request.query:
+                self._list(request, answer)
+            else:
+                self._object(request, answer)
+
+        def _object(self, request: Request, answer: Answer) -> None:
+            content = server.objects.get(request.key) if answer.content is None else answer.content
+            if content is None:
+                self._fail(404, "NoSuchKey", {})
+                return
+            tag = answer.etag or tag_of(content)
+            wanted = request.headers.get("if-match")
+            if server.etags and wanted is not None and (wanted != tag or wanted.startswith("W/")):
+                self._fail(412, "PreconditionFailed", {})
+                return
+            status, headers = 200, {"Last-Modified": MODIFIED, "Accept-Ranges": "bytes"}
+            if server.etags:
+                headers["ETag"] = tag
+            span = request.headers.get("range")
+            if span is not None and not answer.ignore_range and request.method == "GET":
+                first, last = (int(part) for part in span.removeprefix("bytes=").split("-"))
+                status, size = 206, len(content)
+                content = content[first : last + 1]
+                headers["Content-Range"] = f"bytes {first}-{first + len(content) - 1}/{size}"
+            self._send(status, {**headers, **answer.headers}, content, answer)
+
+        def _list(self, request: Request, answer: Answer) -> None:
+            prefix = request.query.get("prefix", [""])[0]
+            bucket = request.key.rstrip("/")
+            keys = sorted(key.removeprefix(f"{bucket}/") for key in server.objects if key.startswith(f"{bucket}/"))
+            below = [key for key in keys if key.startswith(prefix)]
+            items = "".join(
+                f"<Contents><Key>{key}</Key><LastModified>2024-01-01T00:00:00.000Z</LastModified>"
+                f"<Size>{len(server.objects[f'{bucket}/{key}'])}</Size></Contents>"
+                for key in below
+                if "/" not in key.removeprefix(prefix)
+            )
+            text = f"<ListBucketResult><IsTruncated>false</IsTruncated>{items}</ListBucketResult>"
+            self._send(200, {"Content-Type": "application/xml"}, text.encode(), answer)
+
+        def _fail(self, status: int, code: str, headers: dict[str, str]) -> None:
+            text = f"<Error><Code>{code}</Code><Message>as the test wants it</Message></Error>"
+            self._send(status, headers, text.encode(), Answer())
+
+        def _send(self, status: int, headers: dict[str, str], content: bytes, answer: Answer) -> None:
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(content)), **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "HEAD":
+                return
+            self.wfile.write(content[: answer.cut])
+            self.wfile.flush()
+            if answer.stall:
+                server.stopped.wait(30)
+            if answer.stall or answer.cut is not None:
+                self.close_connection = True
+
+    return Handler
