@@ -318,3 +318,13 @@ def test_a_message_stays_short_whatever_the_header_holds():
     name, dtype = "n" * 1_000_000, "d" * 1_000_000
     refusal(encode({name: {"dtype": dtype, "shape": [1], "data_offsets": [0, 1]}}, b"x"))
     refusal(encode({name: {"dtype": "U8", "shape": [1] * 100_000, "data_offsets": [0, 9]}}, b"x"))
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\n"])
+@pytest.mark.parametrize("text", ["y", ":y", '\\":y', '\\"'])
+def test_a_name_that_comes_twice_is_found_whatever_stands_around_it(blank: str, text: str):
+    one = '{"dtype":"U8","shape":[2],"data_offsets":[0,2]}'
+    content = encode(f'{{"__metadata__":{{"x":"{text}"}},"a":{one},"a"{blank}:{one}}}', b"ab")
+    assert "'a' twice" in str(refusal(content))
+    once = encode(f'{{"__metadata__":{{"x":"{text}"}},"a"{blank}:{one}}}', b"ab")
+    assert [info.name for info in parse(once).tensors] == ["a"]
