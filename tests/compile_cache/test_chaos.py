@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -71,28 +72,31 @@ def test_nothing_is_ever_half_there_and_nothing_is_lost(tmp_path: Path) -> None:
     chance = random.Random(7)
     context = multiprocessing.get_context("fork")
     store, failures = tmp_path / "store", tmp_path / "failures"
-    running: dict[int, tuple[multiprocessing.process.BaseProcess, float]] = {}
+    running: dict[int, tuple[multiprocessing.process.BaseProcess, float, Path]] = {}
     journals: list[Path] = []
     killed: set[int] = set()
     started = 0
     while started < OPERATIONS or running:
         while len(running) < PROCESSES and started < OPERATIONS:
             # Some machines are fresh, some have been used (and killed) before.
-            directory = tmp_path / f"machine-{chance.randrange(40)}-{chance.randrange(3)}-{started % PROCESSES}"
+            directory = tmp_path / f"machine-{chance.randrange(3)}-{started % PROCESSES}"
             journal = tmp_path / f"journal-{started}"
             journals.append(journal)
             process = context.Process(target=run, args=(directory, store, journal, failures, started))
             process.start()
             deadline = time.monotonic() + (chance.random() * 0.15 if chance.random() < 0.4 else 1e9)
-            running[started] = (process, deadline)
+            running[started] = (process, deadline, directory)
             started += 1
-        for number, (process, deadline) in list(running.items()):
+        for number, (process, deadline, directory) in list(running.items()):
             if process.is_alive() and time.monotonic() > deadline and process.pid:
                 os.kill(process.pid, signal.SIGKILL)
                 killed.add(number)
             if not process.is_alive():
                 process.join()
                 del running[number]
+                # Machines come and go; all that ever were would fill the disk.
+                if chance.random() < 0.5 and all(directory != other for _, _, other in running.values()):
+                    shutil.rmtree(directory, ignore_errors=True)
         time.sleep(0.005)
     assert len(killed) > started // 10
     assert [path.read_text() for path in tmp_path.glob("failure-*")] == []
