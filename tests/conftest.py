@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -17,12 +18,24 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
-@pytest.fixture(autouse=True)
-def _environment_is_kept() -> Iterator[None]:
-    """vLLM, loaded in this process, sets variables for the workers that it would start (LD_PRELOAD for one, under
-    which no program with a sanitizer starts): they end with the test."""
+@contextmanager
+def _kept_environment() -> Iterator[None]:
     before = dict(os.environ)
     yield
     if os.environ != before:
         os.environ.clear()
         os.environ.update(before)
+
+
+# vLLM, loaded in this process, sets variables for the workers that it would start (LD_PRELOAD for one): they end with
+# the test, or with the module where one of its fixtures loads a model.
+@pytest.fixture(autouse=True, scope="module")
+def _environment_of_the_module() -> Iterator[None]:
+    with _kept_environment():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _environment_of_the_test() -> Iterator[None]:
+    with _kept_environment():
+        yield
