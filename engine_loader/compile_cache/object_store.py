@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError
-from ..sources.object_client import ObjectStoreOptions, make_client
+from ..sources.object_client import ObjectStoreOptions, condition_of, make_client
 from ..sources.object_failures import object_failure
 from ..sources.object_url import parse_object_url
 from .errors import CacheValidationError
@@ -145,8 +145,7 @@ class _Object:
     def __init__(self, store: ObjectStore, place: str, key: str, meta: ObjectMeta) -> None:
         self.size = meta["size"]
         self._store, self._place, self._key = store, place, key
-        tag = meta["e_tag"]
-        self._if_match = tag if tag and not tag.startswith("W/") else None
+        self._if_match = condition_of(meta["e_tag"])
 
     def read(self, offset: int, size: int) -> bytes:
         import obstore

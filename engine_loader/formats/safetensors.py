@@ -275,9 +275,7 @@ def _check_cover(tensors: list[TensorInfo], data_start: int, file_bytes: int, fi
 
 def _naturals(value: Any) -> bool:
     # bool is an int to Python, but `true` is no size.
-    if not isinstance(value, list):
-        return False
-    return all(type(item) is int and 0 <= item <= _MAX_INT64 for item in value)
+    return isinstance(value, list) and all(type(item) is int and 0 <= item <= _MAX_INT64 for item in value)
 
 
 def _short(value: Any) -> str:

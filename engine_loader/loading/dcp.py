@@ -98,7 +98,6 @@ class DcpCheckpoint(Checkpoint):
     ) -> None:
         self._device = device
         self._buffer_bytes = int(settings.buffer_bytes)
-        self._source = source.name
         self._files = DcpFiles(source, directory, settings)
         try:
             metadata = self._files.read_metadata()
@@ -146,7 +145,7 @@ class DcpCheckpoint(Checkpoint):
                 self._files.read(parts)
                 parts = []
         self._files.read(parts)
-        self._finish(report)
+        self._files.finish(report)
 
     def close(self) -> None:
         self._files.close()
@@ -238,15 +237,7 @@ class DcpCheckpoint(Checkpoint):
             for _, _, transfer, _ in flying:
                 if transfer is not None:
                     transfer.cancel()
-        self._finish(report)
-
-    def _finish(self, report: LoadReport) -> None:
-        self._files.verify_unchanged()
-        report.source = self._source
-        report.engine, statistics = self._files.statistics()
-        report.modes |= statistics.modes
-        report.bytes_read = statistics.bytes_read + statistics.overread_bytes
-        report.finished()
+        self._files.finish(report)
 
     def _tensor(self, name: str) -> _Tensor:
         try:

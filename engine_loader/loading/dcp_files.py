@@ -11,21 +11,23 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar
 
 import torch
 
 from ..errors import CheckpointError
 from ..formats.dcp_metadata import MAX_METADATA_BYTES, METADATA_NAME, parse_metadata
 from ..formats.dtypes import DTYPE_BITS, torch_dtype
-from ..formats.safetensors import LENGTH_BYTES, MAX_HEADER_BYTES, Header, TensorInfo, parse_header
+from ..formats.safetensors import LENGTH_BYTES, MAX_HEADER_BYTES, TensorInfo, parse_header
 from ..formats.torch_item import ENDS_BYTES, item_layout
+from ..report.load import LoadReport
 from ..settings import LoaderSettings
 from ..sources.protocol import Source, SourceFile
-from ..transfer.constructor import make_engine
+from ..transfer.constructor import make_engine_for
 from ..transfer.plan import ExtentRow, extent, make_extents
-from ..transfer.protocol import Transfer, TransferEngine, TransferStatistics
+from ..transfer.protocol import Transfer, TransferEngine, wait_or_cancel
 from .geometry import contiguous_strides, view_extents
+from .reader import complete_report
 from .targets import overlaps_itself
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
 
 _T = TypeVar("_T")
+_Contents: TypeAlias = Mapping[str, TensorInfo]
 _COPY_AGAIN = "a file was cut short or belongs to another save: copy the checkpoint again"
 _MANY_RUNS = 4096
 """So many runs of a few bytes each are read as what they span, and taken apart by torch."""
@@ -102,7 +105,7 @@ class DcpFiles:
         self._settings = settings
         self._files: list[SourceFile] = []
         self._numbers: dict[str, int] = {}
-        self._headers: dict[int, Header | None] = {}
+        self._headers: dict[int, _Contents | None] = {}
         self._stored: dict[tuple[int, int, str], StoredTensor | None] = {}
         self._engine: TransferEngine | None = None
         self._lock = threading.RLock()
@@ -178,7 +181,7 @@ class DcpFiles:
             if info.transform_descriptors:
                 self._stored[key] = None
             elif header is not None:
-                self._stored[key] = _in_safetensors(header, number, name, info)
+                self._stored[key] = _in_safetensors(header, number, file.path, name, info)
             else:
                 zips[key] = info
         self._stored |= self._in_zips(zips)
@@ -242,19 +245,23 @@ class DcpFiles:
         """
         transfer = self.submit(parts)
         if transfer is not None:
-            _wait(transfer)
+            wait_or_cancel(transfer)
         for part in parts:
             part.finish()
-
-    def statistics(self) -> tuple[str, TransferStatistics]:
-        """What reads ("cpp engine, 2 threads"), and what it did so far."""
-        engine = self._running_engine()
-        return f"{engine.name} engine, {engine.threads} threads", engine.statistics()
 
     def verify_unchanged(self) -> None:
         """Raise CheckpointError when a file is shorter than it was."""
         for file in list(self._files):
             file.verify_unchanged()
+
+    def finish(self, report: LoadReport) -> None:
+        """Check that no file changed meanwhile, and complete the account.
+
+        Raises:
+            CheckpointError: a file is shorter than it was.
+        """
+        self.verify_unchanged()
+        complete_report(report, self.source.name, self._running_engine())
 
     def close(self) -> None:
         """Cancel what is in flight; give back files and threads. Safe to call twice."""
@@ -280,16 +287,16 @@ class DcpFiles:
     def _bytes(self, number: int, offset: int, nbytes: int) -> bytes:
         content = torch.empty(nbytes, dtype=torch.uint8)
         rows = [extent(number, offset, nbytes, content.data_ptr())]
-        _wait(self._submit(rows, content))
+        wait_or_cancel(self._submit(rows, content))
         return content.numpy().tobytes()
 
-    def _header(self, number: int, file: SourceFile) -> Header | None:
-        """The header of a safetensors file; None for any other."""
+    def _header(self, number: int, file: SourceFile) -> _Contents | None:
+        """The tensors of a safetensors file by name; None for any other."""
         if number not in self._headers:
             self._headers[number] = self._read_header(number, file)
         return self._headers[number]
 
-    def _read_header(self, number: int, file: SourceFile) -> Header | None:
+    def _read_header(self, number: int, file: SourceFile) -> _Contents | None:
         if file.size <= LENGTH_BYTES:
             return None
         first = self._bytes(number, 0, LENGTH_BYTES + 1)
@@ -297,7 +304,8 @@ class DcpFiles:
         # No zip, and hardly another pickle, begins like this.
         if first[LENGTH_BYTES:] != b"{" or not 2 <= length <= min(MAX_HEADER_BYTES, file.size - LENGTH_BYTES):
             return None
-        return parse_header(self._bytes(number, LENGTH_BYTES, length), file.size, file.path)
+        header = parse_header(self._bytes(number, LENGTH_BYTES, length), file.size, file.path)
+        return {tensor.name: tensor for tensor in header.tensors}
 
     def _in_zips(self, items: Mapping[tuple[int, int, str], _StorageInfo]) -> dict[Any, StoredTensor | None]:
         """What lies where in items of torch.save, by both their ends, which are read all at once."""
@@ -312,7 +320,7 @@ class DcpFiles:
             size = min(info.length, ENDS_BYTES)
             rows.append(extent(number, offset, size, ends[at, 0].data_ptr()))
             rows.append(extent(number, offset + info.length - size, size, ends[at, 1].data_ptr()))
-        _wait(self._submit(rows, ends))
+        wait_or_cancel(self._submit(rows, ends))
         found: dict[Any, StoredTensor | None] = {}
         content = ends.numpy()
         for at, (key, info) in enumerate(items.items()):
@@ -338,8 +346,7 @@ class DcpFiles:
             if self._closed:
                 raise CheckpointError("the checkpoint is closed", file=self.directory)
             if self._engine is None:
-                descriptors = all(file.fileno() is not None for file in self._files)
-                self._engine = make_engine(self._settings, descriptors=descriptors)
+                self._engine = make_engine_for(self._files, self._settings)
             return self._engine
 
 
@@ -379,17 +386,13 @@ def dtype_name(dtype: torch.dtype) -> str | None:
     return _dtype_names().get(dtype)
 
 
-def _in_safetensors(header: Header, number: int, name: str, info: _StorageInfo) -> StoredTensor:
-    for tensor in header.tensors:
-        # torch 2.13 itself writes the offset 0 for all of them, but each name only once into a file.
-        if tensor.name == name:
-            return _whole(tensor, number, name, info)
-    raise CheckpointError(
-        f"the metadata puts {name!r} into this file, which does not have it", file=header.file, hint=_COPY_AGAIN
-    )
-
-
-def _whole(tensor: TensorInfo, number: int, name: str, info: _StorageInfo) -> StoredTensor:
+def _in_safetensors(contents: _Contents, number: int, file: str, name: str, info: _StorageInfo) -> StoredTensor:
+    tensor = contents.get(name)
+    if tensor is None:
+        raise CheckpointError(
+            f"the metadata puts {name!r} into this file, which does not have it", file=file, hint=_COPY_AGAIN
+        )
+    # torch 2.13 itself writes the offset 0 for all of them, but each name only once into a file.
     if info.offset not in (0, tensor.offset) or info.length != tensor.nbytes:
         raise CheckpointError(
             f"{name!r} is {info.length} bytes at {info.offset} by the metadata, "
@@ -445,11 +448,3 @@ def _extents(stored: StoredTensor, first: int, lengths: Sequence[int], target: t
 
 def _dot(offsets: Sequence[int], strides: Sequence[int]) -> int:
     return sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))
-
-
-def _wait(transfer: Transfer) -> None:
-    try:
-        transfer.wait()
-    except BaseException:
-        transfer.cancel()
-        raise

@@ -13,11 +13,11 @@ from ..errors import CheckpointError
 from ..formats.safetensors import TensorInfo
 from ..report.load import LoadReport
 from ..settings import LoaderSettings
-from ..transfer.constructor import make_engine
+from ..transfer.constructor import make_engine_for
 from ..transfer.modes import can_map
 from ..transfer.native_engine import NativeEngine
 from ..transfer.plan import ExtentRow, make_extents
-from ..transfer.protocol import Transfer, TransferEngine
+from ..transfer.protocol import Transfer, TransferEngine, wait_or_cancel
 from .filling import PooledFiller
 from .locate import OpenFiles
 from .mapped import MappedFiller
@@ -65,12 +65,7 @@ class Reader:
         """
         if not extents:
             return
-        transfer = self.submit(extents, owner)
-        try:
-            transfer.wait()
-        except BaseException:
-            transfer.cancel()
-            raise
+        wait_or_cancel(self.submit(extents, owner))
 
     def submit(self, extents: Sequence[ExtentRow], owner: object) -> Transfer:
         """Start a plan; arguments and errors are those of ``read``, the errors when it is waited for."""
@@ -94,12 +89,7 @@ class Reader:
             CheckpointError: a file is shorter than it was.
         """
         self.files.verify_unchanged()
-        engine = self._running_engine()
-        report.source, report.engine = self._source, f"{engine.name} engine, {engine.threads} threads"
-        statistics = engine.statistics()
-        report.modes |= statistics.modes
-        report.bytes_read = statistics.bytes_read + statistics.overread_bytes
-        report.finished()
+        complete_report(report, self._source, self._running_engine())
 
     def close(self) -> None:
         """Cancel what is in flight; give back files and threads. Safe to call twice."""
@@ -138,7 +128,14 @@ class Reader:
             if self._closed:
                 raise CheckpointError("the checkpoint is closed")
             if self._engine is None:
-                descriptors = all(file.fileno() is not None for file in self._open.values())
-                remote = any(file.source == "object_store" for file in self._open.values())
-                self._engine = make_engine(self._settings, descriptors=descriptors, remote=remote)
+                self._engine = make_engine_for(self._open.values(), self._settings)
             return self._engine
+
+
+def complete_report(report: LoadReport, source: str, engine: TransferEngine) -> None:
+    """Put into an account who read, from where, and how much; its clock stops."""
+    statistics = engine.statistics()
+    report.source, report.engine = source, f"{engine.name} engine, {engine.threads} threads"
+    report.modes |= statistics.modes
+    report.bytes_read = statistics.bytes_read + statistics.overread_bytes
+    report.finished()

@@ -162,13 +162,6 @@ def _copy(target: torch.Tensor, source: torch.Tensor, *args: Any, **kwargs: Any)
     return _COPY(target, source, *args, **kwargs)
 
 
-def _get_data(tensor: torch.Tensor) -> Any:
-    if type(tensor) not in _PLAIN or _listeners() != 1:
-        return _DATA.__get__(tensor)
-    with _past_the_dispatcher():
-        return _DATA.__get__(tensor)
-
-
 def _set_data(tensor: torch.Tensor, value: torch.Tensor) -> None:
     reason.text = "data"
     # Torch looks at the left side only, and would take a recording tensor for a real one.
@@ -180,7 +173,7 @@ def _set_data(tensor: torch.Tensor, value: torch.Tensor) -> None:
 def _replace_all() -> list[Callable[[], object]]:
     """Replace what looks at memory past the dispatcher; what to call to undo it."""
     undo = [
-        _replace(torch.Tensor, "data", property(_get_data, _set_data)),
+        _replace(torch.Tensor, "data", property(_viewing(_DATA.__get__), _set_data)),
         _replace(torch.Tensor, "copy_", wraps(_COPY)(_copy)),
     ]
     undo += [_replace(torch.Tensor, name, _viewing(getattr(torch.Tensor, name))) for name in VIEWING_METHODS]

@@ -21,7 +21,7 @@ from .direct import DirectLoad
 from .locate import OpenFiles, natural_key, open_files, read_index
 from .reader import Reader
 
-# Recording takes some hundred microseconds a tensor; in that time a small one is read whole and copied.
+# Recording takes some tens of microseconds a tensor; in that time a small one is read whole and copied.
 _MANY_TENSORS = 20_000
 _SMALL_BYTES = 256 << 10
 

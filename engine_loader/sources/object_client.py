@@ -33,6 +33,11 @@ class ObjectStoreOptions:
     virtual_host: bool = False
 
 
+def condition_of(tag: str | None) -> str | None:
+    """The If-Match of further requests for an object with this ETag; None: a weak one never fulfils it (RFC 9110)."""
+    return tag if tag and not tag.startswith("W/") else None
+
+
 def require_obstore() -> None:
     """Check that the client is installed.
 

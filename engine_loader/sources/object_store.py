@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from ..errors import CheckpointError
-from .object_client import ObjectStoreOptions, make_client
+from .object_client import ObjectStoreOptions, condition_of, make_client
 from .object_failures import Answer, object_changed, object_failure, passing_errno
 from .object_url import ObjectUrl, parse_object_url
 
@@ -42,9 +42,8 @@ class ObjectFile:
         self._key = key
         self._range_bytes = range_bytes
         self._identity = _identity(meta)
-        tag = meta["e_tag"]
-        # A weak ETag never fulfils If-Match (RFC 9110); it is compared with that of the answer instead.
-        self._if_match = tag if tag and not tag.startswith("W/") else None
+        # Without one, the identity of each answer is what tells.
+        self._if_match = condition_of(meta["e_tag"])
 
     def read_into(self, offset: int, buffers: Sequence[memoryview]) -> int:
         wanted = min(sum(map(len, buffers)), self._range_bytes, self.size - offset)

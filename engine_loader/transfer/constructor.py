@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from functools import cache
 
 from ..errors import TransferError
 from ..settings import LoaderSettings
+from ..sources.protocol import SourceFile
 from .native_engine import NativeEngine
 from .native_library import load_library
 from .protocol import TransferEngine
-from .python_engine import PythonEngine
+from .python_engine import DEFAULT_GAP_BYTES, PythonEngine
 
 logger = logging.getLogger(__name__)
 
-
 # Asking once more takes about as long as reading this much on.
 REMOTE_GAP_BYTES = 1 << 20
+
+
+def make_engine_for(files: Collection[SourceFile], settings: LoaderSettings) -> TransferEngine:
+    """The engine that reads these open files; see ``make_engine``."""
+    return make_engine(
+        settings,
+        descriptors=all(file.fileno() is not None for file in files),
+        remote=any(file.source == "object_store" for file in files),
+    )
 
 
 def make_engine(settings: LoaderSettings, *, descriptors: bool = True, remote: bool = False) -> TransferEngine:
@@ -44,19 +54,12 @@ def make_engine(settings: LoaderSettings, *, descriptors: bool = True, remote: b
             deadline_s=settings.deadline_s,
             read_mode=settings.read_mode,
         )
-    if remote:
-        return PythonEngine(
-            settings.object_store_requests,
-            block_bytes=int(settings.object_store_range_bytes),
-            max_tries=settings.max_tries,
-            deadline_s=settings.deadline_s,
-            gap_bytes=REMOTE_GAP_BYTES,
-        )
     return PythonEngine(
-        settings.threads,
-        block_bytes=int(settings.io_bytes),
+        settings.object_store_requests if remote else settings.threads,
+        block_bytes=int(settings.object_store_range_bytes if remote else settings.io_bytes),
         max_tries=settings.max_tries,
         deadline_s=settings.deadline_s,
+        gap_bytes=REMOTE_GAP_BYTES if remote else DEFAULT_GAP_BYTES,
     )
 
 

@@ -65,6 +65,19 @@ class Transfer(Protocol):
         ...
 
 
+def wait_or_cancel(transfer: Transfer) -> None:
+    """Wait for all of a transfer; when that fails, nothing will be written to the destinations any more.
+
+    Raises:
+        TransferError: as ``Transfer.wait``.
+    """
+    try:
+        transfer.wait()
+    except BaseException:
+        transfer.cancel()
+        raise
+
+
 class TransferEngine(Protocol):
     """Moves bytes from files into memory on threads of its own.
 

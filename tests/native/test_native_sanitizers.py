@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from tests.support.sanitizers import sanitizer_environment
 
 from .building import compile_driver
 
@@ -19,7 +20,7 @@ def test_random_plans_are_clean(sanitizers: str, rounds: int, tmp_path: Path, py
     if sanitizers == "thread":
         # ThreadSanitizer has fixed ideas of the address space; newer kernels' randomization does not keep to them.
         command = ["setarch", "--addr-no-randomize", *command]
-    # Nothing may come before a sanitizer; vLLM, loaded in this process before, has set a library to do so.
-    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, check=False, env=sanitizer_environment()
+    )
     assert done.returncode == 0 and done.stdout == "ok\n", done.stderr

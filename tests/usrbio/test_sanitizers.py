@@ -1,6 +1,5 @@
 """The native reader under the sanitizers, with the emulator compiled with them too."""
 
-import os
 import subprocess
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 
 from engine_loader import threefs_emulator
 from engine_loader.transfer.native_library import library_path
+from tests.support.sanitizers import sanitizer_environment
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
@@ -28,9 +28,7 @@ def test_the_reader_is_clean(sanitizers: str, tmp_path: Path, monkeypatch: pytes
     mount.mkdir()
     file = mount / "file"
     file.write_bytes(np.random.default_rng(1).bytes(700_001))
-    # Nothing may come before a sanitizer; vLLM, loaded in this process before, has set a library to do so.
-    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    environment["HF3FS_EMULATOR_MOUNT"] = str(mount)
+    environment = {**sanitizer_environment(), "HF3FS_EMULATOR_MOUNT": str(mount)}
     done = subprocess.run(
         [driver, library, mount, file], check=False, capture_output=True, text=True, env=environment, timeout=240
     )
