@@ -8,6 +8,7 @@ are read, and each goes where it belongs in one pass.
 from __future__ import annotations
 
 import bisect
+import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from types import TracebackType
 from typing import Protocol, Self, TypeVar
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..errors import CheckpointError, TransferError
 from ..formats.safetensors import TensorInfo
@@ -47,8 +49,10 @@ _address_of = torch._C.TensorBase.data_ptr
 _BATCH_BYTES = 32 << 20
 _BATCH_EXTENTS = 1024
 # Tensors up to this size are read whole (small.py).
-_SMALL_BYTES = 16 << 10
+SMALL_BYTES = 16 << 10
 SMALL = "it is small"
+# Ahead of so many small ones it is worth while to wait for what is pending, and not to look at operations until then.
+_LULL_TENSORS = 256
 # A copy that scatters into smaller runs than this (a transposed one, say) is left to torch.
 _MIN_RUN_BYTES = 64
 _MAX_EXTENTS_PER_COPY = 4096
@@ -146,6 +150,8 @@ class DirectLoad:
         self._completed = 0
         self._storages: dict[int, _Storage] = {}
         self._live = LiveOrigins()
+        self._mode = SettleBeforeUse(self)
+        self._mode_is_on = False
         self._modes = ExitStack()
         self._readers = ExitStack()
         self._lock = threading.RLock()
@@ -159,7 +165,8 @@ class DirectLoad:
 
     def __enter__(self) -> Self:
         self._modes.enter_context(SettleBeforeRead(self))
-        self._modes.enter_context(SettleBeforeUse(self))
+        self._modes.callback(self._take_mode_off)
+        self._listen(True)
         return self
 
     def __exit__(
@@ -200,6 +207,7 @@ class DirectLoad:
         for opened in reader.files.files:
             self._parts[opened.file.path] = part
         small = self._small = self._read_small(part, infos)
+        lulls = _lulls([small.has(info) for info in infos])
         for position, info in enumerate(infos):
             self._check_not_ended(info)
             if self._observer is not None:
@@ -208,8 +216,14 @@ class DirectLoad:
                 report.note("streamed in the end, for most tensors were needed as data")
                 yield from self._stream(part, infos[position:])
                 return
+            if position in lulls:
+                self._rest()
             tensor = small.take(info)
             if tensor is None:
+                if not self._mode_is_on and not self._listen_again():
+                    report.note("streamed in the end, for the engine's code has a dispatch mode of its own")
+                    yield from self._stream(part, infos[position:])
+                    return
                 recording = recording_tensor(info, self)
                 self._live.add(recording.origin)
                 yield info.name, recording
@@ -219,6 +233,37 @@ class DirectLoad:
                 del tensor
             report.handed_out(info)
             part.offered_bytes += info.nbytes
+
+    def _listen(self, on: bool) -> None:
+        if on and not self._mode_is_on:
+            self._mode.__enter__()  # type: ignore[no-untyped-call]
+        elif self._mode_is_on and not on:
+            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self._mode_is_on = on
+
+    def _take_mode_off(self) -> None:
+        # By the stack itself: Ctrl-C may come between a change of it and its note.
+        if any(mode is self._mode for mode in _get_current_dispatch_mode_stack()):
+            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self._mode_is_on = False
+
+    def _rest(self) -> None:
+        """Have nothing pending, and take the mode off, which makes every operation of the engine's code dearer."""
+        if self._is_outermost(1):
+            self._submit()
+            while self._flying:
+                self._wait_for_first()
+            self._listen(False)
+
+    def _listen_again(self) -> bool:
+        """Put the mode back; False where it would lie on one of the engine's, which would then take ours off."""
+        if not self._is_outermost(0):
+            return False
+        self._listen(True)
+        return True
+
+    def _is_outermost(self, modes: int) -> bool:
+        return threading.get_ident() == self._thread and torch._C._len_torch_dispatch_stack() == modes
 
     # What follows is the CopySink of the recording tensors.
 
@@ -237,8 +282,9 @@ class DirectLoad:
                 if self._observer is not None:
                     self._observer.copied(origin.info, extents)
                 storage = self._add(self._parts[origin.info.file], target, extents)
-                # Who opened the memory looks at it when he likes; another thread is not seen when it does.
-                if storage.opened or threading.get_ident() != self._thread:
+                # Who opened the memory looks at it when he likes; another thread is not seen when it does, and nobody
+                # is while the mode is off.
+                if storage.opened or threading.get_ident() != self._thread or not self._mode_is_on:
                     self._wait_for_batch(storage.last_batch)
             return True
 
@@ -404,7 +450,7 @@ class DirectLoad:
             return part.reader.submit(extents, owner) if extents else None
 
         return SmallTensors(
-            [info for info in infos if info.nbytes <= _SMALL_BYTES and self._expects(info.name)],
+            [info for info in infos if info.nbytes <= SMALL_BYTES and self._expects(info.name)],
             file_number=part.reader.file_number,
             submit=submit,
             wait=lambda transfer: self._named(part, transfer.wait),
@@ -437,6 +483,16 @@ class DirectLoad:
                 raise named from error
             self._failure = self._failure or error
             raise
+
+
+def _lulls(small: Sequence[bool]) -> frozenset[int]:
+    """Where long runs of small tensors begin."""
+    found = set()
+    for is_small, run in itertools.groupby(range(len(small)), small.__getitem__):
+        positions = list(run)
+        if is_small and len(positions) >= _LULL_TENSORS:
+            found.add(positions[0])
+    return frozenset(found)
 
 
 def _has_own_memory(tensor: torch.Tensor) -> bool:

@@ -47,13 +47,17 @@ class SmallTensors:
         self._transfer: Transfer | None = None
         self._start()
 
+    def has(self, info: TensorInfo) -> bool:
+        """Whether the tensor is one of these."""
+        return id(info) in self._expected
+
     def take(self, info: TensorInfo) -> torch.Tensor | None:
         """The tensor, or None where it is none of these.
 
         Raises:
             CheckpointError: its bytes could not be read.
         """
-        if id(info) not in self._expected:
+        if not self.has(info):
             return None
         if not self._ready:
             if self._transfer is not None:

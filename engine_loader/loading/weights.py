@@ -17,13 +17,14 @@ from ..report.progress import byte_progress
 from ..settings import LoaderSettings
 from ..sources.constructor import make_source
 from ..sources.protocol import Source
-from .direct import DirectLoad
+from .direct import SMALL_BYTES, DirectLoad
 from .locate import OpenFiles, natural_key, open_files, read_index
 from .reader import Reader
 
-# Recording takes some tens of microseconds a tensor; in that time a small one is read whole and copied.
+# Recording takes some tens of microseconds a tensor; in that time one up to this size is read whole and copied. (The
+# smallest are not recorded anyway.)
 _MANY_TENSORS = 20_000
-_SMALL_BYTES = 256 << 10
+_COSTLY_BYTES = 256 << 10
 
 
 def stream_weights(
@@ -61,9 +62,11 @@ def stream_weights(
             report.note(note)
         progress = byte_progress(sum(info.nbytes for info in infos), "Loading weights (b10_3fs)", shown=show_progress)
         stack.callback(progress.close)
-        if direct is not None and settings.mode == "auto" and _cost_more_to_record_than_to_read(infos):
-            report.note(f"streamed: {len(infos)} tensors this small cost more to record than to read")
-            direct = None
+        if direct is not None and settings.mode == "auto":
+            recorded = [info for info in infos if info.nbytes > SMALL_BYTES]
+            if _cost_more_to_record_than_to_read(recorded):
+                report.note(f"streamed: {len(recorded)} tensors this small cost more to record than to read")
+                direct = None
         if direct is not None:
             stack.pop_all()  # the direct load closes them: it reads on when all tensors have been handed out
             yield from direct.tensors(reader, infos, report, progress=progress, tell=tell)
@@ -77,7 +80,7 @@ def stream_weights(
 
 def _cost_more_to_record_than_to_read(infos: Sequence[TensorInfo]) -> bool:
     """Whether there are so many and so small tensors that planning their copies takes longer than copying them."""
-    return len(infos) > _MANY_TENSORS and sum(info.nbytes for info in infos) < len(infos) * _SMALL_BYTES
+    return len(infos) > _MANY_TENSORS and sum(info.nbytes for info in infos) < len(infos) * _COSTLY_BYTES
 
 
 def _check_indexes(source: Source, files: OpenFiles) -> None:
