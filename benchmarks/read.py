@@ -103,6 +103,7 @@ def _contenders(scenario: Scenario) -> list[Contender]:
         *(contenders.plain(threads, huge_pages=True) for threads in (1, 2, 4) if scenario.fresh),
         *(contenders.dd() if scenario.cold else []),
         *contenders.ours(),
+        *([contenders.ours_with_huge_pages()] if scenario.fresh else []),
         *contenders.installed_peers(),
     ]
 

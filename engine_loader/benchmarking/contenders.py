@@ -19,7 +19,8 @@ import torch
 
 from .. import __version__, open_checkpoint
 from ..report.load import LoadReport
-from .plain_reads import ask_for_huge_pages, read_plainly, read_with_dd
+from ..transfer.huge_pages import ask_for_huge_pages
+from .plain_reads import read_plainly, read_with_dd
 from .workload import Workload
 
 Targets = Mapping[str, torch.Tensor]
@@ -49,7 +50,7 @@ def plain(threads: int, *, huge_pages: bool = False) -> Contender:
 
     def load(workload: Workload, targets: Targets) -> None:
         if huge_pages:
-            ask_for_huge_pages(targets)
+            ask_for_huge_pages(targets.values())
         read_plainly(workload, targets, threads)
 
     name = f"preadv, {threads} thread{'' if threads == 1 else 's'}{', huge pages' if huge_pages else ''}"
@@ -69,6 +70,16 @@ def ours(**options: Any) -> list[Contender]:
         Contender(f"engine_loader load_into{suffix}", "ours", partial(_load_into, options), __version__),
         Contender(f"engine_loader tensors() + copy_{suffix}", "ours", partial(_tensors, options), __version__),
     ]
+
+
+def ours_with_huge_pages() -> Contender:
+    """``tensors()`` with a copy of each into memory for which huge pages were asked, as the engines' adapters do."""
+
+    def load(workload: Workload, targets: Targets) -> str:
+        ask_for_huge_pages(targets.values())
+        return _tensors({}, workload, targets)
+
+    return Contender("engine_loader tensors() + copy_, huge pages", "ours", load, __version__)
 
 
 def installed_peers() -> list[Contender]:

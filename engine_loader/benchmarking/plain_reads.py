@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 import subprocess
 import threading
@@ -50,15 +49,6 @@ def read_plainly(workload: Workload, targets: Mapping[str, torch.Tensor], thread
             os.close(fd)
     if failures:
         raise failures[0]
-
-
-def ask_for_huge_pages(targets: Mapping[str, torch.Tensor]) -> None:
-    """Have the pages of the targets that do not exist yet made as huge pages, where the kernel grants it."""
-    libc = ctypes.CDLL(None)
-    for target in targets.values():
-        begin = target.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-        nbytes = target.data_ptr() + target.nbytes - begin
-        libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(nbytes), mmap.MADV_HUGEPAGE)
 
 
 def read_with_dd(workload: Workload) -> None:

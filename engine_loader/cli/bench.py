@@ -76,6 +76,7 @@ def read(
     chosen = [contenders.plain(number) for number in _thread_counts(threads)]
     chosen += [contenders.plain(number, huge_pages=True) for number in _thread_counts(threads) if fresh]
     chosen += contenders.ours()
+    chosen += [contenders.ours_with_huge_pages()] if fresh else []
     chosen += contenders.installed_peers() if peers else []
     measurement = _measure(workload, chosen, measuring.Scenario(fresh=fresh, cold=cold), rounds)
     if as_json:

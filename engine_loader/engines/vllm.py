@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import logging
 import threading
 import time
@@ -27,6 +28,7 @@ from ..loading.explain import Explanation
 from ..loading.weights import stream_weights
 from ..plugin import LOAD_FORMAT
 from ..settings import load_settings
+from ..transfer.huge_pages import ask_for_huge_pages
 from .vllm_sharded import files_of_this_rank, fill_state, tie_as_saved
 from .weights_uri import has_weights, weight_files
 
@@ -82,6 +84,7 @@ class B10ModelLoader(DefaultModelLoader):
         Raises:
             SettingsError: direct mode was asked for and cannot serve.
         """
+        ask_for_huge_pages(itertools.chain(model.parameters(), model.buffers()))
         mode = self._reader_settings.mode
         obstacle = None if mode == "stream" else _obstacle_to_direct(model)
         if obstacle and mode == "direct":

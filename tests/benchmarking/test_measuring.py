@@ -103,6 +103,7 @@ class TestVerification:
             contenders.plain(2),
             contenders.plain(2, huge_pages=True),
             *contenders.ours(),
+            contenders.ours_with_huge_pages(),
             *contenders.installed_peers(),
         ]
         # Peers do not take types smaller than a byte.

@@ -24,6 +24,7 @@ from engine_loader.transfer.modes import ReadMode
 from engine_loader.transfer.native_engine import NativeEngine, NativeTransfer
 from engine_loader.transfer.native_library import MAKE_PRIVATE, POPULATE_READ, POPULATE_WRITE
 from engine_loader.transfer.plan import Extents, extent, make_extents
+from tests.support.mappings import need_huge_pages, vm_flags
 
 MakeFile = Callable[[int], PosixFile]
 
@@ -352,8 +353,7 @@ def test_many_small_extents_are_planned_quickly(make_file: MakeFile) -> None:
 
 
 def test_large_destinations_get_huge_pages(make_file: MakeFile) -> None:
-    if "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
-        pytest.skip("this system has no transparent huge pages")
+    need_huge_pages()
     file = make_file(16 << 20)
     with (
         mmap.mmap(-1, file.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area,
@@ -361,22 +361,9 @@ def test_large_destinations_get_huge_pages(make_file: MakeFile) -> None:
     ):
         to = np.frombuffer(area, np.uint8)
         engine.submit([file], make_extents([extent(0, 0, file.size, address(to))])).wait()
-        assert "hg" in _vm_flags(address(to) + (8 << 20))
+        assert "hg" in vm_flags(address(to) + (8 << 20))
         assert to.tobytes() == content(file)
         del to
-
-
-def _vm_flags(where: int) -> list[str]:
-    """The flags of the mapping that holds an address, from /proc/self/smaps."""
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        first = line.split()[0]
-        if "-" in first and not first.endswith(":"):
-            begin, end = (int(part, 16) for part in first.split("-"))
-            inside = begin <= where < end
-        elif inside and first == "VmFlags:":
-            return line.split()[1:]
-    return []
 
 
 def test_pages_of_a_mapping_are_made_present(engine: NativeEngine, make_file: MakeFile) -> None:
