@@ -38,7 +38,8 @@ _SKIPPABLE = struct.Struct("<II")
 _SKIPPABLE_MAGIC = 0x184D2A5E
 _TRAILER = struct.Struct(f"<{TAG_BYTES}sQ8s")
 _MOST_MANIFEST_BYTES = 1 << 28
-_LARGEST_FILE_BYTES = 1 << 32
+LARGEST_FILE_BYTES = 1 << 32
+"""Files of this size and more are not packed."""
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -130,7 +131,7 @@ def _grouped(files: Sequence[LocalFile]) -> Iterator[list[LocalFile]]:
     group: list[LocalFile] = []
     size = 0
     for file in files:
-        if file.size >= _LARGEST_FILE_BYTES:
+        if file.size >= LARGEST_FILE_BYTES:  # it has grown since
             continue
         if group and size + file.size > FRAME_BYTES:
             yield group

@@ -15,10 +15,11 @@ from typing import Any
 from .key import CacheKey
 from .manifest import Frame, Manifest, PackedFile, unsafe_link, unsafe_path
 from .outcome import Outcome
-from .pack import Pack, write_pack
+from .pack import LARGEST_FILE_BYTES, Pack, write_pack
 from .relocate import is_group_file
 from .restore import effective_files, read_packs
 from .scan import LocalFile
+from .space import mib
 from .store import Store
 from .trust import Trust
 
@@ -47,7 +48,12 @@ def save(
     began = time.monotonic()
     outcome = Outcome("complete")
     packs = read_packs(store, key, trust, outcome.messages)
-    new = not_in(packs, files)
+    new = []
+    for file in not_in(packs, files):
+        if file.size < LARGEST_FILE_BYTES:
+            new.append(file)
+        else:
+            outcome.messages.append(f"{file.local} has {mib(file.size)}, and packs hold no file of 4 GiB or more")
     if not new:
         outcome.status = "complete" if packs else "nothing"
         return outcome

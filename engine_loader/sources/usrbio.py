@@ -143,12 +143,16 @@ def why_not(path: str | None = None, lib_dir: str | None = None) -> str | None:
         client = find_client(lib_dir)
     except Hf3fsError as error:
         return str(error)
-    # An emulator's mount is not in the mount table.
-    places = [path] if path is not None else [*mounts(), *filter(None, [os.environ.get("HF3FS_EMULATOR_MOUNT")])]
+    places = [path] if path is not None else mounts_here()
     if not places:
         return "no 3FS is mounted on this machine"
     problems = [_problem(client, place) for place in places]
     return None if None in problems else problems[0]
+
+
+def mounts_here() -> list[str]:
+    """The 3FS mounts of this machine, that of an emulator included, which is not in the mount table."""
+    return [*mounts(), *filter(None, [os.environ.get("HF3FS_EMULATOR_MOUNT")])]
 
 
 def _problem(client: Client, path: str) -> str | None:

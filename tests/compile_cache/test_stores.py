@@ -57,6 +57,18 @@ def test_a_store_that_fills_up_interrupts_a_save_and_keeps_nothing_of_it(first: 
     assert not [path for path in tmpfs.rglob("*") if path.is_file()]
 
 
+def test_a_file_too_large_for_a_pack_is_told_of_and_the_others_are_saved(
+    first: Machine, second: Machine, store: Path
+) -> None:
+    first.write("inductor/large", b"")
+    os.truncate(first.directories["inductor"] / "large", 5 << 30)
+    outcome = perform(job("save", first), settings_for(store))
+    assert outcome.status == "saved"
+    (message,) = outcome.messages
+    assert "inductor/large has 5.0 GiB" in message
+    assert perform(job("restore", second), settings_for(store)).files == 4
+
+
 def test_a_local_disk_that_fills_up_interrupts_a_restore_and_keeps_nothing_of_it(
     first: Machine, store: Path, tmpfs: Path
 ) -> None:

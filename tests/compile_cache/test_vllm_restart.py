@@ -1,7 +1,13 @@
 """The real `vllm serve` with compilation: cold, then on fresh machines that have nothing but the store."""
 
+import errno
+import os
 import re
+import shutil
+import subprocess
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,8 +52,17 @@ class Fleet:
         self.model = make_model("llama", directory / "llama", shards=2)
         self.machines = 0
 
-    def start(self, *args: str, eager: bool = False, **variables: str) -> Start:
-        """Serve on a machine without any cache until the compile cache has told that it is done."""
+    def start(
+        self,
+        *args: str,
+        eager: bool = False,
+        directory: Path | None = None,
+        **variables: str,
+    ) -> Start:
+        """Serve on a machine without any cache until the compile cache has told that it is done.
+
+        ``directory`` is of another store.
+        """
         self.machines += 1
         machine = self.directory / f"machine-{self.machines}"
         for name in ("home", "tmp"):
@@ -59,7 +74,7 @@ class Fleet:
             "TORCHINDUCTOR_CACHE_DIR": None,
             "TRITON_CACHE_DIR": None,
             "ENGINE_LOADER_COMPILE_CACHE__ENABLED": "true",
-            "ENGINE_LOADER_COMPILE_CACHE__DIRECTORY": str(self.store),
+            "ENGINE_LOADER_COMPILE_CACHE__DIRECTORY": str(directory or self.store),
             **variables,
         }
         with VllmServer(self.model, *args, env=env, eager=eager) as server:
@@ -138,14 +153,69 @@ def test_a_miss_is_explained_and_another_load_format_is_served_too(fleet: Fleet,
     assert "VLLM_NIXL_SIDE_CHANNEL_PORT was 5600 when this cache was made, is 5601 now" in start.log
 
 
+@pytest.fixture
+def small_file_system(fleet: Fleet, cold: Start) -> Iterator[Path]:
+    """A file system with a copy of the store and room for little else."""
+    place = fleet.directory / "small"
+    place.mkdir(exist_ok=True)
+    nbytes = sum(path.stat().st_size + 4096 for path in fleet.store.rglob("*"))
+    options = f"size={nbytes + (256 << 10)},mode=0700"
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], check=False).returncode:
+        pytest.skip("tmpfs cannot be mounted here")
+    shutil.copytree(fleet.store, place / "store")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def warning(start: Start, words: str) -> str:
+    """The one warning with these words."""
+    (line,) = [line for line in start.log.splitlines() if words in line]
+    assert "WARNING" in line
+    return line
+
+
 def test_a_store_that_cannot_be_used_does_not_keep_the_engine_from_starting(fleet: Fleet, cold: Start) -> None:
     (fleet.directory / "a-file").write_text("no directory")
+    start = fleet.start("--load-format", "b10_3fs", eager=True, directory=fleet.directory / "a-file" / "store")
+    assert start.text
+    assert warning(start, "Not a directory")
+
+
+def test_an_engine_starts_though_its_store_is_full(fleet: Fleet, cold: Start, small_file_system: Path) -> None:
+    before = {path.name for path in small_file_system.rglob("*")}
     start = fleet.start(
-        "--load-format",
-        "b10_3fs",
+        directory=small_file_system / "store",
+        VLLM_NIXL_SIDE_CHANNEL_PORT="5602",  # so that there is something to save
+        ENGINE_LOADER_COMPILE_CACHE__MIN_STORE_FREE_BYTES="0",
+    )
+    assert start.text == cold.text
+    assert str(small_file_system) in warning(start, os.strerror(errno.ENOSPC))
+    assert {path.name for path in small_file_system.rglob("*") if path.is_file()} <= before  # nothing half-written
+
+
+def test_an_engine_starts_though_its_store_vanishes_while_it_is_read(fleet: Fleet, cold: Start) -> None:
+    store = fleet.directory / "vanishing"
+    shutil.copytree(fleet.store, store)
+    with ThreadPoolExecutor(1) as threads:
+        starting = threads.submit(fleet.start, eager=True, directory=store)
+        machine = fleet.directory / f"machine-{fleet.machines + 1}"
+        while not any(machine.glob("*/.engine_loader")) and not starting.done():
+            time.sleep(0.001)
+        shutil.rmtree(store)
+        start = starting.result()
+    assert start.text
+    # What was opened in time can still be read; the rest is told of.
+    assert "compile cache: restored" in start.log or "compile cache" in warning(start, "vanishing")
+
+
+def test_an_engine_starts_though_its_store_hangs(fleet: Fleet, cold: Start) -> None:
+    pipe = fleet.directory / "key"
+    os.mkfifo(pipe, 0o600)  # nobody writes to it: who opens it waits in the kernel
+    start = fleet.start(
         eager=True,
-        ENGINE_LOADER_COMPILE_CACHE__DIRECTORY=str(fleet.directory / "a-file" / "store"),
+        ENGINE_LOADER_COMPILE_CACHE__KEY_FILE=str(pipe),
+        ENGINE_LOADER_COMPILE_CACHE__RESTORE_TIMEOUT_S="3",
+        ENGINE_LOADER_COMPILE_CACHE__SAVE_TIMEOUT_S="3",
     )
     assert start.text
-    assert "Not a directory" in start.log
-    assert "WARNING" in next(line for line in start.log.splitlines() if "Not a directory" in line)
+    assert "restore_timeout_s" in start.log

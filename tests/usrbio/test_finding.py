@@ -2,14 +2,17 @@
 
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from engine_loader import CheckpointError
+from engine_loader.cli.diagnosis.sources import check_3fs, check_paths
 from engine_loader.sources.constructor import make_source
 from engine_loader.sources.hf3fs import LIBRARY_NAME, Hf3fsError, check_mount, find_library, load_library, mounts
 from engine_loader.sources.usrbio import UsrbioFile, UsrbioSource, find_client, fit_io_bytes, is_available, why_not
+from tests.support.checkpoints import checkpoint, entry
 from tests.support.threefs import Emulator
 
 
@@ -161,3 +164,25 @@ def test_a_refused_registration_is_told(emulator: Emulator, path: Path) -> None:
 )
 def test_ios_are_cut_at_chunks(wanted: int, chunk: int, expected: int) -> None:
     assert fit_io_bytes(wanted, chunk) == expected
+
+
+def test_doctor_says_what_stands_between_a_file_and_usrbio(emulator: Emulator, tmp_path: Path) -> None:
+    model = emulator.mount / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(checkpoint({"x": entry("U8", [5])}))
+    iovs = emulator.mount / "3fs-virt" / "iovs"
+    try:
+        found = {finding.name: finding for finding in (*check_3fs(), *check_paths([str(model)]))}
+        assert found["usrbio"].status == "ok"
+        assert found["usrbio"].value == (f"mounted at {emulator.mount}; {emulator.library}, found by HF3FS_LIB_DIR")
+        assert found[f"usrbio on {model}"].value == "backend: auto reads these files by USRBIO"
+        iovs.rmdir()
+        found = {finding.name: finding for finding in (*check_3fs(), *check_paths([str(model)]))}
+        for name in ("usrbio", f"usrbio on {model}"):
+            assert found[name].status == "warn"
+            assert "3fs-virt/iovs is missing" in found[name].value
+    finally:
+        iovs.mkdir(exist_ok=True)
+        shutil.rmtree(model)
+    (tmp_path / "model.safetensors").write_bytes(checkpoint({"x": entry("U8", [5])}))
+    assert not [finding for finding in check_paths([str(tmp_path)]) if finding.name.startswith("usrbio")]

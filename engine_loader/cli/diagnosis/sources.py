@@ -13,8 +13,9 @@ from ...loading.locate import locate
 from ...machine import Mount, mount_of
 from ...report.load import human_bytes
 from ...settings import load_settings
-from ...sources.hf3fs import LIB_DIR_VARIABLE, LIBRARY_NAME, Hf3fsError, find_library, load_library, mounts
+from ...sources.hf3fs import LIB_DIR_VARIABLE, LIBRARY_NAME, Hf3fsError, find_library, load_library
 from ...sources.posix import PosixSource
+from ...sources.usrbio import mounts_here, why_not
 from ...transfer.modes import choose_mode
 from .finding import Finding
 
@@ -33,11 +34,8 @@ def check_paths(paths: Sequence[str]) -> Iterator[Finding]:
 
 def check_3fs() -> Iterator[Finding]:
     """Whether 3FS is mounted here, and its library found and usable."""
-    try:
-        search = find_library(load_settings().settings.loader.hf3fs_lib_dir)
-    except SettingsError:
-        search = find_library()
-    at = ", ".join(mounts())
+    search = find_library(_lib_dir())
+    at = ", ".join(mounts_here())
     mounted = f"mounted at {at}" if at else "no 3FS mount here"
     if search.path is None:
         mend = f"set {LIB_DIR_VARIABLE} to the directory of {LIBRARY_NAME}; reads go through the mount meanwhile"
@@ -50,7 +48,19 @@ def check_3fs() -> Iterator[Finding]:
         mend = f"set {LIB_DIR_VARIABLE} to a build for this machine"
         yield Finding(_AREA, "usrbio", "warn", f"{mounted}; {error}", mend)
         return
-    yield Finding(_AREA, "usrbio", "ok", f"{mounted}; {search.path}, found by {search.origin}")
+    found = f"{mounted}; {search.path}, found by {search.origin}"
+    problem = why_not(lib_dir=_lib_dir()) if at else None
+    if problem is None:
+        yield Finding(_AREA, "usrbio", "ok", found)
+    else:
+        yield Finding(_AREA, "usrbio", "warn", f"{found}; {problem}", "reads go through the mount meanwhile")
+
+
+def _lib_dir() -> str | None:
+    try:
+        return load_settings().settings.loader.hf3fs_lib_dir
+    except SettingsError:  # told of elsewhere
+        return None
 
 
 def is_network(mount: Mount) -> bool:
@@ -77,12 +87,22 @@ def _check(path: str) -> Iterator[Finding]:
     yield Finding(_AREA, path, "ok", what)
     yield _direct(path, files[0], mount)
     yield _read_mode(path, files[0])
+    yield from _usrbio(path, files[0])
 
 
 def _readable(path: str) -> int:
     file = PosixSource().open(path)
     file.close()
     return file.size
+
+
+def _usrbio(path: str, file: str) -> Iterator[Finding]:
+    """Whether USRBIO would read the first file, if it is on 3FS."""
+    problem = why_not(file, _lib_dir())
+    if problem is None:
+        yield Finding(_AREA, f"usrbio on {path}", "ok", "backend: auto reads these files by USRBIO")
+    elif any(os.path.realpath(file).startswith(os.path.join(mount, "")) for mount in mounts_here()):
+        yield Finding(_AREA, f"usrbio on {path}", "warn", problem, "reads go through the mount meanwhile")
 
 
 def _read_mode(path: str, file: str) -> Finding:
