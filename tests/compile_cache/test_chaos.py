@@ -36,8 +36,8 @@ def content_of(name: str) -> bytes:
 def work(directory: Path, store: Path, journal: Path, seed: int) -> None:
     """Do one thing; what was saved is written to the journal when the save has returned."""
     chance = random.Random(seed)
-    machine = Machine(directory, store)
     key = chance.choice(KEYS)
+    machine = Machine(directory / key.scope, store)
     action = chance.choice(["save", "save", "restore", "restore", "compact", "prune"])
     if action == "save":
         machine.restore(key)
