@@ -377,6 +377,6 @@ def test_a_forked_child_is_told_that_it_cannot_read(bucket: str) -> None:
     child = multiprocessing.get_context("fork").Process(target=_read_in_child, args=(f"{bucket}/single", theirs))
     child.start()
     assert ours.poll(60)
-    assert "in a process that was forked from one that has read them" in ours.recv()
+    assert "in a process that was forked from one that has used them" in ours.recv()
     child.join()
     assert os.getpid() != child.pid
