@@ -19,8 +19,8 @@ from engine_loader.sources.object_client import ObjectStoreOptions
 from engine_loader.sources.object_store import ObjectStoreSource
 from engine_loader.sources.object_url import ObjectUrl, is_object_url, parse_object_url
 from tests.cli.running import invoke
-from tests.object_store.fault_server import Answer, FaultServer, Request
 from tests.support.checkpoints import Entry, checkpoint, entry, index, noise, tensor_bytes
+from tests.support.fault_server import Answer, FaultServer, Request
 from tests.support.moto_server import MotoServer
 
 KIB = 1 << 10
