@@ -100,8 +100,11 @@ class ObjectUpload(io.BufferedIOBase):
     ) -> None:
         if kind is None:
             self.close()
-        else:
-            self.abandon()
+            return
+        self.abandon()
+        if isinstance(error, Exception) and not isinstance(error, CheckpointError):
+            # torch.save tells of a write that failed only that its file has not the right length.
+            self._check()
 
     def __del__(self) -> None:
         # A stream of io's closes itself when it is forgotten: that would publish what is not complete.
@@ -167,6 +170,8 @@ class ObjectUpload(io.BufferedIOBase):
             else:
                 sizes: dict[str, Any] = {"chunk_size": self._part_bytes, "max_concurrency": self._parts_at_once}
                 obstore.put(self._store, self._key, content, use_multipart=True, **sizes)
+        except _Abandoned:
+            return
         except BaseException as error:
             self._failure = error
 

@@ -167,7 +167,11 @@ def _config(url: ObjectUrl, options: ObjectStoreOptions, endpoint: str | None) -
     if url.scheme != "s3":
         name = "base_url" if url.scheme == "gs" else "endpoint"
         return {} if endpoint is None else {name: endpoint}
-    config: dict[str, Any] = {"virtual_hosted_style_request": options.virtual_host}
+    config: dict[str, Any] = {
+        "virtual_hosted_style_request": options.virtual_host,
+        # Else even one object goes by S3's request for many, which not every server knows.
+        "disable_bulk_delete": True,
+    }
     if not options.anonymous:
         config |= _profile(options.profile)
     if options.region is not None:
