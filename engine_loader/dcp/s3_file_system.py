@@ -169,8 +169,8 @@ class S3FileSystem(FileSystemBase):
 
     def ls(self, path: str | os.PathLike[str]) -> list[str]:
         """URLs of the objects right below a prefix, sorted; empty where there is none."""
-        source, text = self.source(), os.fspath(path)
-        return [self.concat_path(text, name) for name in source.list(text)] if source.is_dir(text) else []
+        text = os.fspath(path)
+        return [self.concat_path(text, name) for name in self.source().names(text)]
 
     def source(self) -> ObjectStoreSource:
         """What objects are read from; it keeps one view of each listing."""

@@ -215,10 +215,10 @@ class FileSystemWriter(torch_filesystem.FileSystemWriter):
         return {name for name in names if _DATA_FILE.match(name.rpartition("/")[2])}
 
     def _buckets(self, items: Sequence[WriteItem]) -> Iterator[list[WriteItem]]:
-        """The items of each file."""
+        """The items of each file; no file is without any, for no metadata would tell of it."""
         safetensors = self.serialization_format == SerializationFormat.SAFETENSORS
         buckets = _by_size(self.thread_count, items) if self.single_file_per_rank else [[item] for item in items]
-        for bucket in buckets:
+        for bucket in filter(None, buckets):
             yield from _apart(bucket) if safetensors else [bucket]
 
     def _work(

@@ -152,6 +152,10 @@ class ObjectStoreSource:
             raise CheckpointError("there is no object below this prefix", file=path, hint="check the URL")
         return listing.names
 
+    def names(self, path: str) -> list[str]:
+        """As ``list``, but empty where nothing lies below the prefix."""
+        return self._listing(path).names
+
     def _listing(self, path: str) -> _Listing:
         url = parse_object_url(path)
         with self._lock:

@@ -1,5 +1,6 @@
 """Saved to S3 by two processes, loaded by one, two and four: sharded tensors come back, bit for bit."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def saved_by_two(moto: MotoServer, tmp_path_factory: pytest.TempPathFactory) -> 
     return directory
 
 
-@pytest.mark.slow
+@pytest.mark.skipif("EXTENDED_TESTS" not in os.environ, reason="takes half a minute: make test-object-stores")
 @pytest.mark.usefixtures("on_moto")
 def test_it_is_loaded_by_twice_as_many_processes(saved_by_two: Path) -> None:
     run("load", 4, saved_by_two, module=MODULE)
