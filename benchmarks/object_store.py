@@ -45,10 +45,11 @@ PLAIN_THREADS = (2, 4, 8, 16)
 def range_requests(workload: Workload, endpoint: str, bucket: str, threads: int) -> Callable[[Tensors], object]:
     """obstore's ``get_range`` on threads, 8 MiB each, copied into the tensors."""
     client = {"allow_http": True, "timeout": timedelta(minutes=5)}
-    store = S3Store(bucket, endpoint=endpoint, skip_signature=True, client_options=client)
     ranges = [(info, begin) for info in workload.tensors for begin in range(0, info.nbytes, RANGE_BYTES)]
 
     def load(targets: Tensors) -> None:
+        # As in every other way, connections are new ones.
+        store = S3Store(bucket, endpoint=endpoint, skip_signature=True, client_options=client)
         memory = {name: target.view(-1).view(torch.uint8).numpy() for name, target in targets.items()}
 
         def fetch(piece: tuple[TensorInfo, int]) -> None:
@@ -91,6 +92,8 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=2.27, help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=9, help="default: %(default)s")
     arguments = parser.parse_args()
+    # torch's own threads wait busily for their next copy, on the CPUs that the server needs here.
+    torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="torch.distributed is")
     tensors = make_tensors(int(arguments.gib * GIB))
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
