@@ -146,15 +146,15 @@ class ObjectStoreSource:
             return False
         return self._listing(path).is_there
 
+    def names(self, path: str) -> list[str]:
+        """As ``list``, but empty where nothing lies below the prefix."""
+        return self._listing(path).names
+
     def list(self, path: str) -> list[str]:
         listing = self._listing(path)
         if not listing.is_there:
             raise CheckpointError("there is no object below this prefix", file=path, hint="check the URL")
         return listing.names
-
-    def names(self, path: str) -> list[str]:
-        """As ``list``, but empty where nothing lies below the prefix."""
-        return self._listing(path).names
 
     def _listing(self, path: str) -> _Listing:
         url = parse_object_url(path)
