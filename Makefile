@@ -21,11 +21,11 @@ ENGINE_STAMP := $(VENV)/.engine-installed
 PACKAGE_STAMP := $(VENV)/.package-installed
 BENCH_STAMP := $(VENV)/.bench-installed
 
-.PHONY: help venv tools demo lint test test-fast bench clean
+.PHONY: help venv tools demo lint test test-fast test-object-stores bench clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(PACKAGE_STAMP)  ## Install vLLM's CPU build and this package (editable, with its test tools) into ./.venv
 
@@ -42,6 +42,9 @@ test: lint  ## Lint, then all tests, those that start an engine included
 
 test-fast: venv  ## The tests that start no engine
 	$(PY) -m pytest -m "not engine" $(ARGS)
+
+test-object-stores: venv  ## Object stores at length: objects of 1 GiB, four processes
+	EXTENDED_TESTS=1 $(PY) -m pytest tests/object_store tests/dcp/s3 $(ARGS)
 
 bench: venv $(BENCH_STAMP)  ## Compare with other loaders on this machine
 	$(PY) -m benchmarks $(ARGS)

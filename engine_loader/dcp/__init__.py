@@ -1,10 +1,40 @@
-"""torch.distributed.checkpoint (DCP) storages: the classes of torch under their names, faster and safer."""
+"""torch.distributed.checkpoint (DCP) storages: the classes of torch and of s3torchconnector, faster and safer.
+
+The S3 classes need the extra ``s3``, and say so when they are made without it.
+"""
 
 from __future__ import annotations
 
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemBase, SerializationFormat
 
+from .prefixes import (
+    BinaryPrefixStrategy,
+    DefaultPrefixStrategy,
+    HexPrefixStrategy,
+    NumericPrefixStrategy,
+    RoundRobinPrefixStrategy,
+    S3PrefixStrategyBase,
+)
 from .reader import FileSystemReader
+from .s3_config import S3ClientConfig
+from .s3_file_system import S3FileSystem
+from .s3_storage import S3StorageReader, S3StorageWriter
 from .writer import FileSystemWriter
 
-__all__ = ["FileSystem", "FileSystemBase", "FileSystemReader", "FileSystemWriter", "SerializationFormat"]
+__all__ = [
+    "BinaryPrefixStrategy",
+    "DefaultPrefixStrategy",
+    "FileSystem",
+    "FileSystemBase",
+    "FileSystemReader",
+    "FileSystemWriter",
+    "HexPrefixStrategy",
+    "NumericPrefixStrategy",
+    "RoundRobinPrefixStrategy",
+    "S3ClientConfig",
+    "S3FileSystem",
+    "S3PrefixStrategyBase",
+    "S3StorageReader",
+    "S3StorageWriter",
+    "SerializationFormat",
+]

@@ -1,4 +1,4 @@
-"""Reads DCP checkpoints from file systems: the metadata safely, the tensors straight into their targets."""
+"""Reads DCP checkpoints: the metadata safely, the tensors straight into their targets."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from ..errors import CheckpointError
 from ..loading.dcp_files import DcpFiles, Part, StoredTensor, load_item
 from ..settings import LoaderSettings, load_settings
 from ..sources.constructor import make_source
+from ..sources.protocol import Source
 from ..transfer.protocol import Transfer
 
 _GROUP_BYTES = 256 << 20
@@ -120,8 +121,11 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
         return next((chunk.sizes for chunk in entry.chunks if chunk.offsets == index.offset), None)
 
     def _files(self) -> DcpFiles:
-        source = make_source(self._settings.backend, None, self._settings)
-        return DcpFiles(source, os.fspath(self.path), self._settings)
+        return DcpFiles(self._source(), os.fspath(self.path), self._settings)
+
+    def _source(self) -> Source:
+        """Where the checkpoint's files are opened from."""
+        return make_source(self._settings.backend, None, self._settings)
 
     def _info(self, item: ReadItem) -> _StorageInfo:
         try:
@@ -161,7 +165,7 @@ def _check_pickle(content: bytes, item: ReadItem, files: DcpFiles, info: _Storag
             f"{name!r} is not a tensor, and torch.load(weights_only=True) refuses it: {text}",
             file=_path(files, info),
             offset=info.offset,
-            hint="nothing was run; if you trust the checkpoint: FileSystemReader(…, trust_pickles=True), "
+            hint="nothing was run; if you trust the checkpoint: give the reader trust_pickles=True, "
             "or torch.serialization.add_safe_globals",
         ) from error
 

@@ -1,17 +1,18 @@
-"""Writes DCP checkpoints to file systems: the old checkpoint or the new one is there at any moment, and complete."""
+"""Writes DCP checkpoints: the old checkpoint or the new one is there at any moment, and complete."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
+import logging
 import os
 import pickle
 import queue
 import re
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from typing import Any, cast
 
@@ -27,6 +28,8 @@ from torch.futures import Future
 from ..errors import CheckpointError
 from ..formats.dcp_metadata import parse_metadata
 from .safetensors_items import tensor_bytes, write_header
+
+logger = logging.getLogger(__name__)
 
 _DATA_FILE = re.compile(r"__(\d+)_(\d+)\.distcp\Z")
 _VERSION = "1.0.0"
@@ -97,10 +100,16 @@ class FileSystemWriter(torch_filesystem.FileSystemWriter):
             raise CheckpointError(
                 "there is a checkpoint already", file=os.fspath(self.path), hint="write elsewhere, or overwrite=True"
             )
-        if self._writes_alone():
-            prefix = torch_filesystem._StoragePrefix(f"__{self.rank}_")
-            plan = dataclasses.replace(plan, storage_data=prefix)
+        if self.rank is not None and self._writes_alone():
+            plan = dataclasses.replace(plan, storage_data=self._storage_data(self.rank))
         return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Tell each rank what the names of its files begin with."""
+        return [
+            dataclasses.replace(plan, storage_data=self._storage_data(rank)) if plan.storage_data is None else plan
+            for rank, plan in enumerate(plans)
+        ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's part of the plan.
@@ -142,17 +151,47 @@ class FileSystemWriter(torch_filesystem.FileSystemWriter):
         metadata.storage_meta = self.storage_meta()
         metadata.version = _VERSION
         path = self._get_metadata_path(self.rank if self._writes_alone() else None)
-        draft = self.fs.concat_path(self.path, os.path.basename(os.fspath(path)) + ".tmp")
         before = self._files_of(path)
+        self._publish(pickle.dumps(metadata), path)
+        used = {info.relative_path for info in metadata.storage_data.values()}
+        self._delete(before - used)
+
+    def _publish(self, metadata: bytes, path: str | os.PathLike[str]) -> None:
+        """Put the metadata into its place at once."""
+        draft = self.fs.concat_path(self.path, os.path.basename(os.fspath(path)) + ".tmp")
         with self.fs.create_stream(draft, "wb") as stream:
-            cast(io.BufferedIOBase, stream).write(pickle.dumps(metadata))
+            cast(io.BufferedIOBase, stream).write(metadata)
             self._sync(stream)
         self.fs.rename(draft, path)
         self._sync_directory()
-        used = {info.relative_path for info in metadata.storage_data.values()}
-        for name in before - used:
-            with suppress(OSError):
-                self.fs.rm_file(self.fs.concat_path(self.path, name))
+
+    def _delete(self, names: Collection[str]) -> None:
+        """Delete files of the checkpoint that was replaced. The new one is complete without it."""
+        for name in names:
+            self._delete_file(name)
+
+    def _delete_file(self, name: str) -> None:
+        try:
+            self.fs.rm_file(self.fs.concat_path(self.path, name))
+        except FileNotFoundError:
+            return
+        except (OSError, CheckpointError) as error:
+            logger.warning("a file of the checkpoint that was replaced is left over: %s", error)
+
+    def _storage_data(self, rank: int) -> Any:
+        """What a rank's plan is told: its ``prefix`` is that of the names of its files."""
+        return torch_filesystem._StoragePrefix(f"__{rank}_")
+
+    def _create(self, name: str, items: Sequence[WriteItem]) -> AbstractContextManager[io.IOBase]:
+        """Open a data file for writing."""
+        return self.fs.create_stream(self.fs.concat_path(self.path, name), "wb")
+
+    def _names_in(self, directory: str) -> Sequence[str]:
+        """The names of the files right in a directory of the checkpoint; none where there is no such directory."""
+        try:
+            return os.listdir(os.path.join(self.path, directory))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
     def _writes_alone(self) -> bool:
         """Whether each rank writes a checkpoint of its own."""
@@ -160,30 +199,26 @@ class FileSystemWriter(torch_filesystem.FileSystemWriter):
 
     def _first_free_number(self, prefix: str) -> int:
         """What is there keeps its files until the new metadata is, and a crashed save may have left some."""
-        taken = [-1]
-        with suppress(FileNotFoundError, NotADirectoryError):
-            for name in os.listdir(os.fspath(self.path)):
-                match = _DATA_FILE.match(name)
-                if match is not None and name.startswith(prefix):
-                    taken.append(int(match[2]))
-        return max(taken) + 1
+        directory, _, begin = prefix.rpartition("/")
+        names = [name for name in self._names_in(directory) if name.startswith(begin)]
+        return max((int(match[2]) for match in map(_DATA_FILE.match, names) if match), default=-1) + 1
 
     def _files_of(self, metadata_path: str | os.PathLike[str]) -> set[str]:
         """The data files that belong to the checkpoint that is being replaced."""
         try:
-            with open(metadata_path, "rb") as file:
-                content = file.read()
+            with self.fs.create_stream(metadata_path, "rb") as stream:
+                content = cast(io.BufferedIOBase, stream).read()
             old = parse_metadata(content, os.fspath(metadata_path))
         except (OSError, CheckpointError):
             return set()  # then nothing of it is deleted
         names = {info.relative_path for info in (old.storage_data or {}).values()}
-        return {name for name in names if _DATA_FILE.match(name)}
+        return {name for name in names if _DATA_FILE.match(name.rpartition("/")[2])}
 
     def _buckets(self, items: Sequence[WriteItem]) -> Iterator[list[WriteItem]]:
-        """The items of each file."""
+        """The items of each file; no file is without any, for no metadata would tell of it."""
         safetensors = self.serialization_format == SerializationFormat.SAFETENSORS
         buckets = _by_size(self.thread_count, items) if self.single_file_per_rank else [[item] for item in items]
-        for bucket in buckets:
+        for bucket in filter(None, buckets):
             yield from _apart(bucket) if safetensors else [bucket]
 
     def _work(
@@ -206,7 +241,7 @@ class FileSystemWriter(torch_filesystem.FileSystemWriter):
         tensors = [item for item in items if item.type != WriteItemType.BYTE_IO]
         others = [item for item in items if item.type == WriteItemType.BYTE_IO]
         safetensors = self.serialization_format == SerializationFormat.SAFETENSORS and not others
-        with self.fs.create_stream(self.fs.concat_path(self.path, name), "wb") as opened:
+        with self._create(name, items) as opened:
             stream = cast(io.BufferedIOBase, opened)
             results = [self._write_bytes(name, stream, item, planner) for item in others]
             if safetensors:
@@ -301,10 +336,10 @@ def _by_size(count: int, items: Sequence[WriteItem]) -> list[list[WriteItem]]:
         buckets[number % count].append(item)
     sizes = [0] * count
     tensors = [item for item in items if item.type != WriteItemType.BYTE_IO]
-    for item in sorted(tensors, key=_nbytes, reverse=True):
+    for item in sorted(tensors, key=nbytes_of, reverse=True):
         least = sizes.index(min(sizes))
         buckets[least].append(item)
-        sizes[least] += _nbytes(item)
+        sizes[least] += nbytes_of(item)
     return buckets
 
 
@@ -322,7 +357,7 @@ def _apart(items: Sequence[WriteItem]) -> Iterator[list[WriteItem]]:
     yield from files.values()
 
 
-def _nbytes(item: WriteItem) -> int:
+def nbytes_of(item: WriteItem) -> int:
     """The size of what is written of a tensor: its chunk."""
     data = item.tensor_data
     assert data is not None

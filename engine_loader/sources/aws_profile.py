@@ -22,18 +22,19 @@ _KEYS = {
 }
 
 
-def profile_options(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """obstore's options from the profile that AWS_PROFILE names, else from "default"; empty where there is none.
+def profile_options(environ: Mapping[str, str] | None = None, *, profile: str | None = None) -> dict[str, str]:
+    """obstore's options from ``profile``, else from the one that AWS_PROFILE names, else from "default".
 
-    Keys in the environment go before a profile, as in AWS's tools; of ``AWS_PROFILE`` only static keys are read.
+    Keys in the environment go before a profile that is not named by ``profile``, as in AWS's tools; of a profile only
+    static keys are read. Empty where there is none.
 
     Raises:
-        CheckpointError: AWS_PROFILE names a profile that is not there, or that has no keys (SSO, a role); or a file
-            cannot be read.
+        CheckpointError: a profile that is named is not there, or has no keys (SSO, a role); or a file cannot be read.
     """
     environ = os.environ if environ is None else environ
-    named = environ.get("AWS_PROFILE")
-    if environ.get("AWS_ACCESS_KEY_ID") or (not named and any(map(environ.get, _OTHER_CREDENTIALS))):
+    named = profile or environ.get("AWS_PROFILE")
+    keys_go_first = environ.get("AWS_ACCESS_KEY_ID") or (not named and any(map(environ.get, _OTHER_CREDENTIALS)))
+    if profile is None and keys_go_first:
         return {}
     name = named or "default"
     credentials = environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -18,11 +19,16 @@ if TYPE_CHECKING:
 _FIRST_PAUSE = timedelta(milliseconds=100)
 _LONGEST_PAUSE = timedelta(seconds=5)
 _CONNECT_S = 5.0
+_first_process: list[int] = []
 
 
 @dataclass(frozen=True)
 class ObjectStoreOptions:
-    """How object stores are reached and read; the settings ``object_store_…`` say what each means."""
+    """How object stores are reached and read; the settings ``object_store_…`` say what each means.
+
+    Attributes:
+        profile: the AWS profile whose keys are used, whatever the environment says; None: the usual order.
+    """
 
     range_bytes: int = 8 << 20
     timeout_s: float = 30.0
@@ -31,6 +37,7 @@ class ObjectStoreOptions:
     region: str | None = None
     anonymous: bool = False
     virtual_host: bool = False
+    profile: str | None = None
 
 
 def condition_of(tag: str | None) -> str | None:
@@ -96,6 +103,56 @@ def make_client(url: ObjectUrl, options: ObjectStoreOptions) -> ObjectStore:
     return store
 
 
+class ObjectStores:
+    """The clients of several buckets, each made when it is first asked for. May be used from several threads.
+
+    Pickled, it takes its options along, and makes clients of its own.
+
+    Args:
+        options: how they are reached and read.
+        client: taken for every bucket, in place of one of its own.
+    """
+
+    def __init__(self, options: ObjectStoreOptions, *, client: ObjectStore | None = None) -> None:
+        self.options = options
+        self._client = client
+        self._clients: dict[tuple[str, str], ObjectStore] = {}
+        self._lock = threading.Lock()
+
+    def client(self, url: ObjectUrl) -> ObjectStore:
+        """The client for the bucket of ``url``.
+
+        Raises:
+            CheckpointError: as ``make_client``.
+        """
+        if self._client is not None:
+            return self._client
+        with self._lock:
+            place = (url.scheme, url.bucket)
+            if place not in self._clients:
+                self._clients[place] = make_client(url, self.options)
+            return self._clients[place]
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild_stores, (self.options, self._client))
+
+
+def _rebuild_stores(options: ObjectStoreOptions, client: ObjectStore | None) -> ObjectStores:
+    return ObjectStores(options, client=client)
+
+
+def check_process(path: str) -> None:
+    """Raise CheckpointError in a child of a process that has used obstore: its threads do not survive a fork."""
+    if not _first_process:
+        _first_process.append(os.getpid())
+    if os.getpid() != _first_process[0]:
+        raise CheckpointError(
+            "object stores cannot be used in a process that was forked from one that has used them",
+            file=path,
+            hint="start it by spawn or forkserver",
+        )
+
+
 def endpoint_of(url: ObjectUrl, options: ObjectStoreOptions) -> str | None:
     """The endpoint that is configured for a URL's store; None for that of AWS, Google or Azure."""
     endpoint = options.endpoint_url
@@ -110,9 +167,13 @@ def _config(url: ObjectUrl, options: ObjectStoreOptions, endpoint: str | None) -
     if url.scheme != "s3":
         name = "base_url" if url.scheme == "gs" else "endpoint"
         return {} if endpoint is None else {name: endpoint}
-    config: dict[str, Any] = {"virtual_hosted_style_request": options.virtual_host}
+    config: dict[str, Any] = {
+        "virtual_hosted_style_request": options.virtual_host,
+        # Else even one object goes by S3's request for many, which not every server knows.
+        "disable_bulk_delete": True,
+    }
     if not options.anonymous:
-        config |= profile_options()
+        config |= _profile(options.profile)
     if options.region is not None:
         config["region"] = options.region
     if endpoint is not None:
@@ -121,3 +182,17 @@ def _config(url: ObjectUrl, options: ObjectStoreOptions, endpoint: str | None) -
         # The more particular of its two options: AWS_ENDPOINT_URL_S3 would go before the other.
         config["aws_endpoint_url_s3"] = host
     return config
+
+
+def _profile(name: str | None) -> dict[str, Any]:
+    options: dict[str, Any] = dict(profile_options(profile=name))
+    if name is None:
+        return options
+    # What obstore finds in the environment (a session token) must not mix with keys that were chosen by name.
+    keys = {
+        "access_key_id": options.pop("access_key_id"),
+        "secret_access_key": options.pop("secret_access_key", ""),
+        "token": options.pop("session_token", None),
+        "expires_at": None,
+    }
+    return {**options, "credential_provider": lambda: keys}

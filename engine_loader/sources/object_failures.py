@@ -14,8 +14,8 @@ from ..errors import TransferError
 
 _REGION = "does the bucket lie in this region? set AWS_REGION or object_store_region"
 _DENIED = (
-    "check the credentials (AWS_ACCESS_KEY_ID …, AWS_PROFILE), and that they allow s3:GetObject, and s3:ListBucket for "
-    "a prefix; a public bucket may need object_store_anonymous"
+    "check the credentials (AWS_ACCESS_KEY_ID …, AWS_PROFILE), and that they allow s3:GetObject (to write, "
+    "s3:PutObject and s3:DeleteObject), and s3:ListBucket for a prefix; a public bucket may need object_store_anonymous"
 )
 _SLOW = "the server is overloaded or down: try again, or lower object_store_requests"
 _ENDPOINT = "check the network, AWS_ENDPOINT_URL or object_store_endpoint_url, and its http or https"

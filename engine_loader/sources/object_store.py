@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from ..errors import CheckpointError
-from .object_client import ObjectStoreOptions, condition_of, make_client
+from .object_client import ObjectStoreOptions, ObjectStores, check_process, condition_of
 from .object_failures import Answer, object_changed, object_failure, passing_errno
 from .object_url import ObjectUrl, parse_object_url
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 _T = TypeVar("_T")
-_first_process: list[int] = []
 
 
 class ObjectFile:
@@ -112,6 +111,7 @@ class ObjectStoreSource:
 
     Args:
         options: how the stores are reached and read.
+        stores: clients that are there already, in place of ``options``.
 
     Raises:
         CheckpointError: from each method: obstore is not installed, the path is no URL of an object store, access is
@@ -120,9 +120,9 @@ class ObjectStoreSource:
 
     name = "object_store"
 
-    def __init__(self, options: ObjectStoreOptions | None = None) -> None:
-        self.options = options or ObjectStoreOptions()
-        self._stores: dict[tuple[str, str], ObjectStore] = {}
+    def __init__(self, options: ObjectStoreOptions | None = None, *, stores: ObjectStores | None = None) -> None:
+        self._stores = stores or ObjectStores(options or ObjectStoreOptions())
+        self.options = self._stores.options
         self._listings: dict[ObjectUrl, _Listing] = {}
         self._lock = threading.Lock()
 
@@ -130,7 +130,7 @@ class ObjectStoreSource:
         url = parse_object_url(path)
         if not url.key:
             raise CheckpointError("this is a bucket where an object is meant", file=path)
-        store = self._store(url)
+        store = self._stores.client(url)
         import obstore
 
         check_process(path)
@@ -146,6 +146,10 @@ class ObjectStoreSource:
             return False
         return self._listing(path).is_there
 
+    def names(self, path: str) -> list[str]:
+        """As ``list``, but empty where nothing lies below the prefix."""
+        return self._listing(path).names
+
     def list(self, path: str) -> list[str]:
         listing = self._listing(path)
         if not listing.is_there:
@@ -158,7 +162,7 @@ class ObjectStoreSource:
             known = self._listings.get(url)
         if known is not None:
             return known
-        store = self._store(url)
+        store = self._stores.client(url)
         import obstore
 
         check_process(path)
@@ -171,13 +175,6 @@ class ObjectStoreSource:
         listing = _Listing(names, bool(names or found["common_prefixes"]))
         with self._lock:
             return self._listings.setdefault(url, listing)
-
-    def _store(self, url: ObjectUrl) -> ObjectStore:
-        with self._lock:
-            place = (url.scheme, url.bucket)
-            if place not in self._stores:
-                self._stores[place] = make_client(url, self.options)
-            return self._stores[place]
 
 
 def interruptible(call: Callable[[], _T]) -> _T:
@@ -192,18 +189,6 @@ def interruptible(call: Callable[[], _T]) -> _T:
 
     threading.Thread(target=run, name="engine-loader-list", daemon=True).start()
     return outcome.result()
-
-
-def check_process(path: str) -> None:
-    """Raise CheckpointError in a child of a process that has used obstore: its threads do not survive a fork."""
-    if not _first_process:
-        _first_process.append(os.getpid())
-    if os.getpid() != _first_process[0]:
-        raise CheckpointError(
-            "object stores cannot be read in a process that was forked from one that has read them",
-            file=path,
-            hint="start it by spawn or forkserver",
-        )
 
 
 def _identity(meta: ObjectMeta) -> tuple[Any, ...]:

@@ -1,7 +1,13 @@
-"""What each process of a small gloo group does: run as ``python -m tests.dcp.ranks JOB RANK WORLD DIRECTORY``."""
+"""What each process of a small gloo group does: run as ``python -m tests.dcp.ranks JOB RANK WORLD DIRECTORY``.
 
+``run`` starts such a group, of this module or of another one with jobs of its own.
+"""
+
+import os
+import subprocess
 import sys
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,16 +85,42 @@ def load(rank: int, world: int, directory: Path) -> None:
     assert is_right(loaded), "torch's reader"
 
 
-def main() -> None:
+Job = Callable[[int, int, Path], None]
+
+
+def main(jobs: Mapping[str, Job]) -> None:
+    """Be one process of a group."""
     job, rank, world, directory = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     rendezvous = f"file://{directory}/rendezvous-{job}-{world}"
     dist.init_process_group("cpu:gloo", init_method=rendezvous, rank=rank, world_size=world)
-    {"save": save, "load": load}[job](rank, world, directory)
+    jobs[job](rank, world, directory)
     dist.barrier()
     dist.destroy_process_group()
 
 
+def run(job: str, world: int, directory: Path, *, module: str = "tests.dcp.ranks") -> None:
+    """Start a group of processes, and wait until all have ended well."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, job, str(rank), str(world), str(directory)],
+            cwd=Path(__file__).parent.parent.parent,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-3000:]
+
+
 if __name__ == "__main__":
-    main()
+    main({"save": save, "load": load})

@@ -1,38 +1,13 @@
 """Saved by two processes, loaded by one, two and four: sharded tensors come back, bit for bit."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from .ranks import full_tensors
+from .ranks import full_tensors, run
 from .states import load
-
-ROOT = Path(__file__).parent.parent.parent
-
-
-def run(job: str, world: int, directory: Path) -> None:
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.dcp.ranks", job, str(rank), str(world), str(directory)],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-3000:]
 
 
 @pytest.fixture(scope="module")

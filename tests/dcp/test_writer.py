@@ -136,6 +136,15 @@ def test_a_checkpoint_is_replaced_and_its_files_go(tmp_path):
     assert sorted(os.listdir(tmp_path / "c")) == [".metadata", "__0_2.distcp", "notes.txt"]
 
 
+def test_more_threads_than_tensors_leave_no_empty_files(tmp_path):
+    for value in (0, 1):
+        save({"a": torch.full((3,), value)}, tmp_path / "c", thread_count=4)
+    assert len(list((tmp_path / "c").glob("*.distcp"))) == 1
+    assert same(
+        {"a": torch.ones(3, dtype=torch.int64)}, stock_load({"a": torch.zeros(3, dtype=torch.int64)}, tmp_path / "c")
+    )
+
+
 def test_a_checkpoint_is_not_replaced_where_that_is_not_wanted(tmp_path):
     save({"a": torch.zeros(3)}, tmp_path / "c")
     with pytest.raises(CheckpointException, match="there is a checkpoint already"):

@@ -16,7 +16,7 @@ from engine_loader.compile_cache.trust import Trust
 from engine_loader.settings import CompileCacheSettings
 from tests.cli.running import invoke
 from tests.compile_cache.support import KEY, OTHER_KEY, SECRET, Machine, some_bytes
-from tests.object_store.fault_server import Answer, FaultServer
+from tests.support.fault_server import Answer, FaultServer
 from tests.support.moto_server import MotoServer
 
 

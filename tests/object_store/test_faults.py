@@ -12,8 +12,8 @@ import pytest
 from engine_loader import CheckpointError, open_checkpoint
 from engine_loader.sources.constructor import make_source
 from engine_loader.sources.object_store import ObjectFile, ObjectStoreSource
-from tests.object_store.fault_server import Answer, Fault, FaultServer, Request, tag_of
 from tests.support.checkpoints import checkpoint, entry, tensor_bytes
+from tests.support.fault_server import Answer, Fault, FaultServer, Request, tag_of
 
 KIB = 1 << 10
 KEY = "bucket/model.safetensors"

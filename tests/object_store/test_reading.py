@@ -19,8 +19,8 @@ from engine_loader.sources.object_client import ObjectStoreOptions
 from engine_loader.sources.object_store import ObjectStoreSource
 from engine_loader.sources.object_url import ObjectUrl, is_object_url, parse_object_url
 from tests.cli.running import invoke
-from tests.object_store.fault_server import Answer, FaultServer, Request
 from tests.support.checkpoints import Entry, checkpoint, entry, index, noise, tensor_bytes
+from tests.support.fault_server import Answer, FaultServer, Request
 from tests.support.moto_server import MotoServer
 
 KIB = 1 << 10
@@ -377,6 +377,6 @@ def test_a_forked_child_is_told_that_it_cannot_read(bucket: str) -> None:
     child = multiprocessing.get_context("fork").Process(target=_read_in_child, args=(f"{bucket}/single", theirs))
     child.start()
     assert ours.poll(60)
-    assert "in a process that was forked from one that has read them" in ours.recv()
+    assert "in a process that was forked from one that has used them" in ours.recv()
     child.join()
     assert os.getpid() != child.pid

@@ -49,10 +49,12 @@ Fault = Callable[[Request], Answer | None]
 
 
 class FaultServer:
-    """Serves ``objects`` ("bucket/key" -> content) by GET, HEAD and ListObjectsV2. Takes more by PUT, on no condition.
+    """Serves ``objects`` ("bucket/key" -> content) by GET, HEAD and ListObjectsV2. Takes more by PUT, on no condition,
+    in one request or in parts; copies and deletes.
 
     Attributes:
         objects: content by bucket and key. Its hash is its ETag.
+        uploads: parts of uploads that were begun, and neither completed nor aborted, by their ids.
         fault: asked for every request of an object or a listing.
         etags: whether answers have an ETag, and If-Match is heeded.
         requests: all that came in.
@@ -60,6 +62,7 @@ class FaultServer:
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
+        self.uploads: dict[str, dict[int, bytes]] = {}
         self.fault: Fault = lambda request: None
         self.etags = True
         self.requests: list[Request] = []
@@ -99,7 +102,7 @@ class FaultServer:
 
     def arrived(self, method: str, target: str, headers: dict[str, str]) -> Request:
         parts = urlsplit(target)
-        key, query = unquote(parts.path.lstrip("/")), parse_qs(parts.query)
+        key, query = unquote(parts.path.lstrip("/")), parse_qs(parts.query, keep_blank_values=True)
         with self._lock:
             number = sum(request.method == method and request.key == key for request in self.requests)
             request = Request(method, key, headers, number, query)
@@ -143,8 +146,51 @@ def _handler(server: FaultServer) -> type[BaseHTTPRequestHandler]:
             if answer.status is not None:
                 self._fail(answer.status, answer.code, answer.headers)
                 return
-            server.objects[request.key] = content
+            if "uploadId" in request.query:
+                server.uploads[request.query["uploadId"][0]][int(request.query["partNumber"][0])] = content
+            elif "x-amz-copy-source" in headers:
+                server.objects[request.key] = server.objects[unquote(headers["x-amz-copy-source"]).lstrip("/")]
+                tag = tag_of(server.objects[request.key])
+                text = f"<CopyObjectResult><LastModified>2024-01-01T00:00:00Z</LastModified><ETag>{tag}</ETag>"
+                self._send(200, {}, f"{text}</CopyObjectResult>".encode(), answer)
+                return
+            else:
+                server.objects[request.key] = content
             self._send(200, {"ETag": tag_of(content)}, b"", answer)
+
+        def do_POST(self) -> None:
+            headers = {name.lower(): value for name, value in self.headers.items()}
+            self.rfile.read(int(headers.get("content-length", 0)))
+            request = server.arrived("POST", self.path, headers)
+            answer = server.fault(request) or Answer()
+            if answer.status is not None:
+                self._fail(answer.status, answer.code, answer.headers)
+            elif "uploads" in request.query:
+                upload = f"upload-{request.number}"
+                server.uploads[upload] = {}
+                text = f"<InitiateMultipartUploadResult><UploadId>{upload}</UploadId></InitiateMultipartUploadResult>"
+                self._send(200, {}, text.encode(), answer)
+            elif "uploadId" in request.query:
+                parts = server.uploads.pop(request.query["uploadId"][0])
+                content = server.objects[request.key] = b"".join(parts[number] for number in sorted(parts))
+                tag = f"<ETag>{tag_of(content)}</ETag>"
+                text = f"<CompleteMultipartUploadResult>{tag}</CompleteMultipartUploadResult>"
+                self._send(200, {}, text.encode(), answer)
+            else:
+                self._fail(501, "NotImplemented", {})
+
+        def do_DELETE(self) -> None:
+            headers = {name.lower(): value for name, value in self.headers.items()}
+            request = server.arrived("DELETE", self.path, headers)
+            answer = server.fault(request) or Answer()
+            if answer.status is not None:
+                self._fail(answer.status, answer.code, answer.headers)
+                return
+            if "uploadId" in request.query:
+                server.uploads.pop(request.query["uploadId"][0], None)
+            else:
+                server.objects.pop(request.key, None)
+            self._send(204, {}, b"", answer)
 
         def _serve(self) -> None:
             headers = {name.lower(): value for name, value in self.headers.items()}

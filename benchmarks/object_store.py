@@ -1,0 +1,139 @@
+"""Loads checkpoints from S3 on loopback: through this package, s3torchconnector, and plain range requests.
+
+    python -m benchmarks.object_store
+
+The server is nginx, or a small one of the benchmark's own, over files in the page cache; it takes a share of the same
+CPUs. Rounds are interleaved, memory was touched before; every way is checked once, bit for bit, into poisoned memory.
+"""
+
+import argparse
+import os
+import platform
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import obstore
+import s3torchconnector.dcp
+import torch
+import torch.distributed.checkpoint as torch_dcp
+from obstore.store import S3Store
+from safetensors.torch import save_file
+
+from engine_loader import dcp, open_checkpoint
+from engine_loader.benchmarking.page_cache import warm
+from engine_loader.benchmarking.workload import Workload
+from engine_loader.formats.safetensors import TensorInfo
+from engine_loader.machine import cpu_model, usable_cpus
+
+from .checkpoints import GIB
+from .dcp import Tensors, make_tensors, measure
+from .static_server import serving
+
+REGION = "us-east-1"
+RANGE_BYTES = 8 << 20
+PLAIN_THREADS = (2, 4, 8, 16)
+
+
+def range_requests(workload: Workload, endpoint: str, bucket: str, threads: int) -> Callable[[Tensors], object]:
+    """obstore's ``get_range`` on threads, 8 MiB each, copied into the tensors."""
+    client = {"allow_http": True, "timeout": timedelta(minutes=5)}
+    ranges = [(info, begin) for info in workload.tensors for begin in range(0, info.nbytes, RANGE_BYTES)]
+
+    def load(targets: Tensors) -> None:
+        # As in every other way, connections are new ones.
+        store = S3Store(bucket, endpoint=endpoint, skip_signature=True, client_options=client)
+        memory = {name: target.view(-1).view(torch.uint8).numpy() for name, target in targets.items()}
+
+        def fetch(piece: tuple[TensorInfo, int]) -> None:
+            info, begin = piece
+            end = min(begin + RANGE_BYTES, info.nbytes)
+            content = obstore.get_range(store, Path(info.file).name, start=info.offset + begin, end=info.offset + end)
+            np.copyto(memory[info.name][begin:end], np.frombuffer(content, np.uint8))  # type: ignore[call-overload]
+
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(fetch, ranges))
+
+    return load
+
+
+def load_into(url: str, targets: Tensors) -> None:
+    with open_checkpoint(url) as checkpoint:
+        checkpoint.load_into(targets)
+
+
+def stream(url: str, targets: Tensors) -> None:
+    with open_checkpoint(url) as checkpoint:
+        for name, tensor in checkpoint.tensors():
+            targets[name].copy_(tensor)
+
+
+def ours(url: str, targets: Tensors) -> None:
+    torch_dcp.load(targets, storage_reader=dcp.S3StorageReader(REGION, url), no_dist=True)
+
+
+def theirs(url: str, targets: Tensors) -> None:
+    config = s3torchconnector.S3ClientConfig(unsigned=True, force_path_style=True)
+    reader = s3torchconnector.dcp.S3StorageReader(REGION, url, s3client_config=config)
+    torch_dcp.load(targets, storage_reader=reader, no_dist=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    default = Path(tempfile.gettempdir()) / "engine-loader-benchmark"
+    parser.add_argument("--dir", type=Path, default=default, help="where checkpoints are kept (default: %(default)s)")
+    parser.add_argument("--gib", type=float, default=2.27, help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=9, help="default: %(default)s")
+    arguments = parser.parse_args()
+    # torch's own threads wait busily for their next copy, on the CPUs that the server needs here.
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="torch.distributed is")
+    tensors = make_tensors(int(arguments.gib * GIB))
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    directory = arguments.dir.resolve()
+    training, weights = directory / f"dcp-torch_save-{nbytes}", directory / f"model-{nbytes}.safetensors"
+    if not (training / ".metadata").exists():
+        torch_dcp.save(tensors, storage_writer=dcp.FileSystemWriter(training), no_dist=True)
+    if not weights.exists():
+        save_file(tensors, weights)
+    workload = Workload.of(weights)
+    warm([*map(str, training.iterdir()), str(weights)])
+    bucket = f"s3://{directory.name}"
+    with serving(directory.parent) as (endpoint, server):
+        os.environ |= {"AWS_ENDPOINT_URL": endpoint, "ENGINE_LOADER_LOADER__OBJECT_STORE_ANONYMOUS": "true"}
+        packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "obstore", "s3torchconnector"))
+        print(f"{cpu_model()}, {usable_cpus()} CPUs, Linux {platform.release()}; {packages}; served by {server}")
+        print(f"{nbytes / GIB:.2f} GiB in {len(tensors)} tensors, load average {os.getloadavg()[0]:.2f}")
+        print("\n### dcp.load, a training's checkpoint\n")
+        loads: dict[str, Callable[[Tensors], object]] = {
+            "engine_loader.dcp.S3StorageReader": partial(ours, f"{bucket}/{training.name}"),
+            "s3torchconnector.dcp.S3StorageReader": partial(theirs, f"{bucket}/{training.name}"),
+        }
+        against = ["s3torchconnector.dcp.S3StorageReader"]
+        measure(loads, tensors, arguments.rounds, against=against, ratio="times s3torchconnector")
+        print("### open_checkpoint, a safetensors file\n")
+        plain = {
+            f"obstore get_range, {n} threads": range_requests(workload, endpoint, directory.name, n)
+            for n in PLAIN_THREADS
+        }
+        url = f"{bucket}/{weights.name}"
+        opens: dict[str, Callable[[Tensors], object]] = {
+            "engine_loader load_into": partial(load_into, url),
+            "engine_loader tensors() + copy_": partial(stream, url),
+            **plain,
+        }
+        measure(opens, tensors, arguments.rounds, against=list(plain), ratio="times the fastest obstore")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,117 @@
+"""Files over HTTP on loopback, as fast as the kernel sends them: nginx where it is installed, else a small server here.
+
+    python -m benchmarks.static_server DIRECTORY PORT
+
+serves by the latter: GET, HEAD and single ranges, which is what a client needs of S3 to read a public bucket, whose
+name is then that of a directory. Nothing is signed, listed or written.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+START_TIMEOUT_S = 20.0
+NGINX = """
+daemon off; master_process on; worker_processes 2; pid {place}/pid; error_log {place}/error.log; {user}
+events {{ worker_connections 512; }}
+http {{
+    access_log off; sendfile on; sendfile_max_chunk 2m; tcp_nopush on; keepalive_requests 1000000;
+    client_body_temp_path {place}/a; proxy_temp_path {place}/b; fastcgi_temp_path {place}/c;
+    uwsgi_temp_path {place}/d; scgi_temp_path {place}/e;
+    server {{ listen 127.0.0.1:{port}; root {root}; }}
+}}
+"""
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        try:
+            file = os.open(unquote(urlsplit(self.path).path).lstrip("/"), os.O_RDONLY)
+        except OSError:
+            self.send_response(404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        try:
+            self._send(file)
+        finally:
+            os.close(file)
+
+    def _send(self, file: int) -> None:
+        status = os.fstat(file)
+        begin, end = 0, status.st_size
+        span = self.headers.get("Range", "").removeprefix("bytes=").partition("-")
+        if span[0]:
+            begin, end = int(span[0]), min(end, int(span[2]) + 1 if span[2] else end)
+        self.send_response(206 if span[0] else 200)
+        if span[0]:
+            self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{status.st_size}")
+        self.send_header("ETag", f'"{status.st_mtime_ns:x}-{status.st_size:x}"')
+        self.send_header("Last-Modified", self.date_time_string(int(status.st_mtime)))
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(end - begin))
+        self.end_headers()
+        self.wfile.flush()
+        while self.command == "GET" and begin < end:
+            begin += os.sendfile(self.connection.fileno(), file, begin, end - begin)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing."""
+
+
+@contextmanager
+def serving(root: Path) -> Iterator[tuple[str, str]]:
+    """(URL, name of the server) of what serves a directory until the block ends."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    nginx = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    with tempfile.TemporaryDirectory() as place:
+        if nginx is not None:
+            user = "user root;" if os.geteuid() == 0 else ""
+            config = Path(place) / "nginx.conf"
+            config.write_text(NGINX.format(place=place, port=port, root=root.resolve(), user=user))
+            command, name = [nginx, "-p", place, "-c", str(config)], "nginx"
+        else:
+            command, name = [sys.executable, "-m", "benchmarks.static_server", str(root), str(port)], "sendfile"
+        server = subprocess.Popen(command)
+        try:
+            _wait(server, port)
+            yield f"http://127.0.0.1:{port}", name
+        finally:
+            server.terminate()
+            server.wait(START_TIMEOUT_S)
+
+
+def _wait(server: "subprocess.Popen[bytes]", port: int) -> None:
+    end = time.monotonic() + START_TIMEOUT_S
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            return
+        except OSError:
+            if server.poll() is not None or time.monotonic() > end:
+                raise SystemExit("the server did not start") from None
+            time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    os.chdir(sys.argv[1])
+    ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()

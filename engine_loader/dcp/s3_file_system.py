@@ -1,0 +1,196 @@
+"""S3 (and Google Cloud Storage, and Azure) as a file system of torch.distributed.checkpoint."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import os
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch.distributed.checkpoint.filesystem import FileSystemBase
+
+from ..errors import CheckpointError
+from ..sources.object_client import ObjectStores, check_process, require_obstore
+from ..sources.object_failures import object_failure
+from ..sources.object_store import ObjectStoreSource
+from ..sources.object_url import ObjectUrl, parse_object_url
+from ..sources.stream import open_stream
+from .s3_config import S3ClientConfig, S3Setup
+from .s3_upload import MAX_PARTS, ObjectUpload
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+logger = logging.getLogger(__name__)
+
+_DELETE_TRIES = 3
+_LONGEST_PAUSE_S = 5.0
+# An estimate of an object's size may be this much too small.
+_MOST_PLANNED_PARTS = MAX_PARTS * 9 // 10
+
+
+class S3FileSystem(FileSystemBase):
+    """Objects below URLs: ``s3://bucket/key``, and ``gs://`` and ``az://`` (whose region is not used).
+
+    Args:
+        region: of the buckets; "" takes the environment's.
+        s3_client: an obstore ``ObjectStore`` to use for every path, in place of clients made here.
+        s3client_config: how the store is reached.
+        options: settings of the loader by name, e.g. ``object_store_requests=32``.
+
+    Raises:
+        CheckpointError: obstore is not installed; from each method: a path is no such URL, access is denied, or the
+            server cannot be reached or fails. Nothing is passed over in silence.
+        SettingsError: an option is unknown or has a bad value.
+    """
+
+    def __init__(
+        self,
+        region: str,
+        s3_client: ObjectStore | None = None,
+        s3client_config: S3ClientConfig | None = None,
+        **options: Any,
+    ) -> None:
+        require_obstore()
+        self.setup = S3Setup.of(region, s3client_config, options)
+        self.stores = ObjectStores(self.setup.client, client=s3_client)
+        self.parts_at_once = int(self.setup.settings.object_store_requests)
+
+    @contextmanager
+    def create_stream(
+        self, path: str | os.PathLike[str], mode: str, *, expected_bytes: int = 0
+    ) -> Iterator[io.BufferedIOBase]:
+        """A stream to read ("rb") or to write ("wb") an object.
+
+        What is written is published when the block ends, and not at all when an exception ends it.
+
+        Args:
+            path: URL of the object.
+            mode: "rb" or "wb".
+            expected_bytes: about how large an object that is written becomes: parts are as large as that needs.
+
+        Raises:
+            ValueError: another mode.
+        """
+        if mode not in ("rb", "wb"):
+            raise ValueError(f"mode is {mode!r}; objects are opened by 'rb' (to read) or 'wb' (to write)")
+        text = os.fspath(path)
+        if mode == "rb":
+            with open_stream(self.source(), text, self.setup.part_bytes) as stream:
+                yield stream
+            return
+        url, store = self._object(text)
+        part_bytes = max(self.setup.part_bytes, math.ceil(expected_bytes / _MOST_PLANNED_PARTS))
+        with ObjectUpload(store, url.key, text, part_bytes=part_bytes, parts_at_once=self.parts_at_once) as upload:
+            yield upload
+
+    def concat_path(self, path: str | os.PathLike[str], suffix: str) -> str:
+        """The URL of ``suffix`` below ``path``."""
+        return f"{os.fspath(path).rstrip('/')}/{suffix}"
+
+    def init_path(self, path: str | os.PathLike[str]) -> str:
+        """The URL of a checkpoint, without slashes at its end.
+
+        Raises:
+            CheckpointError: it is none.
+        """
+        text = os.fspath(path)
+        parse_object_url(text)
+        return text.rstrip("/")
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        """Copy an object within its bucket, on the server, and delete the old one, in three tries.
+
+        Raises:
+            ValueError: the buckets differ.
+        """
+        import obstore
+
+        url, store = self._object(path)
+        new_url, _ = self._object(new_path)
+        if (url.scheme, url.bucket) != (new_url.scheme, new_url.bucket):
+            raise ValueError(f"{os.fspath(path)} cannot be renamed to {os.fspath(new_path)}: the buckets differ")
+        with _told("copy the object", path):
+            obstore.copy(store, url.key, new_url.key)
+        for tried in range(1, _DELETE_TRIES + 1):
+            try:
+                self.rm_file(path)
+                return
+            except CheckpointError as error:
+                if tried == _DELETE_TRIES:
+                    raise
+                logger.warning("trying again: %s", error)
+                time.sleep(random.uniform(0, min(_LONGEST_PAUSE_S, 2.0**tried)))
+
+    def mkdir(self, path: str | os.PathLike[str]) -> None:
+        """Nothing: prefixes need not be made."""
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether this is a URL of an object store."""
+        try:
+            parse_object_url(os.fspath(checkpoint_id))
+        except CheckpointError:
+            return False
+        return True
+
+    def exists(self, path: str | os.PathLike[str]) -> bool:
+        """Whether there is an object (by HEAD).
+
+        Raises:
+            CheckpointError: the server does not say.
+        """
+        import obstore
+
+        url, store = self._object(path)
+        with _told("look for the object", path):
+            try:
+                obstore.head(store, url.key)
+            except FileNotFoundError:
+                return False
+        return True
+
+    def rm_file(self, path: str | os.PathLike[str]) -> None:
+        """Delete an object; S3 does not say whether there was one.
+
+        Raises:
+            CheckpointError: it cannot be deleted.
+        """
+        import obstore
+
+        url, store = self._object(path)
+        with _told("delete the object", path):
+            obstore.delete(store, url.key)
+
+    def ls(self, path: str | os.PathLike[str]) -> list[str]:
+        """URLs of the objects right below a prefix, sorted; empty where there is none."""
+        text = os.fspath(path)
+        return [self.concat_path(text, name) for name in self.source().names(text)]
+
+    def source(self) -> ObjectStoreSource:
+        """What objects are read from; it keeps one view of each listing."""
+        return ObjectStoreSource(stores=self.stores)
+
+    def _object(self, path: str | os.PathLike[str]) -> tuple[ObjectUrl, ObjectStore]:
+        text = os.fspath(path)
+        url = parse_object_url(text)
+        if not url.key:
+            raise CheckpointError("this is a bucket where an object is meant", file=text)
+        check_process(text)
+        return url, self.stores.client(url)
+
+
+@contextmanager
+def _told(doing: str, path: str | os.PathLike[str]) -> Iterator[None]:
+    """Failures of the client become errors that say what to do."""
+    from obstore.exceptions import BaseError
+
+    try:
+        yield
+    except (BaseError, FileNotFoundError, ValueError) as error:
+        raise object_failure(error, doing, os.fspath(path)) from error

@@ -1,0 +1,230 @@
+"""S3FileSystem and its configuration: what a request looks like, and where it goes."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from obstore.store import S3Store
+from torch.distributed.checkpoint.filesystem import FileSystemBase
+
+from engine_loader import CheckpointError, SettingsError
+from engine_loader.dcp import S3ClientConfig, S3FileSystem
+from engine_loader.dcp.s3_config import S3Setup
+from tests.support.fault_server import Answer, FaultServer
+from tests.support.moto_server import MotoServer
+from tests.support.object_stores import NOWHERE
+
+from .buckets import REGION, load, save
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def files(on_moto: MotoServer) -> S3FileSystem:
+    on_moto.make_bucket("files")
+    return S3FileSystem(REGION)
+
+
+def test_it_is_a_file_system_of_torchs(files: S3FileSystem) -> None:
+    assert isinstance(files, FileSystemBase)
+    base = files.init_path("s3://files/some dir//")
+    assert base == "s3://files/some dir"
+    path = files.concat_path(base, "a b")
+    assert path == files.concat_path(base + "/", "a b") == "s3://files/some dir/a b"
+    files.mkdir(base)
+    assert not files.exists(path)
+    assert files.ls(base) == []
+    with files.create_stream(path, "wb") as stream:
+        assert stream.writable()
+        stream.write(b"0123456789")
+    assert files.exists(path)
+    assert files.ls(base) == [path]
+    files.rename(path, f"{base}/c+d ü")
+    assert files.ls(base) == [f"{base}/c+d ü"]
+    with files.create_stream(f"{base}/c+d ü", "rb") as stream:
+        assert stream.read() == b"0123456789"
+    files.rm_file(f"{base}/c+d ü")
+    assert not files.exists(f"{base}/c+d ü")
+
+
+def test_an_object_is_read_like_a_file(files: S3FileSystem, tmp_path: Path) -> None:
+    content = torch.randint(0, 256, (1_000_000,), dtype=torch.uint8).numpy().tobytes()
+    with files.create_stream("s3://files/o", "wb") as stream:
+        stream.write(memoryview(content))
+        stream.write(torch.arange(10).numpy())
+    content += torch.arange(10).numpy().tobytes()
+    (tmp_path / "o").write_bytes(content)
+    with files.create_stream("s3://files/o", "rb") as stream, (tmp_path / "o").open("rb") as file:
+        for step in (("seek", 5), ("read", 7), ("tell",), ("seek", -20, os.SEEK_END), ("read",), ("read", 3)):
+            assert getattr(stream, step[0])(*step[1:]) == getattr(file, step[0])(*step[1:])
+        for offset in (0, 999_990, 17, 500_000, 2_000_000):
+            assert stream.seek(offset) == file.seek(offset)
+            assert stream.read(100_000) == file.read(100_000)
+        assert stream.seekable()
+        assert stream.readable()
+        with pytest.raises(ValueError, match="no byte -1"):
+            stream.seek(-1)
+
+
+def test_torch_and_pickle_read_and_write_it(files: S3FileSystem) -> None:
+    tensor, value = torch.randn(300, 40), {"a": [1, 2, "x" * 100]}
+    with files.create_stream("s3://files/t", "wb") as stream:
+        torch.save(tensor, stream)
+    with files.create_stream("s3://files/p", "wb") as stream:
+        pickle.dump(value, stream)
+    with files.create_stream("s3://files/t", "rb") as stream:
+        assert torch.equal(torch.load(stream), tensor)
+    with files.create_stream("s3://files/p", "rb") as stream:
+        assert pickle.load(stream) == value
+
+
+@pytest.mark.parametrize("mode", ["r", "w", "ab", "r+b", ""])
+def test_other_modes_are_refused(files: S3FileSystem, mode: str) -> None:
+    with pytest.raises(ValueError, match=r"'rb' \(to read\) or 'wb'"), files.create_stream("s3://files/o", mode):
+        pass
+
+
+def test_between_buckets_nothing_is_renamed(files: S3FileSystem) -> None:
+    with pytest.raises(ValueError, match="the buckets differ"):
+        files.rename("s3://files/a", "s3://others/a")
+    with pytest.raises(CheckpointError, match="there is no such object"):
+        files.rename("s3://files/not-there", "s3://files/b")
+
+
+@pytest.mark.parametrize(
+    ("path", "valid"),
+    [
+        ("s3://bucket/run", True),
+        ("s3://bucket", True),
+        ("gs://bucket/run", True),
+        ("az://container/run", True),
+        ("/a/directory", False),
+        ("https://host/bucket", False),
+        ("s3://", False),
+        ("s3://bucket/a/../b", False),
+        (Path("/a/directory"), False),
+    ],
+)
+def test_what_is_a_checkpoint_s_id(path: Any, valid: bool) -> None:
+    assert S3FileSystem.validate_checkpoint_id(path) == valid
+
+
+def test_a_path_that_is_no_url_is_told() -> None:
+    with pytest.raises(CheckpointError, match="not the URL of an object store"):
+        save({}, "/a/directory")
+    with pytest.raises(CheckpointError, match=r"pathlib.Path makes one slash of two"):
+        S3FileSystem(REGION).init_path(Path("s3://bucket/run"))
+
+
+def test_a_client_of_the_user_s(on_moto: MotoServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_moto.make_bucket("files")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", NOWHERE)
+    store = S3Store("files", endpoint=on_moto.url, client_options={"allow_http": True})
+    files = pickle.loads(pickle.dumps(S3FileSystem(REGION, s3_client=store)))
+    with files.create_stream("s3://files/mine", "wb") as stream:
+        stream.write(b"x")
+    assert files.exists("s3://files/mine")
+
+
+STATE = {"a": torch.arange(3 * MIB).to(torch.float32)}
+
+
+class TestConfig:
+    def round_trip(self, server: FaultServer, region: str = REGION, **options: Any) -> None:
+        config = S3ClientConfig(endpoint_url=server.url, **options)
+        save(STATE, "s3://bucket/c", s3client_config=config)
+        loaded = load({"a": torch.zeros(3 * MIB)}, "s3://bucket/c", s3client_config=config)
+        assert torch.equal(loaded["a"], STATE["a"])
+
+    def test_the_endpoint(self, server: FaultServer) -> None:
+        self.round_trip(server)  # the environment's answers nothing
+        assert all("Credential=test/" in request.headers["authorization"] for request in server.requests)
+
+    def test_parts_and_ranges(self, server: FaultServer) -> None:
+        self.round_trip(server, part_size=6 * MIB)
+        assert sum("partNumber" in request.query for request in server.requests) == 3
+        spans = [request.headers["range"].removeprefix("bytes=").split("-") for request in server.gets()]
+        sizes = [int(last) - int(first) + 1 for first, last in spans]
+        assert max(sizes) == 6 * MIB
+
+    def test_unsigned(self, server: FaultServer) -> None:
+        self.round_trip(server, unsigned=True)
+        assert not any("authorization" in request.headers for request in server.requests)
+
+    def test_a_profile_goes_before_the_environment(
+        self, server: FaultServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "credentials"
+        path.write_text("[work]\naws_access_key_id = WORK\naws_secret_access_key = x\n")
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(path))
+        monkeypatch.setenv("AWS_SESSION_TOKEN", "of the other keys")
+        self.round_trip(server, profile="work")
+        for request in server.requests:
+            assert f"Credential=WORK/{request.headers['x-amz-date'][:8]}/{REGION}/" in request.headers["authorization"]
+            assert "x-amz-security-token" not in request.headers
+        with pytest.raises(CheckpointError, match="the AWS profile 'none' has no keys"):
+            S3FileSystem(REGION, s3client_config=S3ClientConfig(profile="none")).exists("s3://bucket/c")
+
+    @pytest.mark.parametrize("attempts", [1, 3])
+    def test_attempts(self, server: FaultServer, attempts: int) -> None:
+        server.fault = lambda request: Answer(status=503, code="SlowDown")
+        files = S3FileSystem(REGION, s3client_config=S3ClientConfig(max_attempts=attempts, endpoint_url=server.url))
+        with pytest.raises(CheckpointError, match="the server answered 503"):
+            files.exists("s3://bucket/c")
+        assert len(server.requests) == attempts
+
+    def test_the_region(self, server: FaultServer, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        for region, signed in (("eu-west-1", "eu-west-1"), ("", "us-east-1")):
+            S3FileSystem(region).exists("s3://bucket/c")
+            assert f"/{signed}/s3/" in server.requests[-1].headers["authorization"]
+
+    def test_path_style_goes_before_the_settings(self, server: FaultServer, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("ENGINE_LOADER_LOADER__OBJECT_STORE_VIRTUAL_HOST", "true")
+        self.round_trip(server, force_path_style=True)
+        assert {request.key for request in server.requests if request.method == "PUT"} >= {"bucket/c/.metadata"}
+
+    @pytest.mark.parametrize(("gbps", "requests"), [(0.1, 1), (10, 16), (25, 40), (1000, 256)])
+    def test_the_target_decides_how_many_requests_are_in_flight(self, gbps: float, requests: int) -> None:
+        setup = S3Setup.of(REGION, S3ClientConfig(throughput_target_gbps=gbps), {})
+        assert setup.settings.object_store_requests == requests
+
+    def test_without_a_config_the_settings_hold(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("ENGINE_LOADER_LOADER__OBJECT_STORE_REQUESTS", "7")
+        monkeypatch.setenv("ENGINE_LOADER_LOADER__OBJECT_STORE_RANGE_BYTES", "1MiB")
+        setup = S3Setup.of(REGION, None, {"max_tries": 3})
+        assert (setup.settings.object_store_requests, setup.settings.max_tries) == (7, 3)
+        assert setup.settings.object_store_range_bytes == MIB
+        assert setup.part_bytes == 5 * MIB
+        with pytest.raises(SettingsError, match="object_store_request"):
+            S3FileSystem(REGION, object_store_request=3)
+
+    @pytest.mark.parametrize(
+        ("options", "told"),
+        [
+            ({"part_size": 5 * MIB - 1}, "part_size is 5242879; it must be 5 MiB to 5 GiB"),
+            ({"part_size": (5 << 30) + 1}, "part_size is"),
+            ({"throughput_target_gbps": 0}, "throughput_target_gbps is 0"),
+            ({"max_attempts": 0}, "max_attempts is 0"),
+        ],
+    )
+    def test_values_out_of_range_are_refused(self, options: dict[str, Any], told: str) -> None:
+        with pytest.raises(ValueError, match=told):
+            S3ClientConfig(**options)
+
+    def test_its_defaults_are_those_of_s3torchconnector(self) -> None:
+        from s3torchconnector import S3ClientConfig as Theirs
+
+        assert {**vars(Theirs()), "endpoint_url": None} == vars(S3ClientConfig())
+
+    def test_google(self, server: FaultServer, monkeypatch: pytest.MonkeyPatch) -> None:
+        account = {"disable_oauth": True, "client_email": "", "private_key": "", "private_key_id": ""}
+        monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", json.dumps(account))
+        config = S3ClientConfig(endpoint_url=server.url)
+        save(STATE, "gs://bucket/c", s3client_config=config)
+        loaded = load({"a": torch.zeros(3 * MIB)}, "gs://bucket/c", s3client_config=config)
+        assert torch.equal(loaded["a"], STATE["a"])
