@@ -8,8 +8,9 @@ import operator
 import os
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -108,6 +109,7 @@ class DcpCheckpoint(Checkpoint):
             rename = make_renamer(settings.key_mapping if key_mapping is None else key_mapping)
             metadata = self.files.read_metadata()
             self._tensors = _tensors(metadata, self.files, rename, optimizer_state)
+            self._metadata = metadata
         except BaseException:
             self.files.close()
             raise
@@ -142,6 +144,25 @@ class DcpCheckpoint(Checkpoint):
 
     def get_slice(self, name: str) -> TensorSlice:
         return _DcpSlice(self._tensor(name), self._infos[name], self)
+
+    def other_items(self) -> dict[str, Callable[[], bytes]]:
+        """What is no tensor, by its name in the training: how its bytes are read, as ``torch.save`` wrote them."""
+        from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+        entries = self._metadata.state_dict_metadata
+        return {
+            index.fqn: partial(self._read_other, index.fqn, place)
+            for index, place in (self._metadata.storage_data or {}).items()
+            if isinstance(entries.get(index.fqn), BytesStorageMetadata)
+        }
+
+    def state_paths(self) -> dict[str, tuple[Any, ...]]:
+        """The keys under which each item was in the nested state dict, by its name there."""
+        return dict(_paths(self._metadata))
+
+    def _read_other(self, name: str, place: _StorageInfo) -> bytes:
+        self._check_plain(name, place)
+        return self.files.read_item(place, name)
 
     def load_into(self, targets: Mapping[str, torch.Tensor], *, report: LoadReport | None = None) -> None:
         report = report or LoadReport()
@@ -205,12 +226,7 @@ class DcpCheckpoint(Checkpoint):
     def _load(self, tensor: DcpTensor, chunk: DcpChunk) -> torch.Tensor:
         """A chunk that is not plain bytes."""
         path = os.path.join(self.files.directory, chunk.place.relative_path)
-        if chunk.place.transform_descriptors:
-            raise CheckpointError(
-                f"{tensor.stored_name!r} was transformed when it was saved ({chunk.place.transform_descriptors})",
-                file=path,
-                hint="load it by dcp.load with engine_loader.dcp.FileSystemReader, and save it without transforms",
-            )
+        self._check_plain(tensor.stored_name, chunk.place)
         content = self.files.read_item(chunk.place, tensor.stored_name)
         whole = load_item(content, tensor.stored_name, path, chunk.place.offset)
         if tuple(whole.shape) != chunk.sizes or whole.dtype != tensor.dtype:
@@ -222,6 +238,14 @@ class DcpCheckpoint(Checkpoint):
                 hint="metadata and files are of different saves",
             )
         return whole
+
+    def _check_plain(self, name: str, place: _StorageInfo) -> None:
+        if place.transform_descriptors:
+            raise CheckpointError(
+                f"{name!r} was transformed when it was saved ({place.transform_descriptors})",
+                file=os.path.join(self.files.directory, place.relative_path),
+                hint="load it by dcp.load with engine_loader.dcp.FileSystemReader, and save it without transforms",
+            )
 
     def _all(self, names: Iterable[str], report: LoadReport) -> Iterator[tuple[str, torch.Tensor]]:
         yield from self.stream(names, report)
@@ -340,7 +364,7 @@ def _tensors(metadata: Metadata, files: DcpFiles, rename: Renamer, optimizer_sta
         (index.fqn, None if index.offset is None else tuple(index.offset)): place
         for index, place in (metadata.storage_data or {}).items()
     }
-    paths = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
+    paths = _paths(metadata)
     found = []
     for name, entry in metadata.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):
@@ -359,6 +383,10 @@ def _tensors(metadata: Metadata, files: DcpFiles, rename: Renamer, optimizer_sta
             )
         tensors[tensor.name] = tensor
     return tensors
+
+
+def _paths(metadata: Metadata) -> Mapping[str, Any]:
+    return metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
 
 
 def _tensor(

@@ -155,7 +155,7 @@ def read_index(source: Source, directory: str) -> ShardIndex:
         CheckpointError: it is missing, unreadable or wrong.
     """
     path = os.path.join(directory, INDEX_NAME)
-    return parse_index(_read_small_file(source, path), path)
+    return parse_index(read_small_file(source, path), path)
 
 
 def open_files(source: Source, path: PathLike | Sequence[PathLike]) -> OpenFiles:
@@ -255,11 +255,16 @@ def _read_header(file: SourceFile) -> Header:
     return parse_header(first[LENGTH_BYTES:end], file.size, file.path)
 
 
-def _read_small_file(source: Source, path: str) -> bytes:
+def read_small_file(source: Source, path: str) -> bytes:
+    """The content of a file that is no weights.
+
+    Raises:
+        CheckpointError: it is missing, unreadable, or too large to be one.
+    """
     file = source.open(path)
     try:
         if file.size > MAX_INDEX_BYTES:
-            raise CheckpointError(f"the file has {file.size} bytes, too many for an index", file=path)
+            raise CheckpointError(f"the file has {file.size} bytes, too many for what is no weights", file=path)
         return _read(file, 0, file.size)
     finally:
         file.close()
