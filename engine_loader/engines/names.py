@@ -92,6 +92,8 @@ def _changes(names: Sequence[str], fits: _Fits) -> Iterator[_Change]:
     """What is commonly to be changed: a prefix that is too many, too few, or another; the names of wrappers."""
     wrappers = [f"{wrapper}[.]" for wrapper in _WRAPPERS if any(f"{wrapper}." in name for name in names)]
     bare = [_Change("|".join(wrappers), "").apply(name) for name in names]
+    if wrappers:
+        yield _Change("|".join(wrappers), "")
     fitting = sorted({name.partition(".")[0] for name in bare if fits(name)})
     for wanted in ("", *_prefixes(fits.parameters)):
         for prefix in ("", *_prefixes(bare)):
@@ -101,8 +103,6 @@ def _changes(names: Sequence[str], fits: _Fits) -> Iterator[_Change]:
             if not prefix and fitting:
                 first = f"^(?!({'|'.join(map(re.escape, fitting))})[.])"
             yield _Change(first if wanted else "|".join([first, *wrappers]), wanted)
-    if wrappers:
-        yield _Change("|".join(wrappers), "")
 
 
 def _prefixes(names: Sequence[str]) -> list[str]:

@@ -380,6 +380,8 @@ def test_memory_holds_what_is_read_ahead_and_a_tensor(tmp_path: Path) -> None:
     ways = [{"to": "dcp"}, {"to": "dcp", "items": "safetensors"}, {}, {}]
     done = subprocess.run(
         [sys.executable, "-c", PEAK, tmp_path / "model.safetensors", tmp_path / "out", json.dumps(ways)],
+        # Else glibc keeps what was freed, a few times over, and its habits would be measured.
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"},
         capture_output=True,
         text=True,
         timeout=120,
@@ -389,5 +391,5 @@ def test_memory_holds_what_is_read_ahead_and_a_tensor(tmp_path: Path) -> None:
     peaks = [int(line) for line in done.stdout.split()]
     print(f"peaks of {[peak >> 20 for peak in peaks]} MiB")
     assert len(peaks) == len(ways)
-    assert max(peaks) < 112 << 20
+    assert max(peaks) < 64 << 20
     assert bits(read(tmp_path / "out" / "3")) == bits(tensors)
