@@ -13,6 +13,7 @@ import torch
 
 from ..errors import CheckpointError, EngineLoaderError
 from ..loading.dcp import DcpCheckpoint, is_dcp
+from ..loading.key_mapping import Renamer, make_renamer
 from ..settings import LoaderSettings
 from ..sources.constructor import make_source
 
@@ -43,8 +44,8 @@ def told_of_misfits(model: torch.nn.Module, weights: str, settings: LoaderSettin
         source = make_source(settings.backend, settings=settings)
         if not is_dcp(source, weights):
             raise
-        with DcpCheckpoint(source, weights, settings, torch.device("cpu")) as checkpoint:
-            misfit = _misfit(model, checkpoint.keys(), weights, error)
+        with DcpCheckpoint(source, weights, settings, torch.device("cpu"), key_mapping={}) as checkpoint:
+            misfit = _misfit(model, checkpoint.keys(), make_renamer(settings.key_mapping), weights, error)
         if misfit is None:
             raise
         raise misfit from error
@@ -114,18 +115,23 @@ def _prefixes(names: Sequence[str]) -> list[str]:
     return sorted((prefix for prefix, count in counts.items() if 2 * count >= len(names)), key=len)
 
 
-def _misfit(model: torch.nn.Module, names: Sequence[str], place: str, error: Exception) -> CheckpointError | None:
+def _misfit(
+    model: torch.nn.Module, names: Sequence[str], rename: Renamer, place: str, error: Exception
+) -> CheckpointError | None:
+    """``names`` are the training's; ``rename`` is what is set so far."""
     fits = _Fits(model)
-    if 2 * fits.count(names) >= len(names):
+    renamed = [new for name in names if (new := rename(name)) is not None]
+    if 2 * fits.count(renamed) >= len(renamed):
         return None
     mapping = suggest_mapping(names, model)
     hint = "set key_mapping to regular expressions, or to a function, that make the model's names of them"
     if mapping is not None:
         hint = f"set --model-loader-extra-config '{json.dumps({'key_mapping': mapping})}'"
+    became = "" if renamed == names else f", of which key_mapping makes {_shown(renamed)}"
     told = str(error).splitlines()[0] if str(error) else type(error).__name__
     return CheckpointError(
         f"the names in this training checkpoint are not those of {type(model).__name__}: "
-        f"it has {_shown(names)}; the model has {_shown(fits.parameters)}; the engine said: {told}",
+        f"it has {_shown(names)}{became}; the model has {_shown(fits.parameters)}; the engine said: {told}",
         file=place,
         hint=hint,
     )

@@ -118,6 +118,10 @@ def test_names_that_do_not_fit_are_told_with_what_mends_it(
     (mapping,) = [part for part in text.split("'") if part.startswith('{"key_mapping"')]
     assert suggested in mapping
     assert differences(expected, load_state(model, "b10_3fs", json.loads(mapping))[0]) == []
+    # What is suggested is to be set in place of what is set.
+    with pytest.raises(CheckpointError, match=r", of which key_mapping makes 'wrong[.]") as again:
+        load_state(model, "b10_3fs", {"key_mapping": {"^": "wrong."}})
+    assert mapping in str(again.value)
 
 
 def test_a_failure_of_another_kind_stays_what_it_is(llama: Path, tmp_path: Path) -> None:
