@@ -162,9 +162,19 @@ def test_a_machine_shares_what_it_has_through_an_object_store(fleet: Fleet, cold
     assert restoring.restored > 0
     assert all(words in restoring.log for words in NO_COMPILATION)
     assert not any(words in restoring.log for words in COMPILATION)
-    assert restoring.files == saving.files
+    assert compiled(restoring) == compiled(saving)
     assert "compile cache: hit" in restoring.log
     assert "compile cache: nothing new to save" in restoring.log
+
+
+def compiled(start: Start) -> dict[str, int]:
+    """Without what is not shared by a warm machine: inductor's precompiled headers never are, and the description of a
+    model by the machine that had to make it."""
+    return {
+        file: mtime
+        for file, mtime in start.files.items()
+        if "/precompiled_headers/" not in file and "/modelinfos/" not in file
+    }
 
 
 def test_a_store_that_cannot_be_used_does_not_keep_the_engine_from_starting(fleet: Fleet, cold: Start) -> None:

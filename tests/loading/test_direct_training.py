@@ -76,7 +76,7 @@ def _cases(draw: st.DrawFn) -> tuple[tuple[int, ...], list[list[int]], list[tupl
     return shape, cuts, slices, draw(st.permutations(range(len(shape))))
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(_cases(), st.sampled_from([[], [], [100], [7, 600]]))
 def test_any_view_of_any_cut_is_what_it_is_of_the_whole(
     case: tuple[tuple[int, ...], list[list[int]], list[tuple[int, int, int]], list[int]], inner: list[int]
