@@ -10,6 +10,7 @@ layer overrides it. (pydantic-settings cannot say where a value stood, and passe
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,7 @@ EXTRA_CONFIG = "--model-loader-extra-config"
 _NOT_SETTINGS = {CONFIG_VARIABLE, "ENGINE_LOADER_NATIVE_BUILD"}
 # Kubernetes sets these in every pod beside a Service named engine-loader.
 _SERVICE_LINK = re.compile(r"ENGINE_LOADER_(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT(_\d+_(TCP|UDP|SCTP)(_.*)?)?)")
+_FUNCTION = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
 _KIB, _MIB, _GIB = 1 << 10, 1 << 20, 1 << 30
 _MOST_BYTES = 1 << 50
 _SHOWN_CHARS = 100
@@ -78,6 +80,12 @@ class LoaderSettings(_Group):
         max_length=2000,
         description="Where an engine reads a model's weights, in place of its directory, which keeps configuration and "
         "tokenizer: s3://bucket/prefix, gs://, az://, or a path; auto: the model's directory.",
+    )
+    key_mapping: dict[str, str] | str | None = Field(
+        default=None,
+        description="Of a training checkpoint (torch.distributed.checkpoint), its names -> the model's: regular "
+        'expression -> replacement (JSON: {"^model[.]": ""}), or a Python function as "module:function"; auto: as they '
+        "are.",
     )
     mode: Literal["auto", "direct", "stream"] = Field(
         default="auto",
@@ -185,6 +193,29 @@ class LoaderSettings(_Group):
     @classmethod
     def _auto_is_none(cls, value: Any) -> Any:
         return None if value == "auto" else value
+
+    @field_validator("key_mapping", mode="before")
+    @classmethod
+    def _is_mapping(cls, value: Any) -> Any:
+        if value is None or value in ("", "auto"):
+            return None
+        if isinstance(value, str) and value.lstrip().startswith("{"):
+            try:
+                value = json.loads(value)
+            except ValueError as error:
+                raise ValueError(f"this is no valid JSON: {error}") from None
+        if isinstance(value, str) and _FUNCTION.fullmatch(value):
+            return value
+        if not isinstance(value, dict) or not all(isinstance(text, str) for pair in value.items() for text in pair):
+            raise ValueError(
+                'this takes regular expressions with their replacements ({"^model[.]": ""}), or "module:function"'
+            )
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        return value
 
     @field_validator("sharded_pattern")
     @classmethod
@@ -386,6 +417,8 @@ def show_value(value: object) -> str:
         return str(int(value))
     if isinstance(value, float):
         return f"{value:g}"
+    if isinstance(value, dict):
+        return json.dumps(value)
     return "auto" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -502,10 +535,10 @@ def _extra_config_layer(extra_config: Mapping[str, Any], origin: str) -> _Layer:
     return layer
 
 
-def _merge(target: dict[str, Any], values: Mapping[str, Any]) -> None:
+def _merge(target: dict[str, Any], values: Mapping[str, Any], prefix: str = "") -> None:
     for key, value in values.items():
-        if isinstance(value, Mapping):
-            _merge(target.setdefault(key, {}), value)
+        if f"{prefix}{key}" in _groups():
+            _merge(target.setdefault(key, {}), value, f"{prefix}{key}.")
         else:
             target[key] = value
 

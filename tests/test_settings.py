@@ -330,3 +330,46 @@ class TestDescription:
     )
     def test_values_are_shown_as_a_person_writes_them(self, value: object, shown: str) -> None:
         assert show_value(value) == shown
+
+
+class TestKeyMapping:
+    """Of a training checkpoint; it takes expressions or a function."""
+
+    def test_it_is_read_from_every_layer_and_a_later_one_takes_its_whole_place(self, config: Path) -> None:
+        yaml = 'loader:\n  key_mapping:\n    "^model[.]": ""\n    a: b\n'
+        resolved = resolve(yaml, config)
+        assert resolved.settings.loader.key_mapping == {"^model[.]": "", "a": "b"}
+        assert resolved.origins == {"loader.key_mapping": f"{config}:2"}
+        resolved = resolve(yaml, config, ENGINE_LOADER_LOADER__KEY_MAPPING='{"^net[.]": "model."}')
+        assert resolved.settings.loader.key_mapping == {"^net[.]": "model."}
+        resolved = resolve(yaml, config, {"key_mapping": {"x": "y"}})
+        assert resolved.settings.loader.key_mapping == {"x": "y"}
+        assert resolve(yaml, config, {"key_mapping": "auto"}).settings.loader.key_mapping is None
+
+    def test_a_function_is_named_and_not_imported(self) -> None:
+        loader = resolve(ENGINE_LOADER_LOADER__KEY_MAPPING="no.such.module:rename").settings.loader
+        assert loader.key_mapping == "no.such.module:rename"
+
+    def test_it_is_shown_in_a_form_that_can_be_given_back(self) -> None:
+        mapping = {"^model[.](\\d+)": "\\1"}
+        shown = show_value(resolve(extra={"key_mapping": mapping}).settings.loader.key_mapping)
+        assert resolve(ENGINE_LOADER_LOADER__KEY_MAPPING=shown).settings.loader.key_mapping == mapping
+
+    @pytest.mark.parametrize(
+        ("value", "told"),
+        [
+            ('{"(": ""}', "'(' is no regular expression: missing )"),
+            ('{"a": 1}', 'this takes regular expressions with their replacements ({"^model[.]": ""}), or "module:'),
+            ("{a}", "this is no valid JSON"),
+            ("a module", "this takes regular expressions"),
+            ("module:", "this takes regular expressions"),
+        ],
+    )
+    def test_what_is_none_is_refused(self, value: str, told: str) -> None:
+        message = refusal(ENGINE_LOADER_LOADER__KEY_MAPPING=value)
+        assert message.startswith("ENGINE_LOADER_LOADER__KEY_MAPPING: loader.key_mapping = ")
+        assert told in message
+
+    def test_a_bad_value_in_the_file_is_told_with_its_line(self, config: Path) -> None:
+        assert refusal("loader:\n  key_mapping:\n    a: [b]\n", config).startswith(f"{config}:2: loader.key_mapping = ")
+        assert refusal("loader:\n  key_mapping: true\n", config).startswith(f"{config}:2: loader.key_mapping = ")

@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import EngineLoaderError, SettingsError
-from . import bench, compile_cache, doctor, emulate_3fs, explain_load, inspect, reshard, settings
+from . import bench, compile_cache, convert, doctor, emulate_3fs, explain_load, inspect, reshard, settings
 from .output import print_error
 
 _BAD_SETTINGS_STATUS = 2
@@ -63,6 +63,7 @@ def main(
 
 app.command()(inspect.inspect)
 app.command("explain-load")(explain_load.explain_load)
+app.command()(convert.convert)
 app.command()(reshard.reshard)
 app.command()(settings.settings)
 app.command()(doctor.doctor)

@@ -67,3 +67,15 @@ def progress_bar(total: int) -> Iterator[Callable[[str], None]]:
             bar.update(task, description=step, advance=1, refresh=True)
 
         yield begin
+
+
+@contextmanager
+def byte_progress_bar() -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr; call what it yields with (bytes done, bytes in all)."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
+    out = console(stderr=True)
+    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -29,8 +29,9 @@ from ..loading.weights import stream_weights
 from ..plugin import LOAD_FORMAT
 from ..settings import load_settings
 from ..transfer.huge_pages import ask_for_huge_pages
+from .names import told_of_misfits
 from .vllm_sharded import files_of_this_rank, fill_state, tie_as_saved
-from .weights_uri import has_weights, weight_files
+from .weights_uri import has_weights, is_training_checkpoint, weights_at
 
 # Below vLLM's own logger, so that it is shown in vLLM's way and at vLLM's level.
 logger = logging.getLogger("vllm.engine_loader")
@@ -75,7 +76,8 @@ class B10ModelLoader(DefaultModelLoader):
 
     def download_model(self, model_config: Any) -> None:
         """Fetch a hub model's weights, where they are what will be loaded."""
-        if self._replacement(model_config) is None:
+        here = self._replacement(model_config) is None
+        if here and not is_training_checkpoint(model_config.model, self._reader_settings):
             super().download_model(model_config)
 
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
@@ -101,7 +103,8 @@ class B10ModelLoader(DefaultModelLoader):
         directory = replaced[1] if replaced else getattr(model_config, "model_weights", None) or model_config.model
         files = files_of_this_rank(directory, self._reader_settings)
         if files is None:
-            super().load_weights(model, model_config)
+            with told_of_misfits(model, directory, self._reader_settings):
+                super().load_weights(model, model_config)
             return
         tie_as_saved(model, model_config, files, self._reader_settings)
         weights = self._weights(default_loader.safetensors_weights_iterator)(files, self.load_config.use_tqdm_on_load)
@@ -137,7 +140,9 @@ class B10ModelLoader(DefaultModelLoader):
 
     def _get_weights_iterator(self, source: Any) -> Weights:
         if self._replaced is not None and source.model_or_path == self._replaced[0]:
-            return self._replaced_weights(source, self._replaced[1])
+            return self._weights_at(source, self._replaced[1])
+        if is_training_checkpoint(source.model_or_path, self._reader_settings):
+            return self._weights_at(source, source.model_or_path)
         with _exchange:
             original = getattr(default_loader, _ITERATOR)
             setattr(default_loader, _ITERATOR, self._weights(original))
@@ -146,11 +151,11 @@ class B10ModelLoader(DefaultModelLoader):
             finally:
                 setattr(default_loader, _ITERATOR, original)
 
-    def _replaced_weights(self, source: Any, uri: str) -> Weights:
+    def _weights_at(self, source: Any, uri: str) -> Weights:
         """What vLLM's own method gives for a source, read from ``uri``."""
         # Both attributes are of newer versions.
         subfolder, patterns = getattr(source, "subfolder", None), getattr(source, "allow_patterns_overrides", None)
-        files = weight_files(uri, self._reader_settings, subfolder=subfolder, patterns=patterns)
+        files = weights_at(uri, self._reader_settings, subfolder=subfolder, patterns=patterns)
         if not self.counter_before_loading_weights:
             self.counter_before_loading_weights = time.perf_counter()
         weights = self._weights(getattr(default_loader, _ITERATOR))(
@@ -162,7 +167,7 @@ class B10ModelLoader(DefaultModelLoader):
         """What stands in for vLLM's iterator, with its arguments."""
 
         def weights(
-            files: list[str],
+            files: list[str] | str,
             use_tqdm_on_load: bool,
             strategy: str | None = None,
             *args: Any,

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ import torch
 from ..errors import CheckpointError
 from ..formats.hf_index import INDEX_NAME
 from ..formats.sharded_state import PIPELINE_PATTERN, TENSOR_PATTERN, ShardRank, shards_by_rank, shards_of
+from ..loading.companions import copy_companions
 from ..loading.locate import open_files
 from ..settings import LoaderSettings
 from ..sources.constructor import make_source
+from ..sources.posix import PosixSource
 from .vllm_rank import Rank, rank_model
 
 logger = logging.getLogger("vllm.engine_loader")
-
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 def files_of_this_rank(directory: str, settings: LoaderSettings) -> list[str] | None:
@@ -173,16 +173,9 @@ def _check_directories(model: str, out: str) -> None:
 
 
 def _copy_other_files(model: Path, out: Path) -> None:
-    for path in _other_files(model):
-        shutil.copyfile(path, out / path.name)
+    copy_companions(PosixSource(), str(model), out)
     # Who looks at the directory later wants to know where it came from.
     (out / "sharded_state.json").write_text(json.dumps({"made_from": model.name}, indent=2) + "\n")
-
-
-def _other_files(model: Path) -> Iterator[Path]:
-    for path in sorted(model.iterdir()):
-        if path.is_file() and not path.name.startswith(".") and not path.name.endswith((*_WEIGHTS, ".index.json")):
-            yield path
 
 
 def _misfit(message: str, directory: str) -> CheckpointError:

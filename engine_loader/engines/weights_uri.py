@@ -7,16 +7,18 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 
 from ..errors import CheckpointError, SettingsError
+from ..formats.dcp_metadata import METADATA_NAME
+from ..loading.dcp import is_dcp
 from ..loading.locate import locate
 from ..settings import LoaderSettings
 from ..sources.constructor import make_source
 from ..sources.object_url import is_object_url
 
 
-def weight_files(
+def weights_at(
     uri: str, settings: LoaderSettings, *, subfolder: str | None = None, patterns: Sequence[str] | None = None
-) -> list[str]:
-    """The safetensors files at ``uri``: a prefix, a directory, or one file.
+) -> list[str] | str:
+    """The safetensors files at ``uri``: a prefix, a directory, or one file. Or where a training checkpoint is there.
 
     Args:
         uri: the value of the setting.
@@ -33,6 +35,8 @@ def weight_files(
     place = os.path.join(uri, subfolder) if subfolder else uri
     source = make_source(settings.backend, settings=settings)
     try:
+        if is_dcp(source, place):
+            return place
         if not patterns:
             return locate(source, place)[0]
         names = [name for name in source.list(place) if any(fnmatch(name, pattern) for pattern in patterns)]
@@ -45,9 +49,14 @@ def weight_files(
         ) from error
 
 
+def is_training_checkpoint(place: str, settings: LoaderSettings) -> bool:
+    """Whether ``place`` is the directory of a training checkpoint (torch.distributed.checkpoint)."""
+    return is_dcp(make_source(settings.backend, settings=settings), place)
+
+
 def has_weights(model: str) -> bool:
-    """Whether the directory ``model`` holds safetensors files, or ``model`` is the name of one on the hub."""
+    """Whether the directory ``model`` holds a checkpoint, or ``model`` is the name of one on the hub."""
     try:
-        return any(name.endswith(".safetensors") for name in os.listdir(model))
+        return any(name.endswith(".safetensors") or name == METADATA_NAME for name in os.listdir(model))
     except OSError:
         return True

@@ -18,6 +18,7 @@ from ..sources.constructor import make_source
 from ..sources.protocol import Source
 from ..transfer.plan import ExtentRow
 from .geometry import contiguous_strides, view_extents
+from .key_mapping import KeyMapping
 from .locate import OpenFiles, PathLike, open_files, sharded_files
 from .reader import Reader
 from .slices import TensorSlice
@@ -32,7 +33,7 @@ def open_checkpoint(
     files: Mapping[str, bytes | bytearray | memoryview] | None = None,
     rank: int | None = None,
     pipeline_rank: int = 0,
-    key_mapping: Mapping[str, str] | None = None,
+    key_mapping: KeyMapping | None = None,
     optimizer_state: bool = False,
     **options: Any,
 ) -> Checkpoint:
@@ -44,10 +45,12 @@ def open_checkpoint(
         device: where tensors are put.
         backend: "auto", "posix" (mounted file systems), "usrbio" (3FS past its mount), "object_store" or "memory".
         files: for the memory backend, path -> content.
-        rank: of a sharded_state checkpoint, whose part (the tensor-parallel rank); needed where it has several.
+        rank: of a sharded_state checkpoint, whose part (the tensor-parallel rank); needed where it has several. An
+            error for every other one: there, ``get_slice`` reads a part.
         pipeline_rank: the same for its pipeline stages.
-        key_mapping: of a torch.distributed.checkpoint, regular expression -> replacement, from the training's names to
-            those that are wanted; as transformers does, the first one that is found in a name is applied to it.
+        key_mapping: of a torch.distributed.checkpoint, from the training's names to those that are wanted: regular
+            expression -> replacement, of which, as transformers does, the first one that is found in a name is applied
+            to it; or a function, or its "module:function". None: the setting of that name.
         optimizer_state: of a torch.distributed.checkpoint, also the tensors of optimizers, which are left out else.
         options: settings of the loader by name, e.g. ``threads=8`` or ``buffer_bytes="1GiB"``; they override the
             environment and the YAML file (see ``engine-loader settings``).
@@ -69,6 +72,13 @@ def open_checkpoint(
     if isinstance(path, str | os.PathLike):
         dcp = _open_dcp(source, os.fspath(path), settings, place, key_mapping, optimizer_state)
         if dcp is not None:
+            if rank is not None or pipeline_rank:
+                dcp.close()
+                raise CheckpointError(
+                    "this is a training checkpoint, whose tensors are whole: there are no ranks to choose from",
+                    file=os.fspath(path),
+                    hint="get_slice(name)[index] reads a part of a tensor",
+                )
             return dcp
         wanted = None if rank is None else ShardRank(pipeline_rank, rank)
         path = sharded_files(source, os.fspath(path), wanted, settings.sharded_pattern) or path
@@ -82,7 +92,7 @@ def _open_dcp(
     directory: str,
     settings: LoaderSettings,
     device: torch.device,
-    key_mapping: Mapping[str, str] | None,
+    key_mapping: KeyMapping | None,
     optimizer_state: bool,
 ) -> Checkpoint | None:
     """A torch.distributed.checkpoint; None where the path is none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 import os
@@ -9,6 +10,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +24,9 @@ from ..settings import LoaderSettings
 from ..sources.protocol import Source
 from ..transfer.protocol import Transfer
 from .checkpoint import Checkpoint
-from .dcp_files import DcpFiles, Part, dtype_name, load_item
-from .locate import natural_key
+from .dcp_files import DcpFiles, Part, StoredTensor, dtype_name, load_item
+from .key_mapping import KeyMapping, Renamer, make_renamer
+from .locate import natural_key, without_end
 from .slices import Index, TensorSlice
 from .targets import check_target, check_targets_apart
 
@@ -37,21 +40,21 @@ _MANY_CHUNKS = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class _Chunk:
+class DcpChunk:
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     place: _StorageInfo
 
 
 @dataclass(frozen=True, slots=True)
-class _Tensor:
+class DcpTensor:
     """A tensor of the checkpoint: ``stored_name`` is what the training called it."""
 
     name: str
     stored_name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    chunks: tuple[_Chunk, ...]
+    chunks: tuple[DcpChunk, ...]
 
     @property
     def nbytes(self) -> int:
@@ -79,8 +82,11 @@ class DcpCheckpoint(Checkpoint):
         directory: its path.
         settings: how to read.
         device: where tensors are put.
-        key_mapping: regular expression -> replacement; the first that is found in a name is applied to it.
+        key_mapping: from the training's names to those that are wanted (see key_mapping.py); None: the setting.
         optimizer_state: also serve the tensors of optimizers, which are not looked at otherwise.
+
+    Attributes:
+        files: its files.
 
     Raises:
         CheckpointError: the metadata is missing or wrong, or two tensors get the same name.
@@ -93,17 +99,19 @@ class DcpCheckpoint(Checkpoint):
         settings: LoaderSettings,
         device: torch.device,
         *,
-        key_mapping: Mapping[str, str] | None = None,
+        key_mapping: KeyMapping | None = None,
         optimizer_state: bool = False,
     ) -> None:
         self._device = device
         self._buffer_bytes = int(settings.buffer_bytes)
-        self._files = DcpFiles(source, directory, settings)
+        self.files = DcpFiles(source, without_end(directory), settings)
         try:
-            metadata = self._files.read_metadata()
-            self._tensors = _tensors(metadata, self._files, _renamer(key_mapping or {}), optimizer_state)
+            rename = make_renamer(settings.key_mapping if key_mapping is None else key_mapping)
+            metadata = self.files.read_metadata()
+            self._tensors = _tensors(metadata, self.files, rename, optimizer_state)
+            self._metadata = metadata
         except BaseException:
-            self._files.close()
+            self.files.close()
             raise
         self._infos = {name: tensor.info(*self._first_place(tensor)) for name, tensor in self._tensors.items()}
 
@@ -111,8 +119,8 @@ class DcpCheckpoint(Checkpoint):
         tensor = self._tensor(name)
         if not tensor.chunks:
             return self._infos[name]
-        (stored,) = self._files.locate([(tensor.stored_name, tensor.chunks[0].place)])
-        return self._infos[name] if stored is None else tensor.info(self._files.path_of(stored.file), stored.offset)
+        (stored,) = self.files.locate([(tensor.stored_name, tensor.chunks[0].place)])
+        return self._infos[name] if stored is None else tensor.info(self.files.path_of(stored.file), stored.offset)
 
     def metadata(self) -> dict[str, str]:
         """Nothing: a DCP checkpoint has none of this kind."""
@@ -122,11 +130,39 @@ class DcpCheckpoint(Checkpoint):
         self, names: Iterable[str] | None = None, *, report: LoadReport | None = None
     ) -> Iterator[tuple[str, torch.Tensor]]:
         wanted = None if names is None else {self._tensor(name).name for name in names}
-        chosen = [tensor for name, tensor in self._tensors.items() if wanted is None or name in wanted]
-        return self._ahead(chosen, report or LoadReport())
+        return self._all([name for name in self._tensors if wanted is None or name in wanted], report or LoadReport())
+
+    def stream(self, names: Iterable[str], report: LoadReport) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (name, tensor) in the order of ``names``, reading ahead; the account stays open."""
+        return self._ahead([self._tensor(name) for name in names], report)
+
+    def located(self) -> list[tuple[DcpTensor, list[StoredTensor | None]]]:
+        """Every tensor, and where each of its chunks lies; None for what is no plain bytes."""
+        tensors = list(self._tensors.values())
+        places = iter(self._locate(tensors))
+        return [(tensor, list(itertools.islice(places, len(tensor.chunks)))) for tensor in tensors]
 
     def get_slice(self, name: str) -> TensorSlice:
         return _DcpSlice(self._tensor(name), self._infos[name], self)
+
+    def other_items(self) -> dict[str, Callable[[], bytes]]:
+        """What is no tensor, by its name in the training: how its bytes are read, as ``torch.save`` wrote them."""
+        from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+        entries = self._metadata.state_dict_metadata
+        return {
+            index.fqn: partial(self._read_other, index.fqn, place)
+            for index, place in (self._metadata.storage_data or {}).items()
+            if isinstance(entries.get(index.fqn), BytesStorageMetadata)
+        }
+
+    def state_paths(self) -> dict[str, tuple[Any, ...]]:
+        """The keys under which each item was in the nested state dict, by its name there."""
+        return dict(_paths(self._metadata))
+
+    def _read_other(self, name: str, place: _StorageInfo) -> bytes:
+        self._check_plain(name, place)
+        return self.files.read_item(place, name)
 
     def load_into(self, targets: Mapping[str, torch.Tensor], *, report: LoadReport | None = None) -> None:
         report = report or LoadReport()
@@ -142,29 +178,31 @@ class DcpCheckpoint(Checkpoint):
             parts += self.parts(tensor, [0] * len(tensor.shape), tensor.shape, target.detach())
             report.handed_out(self._infos[tensor.name])
             if sum(part.nbytes for part in parts if part.pending is not None) > self._buffer_bytes:
-                self._files.read(parts)
+                self.files.read(parts)
                 parts = []
-        self._files.read(parts)
-        self._files.finish(report)
+        self.files.read(parts)
+        self.files.finish(report)
 
     def close(self) -> None:
-        self._files.close()
+        self.files.close()
 
-    def read(self, tensor: _Tensor, begin: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+    def read(self, tensor: DcpTensor, begin: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
         """A box of a tensor, as a new CPU tensor."""
         read = _empty(tensor, lengths)
-        self._files.read(self.parts(tensor, begin, lengths, read))
+        self.files.read(self.parts(tensor, begin, lengths, read))
         return read
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
         """On the checkpoint's device."""
         return tensor.to(self._device)
 
-    def parts(self, tensor: _Tensor, begin: Sequence[int], lengths: Sequence[int], target: torch.Tensor) -> list[Part]:
+    def parts(
+        self, tensor: DcpTensor, begin: Sequence[int], lengths: Sequence[int], target: torch.Tensor
+    ) -> list[Part]:
         """The reads that bring a box of a tensor to ``target``, one of each chunk that has some of it."""
         cuts = [(chunk, _cut(chunk, begin, lengths)) for chunk in tensor.chunks]
         wanted = [(chunk, cut) for chunk, cut in cuts if cut is not None]
-        located = self._files.locate([(tensor.stored_name, chunk.place) for chunk, _ in wanted])
+        located = self.files.locate([(tensor.stored_name, chunk.place) for chunk, _ in wanted])
         parts = []
         for (chunk, (low, sizes)), stored in zip(wanted, located, strict=True):
             within = target
@@ -172,7 +210,7 @@ class DcpCheckpoint(Checkpoint):
                 within = within.narrow(dim, first - begin[dim], size)
             inside = [first - offset for first, offset in zip(low, chunk.offsets, strict=True)]
             if stored is not None and stored.shape == chunk.sizes and stored.dtype == tensor.dtype:
-                parts.append(self._files.part(stored, inside, sizes, within))
+                parts.append(self.files.part(stored, inside, sizes, within))
             else:
                 whole = self._load(tensor, chunk)
                 for dim, (first, size) in enumerate(zip(inside, sizes, strict=True)):
@@ -181,20 +219,15 @@ class DcpCheckpoint(Checkpoint):
                     within.copy_(whole)
         return parts
 
-    def _locate(self, tensors: Sequence[_Tensor]) -> None:
+    def _locate(self, tensors: Sequence[DcpTensor]) -> list[StoredTensor | None]:
         """Find all at once where they lie: one after the other would wait for what is being read."""
-        self._files.locate([(tensor.stored_name, chunk.place) for tensor in tensors for chunk in tensor.chunks])
+        return self.files.locate([(tensor.stored_name, chunk.place) for tensor in tensors for chunk in tensor.chunks])
 
-    def _load(self, tensor: _Tensor, chunk: _Chunk) -> torch.Tensor:
+    def _load(self, tensor: DcpTensor, chunk: DcpChunk) -> torch.Tensor:
         """A chunk that is not plain bytes."""
-        path = os.path.join(self._files.directory, chunk.place.relative_path)
-        if chunk.place.transform_descriptors:
-            raise CheckpointError(
-                f"{tensor.stored_name!r} was transformed when it was saved ({chunk.place.transform_descriptors})",
-                file=path,
-                hint="load it by dcp.load with engine_loader.dcp.FileSystemReader, and save it without transforms",
-            )
-        content = self._files.read_item(chunk.place, tensor.stored_name)
+        path = os.path.join(self.files.directory, chunk.place.relative_path)
+        self._check_plain(tensor.stored_name, chunk.place)
+        content = self.files.read_item(chunk.place, tensor.stored_name)
         whole = load_item(content, tensor.stored_name, path, chunk.place.offset)
         if tuple(whole.shape) != chunk.sizes or whole.dtype != tensor.dtype:
             raise CheckpointError(
@@ -206,19 +239,32 @@ class DcpCheckpoint(Checkpoint):
             )
         return whole
 
-    def _ahead(self, tensors: Sequence[_Tensor], report: LoadReport) -> Iterator[tuple[str, torch.Tensor]]:
+    def _check_plain(self, name: str, place: _StorageInfo) -> None:
+        if place.transform_descriptors:
+            raise CheckpointError(
+                f"{name!r} was transformed when it was saved ({place.transform_descriptors})",
+                file=os.path.join(self.files.directory, place.relative_path),
+                hint="load it by dcp.load with engine_loader.dcp.FileSystemReader, and save it without transforms",
+            )
+
+    def _all(self, names: Iterable[str], report: LoadReport) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self.stream(names, report)
+        self.files.finish(report)
+
+    def _ahead(self, tensors: Sequence[DcpTensor], report: LoadReport) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield tensors while the next ones are read."""
         self._locate(tensors)
-        flying: deque[tuple[_Tensor, torch.Tensor, Transfer | None, list[Part]]] = deque()
+        flying: deque[tuple[DcpTensor, torch.Tensor, Transfer | None, list[Part]]] = deque()
         coming = iter(tensors)
-        nbytes = 0
+        nbytes = peak_bytes = 0
         try:
             while True:
                 for tensor in coming:
                     target = _empty(tensor, tensor.shape)
                     parts = self.parts(tensor, [0] * len(tensor.shape), tensor.shape, target)
-                    flying.append((tensor, target, self._files.submit(parts), parts))
+                    flying.append((tensor, target, self.files.submit(parts), parts))
                     nbytes += tensor.nbytes
+                    peak_bytes = max(peak_bytes, nbytes)
                     if nbytes >= self._buffer_bytes:
                         break
                 if not flying:
@@ -237,25 +283,25 @@ class DcpCheckpoint(Checkpoint):
             for _, _, transfer, _ in flying:
                 if transfer is not None:
                     transfer.cancel()
-        self._files.finish(report)
+            report.buffers(peak_bytes)
 
-    def _tensor(self, name: str) -> _Tensor:
+    def _tensor(self, name: str) -> DcpTensor:
         try:
             return self._tensors[name]
         except KeyError:
-            raise TensorNotFoundError.among(name, self._tensors, self._files.metadata_path) from None
+            raise TensorNotFoundError.among(name, self._tensors, self.files.metadata_path) from None
 
-    def _first_place(self, tensor: _Tensor) -> tuple[str, int]:
+    def _first_place(self, tensor: DcpTensor) -> tuple[str, int]:
         if not tensor.chunks:
-            return self._files.metadata_path, 0
+            return self.files.metadata_path, 0
         place = tensor.chunks[0].place
-        return os.path.join(self._files.directory, place.relative_path), place.offset
+        return os.path.join(self.files.directory, place.relative_path), place.offset
 
 
 class _DcpSlice(TensorSlice):
     """Integers, slices and ``...`` read the box that they span; every other index reads the whole tensor."""
 
-    def __init__(self, tensor: _Tensor, info: TensorInfo, checkpoint: DcpCheckpoint) -> None:
+    def __init__(self, tensor: DcpTensor, info: TensorInfo, checkpoint: DcpCheckpoint) -> None:
         self._info = info
         self._tensor = tensor
         self._checkpoint = checkpoint
@@ -310,9 +356,7 @@ def _is_integer(item: Any) -> bool:
     return True
 
 
-def _tensors(
-    metadata: Metadata, files: DcpFiles, rename: Callable[[str], str], optimizer_state: bool
-) -> dict[str, _Tensor]:
+def _tensors(metadata: Metadata, files: DcpFiles, rename: Renamer, optimizer_state: bool) -> dict[str, DcpTensor]:
     """The tensors by their new names, in the order of their files."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -320,14 +364,16 @@ def _tensors(
         (index.fqn, None if index.offset is None else tuple(index.offset)): place
         for index, place in (metadata.storage_data or {}).items()
     }
-    paths = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
+    paths = _paths(metadata)
     found = []
     for name, entry in metadata.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):
             continue
         if optimizer_state or not _is_optimizer(name, paths.get(name)):
-            found.append(_tensor(name, rename(name), entry, places, files))
-    tensors: dict[str, _Tensor] = {}
+            renamed = rename(name)
+            if renamed is not None:
+                found.append(_tensor(name, renamed, entry, places, files))
+    tensors: dict[str, DcpTensor] = {}
     for tensor in sorted(found, key=_file_order):
         if tensor.name in tensors:
             raise CheckpointError(
@@ -339,13 +385,17 @@ def _tensors(
     return tensors
 
 
+def _paths(metadata: Metadata) -> Mapping[str, Any]:
+    return metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
+
+
 def _tensor(
     stored_name: str,
     name: str,
     entry: TensorStorageMetadata,
     places: Mapping[tuple[str, tuple[int, ...] | None], _StorageInfo],
     files: DcpFiles,
-) -> _Tensor:
+) -> DcpTensor:
     chunks = []
     for chunk in entry.chunks:
         offsets = tuple(chunk.offsets)
@@ -354,12 +404,12 @@ def _tensor(
             raise CheckpointError(
                 f"the metadata does not say where {stored_name!r} at {list(offsets)} lies", file=files.metadata_path
             )
-        chunks.append(_Chunk(offsets, tuple(chunk.sizes), place))
+        chunks.append(DcpChunk(offsets, tuple(chunk.sizes), place))
     _check_cover(stored_name, tuple(entry.size), chunks, files.metadata_path)
-    return _Tensor(name, stored_name, entry.properties.dtype, tuple(entry.size), tuple(chunks))
+    return DcpTensor(name, stored_name, entry.properties.dtype, tuple(entry.size), tuple(chunks))
 
 
-def _check_cover(name: str, shape: tuple[int, ...], chunks: Sequence[_Chunk], file: str) -> None:
+def _check_cover(name: str, shape: tuple[int, ...], chunks: Sequence[DcpChunk], file: str) -> None:
     """Refuse chunks that leave a hole, which would show what was in memory before."""
     covered = sum(math.prod(chunk.sizes) for chunk in chunks)
     apart = len(chunks) == 1 or len(chunks) > _MANY_CHUNKS or _are_apart(chunks)
@@ -371,7 +421,7 @@ def _check_cover(name: str, shape: tuple[int, ...], chunks: Sequence[_Chunk], fi
         )
 
 
-def _are_apart(chunks: Sequence[_Chunk]) -> bool:
+def _are_apart(chunks: Sequence[DcpChunk]) -> bool:
     """Whether no two chunks have an element in common."""
     low = torch.tensor([chunk.offsets for chunk in chunks], dtype=torch.int64)
     high = low + torch.tensor([chunk.sizes for chunk in chunks], dtype=torch.int64)
@@ -382,7 +432,7 @@ def _are_apart(chunks: Sequence[_Chunk]) -> bool:
     return int((~apart).sum()) <= int((~apart).diagonal().sum())
 
 
-def _cut(chunk: _Chunk, begin: Sequence[int], lengths: Sequence[int]) -> tuple[list[int], list[int]] | None:
+def _cut(chunk: DcpChunk, begin: Sequence[int], lengths: Sequence[int]) -> tuple[list[int], list[int]] | None:
     """(first element, lengths) of what a box and a chunk have in common, by the whole tensor's coordinates."""
     low = [max(first, offset) for first, offset in zip(begin, chunk.offsets, strict=True)]
     high = [
@@ -391,26 +441,6 @@ def _cut(chunk: _Chunk, begin: Sequence[int], lengths: Sequence[int]) -> tuple[l
     ]
     sizes = [end - first for first, end in zip(low, high, strict=True)]
     return None if any(size <= 0 for size in sizes) else (low, sizes)
-
-
-def _renamer(key_mapping: Mapping[str, str]) -> Callable[[str], str]:
-    """As transformers' ``key_mapping``: the first pattern that is found is replaced wherever it is."""
-    try:
-        patterns = [(re.compile(pattern), replacement) for pattern, replacement in key_mapping.items()]
-    except re.error as error:
-        raise CheckpointError(f"{error.pattern!r} in key_mapping is no regular expression: {error.msg}") from None
-
-    def rename(name: str) -> str:
-        for pattern, replacement in patterns:
-            try:
-                renamed, count = pattern.subn(replacement, name)
-            except (re.error, IndexError) as error:
-                raise CheckpointError(f"{replacement!r} in key_mapping is no replacement: {error}") from None
-            if count:
-                return renamed
-        return name
-
-    return rename
 
 
 def _is_optimizer(name: str, path: Any) -> bool:
@@ -423,14 +453,14 @@ def _is_safetensors(name: str) -> bool:
     return name.endswith(".safetensors")
 
 
-def _file_order(tensor: _Tensor) -> tuple[Any, ...]:
+def _file_order(tensor: DcpTensor) -> tuple[Any, ...]:
     if not tensor.chunks:
         return ([], 0)
     place = tensor.chunks[0].place
     return (natural_key(place.relative_path), place.offset)
 
 
-def _check_target(tensor: _Tensor, info: TensorInfo, target: torch.Tensor) -> None:
+def _check_target(tensor: DcpTensor, info: TensorInfo, target: torch.Tensor) -> None:
     if dtype_name(tensor.dtype) is not None and dtype_name(tensor.dtype) != "F4":
         check_target(info, target)
     elif target.dtype != tensor.dtype or tuple(target.shape) != tensor.shape:
@@ -441,7 +471,7 @@ def _check_target(tensor: _Tensor, info: TensorInfo, target: torch.Tensor) -> No
         )
 
 
-def _empty(tensor: _Tensor, shape: Sequence[int]) -> torch.Tensor:
+def _empty(tensor: DcpTensor, shape: Sequence[int]) -> torch.Tensor:
     try:
         return torch.empty(tuple(shape), dtype=tensor.dtype, device="cpu")
     except RuntimeError as error:

@@ -235,7 +235,7 @@ class DcpFiles:
         extents = [row for part in parts for row in part.extents]
         if not extents:
             return None
-        return self._submit(extents, [part.owner for part in parts])
+        return self.submit_extents(extents, [part.owner for part in parts])
 
     def read(self, parts: Sequence[Part]) -> None:
         """Read parts and wait for them.
@@ -261,6 +261,7 @@ class DcpFiles:
             CheckpointError: a file is shorter than it was.
         """
         self.verify_unchanged()
+        report.read_from(file.path for file in self._files if file.path != self.metadata_path)
         complete_report(report, self.source.name, self._running_engine())
 
     def close(self) -> None:
@@ -287,7 +288,7 @@ class DcpFiles:
     def _bytes(self, number: int, offset: int, nbytes: int) -> bytes:
         content = torch.empty(nbytes, dtype=torch.uint8)
         rows = [extent(number, offset, nbytes, content.data_ptr())]
-        wait_or_cancel(self._submit(rows, content))
+        wait_or_cancel(self.submit_extents(rows, content))
         return content.numpy().tobytes()
 
     def _header(self, number: int, file: SourceFile) -> _Contents | None:
@@ -320,7 +321,7 @@ class DcpFiles:
             size = min(info.length, ENDS_BYTES)
             rows.append(extent(number, offset, size, ends[at, 0].data_ptr()))
             rows.append(extent(number, offset + info.length - size, size, ends[at, 1].data_ptr()))
-        wait_or_cancel(self._submit(rows, ends))
+        wait_or_cancel(self.submit_extents(rows, ends))
         found: dict[Any, StoredTensor | None] = {}
         content = ends.numpy()
         for at, (key, info) in enumerate(items.items()):
@@ -334,7 +335,7 @@ class DcpFiles:
                 found[key] = StoredTensor(name, number, place, dtype, layout.shape, layout.strides)
         return found
 
-    def _submit(self, rows: Sequence[ExtentRow], owner: object) -> Transfer:
+    def submit_extents(self, rows: Sequence[ExtentRow], owner: object) -> Transfer:
         """Start a plan; the engine is told of the files only that it needs, of a checkpoint's many."""
         numbers = {number: place for place, number in enumerate(sorted({row[0] for row in rows}))}
         extents = make_extents(rows)

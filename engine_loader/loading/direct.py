@@ -27,7 +27,6 @@ from ..report.progress import Progress
 from ..transfer.plan import ExtentRow
 from ..transfer.protocol import Transfer
 from .geometry import view_extents
-from .reader import Reader
 from .recording import (
     LiveOrigins,
     Origin,
@@ -51,6 +50,7 @@ _BATCH_EXTENTS = 1024
 # Tensors up to this size are read whole (small.py).
 SMALL_BYTES = 16 << 10
 SMALL = "it is small"
+SCATTERED = "its parts do not lie in order"
 # Ahead of so many small ones it is worth while to wait for what is pending, and not to look at operations until then.
 _LULL_TENSORS = 256
 # A copy that scatters into smaller runs than this (a transposed one, say) is left to torch.
@@ -59,6 +59,22 @@ _MAX_EXTENTS_PER_COPY = 4096
 # When this share of the bytes had to be read before they could be copied, recording is no use.
 _MATERIALISED_SHARE = 0.25
 _MATERIALISED_GRACE_BYTES = 256 << 20
+
+
+class DirectReader(Protocol):
+    """What a load reads through: a ``Reader`` (reader.py), or that of a training checkpoint (dcp_reader.py)."""
+
+    @property
+    def paths(self) -> Sequence[str]: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *_: object) -> None: ...
+    def file_number(self, info: TensorInfo) -> int: ...
+    def has_extents(self, info: TensorInfo) -> bool: ...
+    def read(self, extents: Sequence[ExtentRow], owner: object) -> None: ...
+    def submit(self, extents: Sequence[ExtentRow], owner: object) -> Transfer: ...
+    def stream(self, infos: Iterable[TensorInfo], report: LoadReport) -> Iterator[tuple[str, torch.Tensor]]: ...
+    def tensor_at(self, file: str | None, offset: int | None) -> str | None: ...
+    def finish(self, report: LoadReport) -> None: ...
 
 
 @dataclass(slots=True)
@@ -87,7 +103,7 @@ class _Storage:
 class _Part:
     """One list of files of the load, and its account."""
 
-    reader: Reader
+    reader: DirectReader
     report: LoadReport
     progress: Progress
     tell: Callable[[str], object]
@@ -183,7 +199,7 @@ class DirectLoad:
 
     def tensors(
         self,
-        reader: Reader,
+        reader: DirectReader,
         infos: Sequence[TensorInfo],
         report: LoadReport,
         *,
@@ -204,8 +220,9 @@ class DirectLoad:
         part = _Part(self._readers.enter_context(reader), report, progress, tell)
         self._readers.callback(progress.close)
         self.reports.append(report)
-        for opened in reader.files.files:
-            self._parts[opened.file.path] = part
+        self._parts.update(dict.fromkeys(reader.paths, part))
+        streamed = [info for info in infos if not reader.has_extents(info)]
+        infos = [info for info in infos if reader.has_extents(info)]
         small = self._small = self._read_small(part, infos)
         lulls = _lulls([small.has(info) for info in infos])
         for position, info in enumerate(infos):
@@ -214,7 +231,7 @@ class DirectLoad:
                 self._observer.offered(info)
             if self._materialises_too_much():
                 report.note("streamed in the end, for most tensors were needed as data")
-                yield from self._stream(part, infos[position:])
+                yield from self._stream(part, [*infos[position:], *streamed])
                 return
             if position in lulls:
                 self._rest()
@@ -222,7 +239,7 @@ class DirectLoad:
             if tensor is None:
                 if not self._mode_is_on and not self._listen_again():
                     report.note("streamed in the end, for the engine's code has a dispatch mode of its own")
-                    yield from self._stream(part, infos[position:])
+                    yield from self._stream(part, [*infos[position:], *streamed])
                     return
                 recording = recording_tensor(info, self)
                 self._live.add(recording.origin)
@@ -233,6 +250,11 @@ class DirectLoad:
                 del tensor
             report.handed_out(info)
             part.offered_bytes += info.nbytes
+        for info in streamed:
+            if self._observer is not None:
+                self._observer.offered(info)
+                self._observer.read(info, info.nbytes, SCATTERED)
+        yield from self._stream(part, streamed)
 
     def _listen(self, on: bool) -> None:
         if on and not self._mode_is_on:
@@ -460,7 +482,9 @@ class DirectLoad:
         sizes = iter(infos)
         for name, tensor in part.reader.stream(infos, part.report):
             yield name, tensor
-            part.offered_bytes += next(sizes).nbytes
+            nbytes = next(sizes).nbytes
+            part.report.loaded(nbytes)
+            part.offered_bytes += nbytes
             self._show(part, part.offered_bytes)
 
     def _materialises_too_much(self) -> bool:

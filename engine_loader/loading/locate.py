@@ -105,7 +105,7 @@ def locate(source: Source, path: PathLike | Sequence[PathLike]) -> tuple[list[st
     text = os.fspath(path)
     if not source.is_dir(text):
         return [text], None
-    text = _without_end(text)
+    text = without_end(text)
     names = source.list(text)
     if INDEX_NAME in names:
         index = read_index(source, text)
@@ -130,7 +130,7 @@ def sharded_files(source: Source, path: str, rank: ShardRank | None, pattern: st
     """
     if not source.is_dir(path):
         return []
-    path = _without_end(path)
+    path = without_end(path)
     names = source.list(path)
     shards = {} if INDEX_NAME in names and pattern is None else shards_by_rank(names, pattern)
     if not shards:
@@ -155,7 +155,7 @@ def read_index(source: Source, directory: str) -> ShardIndex:
         CheckpointError: it is missing, unreadable or wrong.
     """
     path = os.path.join(directory, INDEX_NAME)
-    return parse_index(_read_small_file(source, path), path)
+    return parse_index(read_small_file(source, path), path)
 
 
 def open_files(source: Source, path: PathLike | Sequence[PathLike]) -> OpenFiles:
@@ -178,7 +178,7 @@ def open_files(source: Source, path: PathLike | Sequence[PathLike]) -> OpenFiles
     return OpenFiles(source, paths, index)
 
 
-def _without_end(directory: str) -> str:
+def without_end(directory: str) -> str:
     """A URL without slashes at its end: the keys below it would begin with empty parts. Other paths as they are."""
     return directory.rstrip("/") if "://" in directory else directory
 
@@ -255,11 +255,16 @@ def _read_header(file: SourceFile) -> Header:
     return parse_header(first[LENGTH_BYTES:end], file.size, file.path)
 
 
-def _read_small_file(source: Source, path: str) -> bytes:
+def read_small_file(source: Source, path: str) -> bytes:
+    """The content of a file that is no weights.
+
+    Raises:
+        CheckpointError: it is missing, unreadable, or too large to be one.
+    """
     file = source.open(path)
     try:
         if file.size > MAX_INDEX_BYTES:
-            raise CheckpointError(f"the file has {file.size} bytes, too many for an index", file=path)
+            raise CheckpointError(f"the file has {file.size} bytes, too many for what is no weights", file=path)
         return _read(file, 0, file.size)
     finally:
         file.close()

@@ -49,6 +49,20 @@ class Reader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def infos(self) -> list[TensorInfo]:
+        """Every tensor of every file, in file order."""
+        return self.files.tensors
+
+    @property
+    def paths(self) -> list[str]:
+        """The files."""
+        return list(self._open)
+
+    def has_extents(self, info: TensorInfo) -> bool:
+        """Whether parts of a tensor can be asked for as extents: here, always."""
+        return True
+
     def file_number(self, info: TensorInfo) -> int:
         """The number of a tensor's file in the extents that ``read`` takes."""
         return self._numbers[info.file]

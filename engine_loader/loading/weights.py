@@ -17,6 +17,7 @@ from ..report.progress import byte_progress
 from ..settings import LoaderSettings
 from ..sources.constructor import make_source
 from ..sources.protocol import Source
+from .dcp_reader import DcpReader
 from .direct import SMALL_BYTES, DirectLoad
 from .locate import OpenFiles, natural_key, open_files, read_index
 from .reader import Reader
@@ -28,7 +29,7 @@ _COSTLY_BYTES = 256 << 10
 
 
 def stream_weights(
-    files: Iterable[str],
+    weights: str | Iterable[str],
     settings: LoaderSettings,
     *,
     skip: Callable[[str], bool] | None = None,
@@ -37,10 +38,11 @@ def stream_weights(
     note: str | None = None,
     direct: DirectLoad | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, CPU tensor) of all ``files``: the files in natural order, each in file order.
+    """Yield (name, CPU tensor) of all ``weights``: the files in natural order, each in file order.
 
     Args:
-        files: safetensors files. Where an index lies beside them, they are checked against it.
+        weights: safetensors files; where an index lies beside them, they are checked against it. Or the directory of a
+            training checkpoint.
         settings: how to read.
         skip: a tensor for whose name it is true is not read.
         show_progress: show a bar.
@@ -51,15 +53,15 @@ def stream_weights(
     Raises:
         CheckpointError: a file, a header or the index is wrong, or bytes could not be read.
     """
-    source = make_source(settings.backend, settings=settings)
-    in_order: list[str] = sorted(files, key=natural_key)
     with ExitStack() as stack:
-        reader = stack.enter_context(Reader(open_files(source, in_order), source.name, settings))
-        _check_indexes(source, reader.files)
-        infos = [info for info in reader.files.tensors if skip is None or not skip(info.name)]
+        reader = _open(weights, settings)
+        stack.callback(reader.close)
+        infos = [info for info in reader.infos if skip is None or not skip(info.name)]
         report = LoadReport()
         if note:
             report.note(note)
+        if settings.key_mapping and not isinstance(reader, DcpReader):
+            report.note("key_mapping is for training checkpoints and was not applied")
         progress = byte_progress(sum(info.nbytes for info in infos), "Loading weights (b10_3fs)", shown=show_progress)
         stack.callback(progress.close)
         if direct is not None and settings.mode == "auto":
@@ -76,6 +78,20 @@ def stream_weights(
             progress.update(info.nbytes)
         reader.finish(report)
     tell(report.line())
+
+
+def _open(weights: str | Iterable[str], settings: LoaderSettings) -> Reader | DcpReader:
+    source = make_source(settings.backend, settings=settings)
+    if isinstance(weights, str):
+        return DcpReader(source, weights, settings)
+    in_order: list[str] = sorted(weights, key=natural_key)
+    reader = Reader(open_files(source, in_order), source.name, settings)
+    try:
+        _check_indexes(source, reader.files)
+    except BaseException:
+        reader.close()
+        raise
+    return reader
 
 
 def _cost_more_to_record_than_to_read(infos: Sequence[TensorInfo]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..formats.safetensors import TensorInfo
@@ -52,6 +53,10 @@ class LoadReport:
         self.tensors += 1
         self.bytes_offered += info.nbytes
         self._files.add(info.file)
+
+    def read_from(self, files: Iterable[str]) -> None:
+        """Count files, where a tensor may lie in several."""
+        self._files.update(files)
 
     def loaded(self, nbytes: int) -> None:
         """Count bytes that were read because they are kept (direct mode); in other modes all that is handed out is."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.moto_server import MotoServer
 from tests.support.tiny_models import make_model
 from tests.support.vllm_server import VllmServer
 
@@ -56,16 +57,17 @@ class Fleet:
         *args: str,
         eager: bool = False,
         directory: Path | None = None,
+        again: int | None = None,
         **variables: str,
     ) -> Start:
         """Serve on a machine without any cache until the compile cache has told that it is done.
 
-        ``directory`` is of another store.
+        ``directory``: of another store. ``again``: on the machine of that number, with the caches that are there.
         """
-        self.machines += 1
-        machine = self.directory / f"machine-{self.machines}"
+        self.machines += again is None
+        machine = self.directory / f"machine-{again or self.machines}"
         for name in ("home", "tmp"):
-            (machine / name).mkdir(parents=True)
+            (machine / name).mkdir(parents=True, exist_ok=again is not None)
         env = {
             "HOME": str(machine / "home"),
             "TMPDIR": str(machine / "tmp"),
@@ -150,6 +152,41 @@ def test_a_miss_is_explained_and_another_load_format_is_served_too(fleet: Fleet,
     assert start.text == cold.text
     assert "compile cache: miss" in start.log
     assert "VLLM_NIXL_SIDE_CHANNEL_PORT was 5600 when this cache was made, is 5601 now" in start.log
+
+
+def test_a_machine_shares_what_it_has_through_an_object_store(fleet: Fleet, cold: Start) -> None:
+    """The first machine's caches are warm: it starts with another store, which has nothing yet."""
+    (fleet.directory / "key").write_text("a secret of the fleet, not of the bucket's owner")
+    (fleet.directory / "key").chmod(0o600)
+    with MotoServer() as moto:
+        moto.make_bucket("caches")
+        store = {
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_ENDPOINT_URL": moto.url,
+            "ENGINE_LOADER_COMPILE_CACHE__DIRECTORY": "s3://caches/fleet",
+            "ENGINE_LOADER_COMPILE_CACHE__KEY_FILE": str(fleet.directory / "key"),
+        }
+        saving = fleet.start("--load-format", "b10_3fs", again=1, **store)
+        restoring = fleet.start("--load-format", "b10_3fs", **store)
+    assert "compile cache: saved" in saving.log
+    assert saving.text == restoring.text == cold.text
+    assert restoring.restored > 0
+    assert all(words in restoring.log for words in NO_COMPILATION)
+    assert not any(words in restoring.log for words in COMPILATION)
+    assert compiled(restoring) == compiled(saving)
+    assert "compile cache: hit" in restoring.log
+    assert "compile cache: nothing new to save" in restoring.log
+
+
+def compiled(start: Start) -> dict[str, int]:
+    """Without what is not shared by a warm machine: inductor's precompiled headers never are, and the description of a
+    model by the machine that had to make it."""
+    return {
+        file: mtime
+        for file, mtime in start.files.items()
+        if "/precompiled_headers/" not in file and "/modelinfos/" not in file
+    }
 
 
 @pytest.fixture

@@ -170,6 +170,28 @@ def test_a_wrong_mapping_is_told(tmp_path, mapping, told):
         open_checkpoint(tmp_path / "c", key_mapping=mapping)
 
 
+def test_names_are_mapped_by_a_function_or_by_the_setting(tmp_path, monkeypatch):
+    save({"net": {"w": torch.zeros(2)}, "ema": torch.zeros(1)}, tmp_path / "c")
+    with open_checkpoint(
+        tmp_path / "c", key_mapping=lambda name: None if name == "ema" else name.upper()
+    ) as checkpoint:
+        assert checkpoint.keys() == ["NET.W"]
+    monkeypatch.setenv("ENGINE_LOADER_LOADER__KEY_MAPPING", '{"^net[.]": ""}')
+    with open_checkpoint(tmp_path / "c") as checkpoint:
+        assert sorted(checkpoint.keys()) == ["ema", "w"]
+    with open_checkpoint(tmp_path / "c", key_mapping={}) as checkpoint:
+        assert sorted(checkpoint.keys()) == ["ema", "net.w"]
+
+
+@pytest.mark.parametrize("which", [{"rank": 0}, {"rank": 1}, {"pipeline_rank": 1}])
+def test_there_are_no_ranks_to_choose_from(tmp_path, which):
+    save({"a": torch.zeros(2)}, tmp_path / "c")
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(CheckpointError, match=r"training checkpoint, .*no ranks to choose from .*get_slice"):
+        open_checkpoint(tmp_path / "c", **which)
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
 def test_a_mapping_of_what_is_no_training_is_told(tmp_path):
     from safetensors.torch import save_file
 

@@ -1,6 +1,5 @@
 """The loader class in vLLM: what it keeps of the default loader, its options, and what it says."""
 
-import logging
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,18 +35,6 @@ def write(path: Path, *names: str) -> dict[str, torch.Tensor]:
     tensors = {name: torch.full((3, 2), float(number)) for number, name in enumerate(names)}
     save_file(tensors, path)
     return tensors
-
-
-@pytest.fixture
-def vllm_log(caplog: pytest.LogCaptureFixture) -> Any:
-    """vLLM's logger does not propagate, so pytest sees nothing of it by itself."""
-    logger = logging.getLogger("vllm")
-    logger.addHandler(caplog.handler)
-    level = logger.level
-    logger.setLevel(logging.INFO)
-    yield caplog
-    logger.setLevel(level)
-    logger.removeHandler(caplog.handler)
 
 
 def test_it_is_a_default_loader_and_leaves_the_engines_config_alone() -> None:

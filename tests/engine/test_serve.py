@@ -9,9 +9,10 @@ import pytest
 from tests.support.tiny_models import make_model
 from tests.support.vllm_server import VllmServer
 
+from .conftest import PROMPT
+
 pytestmark = pytest.mark.engine
 
-PROMPT = "the quick brown fox"
 TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 
@@ -22,28 +23,18 @@ def completion(model: Path, load_format: str, *args: str, env: dict[str, str] | 
     return text, server.log
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model("llama", tmp_path_factory.mktemp("llama"), shards=3)
-
-
-@pytest.fixture(scope="module")
-def expected_of_llama(llama: Path) -> str:
-    return completion(llama, "auto")[0]
-
-
-def test_a_llama_in_shards_answers_as_with_vllms_loader(llama: Path, expected_of_llama: str) -> None:
+def test_a_llama_in_shards_answers_as_with_vllms_loader(llama: Path, llama_answer: str) -> None:
     text, log = completion(llama, "b10_3fs", "--model-loader-extra-config", '{"threads": 2}')
-    assert expected_of_llama.strip()
-    assert text == expected_of_llama
+    assert llama_answer.strip()
+    assert text == llama_answer
     (line,) = [line for line in log.splitlines() if "b10_3fs: loaded" in line]
     assert "3 files" in line
     assert "2 threads" in line
 
 
-def test_tensor_parallel_2_answers_the_same(llama: Path, expected_of_llama: str) -> None:
+def test_tensor_parallel_2_answers_the_same(llama: Path, llama_answer: str) -> None:
     text, log = completion(llama, "b10_3fs", "--tensor-parallel-size", "2", env=TWO_RANKS)
-    assert text == expected_of_llama
+    assert text == llama_answer
     assert log.count("b10_3fs: loaded") == 1
 
 

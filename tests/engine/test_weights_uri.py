@@ -10,9 +10,10 @@ import pytest
 from engine_loader import CheckpointError, SettingsError
 from engine_loader.engines.vllm_rank import Rank
 from tests.support.moto_server import MotoServer
-from tests.support.tiny_models import make_model
 from tests.support.vllm_inprocess import State, differences, load_state, load_state_as, rank_as
 from tests.support.vllm_server import VllmServer
+
+from .conftest import PROMPT
 
 pytestmark = pytest.mark.engine
 
@@ -21,8 +22,8 @@ ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model("llama", tmp_path_factory.mktemp("llama"), shards=3)
+def model(llama: Path) -> Path:
+    return llama
 
 
 @pytest.fixture(scope="module")
@@ -150,10 +151,7 @@ def test_files_by_pattern_and_in_a_subfolder(moto: MotoServer, model: Path) -> N
     assert all(name.startswith("audio.model.layers.") or "embed" in name or "norm" in name for name in names)
 
 
-def test_a_server_answers_as_with_weights_on_disk(model: Path, bare: Path) -> None:
-    def answer(directory: Path, *args: str) -> str:
-        with VllmServer(directory, *args) as server:
-            return server.complete("the quick brown fox", max_tokens=16)
-
+def test_a_server_answers_as_with_weights_on_disk(bare: Path, llama_answer: str) -> None:
     extra = ("--load-format", "b10_3fs", "--model-loader-extra-config", f'{{"weights_uri": "{URI}"}}')
-    assert answer(bare, *extra) == answer(model)
+    with VllmServer(bare, *extra) as server:
+        assert server.complete(PROMPT, max_tokens=24) == llama_answer

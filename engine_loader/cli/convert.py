@@ -1,0 +1,142 @@
+"""``engine-loader convert``: a training checkpoint as a Hugging Face one, or the other way round."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .output import byte_progress_bar, console, printable
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Kind(StrEnum):
+    """What can be asked for; the last one is explained."""
+
+    SAFETENSORS = "safetensors"
+    DCP = "dcp"
+    SHARDED_STATE = "sharded_state"
+
+
+class Items(StrEnum):
+    """How torch.distributed.checkpoint stores tensors."""
+
+    TORCH_SAVE = "torch_save"
+    SAFETENSORS = "safetensors"
+
+
+class Dtype(StrEnum):
+    """Types of weights that engines serve."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC", help="A directory or prefix (also s3://…) with a training checkpoint or safetensors."
+        ),
+    ],
+    destination: Annotated[str, typer.Argument(metavar="DST", help="Where to write; new or empty.")],
+    *,
+    to: Annotated[
+        Kind,
+        typer.Option(help="safetensors: as on the Hugging Face hub; dcp: torch.distributed.checkpoint."),
+    ] = Kind.SAFETENSORS,
+    items: Annotated[Items, typer.Option(help="How dcp stores tensors.")] = Items.TORCH_SAVE,
+    key_mapping: Annotated[
+        str | None,
+        typer.Option(
+            help='New names: JSON of regular expressions and replacements, {"^model[.]": ""}, or "module:function".'
+        ),
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Convert floating-point tensors of 16 bits and more.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="The size at which safetensors files are cut.")] = "5GB",
+    optimizer_state: Annotated[
+        bool, typer.Option("--optimizer-state", help="Keep the optimizer's; to dcp also all that is no tensor.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint that is in DST.")] = False,
+) -> None:
+    """Convert between training checkpoints (torch.distributed.checkpoint) and Hugging Face safetensors.
+
+    Tensors are streamed: memory for what is read ahead and one tensor is enough. DST is complete or not there, also
+    after Ctrl-C; config.json, the tokenizer and what else lies beside the weights is copied along. vLLM serves a
+    training checkpoint as it is (`--load-format b10_3fs`): convert one to hand it on.
+
+    A sharded_state checkpoint is made by `engine-loader reshard`, from what this writes or from a training checkpoint
+    with its config.json; there is no way back from one.
+
+    **Examples**
+
+    ```shell
+    engine-loader convert checkpoints/step-1000 /models/mine --key-mapping '{"^model[.]": ""}'
+    engine-loader convert s3://bucket/step-1000 /models/mine --dtype bfloat16
+    engine-loader convert /models/llama checkpoints/start --to dcp
+    ```
+    """
+    from ..errors import CheckpointError
+    from ..report.load import human_bytes
+
+    if to is Kind.SHARDED_STATE:
+        raise CheckpointError(
+            "a sharded_state checkpoint is written by the engine itself, for one parallel layout",
+            hint=f"engine-loader reshard {source} {destination} --tensor-parallel-size N",
+        )
+    max_shard_bytes, mapping = _bytes(max_shard_size), _mapping(key_mapping)
+    from ..conversion import convert_checkpoint
+
+    with byte_progress_bar() as progress:
+        done = convert_checkpoint(
+            source,
+            destination,
+            to="dcp" if to is Kind.DCP else "safetensors",
+            items="safetensors" if items is Items.SAFETENSORS else "torch_save",
+            key_mapping=mapping,
+            optimizer_state=optimizer_state,
+            dtype=_dtype(dtype),
+            max_shard_bytes=max_shard_bytes,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    files = f"{len(done.files)} file{'' if len(done.files) == 1 else 's'}"
+    console().print(
+        f"{printable(destination)}: {files}, {done.tensors} tensors, {human_bytes(done.nbytes)}", soft_wrap=True
+    )
+
+
+def _mapping(text: str | None) -> Any:
+    """Checked as the setting of that name."""
+    if text is None:
+        return None
+    from ..settings import load_settings
+
+    return load_settings({"key_mapping": text}, {}, extra_origin="--key-mapping").settings.loader.key_mapping
+
+
+def _bytes(text: str) -> int:
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    from ..errors import SettingsError
+
+    try:
+        nbytes = int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError as error:
+        raise SettingsError(f"--max-shard-size: {text!r} is no size, as 5GB or 512MiB is") from error
+    if nbytes < 1:
+        raise SettingsError(f"--max-shard-size: {text!r} is too small")
+    return nbytes
+
+
+def _dtype(name: Dtype | None) -> torch.dtype | None:
+    if name is None:
+        return None
+    import torch
+
+    found: torch.dtype = getattr(torch, name.value)
+    return found

@@ -1,0 +1,150 @@
+"""``convert_checkpoint``: reads one kind of checkpoint and writes another, in bounded memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.distributed.checkpoint.filesystem import SerializationFormat
+
+from ..errors import CheckpointError
+from ..formats.hf_index import INDEX_NAME
+from ..formats.sharded_state import shards_by_rank
+from ..loading.checkpoint import Checkpoint, open_checkpoint
+from ..loading.companions import copy_companions
+from ..loading.dcp import DcpCheckpoint, is_dcp
+from ..loading.key_mapping import KeyMapping, make_renamer
+from ..loading.locate import without_end
+from ..settings import load_settings
+from ..sources.constructor import make_source
+from .dcp_output import write_dcp
+from .destination import check_destination, unfinished_directory
+from .safetensors_output import write_safetensors
+from .tensors import outgoing
+
+MAX_SHARD_BYTES = 5_000_000_000
+"""As transformers has it."""
+_CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was written.
+
+    Attributes:
+        files: the files with weights.
+        tensors: how many tensors.
+        nbytes: their bytes.
+    """
+
+    files: list[Path]
+    tensors: int
+    nbytes: int
+
+
+def convert_checkpoint(
+    source: str,
+    destination: str,
+    *,
+    to: Literal["safetensors", "dcp"] = "safetensors",
+    items: Literal["torch_save", "safetensors"] = "torch_save",
+    key_mapping: KeyMapping | None = None,
+    optimizer_state: bool = False,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+    **options: Any,
+) -> Conversion:
+    """Write a checkpoint as another kind, with the configuration and the tokenizer that lie beside it.
+
+    Nothing appears under the destination's name before all is written. In memory are what is being read ahead (the
+    setting ``buffer_bytes``) and the tensor that is being written.
+
+    Args:
+        source: a directory or a prefix (s3://…) with a training checkpoint or safetensors, or one safetensors file.
+        destination: a directory, new or empty.
+        to: "safetensors" (a Hugging Face checkpoint) or "dcp" (torch.distributed.checkpoint).
+        items: how dcp stores tensors: as ``torch.save`` does, or in safetensors files.
+        key_mapping: from the source's names to the new ones, see ``open_checkpoint``.
+        optimizer_state: of a training checkpoint, also the tensors of optimizers, and to dcp all that is no tensor.
+        dtype: of floating-point tensors of 16 bits and more; None: their own.
+        max_shard_bytes: of a safetensors file.
+        overwrite: replace a checkpoint that is there.
+        progress: is told of (bytes written, bytes in all).
+        options: settings of the loader by name.
+
+    Raises:
+        CheckpointError: the source cannot be read or is no such checkpoint, or the destination cannot be written.
+        SettingsError: an option is unknown or has a bad value.
+    """
+    check_destination(source, destination, overwrite=overwrite)
+    with _open(source, key_mapping, optimizer_state, options) as checkpoint:
+        is_training = isinstance(checkpoint, DcpCheckpoint)
+        tensors = outgoing(checkpoint, make_renamer(None if is_training else key_mapping), dtype)
+        if not tensors:
+            raise CheckpointError("there are no tensors to convert", file=source)
+        total = sum(tensor.nbytes for tensor in tensors)
+        done = 0
+
+        def written(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            progress(done, total)
+
+        progress(0, total)
+        with unfinished_directory(destination, total) as unfinished:
+            if to == "dcp":
+                kind = SerializationFormat.SAFETENSORS if items == "safetensors" else SerializationFormat.TORCH_SAVE
+                write_dcp(unfinished, checkpoint, tensors, items=kind, everything=optimizer_state, written=written)
+            else:
+                write_safetensors(unfinished, checkpoint, tensors, max_shard_bytes=max_shard_bytes, written=written)
+            weights = sorted(path.name for path in unfinished.iterdir() if path.suffix in (".safetensors", ".distcp"))
+            _copy_companions(source, unfinished, options)
+            _tell_dtype(unfinished / _CONFIG, dtype)
+    return Conversion([Path(destination) / name for name in weights], len(tensors), total)
+
+
+def _open(source: str, key_mapping: KeyMapping | None, optimizer_state: bool, options: dict[str, Any]) -> Checkpoint:
+    settings = load_settings(options).settings.loader
+    place = make_source(settings.backend, settings=settings)
+    directory = without_end(source)
+    names = place.list(directory) if place.is_dir(directory) else []
+    if INDEX_NAME not in names and shards_by_rank(names, settings.sharded_pattern):
+        raise CheckpointError(
+            "this is a sharded_state checkpoint: an engine's own tensors, fused and cut for one parallel layout, which "
+            "only that engine can take apart",
+            file=source,
+            hint="convert the checkpoint that it was made from",
+        )
+    return open_checkpoint(
+        source,
+        key_mapping=key_mapping if is_dcp(place, directory) else None,
+        optimizer_state=optimizer_state,
+        **options,
+    )
+
+
+def _copy_companions(source: str, directory: Path, options: dict[str, Any]) -> None:
+    settings = load_settings(options).settings.loader
+    place = make_source(settings.backend, settings=settings)
+    if place.is_dir(without_end(source)):
+        copy_companions(place, without_end(source), directory)
+
+
+def _tell_dtype(config: Path, dtype: torch.dtype | None) -> None:
+    """An engine takes the type that it serves from the model's configuration."""
+    if dtype is None or not config.exists():
+        return
+    try:
+        content = json.loads(config.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"this is no valid JSON: {error}", file=config) from None
+    told = [key for key in ("torch_dtype", "dtype") if isinstance(content, dict) and key in content]
+    if told:
+        content |= dict.fromkeys(told, str(dtype).removeprefix("torch."))
+        config.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,91 @@
+"""What a conversion writes: tensors under their new names and types, read ahead in the order in which they go out."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import CheckpointError
+from ..formats.dtypes import DTYPE_BITS, torch_dtype
+from ..formats.safetensors import TensorInfo
+from ..loading.checkpoint import Checkpoint
+from ..loading.dcp_files import dtype_name
+from ..loading.key_mapping import Renamer
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+"""What a conversion to another type takes; scales and packed integers of quantised checkpoints stay as they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A tensor to be written.
+
+    Attributes:
+        name: its new name.
+        info: what it is in the source.
+        dtype: its element type in the destination, by safetensors' name.
+        nbytes: what it takes there.
+    """
+
+    name: str
+    info: TensorInfo
+    dtype: str
+    nbytes: int
+
+    @property
+    def cast(self) -> torch.dtype | None:
+        """The type to convert it to."""
+        return None if self.dtype == self.info.dtype else torch_dtype(self.dtype)
+
+
+def outgoing(checkpoint: Checkpoint, rename: Renamer, dtype: torch.dtype | None) -> list[Outgoing]:
+    """All tensors of a checkpoint, in file order.
+
+    Args:
+        checkpoint: the source.
+        rename: gives the new names.
+        dtype: of floating point tensors; None: their own.
+
+    Raises:
+        CheckpointError: two tensors get the same name.
+    """
+    found: dict[str, Outgoing] = {}
+    for old in checkpoint:
+        name, info = rename(old), checkpoint.info(old)
+        if name is None:
+            continue
+        if name in found:
+            raise CheckpointError(
+                f"{found[name].info.name!r} and {old!r} both become {name!r}",
+                file=info.file,
+                hint="correct key_mapping",
+            )
+        wanted = None if dtype is None or info.dtype not in _FLOATS else dtype_name(dtype)
+        if wanted is None:
+            found[name] = Outgoing(name, info, info.dtype, info.nbytes)
+        else:
+            assert dtype is not None
+            nbytes = info.nbytes * 8 // DTYPE_BITS[info.dtype] * dtype.itemsize
+            found[name] = Outgoing(name, info, wanted, nbytes)
+    return list(found.values())
+
+
+def in_writing_order(tensors: Iterable[Outgoing]) -> list[Outgoing]:
+    """Wide elements first, so that each tensor lies at a multiple of its element's size; else the order is kept."""
+    return sorted(tensors, key=_width)
+
+
+def read_in_order(checkpoint: Checkpoint, tensors: Sequence[Outgoing]) -> Iterator[tuple[Outgoing, torch.Tensor]]:
+    """Yield tensors, which are in writing order, while the next ones are read."""
+    for _, group in itertools.groupby(tensors, _width):
+        by_name: Mapping[str, Outgoing] = {tensor.info.name: tensor for tensor in group}
+        for name, tensor in checkpoint.tensors(by_name):
+            going = by_name[name]
+            yield going, tensor if going.cast is None else tensor.to(going.cast)
+
+
+def _width(tensor: Outgoing) -> int:
+    return -DTYPE_BITS.get(tensor.dtype, 0)
