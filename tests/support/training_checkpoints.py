@@ -31,7 +31,7 @@ def save_chunked(
 ) -> None:
     """Write tensors in chunks, those of the same number of all tensors into a file, as each rank of a training does."""
     directory.mkdir(parents=True, exist_ok=True)
-    files: dict[str, bytes] = {}
+    files: dict[str, bytearray] = {}
     entries: dict[str, Any] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
     for name, tensor in tensors.items():
@@ -41,14 +41,15 @@ def save_chunked(
             for dim, (begin, size) in enumerate(zip(offsets, sizes, strict=True)):
                 part = part.narrow(dim, begin, size)
             file = f"__{number}_0.distcp"
-            before = files.get(file, b"")
-            files[file] = before + saved(part.clone(memory_format=torch.contiguous_format))
+            content = files.setdefault(file, bytearray())
+            before = len(content)
+            content += saved(part.clone(memory_format=torch.contiguous_format))
             chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
-            place = _StorageInfo(file, len(before), len(files[file]) - len(before))
+            place = _StorageInfo(file, before, len(content) - before)
             places[MetadataIndex(name, torch.Size(offsets), number)] = place
         entries[name] = TensorStorageMetadata(TensorProperties(tensor.dtype), tensor.shape, chunks)
-    for file, content in files.items():
-        (directory / file).write_bytes(content)
+    for file, written in files.items():
+        (directory / file).write_bytes(written)
     (directory / ".metadata").write_bytes(pickle.dumps(Metadata(entries, None, places)))
 
 
