@@ -111,11 +111,15 @@ class ObjectStores:
     Args:
         options: how they are reached and read.
         client: taken for every bucket, in place of one of its own.
+
+    Attributes:
+        foreign: whether ``client`` was given, of which only obstore knows how it authenticates.
     """
 
     def __init__(self, options: ObjectStoreOptions, *, client: ObjectStore | None = None) -> None:
         self.options = options
         self._client = client
+        self.foreign = client is not None
         self._clients: dict[tuple[str, str], ObjectStore] = {}
         self._lock = threading.Lock()
 

@@ -13,13 +13,16 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
 from ..errors import CheckpointError
+from . import object_ranges
 from .object_client import ObjectStoreOptions, ObjectStores, check_process, condition_of
 from .object_failures import Answer, object_changed, object_failure, passing_errno
+from .object_ranges import Connections, DirectRanges, Wanted
 from .object_url import ObjectUrl, parse_object_url
 
 if TYPE_CHECKING:
@@ -34,12 +37,17 @@ class ObjectFile:
 
     source = "object_store"
 
-    def __init__(self, path: str, store: ObjectStore, key: str, meta: ObjectMeta, range_bytes: int) -> None:
+    def __init__(
+        self, path: str, url: ObjectUrl, stores: ObjectStores, meta: ObjectMeta, connections: Connections
+    ) -> None:
         self.path = path
         self.size = meta["size"]
-        self._store: ObjectStore | None = store
-        self._key = key
-        self._range_bytes = range_bytes
+        self._store: ObjectStore | None = stores.client(url)
+        self._key = url.key
+        self._range_bytes = stores.options.range_bytes
+        self._connections = connections
+        self._direct: DirectRanges | None = DirectRanges(url, self._store, stores, connections)
+        connections.used()
         self._identity = _identity(meta)
         # Without one, the identity of each answer is what tells.
         self._if_match = condition_of(meta["e_tag"])
@@ -48,6 +56,8 @@ class ObjectFile:
         wanted = min(sum(map(len, buffers)), self._range_bytes, self.size - offset)
         if wanted <= 0:
             return 0
+        if wanted >= object_ranges.MIN_BYTES and self._receive(offset, offset + wanted, buffers):
+            return wanted
         content = self._get(offset, offset + wanted)
         return _scatter(content, buffers, wanted)
 
@@ -59,7 +69,24 @@ class ObjectFile:
         return
 
     def close(self) -> None:
-        self._store = None
+        if self._store is not None:
+            self._store = self._direct = None
+            self._connections.unused()
+
+    def _receive(self, begin: int, end: int, buffers: Sequence[memoryview]) -> bool:
+        direct = self._direct
+        if direct is None:
+            return False
+        check_process(self.path)
+        return direct.receive(Wanted(begin, end, self.size, self._if_match, self._is_same), buffers)
+
+    def _is_same(self, tag: str | None, modified: str | None) -> bool:
+        """Whether an answer with this ETag and this Last-Modified is of the object that was opened."""
+        try:
+            answered = {"size": self.size, "e_tag": tag, "last_modified": parsedate_to_datetime(modified or "")}
+        except ValueError:
+            return False
+        return _identity(cast("ObjectMeta", answered)) == self._identity
 
     def _get(self, begin: int, end: int) -> Bytes:
         """The bytes from ``begin`` to ``end``.
@@ -124,6 +151,7 @@ class ObjectStoreSource:
         self._stores = stores or ObjectStores(options or ObjectStoreOptions())
         self.options = self._stores.options
         self._listings: dict[ObjectUrl, _Listing] = {}
+        self._connections = Connections(self.options.timeout_s)
         self._lock = threading.Lock()
 
     def open(self, path: str) -> ObjectFile:
@@ -138,7 +166,7 @@ class ObjectStoreSource:
             meta = obstore.head(store, url.key)
         except Exception as error:
             raise object_failure(_with_its_code(store, url.key, error), "open the object", path) from error
-        return ObjectFile(path, store, url.key, meta, self.options.range_bytes)
+        return ObjectFile(path, url, self._stores, meta, self._connections)
 
     def is_dir(self, path: str) -> bool:
         # Who may read an object may not always list its bucket.

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as torch_dcp
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.api import CheckpointException
 
 from engine_loader import CheckpointError, open_checkpoint
 from engine_loader.dcp import HexPrefixStrategy, S3ClientConfig, S3FileSystem, S3StorageReader, S3StorageWriter
@@ -93,7 +94,7 @@ def test_a_wrong_secret_is_refused(gateway: JuiceFSGateway, monkeypatch: pytest.
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another one")
     with pytest.raises(CheckpointError, match=r"check AWS_SECRET_ACCESS_KEY"):
         S3StorageReader(REGION, f"{URL}/run").read_metadata()
-    with pytest.raises(Exception, match=r"access was denied \(403 SignatureDoesNotMatch\)"):
+    with pytest.raises(CheckpointException, match=r"access was denied \(403 SignatureDoesNotMatch\)"):
         writer = S3StorageWriter(REGION, f"{URL}/refused")
         torch_dcp.save({"a": torch.ones(3)}, storage_writer=writer, no_dist=True)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
