@@ -1,0 +1,206 @@
+"""SGLang: the loader class behind ``--load-format b10_3fs``.
+
+It is SGLang's own DefaultModelLoader, told that the format is "safetensors", with the iterators over safetensors files
+exchanged. So whatever the default loader does around the reading (download, revisions, the choice of files by the
+index, secondary weights and prefixes, multi-token-prediction layers of drafts, work after loading) stays the engine's,
+in every version. Read in SGLang 0.5.9 to 0.5.23.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from sglang.srt.configs.load_config import LoadConfig, LoadFormat
+from sglang.srt.model_loader import loader as sglang_loader
+from sglang.srt.model_loader.loader import DefaultModelLoader
+
+from ..errors import SettingsError
+from ..loading.direct import DirectLoad
+from ..loading.locate import open_files
+from ..plugin import LOAD_FORMAT
+from ..settings import load_settings
+from ..sources.constructor import make_source
+from .adapter import Weights, plan_mode, read_weights, split_options
+from .hooks import wrap
+from .weights_uri import weight_files
+
+logger = logging.getLogger(__name__)
+
+_ITERATORS = ("buffered_multi_thread_safetensors_weights_iterator", "safetensors_weights_iterator")
+_exchange = threading.RLock()
+
+
+@dataclass
+class _FirstLoad:
+    """What this process loaded first: update_weights_from_disk tells its loader neither options nor what is served.
+
+    Attributes:
+        options: of --model-loader-extra-config.
+        model: the model that is served, as its path was given.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
+    model: str | None = None
+
+
+_first = _FirstLoad()
+
+
+def register() -> None:
+    """Let SGLang's other loaders stand a load format that is ours."""
+
+    def around(original: Any, self: Any, load_config: Any, *args: Any, **options: Any) -> None:
+        if load_config.load_format is B10ModelLoader:
+            if type(self) is not DefaultModelLoader:
+                raise _bypassed(f"loads such models by its own {type(self).__name__}")
+            load_config = _masked(load_config)  # for reading what lies beside the model: a LoRA adapter, an embedding
+        original(self, load_config, *args, **options)
+
+    wrap(DefaultModelLoader, "__init__", around)
+
+
+class B10ModelLoader(DefaultModelLoader):
+    """Loads safetensors weights by this package's reader.
+
+    Raises:
+        SettingsError: --model-loader-extra-config has an unknown key or a bad value.
+    """
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        options = load_config.model_loader_extra_config or _first.options
+        own, _ = split_options(options, engine="SGLang", refused=("enable_multithread_load", "num_threads"))
+        self._reader_settings = load_settings(own).settings.loader
+        _first.options = own
+        super().__init__(_masked(load_config))
+        self._starting = False
+        self._direct: DirectLoad | None = None
+        self.last_load: DirectLoad | None = None
+        self._note: str | None = None
+
+    def load_model(self, *, model_config: Any, device_config: Any) -> torch.nn.Module:
+        """The model with its weights.
+
+        Raises:
+            SettingsError: SGLang would quantise the model while it loads it, past this loader.
+        """
+        _refuse(model_config)
+        _first.model = _first.model or model_config.model_path
+        self._starting = True
+        try:
+            model: torch.nn.Module = super().load_model(model_config=model_config, device_config=device_config)
+            return model
+        finally:
+            self._starting = False
+
+    def download_model(self, model_config: Any) -> None:
+        """Fetch a hub model's weights, where they are what will be loaded."""
+        if self._reader_settings.weights_uri is None:
+            super().download_model(model_config)
+
+    def load_weights_and_postprocess(self, model: torch.nn.Module, weights: Weights, target_device: Any) -> None:
+        """Load into an initialised model, in direct mode where that can serve, and prepare it for its kernels.
+
+        Raises:
+            SettingsError: direct mode was asked for and cannot serve.
+        """
+        directly, self._note = plan_mode(self._reader_settings, model)
+        with self._loading_directly(model) if directly else _as_it_is():
+            DefaultModelLoader.load_weights_and_postprocess(model, weights, target_device)
+
+    @contextmanager
+    def _loading_directly(self, model: Any) -> Iterator[None]:
+        """Within, the model's ``load_weights`` is in direct mode; what SGLang does behind it is not."""
+        original = model.load_weights
+
+        def load_weights(*args: Any, **options: Any) -> Any:
+            self.last_load = DirectLoad(model)
+            with self.last_load as self._direct:
+                try:
+                    return original(*args, **options)
+                finally:
+                    self._direct = None
+
+        model.load_weights = load_weights
+        try:
+            yield
+        finally:
+            del model.load_weights
+
+    def _get_weights_iterator(self, source: Any, **options: Any) -> Weights:
+        uri = self._reader_settings.weights_uri
+        if uri is not None and source.model_or_path == _first.model:
+            return self._replaced_weights(source, uri.rstrip("/"))
+        with _exchange:
+            originals = {name: getattr(sglang_loader, name) for name in _ITERATORS}
+            for name in _ITERATORS:
+                setattr(sglang_loader, name, self._weights)
+            try:
+                return super()._get_weights_iterator(source, **options)  # type: ignore[no-any-return]
+            finally:
+                for name, original in originals.items():
+                    setattr(sglang_loader, name, original)
+
+    def _replaced_weights(self, source: Any, uri: str) -> Weights:
+        """What SGLang's own method gives for a source, read from ``uri``."""
+        patterns = getattr(source, "allow_patterns_overrides", None)  # of newer versions
+        weights = self._weights(weight_files(uri, self._reader_settings, patterns=patterns))
+        if self.load_config.draft_model_idx is not None:
+            filtered = self._filter_mtp_weights(weights, source.prefix, self.load_config.draft_model_idx)
+            return filtered  # type: ignore[no-any-return]
+        return ((source.prefix + name, tensor) for name, tensor in weights)
+
+    def _weights(self, files: list[str], *_args: Any, **_options: Any) -> Weights:
+        """What stands in for SGLang's iterators. (Their arguments say how to read; that is for our settings.)"""
+        if not self._starting:
+            # What is wrong with new weights shall be found before the old ones are touched: to roll back, SGLang would
+            # read the new ones again.
+            with open_files(make_source(self._reader_settings.backend, settings=self._reader_settings), sorted(files)):
+                pass
+        return self._read(files)
+
+    def _read(self, files: list[str]) -> Weights:
+        # A generator: only when it begins is it known whether the load is in direct mode.
+        yield from read_weights(files, self._reader_settings, log=logger, note=self._note, direct=self._direct)
+
+
+@contextmanager
+def _as_it_is() -> Iterator[None]:
+    yield
+
+
+def _masked(load_config: Any) -> Any:
+    """The configuration as SGLang's own loader understands it."""
+    masked = copy.copy(load_config)
+    masked.load_format = LoadFormat.SAFETENSORS
+    masked.model_loader_extra_config = {}
+    return masked
+
+
+def _refuse(model_config: Any) -> None:
+    """Refuse what SGLang has a loader of its own for, which would read the weights in its own way.
+
+    Raises:
+        SettingsError: it is so.
+    """
+    quantization = getattr(model_config, "quantization", None)
+    if getattr(model_config, "modelopt_quant", None) or (
+        quantization in ("modelopt", "modelopt_fp8", "modelopt_fp4", "modelopt_mixed")
+        and not model_config._is_already_quantized()
+    ):
+        raise _bypassed("quantises the model by ModelOpt while it loads it")
+    if quantization in ("auto-round-int8", "bitsandbytes", "gguf"):
+        raise _bypassed(f"has a loader of its own for the quantisation {quantization}")
+
+
+def _bypassed(what: str) -> SettingsError:
+    return SettingsError(
+        f"--load-format {LOAD_FORMAT} cannot serve here: SGLang {what}. "
+        "Start with --load-format auto, or serve a checkpoint that is quantised already"
+    )

@@ -1,0 +1,56 @@
+"""Makes SGLang's schedulers write what their models hold into $SGLANG_PROBE: a hash of the bytes of every parameter.
+
+On the path of a server that a test starts (PYTHONPATH), it is imported by every process of it.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import sys
+from importlib.abc import MetaPathFinder
+
+
+def write_digests(scheduler):
+    import torch
+
+    model = scheduler.tp_worker.model_runner.model
+    state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    digests = {}
+    for name, tensor in state.items():
+        content = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+        digests[name] = hashlib.sha256(content).hexdigest()
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    with open(os.path.join(os.environ["SGLANG_PROBE"], f"rank-{rank}.json"), "w") as file:
+        json.dump(digests, file)
+
+
+class AfterScheduler(MetaPathFinder):
+    name = "sglang.srt.managers.scheduler"
+
+    def find_spec(self, fullname, path, target=None):
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        execute = spec.loader.exec_module
+
+        def execute_and_wrap(module):
+            execute(module)
+            original = module.Scheduler.init_model_worker
+
+            @functools.wraps(original)
+            def init_model_worker(scheduler, *args, **options):
+                result = original(scheduler, *args, **options)
+                write_digests(scheduler)
+                return result
+
+            module.Scheduler.init_model_worker = init_model_worker
+
+        spec.loader.exec_module = execute_and_wrap
+        return spec
+
+
+if "SGLANG_PROBE" in os.environ:
+    sys.meta_path.insert(0, AfterScheduler())
