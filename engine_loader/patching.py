@@ -196,18 +196,18 @@ class Patch:
         return "differs" if _changed(path, file.hunks) is None else "can be applied"
 
 
-def all_patches(directory: Path = DIRECTORY) -> list[Patch]:
+def all_patches() -> list[Patch]:
     """Every patch that this package brings, by name."""
-    return [read_patch(path) for path in sorted(directory.glob("*.patch"))]
+    return [read_patch(path) for path in sorted(DIRECTORY.glob("*.patch"))]
 
 
-def patch_named(name: str, directory: Path = DIRECTORY) -> Patch:
+def patch_named(name: str) -> Patch:
     """The patch of a name.
 
     Raises:
         PatchError: there is none.
     """
-    known = {patch.name: patch for patch in all_patches(directory)}
+    known = {patch.name: patch for patch in all_patches()}
     try:
         return known[name.removesuffix(".patch")]
     except KeyError:

@@ -9,7 +9,9 @@ in every version. Read in SGLang 0.5.9 to 0.5.23.
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +23,8 @@ from sglang.srt.configs.load_config import LoadConfig, LoadFormat
 from sglang.srt.model_loader import loader as sglang_loader
 from sglang.srt.model_loader.loader import DefaultModelLoader
 
-from ..errors import SettingsError
+from ..errors import CheckpointError, SettingsError
+from ..formats.sharded_state import ShardRank
 from ..loading.direct import DirectLoad
 from ..loading.locate import open_files
 from ..plugin import LOAD_FORMAT
@@ -29,6 +32,7 @@ from ..settings import load_settings
 from ..sources.constructor import make_source
 from .adapter import Weights, plan_mode, read_weights, split_options
 from .hooks import wrap
+from .sharded import files_of_rank, fill_state
 from .weights_uri import weight_files
 
 logger = logging.getLogger(__name__)
@@ -80,6 +84,8 @@ class B10ModelLoader(DefaultModelLoader):
         _first.options = own
         super().__init__(_masked(load_config))
         self._starting = False
+        self._shards: list[str] | None = None
+        self._model_config: Any = None
         self._direct: DirectLoad | None = None
         self.last_load: DirectLoad | None = None
         self._note: str | None = None
@@ -92,12 +98,18 @@ class B10ModelLoader(DefaultModelLoader):
         """
         _refuse(model_config)
         _first.model = _first.model or model_config.model_path
+        self._shards = files_of_rank(self._directory_of(model_config), self._reader_settings, _place)
+        self._model_config = model_config
         self._starting = True
         try:
             model: torch.nn.Module = super().load_model(model_config=model_config, device_config=device_config)
             return model
         finally:
             self._starting = False
+
+    def _directory_of(self, model_config: Any) -> str:
+        uri = self._reader_settings.weights_uri
+        return str(uri if uri is not None and model_config.model_path == _first.model else model_config.model_path)
 
     def download_model(self, model_config: Any) -> None:
         """Fetch a hub model's weights, where they are what will be loaded."""
@@ -111,8 +123,24 @@ class B10ModelLoader(DefaultModelLoader):
             SettingsError: direct mode was asked for and cannot serve.
         """
         directly, self._note = plan_mode(self._reader_settings, model)
+        if self._shards is not None:
+            self._fill_state(model, target_device)
+            return
         with self._loading_directly(model) if directly else _as_it_is():
             DefaultModelLoader.load_weights_and_postprocess(model, weights, target_device)
+
+    def _fill_state(self, model: Any, target_device: Any) -> None:
+        """As SGLang's ShardedStateLoader: the state of such a checkpoint is one that is prepared for its kernels."""
+        assert self._shards is not None
+        with _without_loading(model):
+            DefaultModelLoader.load_weights_and_postprocess(model, iter(()), target_device)
+        state = sglang_loader.ShardedStateLoader._filter_subtensors(model.state_dict())
+        directory = os.path.dirname(self._shards[0])
+        hint = "it was saved from another model, layout, or version of SGLang: save it again (docs/sglang.md)"
+        with torch.no_grad():
+            fill_state(state, self._read(self._shards), directory, hint=hint, log=logger)
+        after = sglang_loader.post_load_weights
+        after(*(model, self._model_config)[: len(inspect.signature(after).parameters)])  # older versions take both
 
     @contextmanager
     def _loading_directly(self, model: Any) -> Iterator[None]:
@@ -173,6 +201,32 @@ class B10ModelLoader(DefaultModelLoader):
 @contextmanager
 def _as_it_is() -> Iterator[None]:
     yield
+
+
+@contextmanager
+def _without_loading(model: Any) -> Iterator[None]:
+    """Within, the model takes no weights."""
+    model.load_weights = lambda *_args, **_options: None
+    try:
+        yield
+    finally:
+        del model.load_weights
+
+
+def _place() -> tuple[ShardRank, int]:
+    """Which rank of how many this is. (SGLang's layout has no place for pipeline stages.)"""
+    from sglang.srt.distributed import (
+        get_pp_group,
+        get_tensor_model_parallel_rank,
+        get_tensor_model_parallel_world_size,
+    )
+
+    if get_pp_group().world_size > 1:
+        raise CheckpointError(
+            "a sharded_state checkpoint is asked for with pipeline parallelism",
+            hint="SGLang's layout has none: serve the original checkpoint, or use tensor parallelism alone",
+        )
+    return ShardRank(0, get_tensor_model_parallel_rank()), get_tensor_model_parallel_world_size()
 
 
 def _masked(load_config: Any) -> Any:

@@ -4,8 +4,12 @@ with SglangServer("0.5.23", model_dir, "--load-format", "b10_3fs") as server:
     text = server.complete("Once upon a time", max_tokens=8)
 """
 
+import json
 import os
-from collections.abc import Mapping
+import subprocess
+import urllib.error
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.support.vllm_server import VllmServer
@@ -22,10 +26,31 @@ def python_of(version: str) -> Path:
     return ROOT / f".venv-sglang-{version}" / "bin" / "python"
 
 
+@contextmanager
+def patched(version: str) -> Iterator[None]:
+    """Within, the version loads plugins, by `engine-loader patch` where it does not do so by itself."""
+    name = f"sglang-{version}-plugin"
+    if version not in ("0.5.9", "0.5.10"):
+        yield
+        return
+    change(version, "apply", name)
+    try:
+        yield
+    finally:
+        change(version, "revert", name)
+
+
+def change(version: str, action: str, *args: str) -> str:
+    """What `engine-loader patch` says in the environment of a version."""
+    command = [str(python_of(version).with_name("engine-loader")), "patch", action, *args]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+
+
 class SglangServer(VllmServer):
     """A server of one version of SGLang; its arguments are as VllmServer's.
 
-    Without ``eager`` it compiles, as --enable-torch-compile makes it. Tensor-parallel 2 needs ``env=TWO_RANKS``.
+    Without ``eager`` it sends itself requests before it is ready. (SGLang cannot compile the model with the attention
+    that there is on a CPU without its own kernels.) Tensor-parallel 2 needs ``env=TWO_RANKS``.
     """
 
     PROGRAM = "SGLang"
@@ -50,6 +75,13 @@ class SglangServer(VllmServer):
         command += ["--max-total-tokens", "4096", "--max-running-requests", "4", "--context-length", "256"]
         if eager:
             command.append("--skip-server-warmup")
-        else:
-            command.append("--enable-torch-compile")
         return [*command, *args]
+
+    def update_weights(self, model_dir: Path, load_format: str | None = None) -> tuple[bool, str]:
+        """Whether the server took other weights in the place of its own, and what it said."""
+        named = {} if load_format is None else {"load_format": load_format}
+        try:
+            answer = self.post("/update_weights_from_disk", model_path=str(model_dir), **named)
+        except urllib.error.HTTPError as error:
+            answer = json.loads(error.read())
+        return bool(answer["success"]), str(answer["message"])

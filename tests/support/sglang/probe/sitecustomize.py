@@ -1,4 +1,5 @@
 """Makes SGLang's schedulers write what their models hold into $SGLANG_PROBE: a hash of the bytes of every parameter.
+With SGLANG_PROBE_COMPILES they compile a function besides, where others compile the model, and write what came of it.
 
 On the path of a server that a test starts (PYTHONPATH), it is imported by every process of it.
 """
@@ -26,6 +27,23 @@ def write_digests(scheduler):
         json.dump(digests, file)
 
 
+def compile_something(scheduler):
+    import torch
+    from torch._dynamo.utils import counters
+
+    weight = scheduler.tp_worker.model_runner.model.lm_head.weight.detach()
+
+    @torch.compile
+    def score(hidden, weight):
+        return torch.nn.functional.silu(hidden @ weight.t()).softmax(-1).amax(-1)
+
+    with torch.no_grad():
+        score(torch.ones(4, weight.shape[1], dtype=weight.dtype), weight)
+    found = {name: counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "miss")}
+    with open(os.path.join(os.environ["SGLANG_PROBE"], "compiled.json"), "w") as file:
+        json.dump(found, file)
+
+
 class AfterScheduler(MetaPathFinder):
     name = "sglang.srt.managers.scheduler"
 
@@ -44,6 +62,8 @@ class AfterScheduler(MetaPathFinder):
             def init_model_worker(scheduler, *args, **options):
                 result = original(scheduler, *args, **options)
                 write_digests(scheduler)
+                if "SGLANG_PROBE_COMPILES" in os.environ:
+                    compile_something(scheduler)
                 return result
 
             module.Scheduler.init_model_worker = init_model_worker
