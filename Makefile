@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # An index of CPU builds of torch, for where the default one does not have them: make venv TORCH_INDEX=URL
 TORCH_INDEX ?=
+# The engine of make demo: vllm or sglang.
+ENGINE ?= vllm
 # Arguments for pytest (make test) or for the benchmarks (make bench).
 ARGS ?=
 # Here a native engine that does not compile is an error; elsewhere (pip install) it is a warning.
@@ -28,14 +30,16 @@ SGLANG_STAMPS := $(SGLANG_VERSIONS:%=.venv-sglang-%/.package-installed)
 
 .PHONY: help venv venv-sglang tools demo lint test test-fast test-sglang bench clean
 .DELETE_ON_ERROR:
+.PRECIOUS: .venv-sglang-%/.engine-installed
 
 help:  ## Show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(PACKAGE_STAMP)  ## Install vLLM's CPU build and this package (editable, with its test tools) into ./.venv
 
-demo: venv  ## Serve a tiny model with `vllm serve --load-format b10_3fs`, ask it for a completion, stop it
-	@$(PY) -m scripts.demo
+# One of SGLang is enough to look at.
+demo: venv $(if $(filter sglang,$(ENGINE)),$(firstword $(SGLANG_STAMPS)))  ## Serve a tiny model with --load-format b10_3fs; ENGINE=sglang: with SGLang
+	@$(PY) -m scripts.demo $(ENGINE) $(firstword $(SGLANG_VERSIONS))
 
 venv-sglang: $(SGLANG_STAMPS)  ## Install SGLang for CPU and this package into ./.venv-sglang-VERSION, 2.4 GB each
 

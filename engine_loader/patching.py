@@ -86,11 +86,15 @@ class Patch:
         except PackageNotFoundError:
             return None
 
+    def fits(self, version: str) -> bool:
+        """Whether it is for this version."""
+        return self.versions.contains(version, prereleases=True)
+
     def state(self) -> State:
         """How what is installed stands to it."""
         if self.installed is None:
             return "not installed"
-        if not self.versions.contains(self.installed, prereleases=True):
+        if not self.fits(self.installed):
             return "for another version"
         states = {self._state_of(file) for file in self.files}
         if "differs" in states:
