@@ -111,11 +111,6 @@ class B10ModelLoader(DefaultModelLoader):
         uri = self._reader_settings.weights_uri
         return str(uri if uri is not None and model_config.model_path == _first.model else model_config.model_path)
 
-    def download_model(self, model_config: Any) -> None:
-        """Fetch a hub model's weights, where they are what will be loaded."""
-        if self._reader_settings.weights_uri is None:
-            super().download_model(model_config)
-
     def load_weights_and_postprocess(self, model: torch.nn.Module, weights: Weights, target_device: Any) -> None:
         """Load into an initialised model, in direct mode where that can serve, and prepare it for its kernels.
 

@@ -5,7 +5,8 @@
 - Each scheduler, one a rank, waits for it in ``init_model_worker``: within, kernels are compiled and graphs captured.
   On nodes other than the first, the first scheduler saves behind it, for nobody there sees the warm-up.
 - On the first node, ``_wait_and_warmup`` sends the server its first requests; when they were answered, the save starts.
-  An ``Engine`` without a server saves when it has been made.
+  An ``Engine`` without a server saves when it has been made, a server of several processes when its schedulers are up.
+- Schedulers that something else has started restore and save by themselves.
 
 Nothing here lets an exception out, but for the check of the load format.
 """
@@ -42,7 +43,10 @@ def register_engine() -> None:
         server_args = next(value for value in (*args, *options.values()) if hasattr(value, "load_format"))
         check(server_args)
         _quietly(_start, server_args)
-        return original(*args, **options)
+        result = original(*args, **options)
+        if getattr(server_args, "tokenizer_worker_num", 1) > 1:  # its warm-up is in processes without plugins
+            _quietly(_save, server_args)
+        return result
 
     def make(original: Any, self: Any, *args: Any, **options: Any) -> None:
         original(self, *args, **options)
@@ -58,9 +62,9 @@ def register_scheduler() -> None:
     from sglang.srt.managers.scheduler import Scheduler
 
     def around(original: Any, self: Any, *args: Any, **options: Any) -> Any:
-        _quietly(_wait, self.server_args)
+        alone = _quietly(_wait, self.server_args)
         result = original(self, *args, **options)
-        if _saves_for_its_node(self):
+        if alone or _saves_for_its_node(self):
             _quietly(_save, self.server_args)
         return result
 
@@ -125,17 +129,19 @@ def _in_force(module: str, path: str) -> bool:
     return not any(kind.name == "REPLACE" for kind, *_ in others)
 
 
-def _wait(server_args: Any) -> None:
+def _wait(server_args: Any) -> bool:
+    """Return when the node's restore is done. True: nobody else on this node began it."""
     settings = cache_settings()
     if not settings.enabled:
-        return
+        return False
     began_ns = restore_began_ns()
     if began_ns is not None:
         wait_for_node(_ENGINE, settings, began_ns)
-        return
-    session = _start(server_args)  # started by something else than SGLang's own launcher, on a node of its own
+        return False
+    session = _start(server_args)
     if session is not None:
         session.wait()
+    return session is not None
 
 
 def _save(server_args: Any) -> None:
