@@ -1,4 +1,4 @@
-"""The hooks of SGLang, on classes that have its shape: what waits for what, who saves, and that no fault of ours gets out.
+"""The hooks of SGLang, on classes that have its shape: what waits for what, who saves, and that no fault gets out.
 
 tests/sglang/ has the same on the real processes.
 """
