@@ -87,7 +87,6 @@ class B10ModelLoader(DefaultModelLoader):
         self._shards: list[str] | None = None
         self._model_config: Any = None
         self._direct: DirectLoad | None = None
-        self.last_load: DirectLoad | None = None
         self._note: str | None = None
 
     def load_model(self, *, model_config: Any, device_config: Any) -> torch.nn.Module:
@@ -143,8 +142,7 @@ class B10ModelLoader(DefaultModelLoader):
         original = model.load_weights
 
         def load_weights(*args: Any, **options: Any) -> Any:
-            self.last_load = DirectLoad(model)
-            with self.last_load as self._direct:
+            with DirectLoad(model) as self._direct:
                 try:
                     return original(*args, **options)
                 finally:
@@ -157,6 +155,12 @@ class B10ModelLoader(DefaultModelLoader):
             del model.load_weights
 
     def _get_weights_iterator(self, source: Any, **options: Any) -> Weights:
+        if not self._starting and files_of_rank(source.model_or_path, self._reader_settings, _place) is not None:
+            raise CheckpointError(
+                "weights in place are taken from an original checkpoint, and this is a sharded_state one",
+                file=source.model_or_path,
+                hint="start a server with it instead",
+            )
         uri = self._reader_settings.weights_uri
         if uri is not None and source.model_or_path == _first.model:
             return self._replaced_weights(source, uri.rstrip("/"))

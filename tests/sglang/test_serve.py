@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests.sglang.conftest import NEWEST, VERSIONS
 from tests.support.sglang_server import PROBE, TWO_RANKS, SglangServer, patched
@@ -143,6 +145,26 @@ def test_a_model_on_3fs_is_read_by_usrbio(tmp_path: Path) -> None:
     (line,) = loaded_lines(found.log)
     assert "from usrbio (cpp engine" in line
     assert not list((emulator().mount / "3fs-virt" / "iovs").iterdir())
+
+
+def test_draft_layers_and_adapters_are_read_as_by_sglangs_own_loader(llama: Path, tmp_path: Path) -> None:
+    names = ("model.mtp.layers.0.norm", "model.mtp.layers.1.norm", "model.mtp.layers.1.head", "model.embed_tokens")
+    tensors = {f"{name}.weight": torch.full((4, 4), float(number)) for number, name in enumerate(names, 1)}
+    checkpoint = tmp_path / "draft"
+    checkpoint.mkdir()
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    probe = tmp_path / "probe"
+    with running(NEWEST, llama, probe, *FORMAT, env={"SGLANG_PROBE_BESIDE": str(checkpoint)}):
+        pass
+    found = json.loads((probe / "beside.json").read_text())
+    assert found["draft b10_3fs"] == found["draft auto"]
+    assert found["draft b10_3fs"] == {
+        "model.mtp.layers.0.norm.weight": 32.0,
+        "model.mtp.layers.0.head.weight": 48.0,
+        "model.embed_tokens.weight": 64.0,
+    }
+    assert found["adapter b10_3fs"] == found["adapter auto"]
+    assert len(found["adapter auto"]) == 4
 
 
 def test_weights_can_lie_elsewhere_than_the_model(llama: Path, other_llama: Path, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 """Makes SGLang's schedulers write what their models hold into $SGLANG_PROBE: a hash of the bytes of every parameter.
+With SGLANG_PROBE_BESIDE they read the checkpoint that it names besides, and write what was in it.
 With SGLANG_PROBE_COMPILES they compile a function besides, where others compile the model, and write what came of it.
 
 On the path of a server that a test starts (PYTHONPATH), it is imported by every process of it.
@@ -44,6 +45,23 @@ def compile_something(scheduler):
         json.dump(found, file)
 
 
+def read_beside(directory):
+    """What is read of a checkpoint for a draft model of one multi-token-prediction layer, and for a LoRA adapter."""
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.model_loader.loader import DefaultModelLoader, get_model_loader
+
+    source = DefaultModelLoader.Source(directory, revision=None)
+    found = {}
+    for load_format in ("auto", "b10_3fs"):
+        draft = get_model_loader(LoadConfig(load_format=load_format, draft_model_idx=1))
+        adapter = DefaultModelLoader(LoadConfig(load_format=load_format, model_loader_extra_config={}))
+        for kind, loader in (("draft", draft), ("adapter", adapter)):
+            weights = loader._get_weights_iterator(source)
+            found[f"{kind} {load_format}"] = {name: tensor.float().sum().item() for name, tensor in weights}
+    with open(os.path.join(os.environ["SGLANG_PROBE"], "beside.json"), "w") as file:
+        json.dump(found, file)
+
+
 class AfterScheduler(MetaPathFinder):
     name = "sglang.srt.managers.scheduler"
 
@@ -62,6 +80,8 @@ class AfterScheduler(MetaPathFinder):
             def init_model_worker(scheduler, *args, **options):
                 result = original(scheduler, *args, **options)
                 write_digests(scheduler)
+                if "SGLANG_PROBE_BESIDE" in os.environ:
+                    read_beside(os.environ["SGLANG_PROBE_BESIDE"])
                 if "SGLANG_PROBE_COMPILES" in os.environ:
                     compile_something(scheduler)
                 return result
