@@ -214,18 +214,15 @@ def _without_loading(model: Any) -> Iterator[None]:
 
 def _place() -> tuple[ShardRank, int]:
     """Which rank of how many this is. (SGLang's layout has no place for pipeline stages.)"""
-    from sglang.srt.distributed import (
-        get_pp_group,
-        get_tensor_model_parallel_rank,
-        get_tensor_model_parallel_world_size,
-    )
+    from sglang.srt.distributed.parallel_state import get_pp_group, get_tp_group
 
     if get_pp_group().world_size > 1:
         raise CheckpointError(
             "a sharded_state checkpoint is asked for with pipeline parallelism",
             hint="SGLang's layout has none: serve the original checkpoint, or use tensor parallelism alone",
         )
-    return ShardRank(0, get_tensor_model_parallel_rank()), get_tensor_model_parallel_world_size()
+    ranks = get_tp_group()
+    return ShardRank(0, ranks.rank_in_group), ranks.world_size
 
 
 def _masked(load_config: Any) -> Any:
