@@ -22,7 +22,7 @@ from types import FrameType
 PROMPT = "Once upon a time"
 LOAD_FORMAT = "b10_3fs"
 # Progress bars, and lines in which vLLM repeats its arguments and its plugins: they do not say who loaded the weights.
-OTHER_LINES = ("% Completed", "non-default args", "load_format=", "Registered model loader", "plugin")
+OTHER_LINES = ("% Completed", "server_args=", "non-default args", "load_format=", "Registered model loader", "plugin")
 
 
 CACHE_DONE = ("compile cache: saved", "compile cache: nothing new to save", "nothing was saved")

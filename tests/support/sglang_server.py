@@ -54,6 +54,7 @@ class SglangServer(VllmServer):
     """
 
     PROGRAM = "SGLang"
+    STOP_TIMEOUT_S = 3.0  # on SIGTERM it waits for its scheduler, which does not end by itself
     ENVIRONMENT: Mapping[str, str | None] = {
         "SGLANG_USE_CPU_ENGINE": "1",
         # With as many threads as cores, the scheduler, which polls, and the threads of the kernels would wait for each

@@ -43,6 +43,7 @@ class VllmServer:
     """
 
     PROGRAM = "vllm serve"
+    STOP_TIMEOUT_S = STOP_TIMEOUT_S
     ENVIRONMENT: Mapping[str, str | None] = _ENVIRONMENT
 
     def __init__(
@@ -146,7 +147,7 @@ class VllmServer:
             return
         process, self._process = self._process, None
         try:
-            _end_session(process, STARTING_STOP_TIMEOUT_S if self.seconds_to_ready is None else STOP_TIMEOUT_S)
+            _end_session(process, STARTING_STOP_TIMEOUT_S if self.seconds_to_ready is None else self.STOP_TIMEOUT_S)
         finally:
             self._final_log = self.log
             self._scratch.cleanup()
