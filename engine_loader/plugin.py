@@ -1,8 +1,9 @@
 """What engines call when they start: it registers the load format and the hooks of the compile cache, and does
 nothing else.
 
-vLLM calls ``register`` in every process, before arguments are parsed, and dies when it raises. So it imports no engine
-and no torch: an engine's adapter is imported when the engine itself imports the module that the adapter extends.
+vLLM calls ``register`` in every process, before arguments are parsed, and dies when it raises; SGLang does, too, and
+only logs it. So it imports no engine and no torch: an engine's adapter is imported when the engine itself imports the
+module that the adapter extends.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 LOAD_FORMAT = "b10_3fs"
 _VLLM_CACHE = "engine_loader.engines.vllm_cache"
+_SGLANG_CACHE = "engine_loader.engines.sglang_cache"
+_SGLANG_FORMAT = "engine_loader.engines.sglang_format"
 _ADAPTERS = {
     "vllm.model_executor.model_loader": "engine_loader.engines.vllm",
     "vllm.model_executor.models.registry": f"{_VLLM_CACHE}:register_registry",
@@ -29,11 +32,19 @@ _ADAPTERS = {
     "vllm.v1.worker.worker_base": f"{_VLLM_CACHE}:register_worker",
     "vllm.worker.worker_base": f"{_VLLM_CACHE}:register_worker",  # up to 0.11
     "vllm.compilation.decorators": "engine_loader.engines.vllm_fixups",
+    "sglang.srt.server_args": f"{_SGLANG_FORMAT}:register_choice",
+    "sglang.srt.configs.load_config": f"{_SGLANG_FORMAT}:register_load_config",
+    "sglang.srt.model_loader.loader": "engine_loader.engines.sglang",
+    "sglang.srt.entrypoints.engine": f"{_SGLANG_CACHE}:register_engine",
+    "sglang.srt.entrypoints.http_server": f"{_SGLANG_CACHE}:register_http_server",
+    "sglang.srt.managers.scheduler": f"{_SGLANG_CACHE}:register_scheduler",
     "torch._inductor.codecache": "engine_loader.engines.torch_fixups",
 }
 """Module of an engine -> the adapter whose ``register()``, or the function behind the colon, runs once that module is
 there.
 """
+failures: dict[str, str] = {}
+"""Adapter -> why it could not be registered in this process."""
 
 
 def register() -> None:
@@ -67,7 +78,8 @@ def _run(adapter: str) -> None:
     module, _, function = adapter.partition(":")
     try:
         getattr(importlib.import_module(module), function or "register")()
-    except Exception:
+    except Exception as error:
+        failures[adapter] = f"{type(error).__name__}: {error}"
         # An engine that is used with another load format must start all the same.
         logger.exception(
             "engine_loader could not register the load format %s or its compile cache: %s; "

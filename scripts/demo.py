@@ -1,7 +1,11 @@
-"""Shows what it is for: a tiny random Llama, the real `vllm serve`, one completion; twice, the second time on a fresh
-machine that has nothing but the compile cache of the first. Takes about two minutes.
+"""Shows what it is for, on a tiny random Llama.
 
-make demo        (or: python -m scripts.demo)
+vLLM: the real `vllm serve`, one completion; twice, the second time on a fresh machine that has nothing but the compile
+cache of the first. Takes about two minutes.
+SGLang: the real server with its own loader and with ours: the same completion; then other weights in their place.
+
+make demo                   (or: python -m scripts.demo)
+make demo ENGINE=sglang     (or: python -m scripts.demo sglang VERSION)
 """
 
 import re
@@ -18,11 +22,15 @@ from types import FrameType
 PROMPT = "Once upon a time"
 LOAD_FORMAT = "b10_3fs"
 # Progress bars, and lines in which vLLM repeats its arguments and its plugins: they do not say who loaded the weights.
-OTHER_LINES = ("% Completed", "non-default args", "load_format=", "Registered model loader", "plugin")
+OTHER_LINES = ("% Completed", "server_args=", "non-default args", "load_format=", "Registered model loader", "plugin")
 
 
 CACHE_DONE = ("compile cache: saved", "compile cache: nothing new to save", "nothing was saved")
 CACHE_TIMEOUT_S = 60.0
+DONE = {
+    "vllm": "vLLM served a model whose weights engine_loader loaded, and compiled it only once.",
+    "sglang": "SGLang served a model whose weights engine_loader loaded, as its own loader would have.",
+}
 
 
 @dataclass(frozen=True)
@@ -117,22 +125,61 @@ def run(directory: Path) -> None:
     print(f"{'ready to serve':28}{cold.ready_s:8.1f} s{restored.ready_s:8.1f} s")
 
 
+def run_sglang(directory: Path, version: str) -> None:
+    from tests.support.sglang_server import SglangServer, patched
+
+    with step("Making two tiny random Llamas"):
+        from tests.support.tiny_models import make_model
+
+        model_dir = make_model("llama", directory / "tiny-llama", shards=3)
+        other_dir = make_model("llama", directory / "other-llama", seed=21)
+    texts = {}
+    for load_format in ("auto", LOAD_FORMAT):
+        with patched(version):
+            server = SglangServer(version, model_dir, "--load-format", load_format)
+            with step(f"Starting SGLang {version} on CPU with --load-format {load_format} (mostly imports)"):
+                server.start()
+            try:
+                with step(f"Asking for a completion of {PROMPT!r}"):
+                    texts[load_format] = server.complete(PROMPT)
+                    print(f"  {texts[load_format]!r}   (the weights are random, and so is the text)")
+                if load_format == LOAD_FORMAT:
+                    with step("Putting other weights in their place (update_weights_from_disk)"):
+                        _, message = server.update_weights(other_dir)
+                        print(f"  {message}")
+            finally:
+                with step("Stopping the server"):
+                    server.stop()
+    if texts["auto"] != texts[LOAD_FORMAT]:
+        raise RuntimeError(f"the completions differ: {texts}")
+    lines = [line for line in loader_lines(server.log) if "loaded" in line]
+    if not lines:
+        raise RuntimeError(f"the server ran, but its log has no line of engine_loader:\n{server.log[-6000:]}")
+    print("• What engine_loader said:")
+    for line in lines:
+        print(f"  {line.strip()}")
+
+
 def interrupt(_signal: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
 def main() -> int:
+    engine = sys.argv[1] if len(sys.argv) > 1 else "vllm"
     signal.signal(signal.SIGTERM, interrupt)  # so that the server is stopped on `kill`, too
     try:
         with tempfile.TemporaryDirectory(prefix="engine-loader-demo-") as directory:
-            run(Path(directory))
+            if engine == "sglang":
+                run_sglang(Path(directory), sys.argv[2])
+            else:
+                run(Path(directory))
     except KeyboardInterrupt:
         print("\nInterrupted; nothing is left running.", file=sys.stderr)
         return 130
     except Exception as error:
         print(f"\nThe demo failed: {error}", file=sys.stderr)
         return 1
-    print("\nIt works: vLLM served a model whose weights engine_loader loaded, and compiled it only once.")
+    print("\nIt works: " + DONE[engine])
     return 0
 
 

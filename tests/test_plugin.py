@@ -17,8 +17,9 @@ def run(code: str) -> str:
     return result.stdout.strip()
 
 
-def test_vllm_finds_it_by_its_entry_point() -> None:
-    (entry,) = entry_points(group="vllm.general_plugins", name="b10_3fs")
+@pytest.mark.parametrize("group", ["vllm.general_plugins", "sglang.srt.plugins"])
+def test_engines_find_it_by_its_entry_point(group: str) -> None:
+    (entry,) = entry_points(group=group, name="b10_3fs")
     assert entry.value == "engine_loader.plugin:register"
 
 

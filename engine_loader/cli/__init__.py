@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import EngineLoaderError, SettingsError
-from . import bench, compile_cache, convert, doctor, emulate_3fs, explain_load, inspect, reshard, settings
+from . import bench, compile_cache, convert, doctor, emulate_3fs, explain_load, inspect, patch, reshard, settings
 from .output import print_error
 
 _BAD_SETTINGS_STATUS = 2
@@ -69,4 +69,5 @@ app.command()(settings.settings)
 app.command()(doctor.doctor)
 app.command("emulate-3fs")(emulate_3fs.emulate_3fs)
 app.add_typer(bench.app, name="bench")
+app.add_typer(patch.app, name="patch")
 app.add_typer(compile_cache.app, name="compile-cache")

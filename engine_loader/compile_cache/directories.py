@@ -1,6 +1,6 @@
 """What is cached for each engine: directories, the variables that name them, and what in them must stay at home.
 
-Read in vLLM 0.10 to 0.32, torch 2.13, Triton 3.9, and the documentation of the rest.
+Read in vLLM 0.10 to 0.32, SGLang 0.5.9 to 0.5.23, torch 2.13, Triton 3.9, and the documentation of the rest.
 """
 
 from __future__ import annotations
@@ -97,9 +97,19 @@ SHARED = (
     CacheRoot("cuda", "CUDA_CACHE_PATH", "~/.nv/ComputeCache"),
 )
 """What several engines fill."""
+SGLANG = CacheRoot(
+    "sglang",
+    "SGLANG_CACHE_DIR",
+    "<cache>/sglang",
+    # Also below it: weights of models, and tables made of them.
+    out=("gpu_p2p_access_cache_for_*", "model_streamer/*", "ple/*", "*/precompiled_headers/*"),
+)
+"""From about 0.5.18, SGLang has Triton, inductor, CUDA, FlashInfer, TileLang and DeepGEMM put their caches below it."""
+_SGLANG_DEEP_GEMM = CacheRoot("deep_gemm", "SGLANG_DG_CACHE_DIR", "~/.cache/deep_gemm")
+"""Where SGLang has DeepGEMM put its cache before that."""
 ENGINES: Mapping[str, tuple[CacheRoot, ...]] = {
     "vllm": (VLLM, *SHARED),
-    "sglang": (CacheRoot("sglang", "SGLANG_CACHE_DIR", "<cache>/sglang"), *SHARED),
+    "sglang": (SGLANG, *(_SGLANG_DEEP_GEMM if root.name == "deep_gemm" else root for root in SHARED)),
     "torch": (INDUCTOR, TRITON),
 }
 """Engine -> its caches; "torch" is plain torch.compile."""

@@ -149,8 +149,9 @@ def _cpu_parts() -> dict[str, str]:
 
 def _threads() -> str:
     """Inductor bakes the number of threads into C++ kernels."""
-    bound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "")
-    named = bound if bound not in ("", "auto") else os.environ.get("OMP_NUM_THREADS", "")
+    engines = ("VLLM_CPU_OMP_THREADS_BIND", "SGLANG_CPU_OMP_THREADS_BIND")
+    bound = next(filter(None, (os.environ.get(name) for name in engines)), "auto")
+    named = bound if bound != "auto" else os.environ.get("OMP_NUM_THREADS", "")
     return named or str(len(os.sched_getaffinity(0)))
 
 

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,13 +21,11 @@ from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader import default_loader, register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from ..errors import SettingsError
 from ..loading.direct import DirectLoad
 from ..loading.explain import Explanation
-from ..loading.weights import stream_weights
 from ..plugin import LOAD_FORMAT
 from ..settings import load_settings
-from ..transfer.huge_pages import ask_for_huge_pages
+from .adapter import Weights, obstacle_to_direct, plan_mode, prepare_memory, read_weights, split_options
 from .names import told_of_misfits
 from .vllm_sharded import files_of_this_rank, fill_state, tie_as_saved
 from .weights_uri import has_weights, is_training_checkpoint, weights_at
@@ -40,8 +37,6 @@ _ENGINE_KEYS = frozenset({"enable_weights_track"})
 """Keys of --model-loader-extra-config that vLLM's default loader takes and that mean something with this reader."""
 _ITERATOR = "safetensors_weights_iterator"
 _exchange = threading.RLock()
-
-Weights = Iterator[tuple[str, torch.Tensor]]
 
 
 def register() -> None:
@@ -63,7 +58,12 @@ class B10ModelLoader(DefaultModelLoader):
     counter_before_loading_weights: float
 
     def __init__(self, load_config: LoadConfig) -> None:
-        own, engine = _split(load_config.model_loader_extra_config)
+        own, engine = split_options(
+            load_config.model_loader_extra_config,
+            engine="vLLM",
+            kept=_ENGINE_KEYS,
+            refused=("enable_multithread_load", "num_threads"),
+        )
         self._reader_settings = load_settings(own).settings.loader
         masked = copy.copy(load_config)
         masked.load_format = "safetensors"
@@ -86,13 +86,9 @@ class B10ModelLoader(DefaultModelLoader):
         Raises:
             SettingsError: direct mode was asked for and cannot serve.
         """
-        ask_for_huge_pages(itertools.chain(model.parameters(), model.buffers()))
-        mode = self._reader_settings.mode
-        obstacle = None if mode == "stream" else _obstacle_to_direct(model)
-        if obstacle and mode == "direct":
-            raise SettingsError(f"mode: direct cannot serve here: {obstacle}; set mode to auto or stream")
-        self._note = f"streamed: {obstacle}" if obstacle else None
-        if mode == "stream" or obstacle:
+        prepare_memory(model)
+        directly, self._note = plan_mode(self._reader_settings, model)
+        if not directly:
             self._fill(model, model_config)
             return
         self._load_directly(model, model_config, DirectLoad(model, expects=_expects(model)))
@@ -114,7 +110,7 @@ class B10ModelLoader(DefaultModelLoader):
     def explain(self, model: torch.nn.Module, model_config: Any) -> Explanation:
         """What ``load_weights`` would read of which tensor, in direct mode. The model is not filled."""
         explanation = Explanation(self._reader_settings)
-        explanation.obstacle = _obstacle_to_direct(model)
+        explanation.obstacle = obstacle_to_direct(model)
         load = DirectLoad(model, expects=_expects(model), observer=explanation, execute=False)
         self._load_directly(model, model_config, load)
         return explanation
@@ -178,29 +174,17 @@ class B10ModelLoader(DefaultModelLoader):
                 # These files hold flattened tensor subclasses that only vLLM's iterator puts together again.
                 logger.warning("%s: torchao checkpoints are read by vLLM's own reader", LOAD_FORMAT)
                 return original(files, use_tqdm_on_load, strategy, *args, local_expert_ids=local_expert_ids, **options)
-            first = _is_first_rank()
-            return stream_weights(
+            return read_weights(
                 files,
                 self._reader_settings,
+                log=logger,
+                show_progress=use_tqdm_on_load,
                 skip=_skip_experts(local_expert_ids),
-                show_progress=use_tqdm_on_load and first,
-                tell=functools.partial(logger.log, logging.INFO if first else logging.DEBUG, "%s: %s", LOAD_FORMAT),
                 note=self._note,
                 direct=self._direct,
             )
 
         return weights
-
-
-def _obstacle_to_direct(model: torch.nn.Module) -> str | None:
-    """Why this model cannot be loaded in direct mode, if so."""
-    devices = {parameter.device.type for parameter in model.parameters()}
-    if devices - {"cpu", "meta"}:
-        return f"parameters are on {', '.join(sorted(devices - {'cpu'}))}"
-    online = any(getattr(getattr(part, "quant_method", None), "uses_meta_device", False) for part in model.modules())
-    if online or "meta" in devices:
-        return "weights are quantised, or their memory made, while they are loaded"
-    return None
 
 
 def _expects(model: torch.nn.Module) -> Callable[[str], bool]:
@@ -217,21 +201,6 @@ def _skip_experts(local_expert_ids: set[int] | None) -> Callable[[str], bool] | 
     from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 
     return functools.partial(should_skip_weight, local_expert_ids=local_expert_ids)
-
-
-def _split(extra_config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Our keys and vLLM's."""
-    if not isinstance(extra_config, Mapping):
-        raise SettingsError(f"--model-loader-extra-config must be a JSON object, not {type(extra_config).__name__}")
-    for key in ("enable_multithread_load", "num_threads"):
-        if key in extra_config:
-            raise SettingsError(f"--model-loader-extra-config: {key} is for vLLM's own reader; here, set threads")
-    own = {key: value for key, value in extra_config.items() if key not in _ENGINE_KEYS}
-    return own, {key: value for key, value in extra_config.items() if key in _ENGINE_KEYS}
-
-
-def _is_first_rank() -> bool:
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def _show_warnings() -> None:

@@ -23,61 +23,29 @@ from typing import Any
 
 from ..compile_cache.directories import VLLM_MODEL_INFOS, directories_of
 from ..compile_cache.key import CacheKey, environment_key, module_version, python_version, short_hash
-from ..compile_cache.locks import NodeLock
 from ..compile_cache.operations import Job
-from ..compile_cache.session import Running, run_job, tell_restore, tell_save
+from ..compile_cache.session import Running, run_job
 from ..compile_cache.use import note_use
-from ..settings import CompileCacheSettings, load_settings
+from ..settings import CompileCacheSettings
+from .cache_hooks import (
+    NodeSession,
+    cache_settings,
+    quietly,
+    restore_began_ns,
+    start_save,
+    wait_for_node,
+)
+from .hooks import wrap
 
 # Below vLLM's own logger, so that it is shown in vLLM's way and at vLLM's level.
 logger = logging.getLogger("vllm.engine_loader")
 
-RESTORE_LOCK = "restore"
-_ATTRIBUTE = "_engine_loader_cache"
-_STARTED = "_ENGINE_LOADER_CACHE_STARTED_NS"
-"""Tells the workers that a process of their node has begun the restore, and when. (No setting: the prefix differs.)"""
+_ENGINE = "vllm"
+_SESSION = "_engine_loader_session"
 _MODEL_INFOS_TIMEOUT_S = 10.0
-_SLACK_S = 5.0
 _SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL")
 _WORKER_METHODS = ("determine_available_memory", "compile_or_warm_up_model")
-
-
-class NodeSession:
-    """The restore and the save of one engine on one node."""
-
-    def __init__(self, vllm_config: Any, settings: CompileCacheSettings) -> None:
-        self.settings = settings
-        self.since_ns = time.time_ns()
-        self._key = key_of(vllm_config, settings)
-        self._directories = {name: str(path) for name, path in directories_of("vllm").items()}
-        job = Job("restore", "vllm", self._key, self._directories)
-        self._home = job.home()
-        # Taken before there are workers, so that they find it taken. Another engine of this node may have it already.
-        lock = NodeLock(self._home, RESTORE_LOCK)
-        self._running = Running(
-            job,
-            settings,
-            settings.restore_timeout_s,
-            then=functools.partial(tell_restore, logger, job, settings.directory),
-            lock=lock,
-        )
-        os.environ[_STARTED] = str(self.since_ns)
-
-    def wait(self) -> None:
-        """Return when the restore is done, or given up."""
-        passed_s = (time.time_ns() - self.since_ns) / 1e9
-        if self._running.result(max(0.0, self.settings.restore_timeout_s + _SLACK_S - passed_s)) is None:
-            logger.warning("compile cache: the restore does not end; this engine starts without it")
-
-    def save(self) -> None:
-        """Begin to save what was compiled."""
-        start_save(self._key, self.settings, self._directories, self.since_ns)
-
-
-def start_save(key: CacheKey, settings: CompileCacheSettings, directories: dict[str, str], since_ns: int) -> None:
-    """In the background, with the lowest priority. It also finds out what the cache was good for."""
-    job = Job("save", "vllm", key, directories, since_ns=since_ns, settle=True, background=True)
-    Running(job, settings, settings.save_timeout_s, then=functools.partial(tell_save, logger, job, settings.directory))
+_quietly = functools.partial(quietly, logger)
 
 
 def key_of(vllm_config: Any, settings: CompileCacheSettings) -> CacheKey:
@@ -111,10 +79,10 @@ def register_executor() -> None:
     def start(original: Callable[..., Any], self: Any, vllm_config: Any, *args: Any, **options: Any) -> Any:
         session = _quietly(_start, vllm_config)
         if session is not None:
-            object.__setattr__(self, _ATTRIBUTE, session)
+            object.__setattr__(self, _SESSION, session)
         return original(self, vllm_config, *args, **options)
 
-    _wrap(Executor, "__init__", start)
+    wrap(Executor, "__init__", start)
 
 
 def register_engine_core() -> None:
@@ -122,7 +90,7 @@ def register_engine_core() -> None:
     from vllm.v1.engine.core import EngineCore
 
     def around(original: Callable[..., Any], self: Any, *args: Any, **options: Any) -> Any:
-        session = getattr(getattr(self, "model_executor", None), _ATTRIBUTE, None)
+        session = getattr(getattr(self, "model_executor", None), _SESSION, None)
         if session is None:  # an executor of another kind
             session = _quietly(_start, self.vllm_config)
         if session is not None:
@@ -132,7 +100,7 @@ def register_engine_core() -> None:
             _quietly(session.save)
         return result
 
-    _wrap(EngineCore, "_initialize_kv_caches", around)
+    wrap(EngineCore, "_initialize_kv_caches", around)
 
 
 def register_worker() -> None:
@@ -143,12 +111,12 @@ def register_worker() -> None:
         from vllm.worker.worker_base import WorkerWrapperBase
 
     def around(original: Callable[..., Any], self: Any, *args: Any, **options: Any) -> Any:
-        session = _quietly(_start, self.vllm_config) if _STARTED not in os.environ else None
+        session = _quietly(_start, self.vllm_config) if restore_began_ns() is None else None
         result = original(self, *args, **options)
         _quietly(_watch, self.worker, self.vllm_config, session)
         return result
 
-    _wrap(WorkerWrapperBase, "init_device", around)
+    wrap(WorkerWrapperBase, "init_device", around)
 
 
 def register_registry() -> None:
@@ -165,27 +133,23 @@ def register_registry() -> None:
             _quietly(_save_model_info, missing)
         return result
 
-    _wrap(_LazyRegisteredModel, "inspect_model_cls", around)
+    wrap(_LazyRegisteredModel, "inspect_model_cls", around)
 
 
 def _start(vllm_config: Any) -> NodeSession | None:
-    settings = _settings()
-    return NodeSession(vllm_config, settings) if settings.enabled else None
-
-
-def _settings() -> CompileCacheSettings:
-    return load_settings().settings.compile_cache
+    settings = cache_settings()
+    return NodeSession(_ENGINE, key_of(vllm_config, settings), settings, logger) if settings.enabled else None
 
 
 def _watch(worker: Any, vllm_config: Any, session: NodeSession | None) -> None:
     """Wrap the methods of a worker that compile: before them the restore is waited for, after the last one there is
     something to save.
     """
-    settings = _settings()
+    settings = cache_settings()
     if not settings.enabled:
         return
-    began_ns = session.since_ns if session is not None else int(os.environ.get(_STARTED, time.time_ns()))
-    wait = session.wait if session is not None else functools.partial(_wait_for_node, settings, began_ns)
+    began_ns = session.since_ns if session is not None else restore_began_ns() or time.time_ns()
+    wait = session.wait if session is not None else functools.partial(wait_for_node, _ENGINE, settings, began_ns)
     saves = session is not None or _is_follower(vllm_config, worker)
 
     def wrapped(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -196,25 +160,16 @@ def _watch(worker: Any, vllm_config: Any, session: NodeSession | None) -> None:
             if name == _WORKER_METHODS[-1]:
                 _quietly(_note_use, vllm_config)
                 if saves:
-                    directories = {key: str(path) for key, path in directories_of("vllm").items()}
-                    _quietly(start_save, key, settings, directories, began_ns)
+                    _quietly(start_save, _ENGINE, key, settings, began_ns, logger)
             return result
 
         return method
 
-    key = session._key if session is not None else key_of(vllm_config, settings) if saves else None
+    key = session.key if session is not None else key_of(vllm_config, settings) if saves else None
     for name in _WORKER_METHODS:
         original = getattr(worker, name, None)
         if original is not None:
             setattr(worker, name, wrapped(name, original))
-
-
-def _wait_for_node(settings: CompileCacheSettings, began_ns: int) -> None:
-    """Return when no process of this node restores."""
-    lock = NodeLock(directories_of("vllm")["vllm"], RESTORE_LOCK)
-    passed_s = (time.time_ns() - began_ns) / 1e9
-    if lock.acquire(max(0.0, settings.restore_timeout_s + _SLACK_S - passed_s), shared=True):
-        lock.release()
 
 
 def _is_follower(vllm_config: Any, worker: Any) -> bool:
@@ -257,7 +212,7 @@ def _restore_model_info(model: Any) -> Path | None:
     path = Path(model._get_cache_dir(), model._get_cache_filename())
     if path.exists():
         return None
-    settings = _settings()
+    settings = cache_settings()
     if not settings.enabled:
         return None
     job = _model_infos_job("restore", settings)
@@ -271,7 +226,7 @@ def _restore_model_info(model: Any) -> Path | None:
 
 
 def _save_model_info(path: Path) -> None:
-    settings = _settings()
+    settings = cache_settings()
     if path.exists() and not settings.read_only:
         Running(_model_infos_job("save", settings), settings, settings.save_timeout_s)
 
@@ -287,32 +242,3 @@ def _model_infos_job(action: Any, settings: CompileCacheSettings) -> Job:
         background=action == "save",
         settings=settings.model_dump(mode="json"),
     )
-
-
-def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
-    """Put ``around(original, self, …)`` in the place of a method; once."""
-    original = getattr(owner, name)
-    if getattr(original, _ATTRIBUTE, False):
-        return
-
-    @functools.wraps(original)
-    def method(self: Any, *args: Any, **options: Any) -> Any:
-        return around(original, self, *args, **options)
-
-    setattr(method, _ATTRIBUTE, True)
-    setattr(owner, name, method)
-
-
-def _quietly(action: Callable[..., Any], *args: Any) -> Any:
-    """What ``action`` returns; None when it fails, which is a warning and no more."""
-    try:
-        return action(*args)
-    except Exception as error:
-        logger.warning(
-            "compile cache: %s: %s; the engine goes on without it "
-            "(switch it off: ENGINE_LOADER_COMPILE_CACHE__ENABLED=false)",
-            type(error).__name__,
-            error,
-            exc_info=logger.isEnabledFor(logging.DEBUG),
-        )
-        return None

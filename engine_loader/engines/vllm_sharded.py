@@ -15,16 +15,19 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
-from ..formats.hf_index import INDEX_NAME
-from ..formats.sharded_state import PIPELINE_PATTERN, TENSOR_PATTERN, ShardRank, shards_by_rank, shards_of
+from ..formats.sharded_state import PIPELINE_PATTERN, TENSOR_PATTERN, ShardRank, shards_by_rank
 from ..loading.companions import copy_companions
 from ..loading.locate import open_files
 from ..settings import LoaderSettings
 from ..sources.constructor import make_source
 from ..sources.posix import PosixSource
+from . import sharded
+from .sharded import files_of_rank
 from .vllm_rank import Rank, rank_model
 
 logger = logging.getLogger("vllm.engine_loader")
+
+_MISFIT_HINT = "it was saved from another model, layout, or version of vLLM: engine-loader reshard writes it again"
 
 
 def files_of_this_rank(directory: str, settings: LoaderSettings) -> list[str] | None:
@@ -33,24 +36,16 @@ def files_of_this_rank(directory: str, settings: LoaderSettings) -> list[str] | 
     Raises:
         CheckpointError: it is one of another parallel layout, or the settings say that it is one and it is not.
     """
-    source = make_source(settings.backend, settings=settings)
-    if not source.is_dir(directory):
-        return None
-    names = source.list(directory)
-    pattern = settings.sharded_pattern
-    if pattern is None and INDEX_NAME in names:
-        return None
-    shards = shards_by_rank(names, pattern)
-    if not shards:
-        if pattern is not None:
-            raise CheckpointError(f"no file is named as {pattern!r}", file=directory)
-        return None
+    return files_of_rank(directory, settings, _place)
+
+
+def _place() -> tuple[ShardRank, int]:
+    """Which rank of how many this is."""
     from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
     stages = get_pp_group()
     rank = ShardRank(stages.rank_in_group, get_tensor_model_parallel_rank())
-    ranks = get_tensor_model_parallel_world_size() * stages.world_size
-    return [os.path.join(directory, name) for name in shards_of(shards, rank, ranks, directory)]
+    return rank, get_tensor_model_parallel_world_size() * stages.world_size
 
 
 def tie_as_saved(model: torch.nn.Module, model_config: Any, files: list[str], settings: LoaderSettings) -> None:
@@ -80,33 +75,13 @@ def tie_as_saved(model: torch.nn.Module, model_config: Any, files: list[str], se
 def fill_state(model: torch.nn.Module, weights: Iterable[tuple[str, torch.Tensor]], directory: str) -> None:
     """Copy a rank's tensors into the model's state, as vLLM's ShardedStateLoader does.
 
-    A tensor that is smaller than its parameter fills the beginning of it (adapters pad vocabularies).
-
     Raises:
         CheckpointError: a tensor does not belong to the model or is too large for it, or some are missing.
     """
     from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
 
     missing: dict[str, torch.Tensor] = ShardedStateLoader._filter_subtensors(model.state_dict())
-    for name, tensor in weights:
-        parameter = missing.pop(name, None)
-        if parameter is None:
-            raise _misfit(f"{name!r} is not in the model's state, or twice in the checkpoint", directory)
-        target = parameter.data
-        if target.dim() != tensor.dim() or any(
-            size > room for size, room in zip(tensor.shape, target.shape, strict=True)
-        ):
-            raise _misfit(f"{name!r} is {list(tensor.shape)}, the model has {list(target.shape)}", directory)
-        if target.shape != tensor.shape:
-            logger.warning("%s of shape %s fills a part of %s", name, list(tensor.shape), list(target.shape))
-            for dim, size in enumerate(tensor.shape):
-                target = target.narrow(dim, 0, size)
-        if target.dtype != tensor.dtype:
-            logger.warning("%s is converted from %s to %s", name, tensor.dtype, target.dtype)
-        target.copy_(tensor)
-    if missing:
-        shown = ", ".join(sorted(missing)[:5])
-        raise _misfit(f"{len(missing)} of the model's tensors are missing: {shown}", directory)
+    sharded.fill_state(missing, weights, directory, hint=_MISFIT_HINT, log=logger)
 
 
 def reshard(
@@ -176,8 +151,3 @@ def _copy_other_files(model: Path, out: Path) -> None:
     copy_companions(PosixSource(), str(model), out)
     # Who looks at the directory later wants to know where it came from.
     (out / "sharded_state.json").write_text(json.dumps({"made_from": model.name}, indent=2) + "\n")
-
-
-def _misfit(message: str, directory: str) -> CheckpointError:
-    hint = "it was saved from another model, layout, or version of vLLM: engine-loader reshard writes it again"
-    return CheckpointError(message, file=directory, hint=hint)

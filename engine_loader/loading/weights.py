@@ -80,6 +80,15 @@ def stream_weights(
     tell(report.line())
 
 
+def check_weights(weights: str | Iterable[str], settings: LoaderSettings) -> None:
+    """Open ``weights`` and look at all that is no tensor's data, as ``stream_weights`` does first.
+
+    Raises:
+        CheckpointError: a file, a header, the index or the metadata is wrong.
+    """
+    _open(weights, settings).close()
+
+
 def _open(weights: str | Iterable[str], settings: LoaderSettings) -> Reader | DcpReader:
     source = make_source(settings.backend, settings=settings)
     if isinstance(weights, str):

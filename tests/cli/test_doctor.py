@@ -148,13 +148,29 @@ class TestEngines:
         monkeypatch.setattr(engines, "installed_version", lambda *names: version)
         assert engines._version_finding(engines._VLLM).status == expected
 
+    def test_a_version_without_plugins_that_a_patch_gives_them_is_told_its_name(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(engines, "installed_version", lambda *names: "0.5.10")
+        patch = engines._patch_of(engines._SGLANG)
+        assert patch is not None
+        finding = engines._version_finding(engines._SGLANG, patch)
+        assert (finding.status, finding.mend.partition(",")[0]) == (
+            "fail",
+            "engine-loader patch apply sglang-0.5.10-plugin",
+        )
+        monkeypatch.setattr(type(patch), "state", lambda self: "applied")
+        assert engines._version_finding(engines._SGLANG, patch).status == "ok"
+        monkeypatch.setattr(engines, "installed_version", lambda *names: "0.5.11")
+        assert engines._patch_of(engines._SGLANG) is None
+
     def test_no_engine_at_all_is_a_warning(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(engines, "find_spec", lambda name: None)
         assert only(engines.check_engines()).status == "warn"
 
     def test_a_plugin_that_does_not_register_is_a_failure_with_the_engines_reason(self) -> None:
         probe = "raise ValueError('Load format `b10_3fs` is not supported')"
-        finding = engines._run_plugins(SimpleNamespace(name="vLLM", module="vllm", probe=probe))  # type: ignore[arg-type]
+        finding = engines._run_plugins(SimpleNamespace(name="vLLM", module="vllm", load="def load(): ...", probe=probe))  # type: ignore[arg-type]
         assert finding.status == "fail"
         assert finding.value == "not registered: ValueError: Load format `b10_3fs` is not supported"
 

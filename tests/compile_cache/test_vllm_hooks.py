@@ -13,7 +13,7 @@ import pytest
 
 from engine_loader.compile_cache.locks import NodeLock
 from engine_loader.compile_cache.outcome import Outcome
-from engine_loader.engines import torch_fixups, vllm_cache, vllm_fixups
+from engine_loader.engines import cache_hooks, torch_fixups, vllm_cache, vllm_fixups
 
 
 def config(**parallel: Any) -> SimpleNamespace:
@@ -85,7 +85,7 @@ def engine(events: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "vllm"))
     monkeypatch.setenv("ENGINE_LOADER_COMPILE_CACHE__DIRECTORY", str(tmp_path / "store"))
-    monkeypatch.delenv(vllm_cache._STARTED, raising=False)
+    monkeypatch.delenv(cache_hooks.STARTED, raising=False)
     monkeypatch.setattr(vllm_cache, "environment_key", lambda engine, scope, devices: vllm_cache.CacheKey((), scope))
 
     def run_job(job: Any, timeout_s: float) -> Outcome:
@@ -99,7 +99,7 @@ def engine(events: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         vllm_cache.register_engine_core()
         vllm_cache.register_worker()
     yield made
-    os.environ.pop(vllm_cache._STARTED, None)
+    os.environ.pop(cache_hooks.STARTED, None)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -174,9 +174,9 @@ def test_a_worker_does_not_wait_for_a_lock_that_nobody_gives_back(
     engine: Engine, events: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ENGINE_LOADER_COMPILE_CACHE__RESTORE_TIMEOUT_S", "0.1")
-    monkeypatch.setattr(vllm_cache, "_SLACK_S", 0.1)
-    monkeypatch.setenv(vllm_cache._STARTED, str(time.time_ns()))
-    lock = NodeLock(tmp_path / "vllm", vllm_cache.RESTORE_LOCK)
+    monkeypatch.setattr(cache_hooks, "_SLACK_S", 0.1)
+    monkeypatch.setenv(cache_hooks.STARTED, str(time.time_ns()))
+    lock = NodeLock(tmp_path / "vllm", cache_hooks.RESTORE_LOCK)
     assert lock.acquire(0)
     wrapper = engine.WorkerWrapperBase(config())
     wrapper.init_device()
@@ -212,7 +212,8 @@ def test_no_fault_of_ours_keeps_the_engine_from_starting(
     elif fault == "lock":
         (tmp_path / "vllm").write_text("a file where a directory is meant")
     else:
-        monkeypatch.setattr(vllm_cache, {"key": "key_of", "directories": "directories_of"}[fault], broken)
+        owner, name = {"key": (vllm_cache, "key_of"), "directories": (cache_hooks, "directories_of")}[fault]
+        monkeypatch.setattr(owner, name, broken)
     assert engine.EngineCore(config()).result == "what the engine returns"
     wrapper = engine.WorkerWrapperBase(config())
     wrapper.init_device()

@@ -269,18 +269,20 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-def make_model(arch: str, directory: str | os.PathLike[str], *, shards: int = 1, **config_overrides: Any) -> Path:
+def make_model(
+    arch: str, directory: str | os.PathLike[str], *, shards: int = 1, seed: int = SEED, **config_overrides: Any
+) -> Path:
     """Writes a bf16 checkpoint of `arch` (a key of ARCHITECTURES), its config and a tokenizer into `directory`.
 
-    With more than one of `shards` there are that many files and an index. `config_overrides` are keys of the
-    architecture's transformers config, e.g. `num_hidden_layers=4`.
+    With more than one of `shards` there are that many files and an index; another `seed` gives other weights.
+    `config_overrides` are keys of the architecture's transformers config, e.g. `num_hidden_layers=4`.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     transformers_logging.disable_progress_bar()
     config = ARCHITECTURES[arch].config(config_overrides)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+        torch.manual_seed(seed)
         model = getattr(transformers, ARCHITECTURES[arch].made_by).from_config(config, dtype=torch.bfloat16)
         _make_every_tensor_different(model)
     model.save_pretrained(directory, max_shard_size="100GB")

@@ -42,6 +42,10 @@ class VllmServer:
     Tensor-parallel 2 needs env={"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, one core for each rank.
     """
 
+    PROGRAM = "vllm serve"
+    STOP_TIMEOUT_S = STOP_TIMEOUT_S
+    ENVIRONMENT: Mapping[str, str | None] = _ENVIRONMENT
+
     def __init__(
         self,
         model_dir: str | os.PathLike[str],
@@ -55,9 +59,9 @@ class VllmServer:
         self.url = f"http://127.0.0.1:{self.port}"
         self.start_timeout_s = start_timeout_s
         self.seconds_to_ready: float | None = None
-        self._command = _command(model_dir, self.port, args, eager=eager)
-        self._environment = _environment(env or {})
-        self._scratch = tempfile.TemporaryDirectory(prefix="vllm-server-")
+        self._command = self._make_command(model_dir, args, eager=eager)
+        self._environment = _environment({**self.ENVIRONMENT, **(env or {})})
+        self._scratch = tempfile.TemporaryDirectory(prefix="engine-server-")
         self.log_path = Path(log_path) if log_path is not None else Path(self._scratch.name) / "log"
         self._process: subprocess.Popen[bytes] | None = None
         self._final_log = ""
@@ -75,6 +79,15 @@ class VllmServer:
     def log(self) -> str:
         """All that the server has printed; it can be read after the server has stopped, too."""
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else self._final_log
+
+    def _make_command(self, model_dir: str | os.PathLike[str], args: tuple[str, ...], *, eager: bool) -> list[str]:
+        program = Path(sys.executable).with_name("vllm")
+        command = [str(program), "serve", os.fspath(model_dir), "--host", "127.0.0.1", "--port", str(self.port)]
+        if eager:
+            command.append("--enforce-eager")
+        if "--max-model-len" not in args:
+            command += ["--max-model-len", "256"]
+        return [*command, *args]
 
     def start(self) -> None:
         """Returns when the server answers; raises RuntimeError with the end of its log when it dies or is too slow."""
@@ -101,9 +114,9 @@ class VllmServer:
         while not self._is_healthy():
             status = self._process.poll()
             if status is not None:
-                raise RuntimeError(f"vllm serve ended with status {status} before it was ready:\n{self.log_tail()}")
+                raise RuntimeError(f"{self.PROGRAM} ended with status {status} before it was ready:\n{self.log_tail()}")
             if time.monotonic() > deadline:
-                raise RuntimeError(f"vllm serve was not ready after {self.start_timeout_s:g} s:\n{self.log_tail()}")
+                raise RuntimeError(f"{self.PROGRAM} was not ready after {self.start_timeout_s:g} s:\n{self.log_tail()}")
             time.sleep(0.2)
 
     def _is_healthy(self) -> bool:
@@ -134,24 +147,14 @@ class VllmServer:
             return
         process, self._process = self._process, None
         try:
-            _end_session(process, STARTING_STOP_TIMEOUT_S if self.seconds_to_ready is None else STOP_TIMEOUT_S)
+            _end_session(process, STARTING_STOP_TIMEOUT_S if self.seconds_to_ready is None else self.STOP_TIMEOUT_S)
         finally:
             self._final_log = self.log
             self._scratch.cleanup()
 
 
-def _command(model_dir: str | os.PathLike[str], port: int, args: tuple[str, ...], *, eager: bool) -> list[str]:
-    program = Path(sys.executable).with_name("vllm")
-    command = [str(program), "serve", os.fspath(model_dir), "--host", "127.0.0.1", "--port", str(port)]
-    if eager:
-        command.append("--enforce-eager")
-    if "--max-model-len" not in args:
-        command += ["--max-model-len", "256"]
-    return [*command, *args]
-
-
 def _environment(changes: Mapping[str, str | None]) -> dict[str, str]:
-    environment: dict[str, str | None] = {**os.environ, **_ENVIRONMENT, **changes}
+    environment: dict[str, str | None] = {**os.environ, **changes}
     return {name: value for name, value in environment.items() if value is not None}
 
 
@@ -186,7 +189,7 @@ def _kill_session(process: subprocess.Popen[bytes]) -> None:
         _kill(pid)
     process.wait(STOP_TIMEOUT_S)
     if not _wait_for(lambda: not _session_members(session), STOP_TIMEOUT_S):
-        raise RuntimeError(f"processes {_session_members(session)} of vllm serve could not be ended")
+        raise RuntimeError(f"processes {_session_members(session)} of the server could not be ended")
 
 
 def _shared_memory_of(session: int) -> set[Path]:

@@ -8,10 +8,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 
+from ...patching import Patch, all_patches
 from .finding import Finding, installed_version, last_line
 
 FORMAT = "b10_3fs"
@@ -31,6 +32,7 @@ class _Engine:
         oldest: the first version with a place for plugins.
         group: of its plugins' entry points.
         filter_variable: restricts which of them are loaded.
+        load: has the engine load its plugins.
         probe: makes `answer` the loader's name in the way in which the engine itself comes to it.
     """
 
@@ -40,6 +42,7 @@ class _Engine:
     oldest: tuple[int, ...]
     group: str
     filter_variable: str
+    load: str
     probe: str
 
 
@@ -50,9 +53,8 @@ _VLLM = _Engine(
     (0, 10, 1),
     "vllm.general_plugins",
     "VLLM_PLUGINS",
+    "from vllm.plugins import load_general_plugins as load",
     f"""
-from vllm.plugins import load_general_plugins
-load_general_plugins()
 from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader import get_model_loader
 loader = type(get_model_loader(LoadConfig(load_format={FORMAT!r})))
@@ -66,15 +68,18 @@ _SGLANG = _Engine(
     (0, 5, 11),
     "sglang.srt.plugins",
     "SGLANG_PLUGINS",
+    "from sglang.srt.plugins import load_plugins as load",
     f"""
-from sglang.srt.plugins import load_plugins
-load_plugins()
 from sglang.srt.configs.load_config import LoadConfig
 loader = LoadConfig(load_format={FORMAT!r}).load_format
 assert isinstance(loader, type), f"LoadConfig made {{loader!r}} of it"
 answer = loader.__module__ + "." + loader.__qualname__
 """,
 )
+
+
+_PATCHED_LOAD = "from engine_loader.plugin import register as load"
+"""What a patched version does instead."""
 
 
 def check_engines(*, start: bool = True) -> Iterator[Finding]:
@@ -89,9 +94,14 @@ def check_engines(*, start: bool = True) -> Iterator[Finding]:
 
 
 def _check(engine: _Engine, start: bool) -> Iterator[Finding]:
-    version = _version_finding(engine)
+    patch = _patch_of(engine)
+    version = _version_finding(engine, patch)
     yield version
     if version.status == "fail":
+        return
+    if patch is not None:
+        if start:
+            yield _run_plugins(replace(engine, load=_PATCHED_LOAD))
         return
     plugin, allowed = _entry_point(engine), _filter(engine)
     yield plugin
@@ -100,15 +110,31 @@ def _check(engine: _Engine, start: bool) -> Iterator[Finding]:
         yield _run_plugins(engine)
 
 
-def _version_finding(engine: _Engine) -> Finding:
+def _patch_of(engine: _Engine) -> Patch | None:
+    """The patch that has the installed version load plugins, where it does not by itself."""
+    version = installed_version(*engine.distributions)
+    if version is None or _numbers(version) >= engine.oldest:
+        return None
+    fitting = [patch for patch in all_patches() if patch.distribution in engine.distributions and patch.fits(version)]
+    return next((patch for patch in fitting if patch.name.endswith("-plugin")), None)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+
+
+def _version_finding(engine: _Engine, patch: Patch | None = None) -> Finding:
     version = installed_version(*engine.distributions)
     if version is None:
         mend = f"its files are there, but no package: install {engine.distributions[0]} again"
         return Finding(_AREA, engine.name, "warn", "of unknown version", mend)
-    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
-    if numbers < engine.oldest:
-        oldest = ".".join(map(str, engine.oldest))
-        return Finding(_AREA, engine.name, "fail", f"{version} cannot load plugins", f"install {oldest} or later")
+    if _numbers(version) < engine.oldest:
+        mend = f"install {'.'.join(map(str, engine.oldest))} or later"
+        if patch is not None:
+            if patch.state() == "applied":
+                return Finding(_AREA, engine.name, "ok", f"{version}, with the patch {patch.name}")
+            mend = f"engine-loader patch apply {patch.name}, or {mend}"
+        return Finding(_AREA, engine.name, "fail", f"{version} cannot load plugins", mend)
     if installed_version(engine.distributions[0]) is None:
         mend = f"its command asks for a package named {engine.distributions[0]}: install an alias, or use python -m"
         return Finding(_AREA, engine.name, "warn", f"{version}, installed as {engine.distributions[1]}", mend)
@@ -149,7 +175,7 @@ def _filter(engine: _Engine) -> list[Finding]:
 def _run_plugins(engine: _Engine) -> Finding:
     """Let the engine load its plugins and ask it for the loader, as it does when it starts."""
     name = f"{engine.name} --load-format {FORMAT}"
-    code = f"{engine.probe}\nimport json\nprint({_ANSWER!r} + json.dumps(answer))"
+    code = f"{engine.load}\nload()\n{engine.probe}\nimport json\nprint({_ANSWER!r} + json.dumps(answer))"
     # -P: what lies in the current directory is not what the engine's command would import.
     command = [sys.executable, "-P", "-c", code]
     try:

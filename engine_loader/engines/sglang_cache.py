@@ -1,0 +1,163 @@
+"""SGLang: when compile caches are restored and saved. Read in 0.5.9 to 0.5.23.
+
+- The process that starts the others of its node (``Engine._launch_subprocesses``) begins the restore, beside their
+  start and their imports.
+- Each scheduler, one a rank, waits for it in ``init_model_worker``: within, kernels are compiled and graphs captured.
+  On nodes other than the first, the first scheduler saves behind it, for nobody there sees the warm-up.
+- On the first node, ``_wait_and_warmup`` sends the server its first requests; when they were answered, the save starts.
+  An ``Engine`` without a server saves when it has been made, a server of several processes when its schedulers are up.
+- Schedulers that something else has started restore and save by themselves.
+
+Nothing here lets an exception out, but for the check of the load format.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import pkgutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ..compile_cache.key import CacheKey, environment_key, module_version, short_hash
+from ..settings import CompileCacheSettings
+from .cache_hooks import NodeSession, cache_settings, quietly, restore_began_ns, start_save, wait_for_node
+from .hooks import is_wrapped, wrap
+from .sglang_format import check
+
+logger = logging.getLogger(__name__)
+
+_ENGINE = "sglang"
+_SCHEDULER = "sglang.srt.managers.scheduler"
+_SERVER = "sglang.srt.entrypoints.http_server"
+_quietly = functools.partial(quietly, logger)
+
+
+def register_engine() -> None:
+    """Check the load format and start the restore where a node's processes are started."""
+    from sglang.srt.entrypoints import engine
+
+    def launch(original: Any, *args: Any, **options: Any) -> Any:
+        server_args = next(value for value in (*args, *options.values()) if hasattr(value, "load_format"))
+        check(server_args)
+        _quietly(_start, server_args)
+        result = original(*args, **options)
+        if getattr(server_args, "tokenizer_worker_num", 1) > 1:  # its warm-up is in processes without plugins
+            _quietly(_save, server_args)
+        return result
+
+    def make(original: Any, self: Any, *args: Any, **options: Any) -> None:
+        original(self, *args, **options)
+        _quietly(_save, self.server_args)
+
+    # Up to 0.5.9 it was a function of the module.
+    wrap(engine if hasattr(engine, "_launch_subprocesses") else engine.Engine, "_launch_subprocesses", launch)
+    wrap(engine.Engine, "__init__", make)
+
+
+def register_scheduler() -> None:
+    """Let the schedulers wait for the restore of their node."""
+    from sglang.srt.managers.scheduler import Scheduler
+
+    def around(original: Any, self: Any, *args: Any, **options: Any) -> Any:
+        alone = _quietly(_wait, self.server_args)
+        result = original(self, *args, **options)
+        if alone or _saves_for_its_node(self):
+            _quietly(_save, self.server_args)
+        return result
+
+    wrap(Scheduler, "init_model_worker", around)
+
+
+def register_http_server() -> None:
+    """Save behind the server's warm-up."""
+    from sglang.srt.entrypoints import http_server
+
+    def around(original: Any, server_args: Any, *args: Any, **options: Any) -> Any:
+        result = original(server_args, *args, **options)
+        if _is_up(http_server):
+            _quietly(_save, server_args)
+        return result
+
+    wrap(http_server, "_wait_and_warmup", around)
+
+
+def key_of(server_args: Any, settings: CompileCacheSettings) -> CacheKey:
+    """The key of an engine: this machine, and by default its model and parallel layout."""
+    sizes = {"tp": server_args.tp_size, "pp": server_args.pp_size, "dp": server_args.dp_size}
+    scope = settings.scope
+    if scope is None:
+        model, revision = str(server_args.model_path), str(getattr(server_args, "revision", None) or "")
+        layout = "_".join(f"{name}{size}" for name, size in sizes.items())
+        scope = f"{Path(model).name[:60]}_{short_hash(model, revision)}_{layout}"
+    # With attention in data parallel, the replicas share the devices of the tensor-parallel ranks.
+    replicas = 1 if getattr(server_args, "enable_dp_attention", False) else sizes["dp"]
+    devices = sizes["tp"] * sizes["pp"] * replicas // max(1, server_args.nnodes)
+    return environment_key({"sglang": module_version("sglang")}, scope, devices=devices)
+
+
+def _start(server_args: Any) -> NodeSession | None:
+    settings = cache_settings()
+    if not settings.enabled:
+        return None
+    _check_hooks()
+    return NodeSession(_ENGINE, key_of(server_args, settings), settings, logger)
+
+
+def _check_hooks() -> None:
+    """Say which of the hooks are not in force: without them the cache is not restored in time, or not saved."""
+    for module, path in ((_SCHEDULER, "Scheduler.init_model_worker"), (_SERVER, "_wait_and_warmup")):
+        if module in sys.modules and not _in_force(module, path):
+            logger.error(
+                "compile cache: engine_loader's hook on %s.%s of SGLang %s is not in force, so that the cache is not "
+                "restored in time or not saved: another plugin replaced it (SGLANG_PLUGINS=b10_3fs loads this one "
+                "alone), or this version is not known; ENGINE_LOADER_COMPILE_CACHE__ENABLED=false switches it off",
+                module,
+                path,
+                module_version("sglang"),
+            )
+
+
+def _in_force(module: str, path: str) -> bool:
+    owner, _, name = path.rpartition(".")
+    if not is_wrapped(pkgutil.resolve_name(f"{module}:{owner}") if owner else sys.modules[module], name):
+        return False
+    registry = sys.modules.get("sglang.srt.plugins.hook_registry")
+    others = registry.HookRegistry._hooks.get(f"{module}.{path}", ()) if registry is not None else ()
+    return not any(kind.name == "REPLACE" for kind, *_ in others)
+
+
+def _wait(server_args: Any) -> bool:
+    """Return when the node's restore is done. True: nobody else on this node began it."""
+    settings = cache_settings()
+    if not settings.enabled:
+        return False
+    began_ns = restore_began_ns()
+    if began_ns is not None:
+        wait_for_node(_ENGINE, settings, began_ns)
+        return False
+    session = _start(server_args)
+    if session is not None:
+        session.wait()
+    return session is not None
+
+
+def _save(server_args: Any) -> None:
+    settings = cache_settings()
+    if settings.enabled:
+        began_ns = restore_began_ns() or time.time_ns()
+        start_save(_ENGINE, key_of(server_args, settings), settings, began_ns, logger)
+
+
+def _saves_for_its_node(scheduler: Any) -> bool:
+    """Whether this is the first scheduler of a node on which no server runs."""
+    arguments = scheduler.server_args
+    return bool(arguments.node_rank) and getattr(scheduler, "gpu_id", 0) == getattr(arguments, "base_gpu_id", 0)
+
+
+def _is_up(http_server: Any) -> bool:
+    """Whether the server answered its first requests."""
+    manager = getattr(http_server._global_state, "tokenizer_manager", None)
+    return getattr(getattr(manager, "server_status", None), "name", None) == "Up"

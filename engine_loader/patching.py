@@ -1,0 +1,291 @@
+"""Patches of installed engines: found by the installed version, applied and taken back only where every line fits.
+
+A patch is a unified diff in patches/ with a line ``For: DISTRIBUTION VERSIONS``. Its paths begin with the name of the
+package that it changes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+from packaging.specifiers import SpecifierSet
+
+from .errors import EngineLoaderError
+
+DIRECTORY = Path(__file__).resolve().parent / "patches"
+BACKUP_SUFFIX = ".before-engine-loader"
+_FOR = re.compile(r"^For: (\S+) (\S+)$", re.MULTILINE)
+_HUNK = re.compile(r"@@ -(\d+)(?:,\d+)? \+\d+(?:,\d+)? @@")
+
+State = Literal["not installed", "for another version", "can be applied", "applied", "differs"]
+Lines = tuple[str, ...]
+
+
+class PatchError(EngineLoaderError):
+    """A patch is not known, or what is installed is not what it changes."""
+
+
+@dataclass(frozen=True)
+class Hunk:
+    """Lines that are replaced, with those around them.
+
+    Attributes:
+        line: where they begin, counted from 1.
+        old, new: before and after.
+    """
+
+    line: int
+    old: Lines
+    new: Lines
+
+    def reversed(self) -> Hunk:
+        return Hunk(self.line, self.new, self.old)
+
+
+@dataclass(frozen=True)
+class FilePatch:
+    """The changes of one file; ``path`` is relative to where packages are installed."""
+
+    path: str
+    hunks: tuple[Hunk, ...]
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One file of patches/.
+
+    Attributes:
+        name: its file's, without the suffix.
+        title: what it does, in a line.
+        distribution: what it changes.
+        versions: of which.
+        files: how.
+    """
+
+    name: str
+    title: str
+    distribution: str
+    versions: SpecifierSet
+    files: tuple[FilePatch, ...]
+
+    @cached_property
+    def installed(self) -> str | None:
+        """The version that is installed here, if one is."""
+        try:
+            return version(self.distribution) if self._site is not None else None
+        except PackageNotFoundError:
+            return None
+
+    def fits(self, version: str) -> bool:
+        """Whether it is for this version."""
+        return self.versions.contains(version, prereleases=True)
+
+    def state(self) -> State:
+        """How what is installed stands to it."""
+        if self.installed is None:
+            return "not installed"
+        if not self.fits(self.installed):
+            return "for another version"
+        states = {self._state_of(file) for file in self.files}
+        if "differs" in states:
+            return "differs"
+        return "applied" if states == {"applied"} else "can be applied"
+
+    def apply(self, *, dry_run: bool = False) -> list[Path]:
+        """Change the files that are not changed yet; each gets a copy beside it first.
+
+        Args:
+            dry_run: find out everything, and write nothing.
+
+        Returns:
+            What was changed, or would be.
+
+        Raises:
+            PatchError: the version is another, or a line is not as expected; then nothing was written.
+            OSError: a file cannot be written.
+        """
+        self._check_version()
+        changes = [
+            (path, _changed(path, file.hunks))
+            for file in self.files
+            if self._state_of(file) != "applied"
+            for path in [self.path_of(file)]
+        ]
+        done: list[Path] = []
+        for path, text in changes:
+            if text is None:
+                raise PatchError(
+                    f"{path} is not the file of {self.distribution} {self.installed} that {self.name} was made for; "
+                    "nothing was changed. Was it patched by hand, or is it a build of your own? "
+                    f"`pip install --force-reinstall --no-deps {self.distribution}=={self.installed}` restores it"
+                )
+        for path, text in changes:
+            if text is not None and not dry_run:
+                shutil.copy2(path, _backup_of(path))
+                _replace(path, text)
+            done.append(path)
+        return done
+
+    def revert(self, *, dry_run: bool = False) -> list[Path]:
+        """Take the changes back.
+
+        Args:
+            dry_run: find out everything, and write nothing.
+
+        Returns:
+            What was changed, or would be.
+
+        Raises:
+            PatchError: the version is another, or a file was changed since; then nothing was written.
+            OSError: a file cannot be written.
+        """
+        self._check_version()
+        changes: list[tuple[Path, str]] = []
+        for file in self.files:
+            path = self.path_of(file)
+            if self._state_of(file) == "can be applied":
+                continue
+            text = _changed(path, [hunk.reversed() for hunk in file.hunks])
+            if text is None:
+                raise PatchError(f"{path} was changed since {self.name} was applied; nothing was reverted")
+            backup = _backup_of(path)
+            if backup.exists() and _read(backup) != text:
+                raise PatchError(
+                    f"{path} without {self.name} is not what {backup} holds; nothing was reverted. "
+                    "Look at the two, and copy back the one that you want"
+                )
+            changes.append((path, text))
+        if not dry_run:
+            for path, text in changes:
+                _replace(path, text)
+                _backup_of(path).unlink(missing_ok=True)
+        return [path for path, _ in changes]
+
+    def path_of(self, file: FilePatch) -> Path:
+        """Where the file is installed."""
+        if self._site is None:
+            raise PatchError(f"{self.distribution} is not installed here")
+        return self._site / file.path
+
+    @cached_property
+    def _site(self) -> Path | None:
+        """The directory that holds the package."""
+        found = importlib.util.find_spec(self.files[0].path.partition("/")[0])
+        return Path(found.origin).parents[1] if found is not None and found.origin else None
+
+    def _check_version(self) -> None:
+        state = self.state()
+        if state == "not installed":
+            raise PatchError(f"{self.name} is for {self.distribution}, which is not installed here")
+        if state == "for another version":
+            raise PatchError(
+                f"{self.name} is for {self.distribution} {self.versions}, and {self.installed} is installed; "
+                "`engine-loader patch list` shows what fits"
+            )
+
+    def _state_of(self, file: FilePatch) -> State:
+        path = self.path_of(file)
+        if _changed(path, [hunk.reversed() for hunk in file.hunks]) is not None:
+            return "applied"
+        return "differs" if _changed(path, file.hunks) is None else "can be applied"
+
+
+def all_patches() -> list[Patch]:
+    """Every patch that this package brings, by name."""
+    return [read_patch(path) for path in sorted(DIRECTORY.glob("*.patch"))]
+
+
+def patch_named(name: str) -> Patch:
+    """The patch of a name.
+
+    Raises:
+        PatchError: there is none.
+    """
+    known = {patch.name: patch for patch in all_patches()}
+    try:
+        return known[name.removesuffix(".patch")]
+    except KeyError:
+        raise PatchError(f"there is no patch {name!r}; there are: {', '.join(known)}") from None
+
+
+def read_patch(path: Path) -> Patch:
+    """A patch from its file.
+
+    Raises:
+        PatchError: it is not one.
+    """
+    text = path.read_text()
+    found = _FOR.search(text)
+    files = tuple(_files(text.splitlines(keepends=True)))
+    if found is None or not files:
+        raise PatchError(f"{path} is not a patch with a line 'For: DISTRIBUTION VERSIONS'")
+    title = text.partition("\n")[0].rstrip(".")
+    return Patch(path.stem, title, found[1], SpecifierSet(found[2]), files)
+
+
+def _files(lines: Sequence[str]) -> Iterator[FilePatch]:
+    starts = [number for number, line in enumerate(lines) if line.startswith("--- a/")]
+    for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
+        yield FilePatch(lines[start].removeprefix("--- a/").strip(), tuple(_hunks(lines[start + 2 : end])))
+
+
+def _hunks(lines: Sequence[str]) -> Iterator[Hunk]:
+    starts = [number for number, line in enumerate(lines) if _HUNK.match(line)]
+    for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
+        found = _HUNK.match(lines[start])
+        assert found is not None
+        body = lines[start + 1 : end]
+        yield Hunk(
+            int(found[1]),
+            tuple(line[1:] for line in body if line[0] in " -"),
+            tuple(line[1:] for line in body if line[0] in " +"),
+        )
+
+
+def _changed(path: Path, hunks: Sequence[Hunk]) -> str | None:
+    """The file's text with the changes; None where a line of them is not there, or there more than once."""
+    try:
+        lines = _read(path).splitlines(keepends=True)
+    except FileNotFoundError:
+        return None
+    begin = 0
+    for hunk in hunks:
+        length = len(hunk.old)
+        fits = [at for at in range(begin, len(lines) - length + 1) if tuple(lines[at : at + length]) == hunk.old]
+        if len(fits) != 1:
+            return None
+        lines[fits[0] : fits[0] + length] = hunk.new
+        begin = fits[0] + len(hunk.new)
+    return "".join(lines)
+
+
+def _read(path: Path) -> str:
+    with path.open(newline="") as file:  # line ends stay as they are
+        return file.read()
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write beside and rename, so that nobody imports half a file. The new file keeps the old one's mode."""
+    descriptor, unfinished = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", newline="") as file:
+            file.write(text)
+        shutil.copymode(path, unfinished)
+        os.replace(unfinished, path)
+    except BaseException:
+        os.unlink(unfinished)
+        raise
+
+
+def _backup_of(path: Path) -> Path:
+    return path.with_name(path.name + BACKUP_SUFFIX)

@@ -1,0 +1,91 @@
+"""The compile cache of one server, restored by the next on a machine that has nothing but the store."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.sglang.conftest import NEWEST, VERSIONS
+from tests.support.sglang_server import PROBE, SglangServer, patched
+from tests.support.tiny_models import make_model
+
+pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
+
+SAVED = ("compile cache: saved", "compile cache: nothing new to save", "nothing was saved")
+OLDEST = VERSIONS[-1]
+
+
+@dataclass
+class Start:
+    """What one start on a fresh machine was like; ``graphs`` are found and not found by inductor."""
+
+    log: str
+    graphs: dict[str, int]
+    home: Path
+
+
+class Fleet:
+    """Machines that share a model and a store, and nothing else."""
+
+    def __init__(self, version: str, directory: Path) -> None:
+        self.version = version
+        self.directory = directory
+        self.store = directory / "store"
+        self.model = make_model("llama", directory / "llama", shards=2)
+        self.machines = 0
+
+    def start(self, *, save: bool = True, **variables: str) -> Start:
+        self.machines += 1
+        machine = self.directory / f"machine-{self.machines}"
+        for name in ("home", "tmp", "probe"):
+            (machine / name).mkdir(parents=True)
+        env = {
+            "HOME": str(machine / "home"),
+            "TMPDIR": str(machine / "tmp"),
+            "SGLANG_CACHE_DIR": None,
+            "TORCHINDUCTOR_CACHE_DIR": None,
+            "TRITON_CACHE_DIR": None,
+            "ENGINE_LOADER_COMPILE_CACHE__ENABLED": "true",
+            "ENGINE_LOADER_COMPILE_CACHE__DIRECTORY": str(self.store),
+            "PYTHONPATH": str(PROBE),
+            "SGLANG_PROBE": str(machine / "probe"),
+            "SGLANG_PROBE_COMPILES": "1",
+            **variables,
+        }
+        arguments = ("--load-format", "b10_3fs")
+        with patched(self.version), SglangServer(self.version, self.model, *arguments, env=env, eager=False) as server:
+            deadline = time.monotonic() + (60 if save else 0)
+            while time.monotonic() < deadline and not any(words in server.log for words in SAVED):
+                time.sleep(0.2)
+        graphs = json.loads((machine / "probe" / "compiled.json").read_text())
+        return Start(server.log, graphs, machine / "home")
+
+
+@pytest.fixture(scope="module", params=dict.fromkeys((NEWEST, OLDEST)))
+def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Fleet:
+    return Fleet(str(request.param), tmp_path_factory.mktemp("fleet"))
+
+
+def test_what_one_server_compiled_the_next_one_finds(fleet: Fleet) -> None:
+    cold = fleet.start()
+    assert "has nothing yet" in cold.log
+    assert cold.graphs == {"hit": 0, "miss": 1}
+    assert "compile cache: saved" in cold.log
+    restored = fleet.start()
+    assert "compile cache: restored" in restored.log
+    assert restored.graphs == {"hit": 1, "miss": 0}
+    order = [
+        restored.log.index(words)
+        for words in ("compile cache: restored", "b10_3fs: loaded", "The server is fired up", SAVED[1])
+    ]
+    assert order == sorted(order), "the restore comes before the model, the save after the warm-up"
+
+
+def test_switched_off_nothing_is_restored_or_saved(fleet: Fleet) -> None:
+    packs = sorted(fleet.store.rglob("*"))
+    off = fleet.start(save=False, ENGINE_LOADER_COMPILE_CACHE__ENABLED="false")
+    assert off.graphs == {"hit": 0, "miss": 1}
+    assert "compile cache:" not in off.log
+    assert sorted(fleet.store.rglob("*")) == packs

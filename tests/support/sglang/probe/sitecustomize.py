@@ -1,0 +1,96 @@
+"""Makes SGLang's schedulers write what their models hold into $SGLANG_PROBE: a hash of the bytes of every parameter.
+With SGLANG_PROBE_BESIDE they read the checkpoint that it names besides, and write what was in it.
+With SGLANG_PROBE_COMPILES they compile a function besides, where others compile the model, and write what came of it.
+
+On the path of a server that a test starts (PYTHONPATH), it is imported by every process of it.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import sys
+from importlib.abc import MetaPathFinder
+
+
+def write_digests(scheduler):
+    import torch
+
+    model = scheduler.tp_worker.model_runner.model
+    state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    digests = {}
+    for name, tensor in state.items():
+        content = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+        digests[name] = hashlib.sha256(content).hexdigest()
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    with open(os.path.join(os.environ["SGLANG_PROBE"], f"rank-{rank}.json"), "w") as file:
+        json.dump(digests, file)
+
+
+def compile_something(scheduler):
+    import torch
+    from torch._dynamo.utils import counters
+
+    weight = scheduler.tp_worker.model_runner.model.lm_head.weight.detach()
+
+    @torch.compile
+    def score(hidden, weight):
+        return torch.nn.functional.silu(hidden @ weight.t()).softmax(-1).amax(-1)
+
+    with torch.no_grad():
+        score(torch.ones(4, weight.shape[1], dtype=weight.dtype), weight)
+    found = {name: counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "miss")}
+    with open(os.path.join(os.environ["SGLANG_PROBE"], "compiled.json"), "w") as file:
+        json.dump(found, file)
+
+
+def read_beside(directory):
+    """What is read of a checkpoint for a draft model of one multi-token-prediction layer, and for a LoRA adapter."""
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.model_loader.loader import DefaultModelLoader, get_model_loader
+
+    source = DefaultModelLoader.Source(directory, revision=None)
+    found = {}
+    for load_format in ("auto", "b10_3fs"):
+        draft = get_model_loader(LoadConfig(load_format=load_format, draft_model_idx=1))
+        adapter = DefaultModelLoader(LoadConfig(load_format=load_format, model_loader_extra_config={}))
+        for kind, loader in (("draft", draft), ("adapter", adapter)):
+            weights = loader._get_weights_iterator(source)
+            found[f"{kind} {load_format}"] = {name: tensor.float().sum().item() for name, tensor in weights}
+    with open(os.path.join(os.environ["SGLANG_PROBE"], "beside.json"), "w") as file:
+        json.dump(found, file)
+
+
+class AfterScheduler(MetaPathFinder):
+    name = "sglang.srt.managers.scheduler"
+
+    def find_spec(self, fullname, path, target=None):
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        execute = spec.loader.exec_module
+
+        def execute_and_wrap(module):
+            execute(module)
+            original = module.Scheduler.init_model_worker
+
+            @functools.wraps(original)
+            def init_model_worker(scheduler, *args, **options):
+                result = original(scheduler, *args, **options)
+                write_digests(scheduler)
+                if "SGLANG_PROBE_BESIDE" in os.environ:
+                    read_beside(os.environ["SGLANG_PROBE_BESIDE"])
+                if "SGLANG_PROBE_COMPILES" in os.environ:
+                    compile_something(scheduler)
+                return result
+
+            module.Scheduler.init_model_worker = init_model_worker
+
+        spec.loader.exec_module = execute_and_wrap
+        return spec
+
+
+if "SGLANG_PROBE" in os.environ:
+    sys.meta_path.insert(0, AfterScheduler())
