@@ -22,11 +22,12 @@ from vllm.model_executor.model_loader import default_loader, register_model_load
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from ..errors import SettingsError
+from ..loading.devices import CudaDevices
 from ..loading.direct import DirectLoad
 from ..loading.explain import Explanation
 from ..loading.weights import stream_weights
 from ..plugin import LOAD_FORMAT
-from ..settings import load_settings
+from ..settings import LoaderSettings, load_settings
 from .vllm_sharded import files_of_this_rank, fill_state, tie_as_saved
 from .weights_uri import has_weights, weight_files
 
@@ -83,7 +84,7 @@ class B10ModelLoader(DefaultModelLoader):
             SettingsError: direct mode was asked for and cannot serve.
         """
         mode = self._reader_settings.mode
-        obstacle = None if mode == "stream" else _obstacle_to_direct(model)
+        obstacle = None if mode == "stream" else _obstacle_to_direct(model, self._reader_settings)
         if obstacle and mode == "direct":
             raise SettingsError(f"mode: direct cannot serve here: {obstacle}; set mode to auto or stream")
         self._note = f"streamed: {obstacle}" if obstacle else None
@@ -108,7 +109,7 @@ class B10ModelLoader(DefaultModelLoader):
     def explain(self, model: torch.nn.Module, model_config: Any) -> Explanation:
         """What ``load_weights`` would read of which tensor, in direct mode. The model is not filled."""
         explanation = Explanation(self._reader_settings)
-        explanation.obstacle = _obstacle_to_direct(model)
+        explanation.obstacle = _obstacle_to_direct(model, self._reader_settings)
         load = DirectLoad(model, expects=_expects(model), observer=explanation, execute=False)
         self._load_directly(model, model_config, load)
         return explanation
@@ -184,11 +185,14 @@ class B10ModelLoader(DefaultModelLoader):
         return weights
 
 
-def _obstacle_to_direct(model: torch.nn.Module) -> str | None:
+def _obstacle_to_direct(model: torch.nn.Module, settings: LoaderSettings) -> str | None:
     """Why this model cannot be loaded in direct mode, if so."""
     devices = {parameter.device.type for parameter in model.parameters()}
-    if devices - {"cpu", "meta"}:
+    if devices - {"cpu", "cuda", "meta"}:
         return f"parameters are on {', '.join(sorted(devices - {'cpu'}))}"
+    obstacle = CudaDevices(settings).obstacle() if "cuda" in devices else None
+    if obstacle:
+        return f"parameters are on cuda, and {obstacle}"
     online = any(getattr(getattr(part, "quant_method", None), "uses_meta_device", False) for part in model.modules())
     if online or "meta" in devices:
         return "weights are quantised, or their memory made, while they are loaded"
