@@ -112,7 +112,7 @@ bool DeviceRing::make_slots(el_device_failure &failure) {
     memory_ = pinned_memory(memory_bytes_, error);
     if (memory_ == nullptr) return explain(failure, EL_DEVICE_MEMORY, error);
     for (uint64_t i = 0; i < n; i++) {
-        slots_.push_back(std::make_unique<Slot>());
+        slots_.push_back(std::make_unique<PinnedSlot>());
         slots_.back()->memory = memory_ + i * slot_bytes_;
         error = slots_.back()->event.create(*runtime_);
         if (error != 0) return explain(failure, EL_DEVICE_STREAM, error);
@@ -187,7 +187,7 @@ int DeviceRing::follow(DeviceStream owner, Transfer &transfer) {
     return error != 0 ? error : checked(*runtime_, runtime_->EventRecord(transfer.ready.get(), owner));
 }
 
-Slot *DeviceRing::take(Reader reader, const Run &run) {
+PinnedSlot *DeviceRing::take(Reader reader, const Run &run) {
     const int64_t limit = engine_.config.deadline_ms * kMillisecond;
     const int64_t begin = now_ns();
     Lock lock(engine_.mutex);
@@ -201,12 +201,12 @@ Slot *DeviceRing::take(Reader reader, const Run &run) {
     }
     reader.worker.counters.slot_wait_ns.add(static_cast<uint64_t>(now_ns() - begin));
     if (reader.transfer.stop.load(std::memory_order_relaxed)) return nullptr;
-    Slot *slot = free_.back();
+    PinnedSlot *slot = free_.back();
     free_.pop_back();
     return slot;
 }
 
-void DeviceRing::give(Slot &slot) {
+void DeviceRing::give(PinnedSlot &slot) {
     free_.push_back(&slot);
     freed_.notify_one();
 }

@@ -24,7 +24,7 @@ struct DeviceConfig {
 };
 
 // Page-locked memory, and the event behind the last copy from it.
-struct Slot {
+struct PinnedSlot {
     char *memory = nullptr;
     OwnedEvent event;
 };
@@ -33,7 +33,7 @@ struct Slot {
 // `lock` may be let go of at the end.
 class Lander {
   public:
-    virtual void landed(Slot &slot, bool complete, Lock &lock) = 0;
+    virtual void landed(PinnedSlot &slot, bool complete, Lock &lock) = 0;
 
   protected:
     ~Lander() = default;
@@ -43,7 +43,7 @@ class Lander {
 struct Flight {
     Transfer *transfer;
     Lander *lander;
-    Slot *slot;
+    PinnedSlot *slot;
     Place place;  // of the first byte, for messages
     uint32_t stream;
     int64_t since;
@@ -76,9 +76,9 @@ class DeviceRing {
     int follow(DeviceStream owner, Transfer &transfer);
 
     // A slot that nobody uses; waits for one. nullptr when the transfer was stopped, or now failed by its deadline.
-    Slot *take(Reader reader, const Run &run);
+    PinnedSlot *take(Reader reader, const Run &run);
     // The mutex is held.
-    void give(Slot &slot);
+    void give(PinnedSlot &slot);
 
     // Have a stream wait for what the transfer follows. Copies of a block come after it. 0, or the runtime's error.
     int begin(uint32_t stream, const Transfer &transfer);
@@ -110,8 +110,8 @@ class DeviceRing {
     uint64_t memory_bytes_ = 0;
     bool registered_ = false;  // our own memory; else the runtime's
     std::vector<DeviceStream> streams_;
-    std::vector<std::unique_ptr<Slot>> slots_;
-    std::vector<Slot *> free_;
+    std::vector<std::unique_ptr<PinnedSlot>> slots_;
+    std::vector<PinnedSlot *> free_;
     std::vector<std::deque<Flight>> flights_;  // by stream
     uint32_t flying_ = 0;
     Condition changed_;  // there are flights, or the engine closes

@@ -19,7 +19,7 @@ class Landing final : public Lander {
     // Both before a launch; without the mutex, for nothing can have landed yet that would look at them.
     void launched() { flights_.fetch_add(1, std::memory_order_relaxed); }
 
-    void landed(Slot &slot, bool complete, Lock &lock) override {
+    void landed(PinnedSlot &slot, bool complete, Lock &lock) override {
         ring_.give(slot);
         end_part(complete, lock);
     }
@@ -96,7 +96,7 @@ class Stager {
     DeviceRing &ring_;
     Landing &landing_;
     const uint32_t stream_;
-    Slot *slot_ = nullptr;
+    PinnedSlot *slot_ = nullptr;
     Place place_{};
     uint64_t used_ = 0;
 };
