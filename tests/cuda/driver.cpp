@@ -271,13 +271,13 @@ void a_destroyed_engine_waits_for_copies_behind_the_back(const Files &files) {
 
 // Whether there are slots for all that is read, or readers wait for them.
 void check_hanging(const Files &files, uint64_t pinned_bytes) {
-    Fixture fixture(small_blocks(50), pinned_bytes);
+    Fixture fixture(small_blocks(400), pinned_bytes);
     Place place(files[0].content.size());
     const Plan plan = whole_file(files[0], 2, place);
     standin_hold_copies(1);
     el_transfer *transfer = nullptr;
     CHECK(fixture.submit(plan, &transfer) == EL_OK);
-    CHECK(el_wait(transfer, -1, 5000) == EL_FAILED);
+    CHECK(el_wait(transfer, -1, 6000) == EL_FAILED);
     const el_failure_info failure = failure_of(transfer);
     CHECK(failure.kind == EL_FAIL_DEADLINE && failure.tries == 0 && failure.in_flight > 0);
     standin_hold_copies(0);

@@ -258,7 +258,7 @@ void *DeviceRing::thread_main(void *argument) {
     DeviceRing &ring = *static_cast<DeviceRing *>(argument);
     Engine &engine = ring.engine_;
     // Where this fails, every look at an event does, too, and says so.
-    checked(*ring.runtime_, ring.runtime_->SetDevice(ring.config_.device));
+    ring.enter();
     Lock lock(engine.mutex);
     ring.watch(lock);
     engine.running--;

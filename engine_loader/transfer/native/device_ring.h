@@ -72,6 +72,10 @@ class DeviceRing {
     uint64_t slot_bytes() const { return slot_bytes_; }
     uint32_t streams() const { return static_cast<uint32_t>(streams_.size()); }
 
+    // Make the device this thread's, which is one of the engine's: giving back the one before could make a context of the
+    // runtime on a device that nobody uses. 0, or the runtime's error.
+    int enter() { return checked(*runtime_, runtime_->SetDevice(config_.device)); }
+
     // Have the transfer's copies come after what is on the owner's stream now. 0, or the runtime's error.
     int follow(DeviceStream owner, Transfer &transfer);
 

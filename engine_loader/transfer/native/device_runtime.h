@@ -44,7 +44,7 @@ struct DeviceRuntime {
 // where there is none, with the reason in `problem`. It stays loaded.
 const DeviceRuntime *find_device_runtime(const std::string &library, std::string &problem);
 
-// Makes a device current for this thread, and gives back the one before.
+// Makes a device current for a thread of the caller's, and gives back the one before.
 class CurrentDevice {
   public:
     CurrentDevice(const DeviceRuntime &runtime, int device);

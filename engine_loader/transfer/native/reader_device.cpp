@@ -102,11 +102,10 @@ class Stager {
 };
 
 Outcome bring_all(Reader reader, const Block &block, Landing &landing) {
-    const DeviceRing &ring = *reader.transfer.device;
-    const CurrentDevice current(ring.runtime(), ring.config().device);
-    if (current.error() != 0) {
+    const int error = reader.transfer.device->enter();
+    if (error != 0) {
         const Piece &first = reader.transfer.pieces[block.first_piece];
-        reader.transfer.device->fail_copy(reader.transfer, Place{block.file, first.extent, first.offset}, current.error());
+        reader.transfer.device->fail_copy(reader.transfer, Place{block.file, first.extent, first.offset}, error);
         return Outcome::stopped;
     }
     Stager stager(reader, landing);

@@ -312,8 +312,8 @@ class RingReader {
         Transfer &transfer = *slot.work->transfer;
         DeviceRing &ring = *transfer.device;
         const Place place{slot.run.file, slot.run.extent, slot.run.offset};
-        const CurrentDevice current(ring.runtime(), ring.config().device);
-        const int error = current.error() != 0 ? current.error() : prepare_event(slot, ring);
+        const int entered = ring.enter();
+        const int error = entered != 0 ? entered : prepare_event(slot, ring);
         slot.state = Slot::copying;
         if (error != 0) {
             ring.fail_copy(transfer, place, error);
