@@ -130,6 +130,23 @@ class LoaderSettings(_Group):
         default=120.0, gt=0, allow_inf_nan=False, description="Seconds without a single byte after which a load fails."
     )
 
+    device_pinned_bytes: ByteSize = Field(
+        default=ByteSize(256 * _MIB),
+        ge=_MIB,
+        le=_MOST_BYTES,
+        description="Page-locked memory for what is on its way to a GPU, for each one that is read to.",
+    )
+    device_buffer_bytes: ByteSize = Field(
+        default=ByteSize(_GIB),
+        ge=_MIB,
+        le=_MOST_BYTES,
+        description="Memory of a GPU for tensors that are streamed there; a tensor that is larger gets its own.",
+    )
+    device_runtime: str | None = Field(
+        default=None,
+        description="The library of CUDA's (or HIP's) runtime; auto: the one that torch has loaded.",
+    )
+
     usrbio_rings: int | None = Field(
         default=None, ge=1, le=64, description="Threads that read from 3FS, each with a ring of its own; auto: up to 4."
     )
@@ -184,6 +201,7 @@ class LoaderSettings(_Group):
         "threads",
         "usrbio_rings",
         "hf3fs_lib_dir",
+        "device_runtime",
         "sharded_pattern",
         "weights_uri",
         "object_store_endpoint_url",

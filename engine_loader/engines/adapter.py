@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import SettingsError
+from ..loading.devices import CudaDevices
 from ..loading.direct import DirectLoad
 from ..loading.weights import stream_weights
 from ..plugin import LOAD_FORMAT
@@ -52,7 +53,7 @@ def plan_mode(settings: LoaderSettings, model: torch.nn.Module) -> tuple[bool, s
     Raises:
         SettingsError: direct mode was asked for and cannot serve.
     """
-    obstacle = None if settings.mode == "stream" else obstacle_to_direct(model)
+    obstacle = None if settings.mode == "stream" else obstacle_to_direct(model, settings)
     if obstacle and settings.mode == "direct":
         raise SettingsError(f"mode: direct cannot serve here: {obstacle}; set mode to auto or stream")
     return settings.mode != "stream" and not obstacle, f"streamed: {obstacle}" if obstacle else None
@@ -63,11 +64,14 @@ def prepare_memory(model: torch.nn.Module) -> None:
     ask_for_huge_pages(itertools.chain(model.parameters(), model.buffers()))
 
 
-def obstacle_to_direct(model: torch.nn.Module) -> str | None:
+def obstacle_to_direct(model: torch.nn.Module, settings: LoaderSettings) -> str | None:
     """Why this model cannot be loaded in direct mode, if so."""
     devices = {parameter.device.type for parameter in model.parameters()}
-    if devices - {"cpu", "meta"}:
+    if devices - {"cpu", "cuda", "meta"}:
         return f"parameters are on {', '.join(sorted(devices - {'cpu'}))}"
+    obstacle = CudaDevices(settings).obstacle() if "cuda" in devices else None
+    if obstacle:
+        return f"parameters are on cuda, and {obstacle}"
     online = any(getattr(getattr(part, "quant_method", None), "uses_meta_device", False) for part in model.modules())
     if online or "meta" in devices:
         return "weights are quantised, or their memory made, while they are loaded"

@@ -110,7 +110,7 @@ class B10ModelLoader(DefaultModelLoader):
     def explain(self, model: torch.nn.Module, model_config: Any) -> Explanation:
         """What ``load_weights`` would read of which tensor, in direct mode. The model is not filled."""
         explanation = Explanation(self._reader_settings)
-        explanation.obstacle = obstacle_to_direct(model)
+        explanation.obstacle = obstacle_to_direct(model, self._reader_settings)
         load = DirectLoad(model, expects=_expects(model), observer=explanation, execute=False)
         self._load_directly(model, model_config, load)
         return explanation

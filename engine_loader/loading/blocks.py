@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from ctypes import Array, c_char
 from dataclasses import dataclass, field
 
@@ -16,6 +16,7 @@ from ..formats.safetensors import TensorInfo
 _COPIED_BYTES = 16 << 10
 # Mapped blocks leap over what is not wanted when it is larger than this.
 _GAP_BYTES = 64 << 10
+_DEVICE_ALIGN = 256
 
 
 @dataclass(slots=True)
@@ -39,13 +40,23 @@ def packed_blocks(infos: Iterable[TensorInfo], block_bytes: int) -> Iterator[Blo
     The first lies at its file offset modulo the page size, so that neighbours in the file are mostly neighbours in
     memory and direct IO needs no copy.
     """
+    return _packed(infos, block_bytes, lambda info, begin: _aligned(begin or info.offset % mmap.PAGESIZE, info.dtype))
+
+
+def device_blocks(infos: Iterable[TensorInfo], block_bytes: int) -> Iterator[Block]:
+    """The same in the memory of a device, aligned as kernels like it, and as torch's allocator does it."""
+    return _packed(infos, block_bytes, lambda info, begin: -(-begin // _DEVICE_ALIGN) * _DEVICE_ALIGN)
+
+
+def _packed(infos: Iterable[TensorInfo], block_bytes: int, place: Callable[[TensorInfo, int], int]) -> Iterator[Block]:
+    """Blocks whose tensors get the place from a position on that ``place`` says."""
     block = Block()
     for info in infos:
-        position = _aligned(block.nbytes or info.offset % mmap.PAGESIZE, info.dtype)
+        position = place(info, block.nbytes)
         if block.tensors and position + info.nbytes > block_bytes:
             yield block
             block = Block()
-            position = _aligned(info.offset % mmap.PAGESIZE, info.dtype)
+            position = place(info, 0)
         block.add(info, position)
     if block.tensors:
         yield block
@@ -71,10 +82,15 @@ def file_blocks(infos: Iterable[TensorInfo], block_bytes: int) -> Iterator[Block
 
 def block_tensor(memory: Array[c_char], info: TensorInfo, position: int) -> torch.Tensor:
     """The tensor at ``position`` of a block's memory. It keeps the memory alive, or has its own."""
-    dtype, shape = info.as_torch()
     if not info.nbytes:
+        dtype, shape = info.as_torch()
         return torch.empty(shape, dtype=dtype, device="cpu")
-    content = torch.frombuffer(memory, dtype=torch.uint8, count=info.nbytes, offset=position)
+    return shaped(torch.frombuffer(memory, dtype=torch.uint8, count=info.nbytes, offset=position), info, position)
+
+
+def shaped(content: torch.Tensor, info: TensorInfo, position: int) -> torch.Tensor:
+    """The tensor whose bytes are ``content``, at ``position`` of its block. It keeps them alive, or has its own."""
+    dtype, shape = info.as_torch()
     if info.nbytes <= _COPIED_BYTES or position % dtype.itemsize:
         # Copied as bytes: a copy of booleans would make every byte 0 or 1.
         content = content.clone()

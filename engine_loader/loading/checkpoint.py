@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import torch
 
-from ..errors import CheckpointError, TensorNotFoundError
+from ..errors import CheckpointError, TensorNotFoundError, TransferError
 from ..formats.hf_index import ShardIndex
 from ..formats.safetensors import TensorInfo
 from ..formats.sharded_state import ShardRank
@@ -17,6 +17,7 @@ from ..settings import LoaderSettings, load_settings
 from ..sources.constructor import make_source
 from ..sources.protocol import Source
 from ..transfer.plan import ExtentRow
+from .devices import Devices
 from .geometry import contiguous_strides, view_extents
 from .key_mapping import KeyMapping
 from .locate import OpenFiles, PathLike, open_files, sharded_files
@@ -110,8 +111,15 @@ class Checkpoint:
     tensors that were handed out stay valid.
     """
 
-    def __init__(self, files: OpenFiles, source: str, settings: LoaderSettings, device: torch.device) -> None:
-        self._reader = Reader(files, source, settings)
+    def __init__(
+        self,
+        files: OpenFiles,
+        source: str,
+        settings: LoaderSettings,
+        device: torch.device,
+        devices: Devices | None = None,
+    ) -> None:
+        self._reader = Reader(files, source, settings, devices)
         self._device = device
         try:
             self._infos = _by_name(files)
@@ -213,13 +221,20 @@ class Checkpoint:
         pairs = [(self.info(name), target) for name, target in targets.items()]
         for info, target in pairs:
             check_target(info, target)
-        direct = [pair for pair in pairs if pair[1].device.type == "cpu"]
-        check_targets_apart(direct)
-        self._read(direct)
+        direct: dict[int | None, list[tuple[TensorInfo, torch.Tensor]]] = {}  # by device
+        others = {}
+        for info, target in pairs:
+            device = self._reader.device_of(target)
+            if device is None and target.device.type != "cpu":
+                others[info.name] = target
+            else:
+                direct.setdefault(device, []).append((info, target))
         report = report or LoadReport()
-        for info, _ in direct:
-            report.handed_out(info)
-        others = {info.name: target for info, target in pairs if target.device.type != "cpu"}
+        for device, group in direct.items():
+            check_targets_apart(group)
+            self._read(group, device)
+            for info, _ in group:
+                report.handed_out(info)
         if others:
             with torch.no_grad():
                 for name, tensor in self.tensors(others, report=report):
@@ -231,12 +246,11 @@ class Checkpoint:
         self._reader.close()
 
     def _stream(self, infos: Iterable[TensorInfo], report: LoadReport) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in self._reader.stream(infos, report):
-            yield name, tensor.to(self._device)
+        yield from self._reader.stream_to(self._device, infos, report)
         self._reader.finish(report)
 
-    def _read(self, pairs: Sequence[tuple[TensorInfo, torch.Tensor]]) -> None:
-        """Read whole tensors into CPU memory."""
+    def _read(self, pairs: Sequence[tuple[TensorInfo, torch.Tensor]], device: int | None) -> None:
+        """Read whole tensors into the memory of one device, or (None) of the CPU."""
         extents: list[ExtentRow] = []
         for info, target in pairs:
             number, address = self._reader.file_number(info), target.data_ptr()
@@ -252,7 +266,10 @@ class Checkpoint:
                 dst_strides=target.stride(),
                 address=address,
             )
-        self._reader.read(extents, [target for _, target in pairs])
+        try:
+            self._reader.read(extents, [target for _, target in pairs], device)
+        except TransferError as error:
+            raise self._reader.named(error) from error
 
 
 def check_index(index: ShardIndex, files: OpenFiles) -> dict[str, TensorInfo]:

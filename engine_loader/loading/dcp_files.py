@@ -24,10 +24,11 @@ from ..report.load import LoadReport
 from ..settings import LoaderSettings
 from ..sources.protocol import Source, SourceFile
 from ..transfer.constructor import make_engine_for
+from ..transfer.devices import Place
 from ..transfer.plan import ExtentRow, extent, make_extents
 from ..transfer.protocol import Transfer, TransferEngine, wait_or_cancel
 from .geometry import contiguous_strides, view_extents
-from .reader import complete_report
+from .reader import complete_report, submit_to
 from .targets import overlaps_itself
 
 if TYPE_CHECKING:
@@ -262,7 +263,7 @@ class DcpFiles:
         """
         self.verify_unchanged()
         report.read_from(file.path for file in self._files if file.path != self.metadata_path)
-        complete_report(report, self.source.name, self._running_engine())
+        complete_report(report, self.source.name, self.running_engine())
 
     def close(self) -> None:
         """Cancel what is in flight; give back files and threads. Safe to call twice."""
@@ -335,14 +336,15 @@ class DcpFiles:
                 found[key] = StoredTensor(name, number, place, dtype, layout.shape, layout.strides)
         return found
 
-    def submit_extents(self, rows: Sequence[ExtentRow], owner: object) -> Transfer:
+    def submit_extents(self, rows: Sequence[ExtentRow], owner: object, place: Place | None = None) -> Transfer:
         """Start a plan; the engine is told of the files only that it needs, of a checkpoint's many."""
-        numbers = {number: place for place, number in enumerate(sorted({row[0] for row in rows}))}
+        numbers = {number: index for index, number in enumerate(sorted({row[0] for row in rows}))}
         extents = make_extents(rows)
         extents["file"] = [numbers[row[0]] for row in rows]
-        return self._running_engine().submit([self._files[number] for number in numbers], extents, owner=owner)
+        return submit_to(place, self.running_engine(), [self._files[number] for number in numbers], extents, owner)
 
-    def _running_engine(self) -> TransferEngine:
+    def running_engine(self) -> TransferEngine:
+        """The engine that reads the files, which begins with the first read."""
         with self._lock:
             if self._closed:
                 raise CheckpointError("the checkpoint is closed", file=self.directory)

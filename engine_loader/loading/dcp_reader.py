@@ -13,15 +13,19 @@ from typing import Self
 
 import torch
 
+from ..errors import TransferError
 from ..formats.safetensors import TensorInfo
 from ..report.load import LoadReport
 from ..settings import LoaderSettings
 from ..sources.protocol import Source
+from ..transfer.devices import Place
 from ..transfer.plan import ExtentRow
 from ..transfer.protocol import Transfer, wait_or_cancel
 from .dcp import DcpCheckpoint, DcpTensor
 from .dcp_files import StoredTensor, dtype_name
+from .devices import CudaDevices, Devices
 from .geometry import contiguous_strides
+from .reader import device_for, error_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +123,7 @@ class DcpReader:
         source: where it is.
         directory: its path.
         settings: how to read.
+        devices: whose memory can be read into beside the CPU's; None: torch's.
 
     Attributes:
         infos: its tensors, in the order of their files; file and offset are those of the first chunk.
@@ -128,7 +133,10 @@ class DcpReader:
         SettingsError: the function that ``key_mapping`` names is not there.
     """
 
-    def __init__(self, source: Source, directory: str, settings: LoaderSettings) -> None:
+    def __init__(
+        self, source: Source, directory: str, settings: LoaderSettings, devices: Devices | None = None
+    ) -> None:
+        self._devices: Devices = CudaDevices(settings) if devices is None else devices
         self._checkpoint = DcpCheckpoint(source, directory, settings, torch.device("cpu"))
         try:
             tensors = self._checkpoint.located()
@@ -158,23 +166,32 @@ class DcpReader:
         """Whether parts of a tensor can be asked for as extents; others can only be streamed."""
         return self._pieces[self._numbers[info.name]] is not None
 
-    def read(self, extents: Sequence[ExtentRow], owner: object) -> None:
+    def device_of(self, tensor: torch.Tensor) -> int | None:
+        """The device into whose memory a tensor can be read; see ``Reader.device_of``."""
+        return device_for(tensor, self._devices, self._checkpoint.files.running_engine)
+
+    def read(self, extents: Sequence[ExtentRow], owner: object, device: int | None = None) -> None:
         """Carry out a plan and wait for it; see ``Reader.read``."""
         if extents:
-            wait_or_cancel(self.submit(extents, owner))
+            wait_or_cancel(self.submit(extents, owner, device))
 
-    def submit(self, extents: Sequence[ExtentRow], owner: object) -> Transfer:
+    def submit(self, extents: Sequence[ExtentRow], owner: object, device: int | None = None) -> Transfer:
         """Start a plan; see ``Reader.submit``."""
         rows: list[ExtentRow] = []
         for row in extents:
             pieces = self._pieces[row[0]]
             assert pieces is not None
             rows += pieces.extents(row, row[2] - self.infos[row[0]].offset)
-        return self._checkpoint.files.submit_extents(rows, owner)
+        place = None if device is None else Place(device, self._devices.stream(device))
+        return self._checkpoint.files.submit_extents(rows, owner, place)
 
     def stream(self, infos: Iterable[TensorInfo], report: LoadReport) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, CPU tensor) of ``infos``, in their order, reading ahead."""
         yield from self._checkpoint.stream([info.name for info in infos], report)
+
+    def named(self, error: TransferError) -> TransferError:
+        """The error of a read with the tensor's name, where one holds the byte."""
+        return error_of(self.tensor_at(error.file, error.offset), error)
 
     def tensor_at(self, file: str | None, offset: int | None) -> str | None:
         """The name of the tensor that holds a byte of a file, for messages."""

@@ -70,19 +70,21 @@ class DirectReader(Protocol):
     def __exit__(self, *_: object) -> None: ...
     def file_number(self, info: TensorInfo) -> int: ...
     def has_extents(self, info: TensorInfo) -> bool: ...
-    def read(self, extents: Sequence[ExtentRow], owner: object) -> None: ...
-    def submit(self, extents: Sequence[ExtentRow], owner: object) -> Transfer: ...
+    def device_of(self, tensor: torch.Tensor) -> int | None: ...
+    def read(self, extents: Sequence[ExtentRow], owner: object, device: int | None = None) -> None: ...
+    def submit(self, extents: Sequence[ExtentRow], owner: object, device: int | None = None) -> Transfer: ...
     def stream(self, infos: Iterable[TensorInfo], report: LoadReport) -> Iterator[tuple[str, torch.Tensor]]: ...
-    def tensor_at(self, file: str | None, offset: int | None) -> str | None: ...
+    def named(self, error: TransferError) -> TransferError: ...
     def finish(self, report: LoadReport) -> None: ...
 
 
 @dataclass(slots=True)
 class _Batch:
-    """Copies that are handed to the engine's threads together; all from the files of one reader."""
+    """Copies that are handed to the engine's threads together; all from the files of one reader, to one device."""
 
     number: int
     part: _Part | None = None
+    device: int | None = None  # None: CPU memory
     extents: list[ExtentRow] = field(default_factory=list)
     owners: list[object] = field(default_factory=list)
     nbytes: int = 0
@@ -295,15 +297,19 @@ class DirectLoad:
             return False
         if view.shape != target.shape:
             view = view.expand(target.shape)
+        part = self._parts[origin.info.file]
         with self._lock:
             self._check_not_ended(origin.info)
+            device = part.reader.device_of(target)
+            if device is None and target.device.type != "cpu":
+                return False
             extents = self._extents(target, origin, view)
             if extents is None:
                 return False
             if extents:
                 if self._observer is not None:
                     self._observer.copied(origin.info, extents)
-                storage = self._add(self._parts[origin.info.file], target, extents)
+                storage = self._add(part, target, device, extents)
                 # Who opened the memory looks at it when he likes; another thread is not seen when it does, and nobody
                 # is while the mode is off.
                 if storage.opened or threading.get_ident() != self._thread or not self._mode_is_on:
@@ -376,15 +382,15 @@ class DirectLoad:
             return None
         return extents
 
-    def _add(self, part: _Part, target: torch.Tensor, extents: list[ExtentRow]) -> _Storage:
+    def _add(self, part: _Part, target: torch.Tensor, device: int | None, extents: list[ExtentRow]) -> _Storage:
         memory = _storage_of(target)
         storage = self._storages.setdefault(memory._cdata, _Storage())
         if _overlaps(storage, extents):
             # The same memory twice: the later copy wins, so the earlier one comes first.
             self._wait_for_batch(storage.last_batch)
-        if self._batch.part is not part:
+        if self._batch.part is not part or self._batch.device != device:
             self._submit()
-            self._batch.part = part
+            self._batch.part, self._batch.device = part, device
         batch = self._batch
         nbytes = 0
         for extent in extents:
@@ -404,13 +410,16 @@ class DirectLoad:
         batch = self._batch
         if batch.part is None or not batch.extents:
             return
-        self._batch = _Batch(batch.number + 1, batch.part)
+        self._batch = _Batch(batch.number + 1, batch.part, batch.device)
         if not self._execute:
             self._completed = batch.number
             return
-        self._flying.append((batch, batch.part.reader.submit(batch.extents, batch.owners)))
+        self._flying.append((batch, self._start(batch, batch.part)))
         while self._flying and self._wait_for_first(timeout_s=0):
             pass
+
+    def _start(self, batch: _Batch, part: _Part) -> Transfer:
+        return self._named(part, lambda: part.reader.submit(batch.extents, batch.owners, batch.device))
 
     def _wait_for_batch(self, number: int) -> None:
         if number == self._batch.number:
@@ -497,16 +506,11 @@ class DirectLoad:
         try:
             return work()
         except TransferError as error:
-            name = part.reader.tensor_at(error.file, error.offset)
-            if name is not None:
-                named = type(error)(
-                    f"tensor {name!r}: {error.message}", file=error.file, offset=error.offset, hint=error.hint
-                )
-                named.errno = error.errno
-                self._failure = self._failure or named
-                raise named from error
-            self._failure = self._failure or error
-            raise
+            named = part.reader.named(error)
+            self._failure = self._failure or named
+            if named is error:
+                raise
+            raise named from error
 
 
 def _lulls(small: Sequence[bool]) -> frozenset[int]:
@@ -526,7 +530,7 @@ def _has_own_memory(tensor: torch.Tensor) -> bool:
 
 def _takes_bytes(target: torch.Tensor) -> bool:
     """Whether a copy into the tensor is a copy of bytes, each to a place of its own."""
-    if not _has_own_memory(target) or target.device.type != "cpu" or target.is_conj() or target.is_neg():
+    if not _has_own_memory(target) or target.is_conj() or target.is_neg():
         return False
     return target.is_contiguous() or not overlaps_itself(target)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from ctypes import Array, c_char
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -12,9 +12,11 @@ import torch
 from ..formats.safetensors import TensorInfo
 from ..sources.protocol import SourceFile
 from ..transfer.buffers import BufferPool
-from ..transfer.plan import extent, make_extents
+from ..transfer.devices import Place
+from ..transfer.native_engine import NativeEngine
+from ..transfer.plan import Extents, extent, make_extents
 from ..transfer.protocol import Transfer, TransferEngine
-from .blocks import Block, block_tensor, packed_blocks
+from .blocks import Block, block_tensor, device_blocks, packed_blocks, shaped
 
 
 class Filling(Protocol):
@@ -133,14 +135,7 @@ class PooledFiller:
         lease = self._pool.lease(block.nbytes, force=force)
         if lease is None:
             return None
-        numbers = {path: number for number, path in enumerate(dict.fromkeys(info.file for info in block.tensors))}
-        extents = make_extents(
-            [
-                extent(numbers[info.file], info.offset, info.nbytes, lease.address + position)
-                for info, position in zip(block.tensors, block.positions, strict=True)
-            ]
-        )
-        files = [self._files[path] for path in numbers]
+        files, extents = _plan(self._files, block, lease.address)
         return _Reading(block, lease.memory, self._engine.submit(files, extents, owner=lease.memory), lease.number)
 
     def passed(self, filling: _Reading) -> None:
@@ -149,3 +144,89 @@ class PooledFiller:
 
     def finish(self) -> None:
         return
+
+
+@dataclass(slots=True)
+class _Placing:
+    """A block that is put into the memory of a device."""
+
+    block: Block
+    memory: torch.Tensor | None
+    transfer: Transfer
+
+    def wait(self) -> None:
+        self.transfer.wait()
+
+    def tensor(self, index: int) -> torch.Tensor:
+        assert self.memory is not None
+        info, position = self.block.tensors[index], self.block.positions[index]
+        return shaped(self.memory.narrow(0, position, info.nbytes), info, position)
+
+    def cancel(self) -> None:
+        self.transfer.cancel()
+
+
+class DeviceFiller:
+    """Reads blocks into memory of a device that is made for each of them; the allocator sees to its reuse.
+
+    The budget covers the blocks that are being filled, or were just handed out. What the consumer keeps is its own.
+
+    Args:
+        files: by path.
+        engine: reads.
+        place: the device, and the stream that is the current one now.
+        empty: so many fresh bytes there.
+        buffer_bytes: the budget.
+        block_bytes: of a block, at most.
+    """
+
+    blocks_ahead = 64
+
+    def __init__(
+        self,
+        files: Mapping[str, SourceFile],
+        engine: NativeEngine,
+        *,
+        place: Callable[[], Place],
+        empty: Callable[[int], torch.Tensor],
+        buffer_bytes: int,
+        block_bytes: int,
+    ) -> None:
+        self._files = files
+        self._engine = engine
+        self._place = place
+        self._empty = empty
+        self._buffer_bytes = buffer_bytes
+        self._block_bytes = block_bytes
+        self._used_bytes = 0
+        self.peak_bytes = 0
+
+    def blocks(self, infos: Iterable[TensorInfo]) -> Iterator[Block]:
+        return device_blocks(infos, self._block_bytes)
+
+    def start(self, block: Block, *, force: bool) -> _Placing | None:
+        if self._used_bytes + block.nbytes > self._buffer_bytes and not force:
+            return None
+        memory = self._empty(block.nbytes)
+        files, extents = _plan(self._files, block, memory.data_ptr())
+        transfer = self._engine.submit_to_device(files, extents, self._place(), owner=memory)
+        self._used_bytes += block.nbytes
+        self.peak_bytes = max(self.peak_bytes, self._used_bytes)
+        return _Placing(block, memory, transfer)
+
+    def passed(self, filling: _Placing) -> None:
+        filling.memory = None
+        self._used_bytes -= filling.block.nbytes
+
+    def finish(self) -> None:
+        return
+
+
+def _plan(files: Mapping[str, SourceFile], block: Block, address: int) -> tuple[list[SourceFile], Extents]:
+    """The block's files, and the extents that put it at ``address``."""
+    numbers = {path: number for number, path in enumerate(dict.fromkeys(info.file for info in block.tensors))}
+    rows = [
+        extent(numbers[info.file], info.offset, info.nbytes, address + position)
+        for info, position in zip(block.tensors, block.positions, strict=True)
+    ]
+    return [files[path] for path in numbers], make_extents(rows)

@@ -9,16 +9,19 @@ from typing import Self
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, TransferError
 from ..formats.safetensors import TensorInfo
 from ..report.load import LoadReport
 from ..settings import LoaderSettings
+from ..sources.protocol import SourceFile
 from ..transfer.constructor import make_engine_for
+from ..transfer.devices import Place
 from ..transfer.modes import can_map
 from ..transfer.native_engine import NativeEngine
-from ..transfer.plan import ExtentRow, make_extents
+from ..transfer.plan import ExtentRow, Extents, make_extents
 from ..transfer.protocol import Transfer, TransferEngine, wait_or_cancel
-from .filling import PooledFiller
+from .devices import CudaDevices, Devices
+from .filling import DeviceFiller, PooledFiller
 from .locate import OpenFiles
 from .mapped import MappedFiller
 from .stream import AnyFiller, stream_tensors
@@ -31,12 +34,14 @@ class Reader:
         files: the open files.
         source: the name of where they are, for the report.
         settings: how to read.
+        devices: whose memory can be read into beside the CPU's; None: torch's.
     """
 
-    def __init__(self, files: OpenFiles, source: str, settings: LoaderSettings) -> None:
+    def __init__(self, files: OpenFiles, source: str, settings: LoaderSettings, devices: Devices | None = None) -> None:
         self.files = files
         self._source = source
         self._settings = settings
+        self._devices: Devices = CudaDevices(settings) if devices is None else devices
         self._open = {opened.file.path: opened.file for opened in files.files}
         self._numbers = {path: number for number, path in enumerate(self._open)}
         self._engine: TransferEngine | None = None
@@ -67,27 +72,64 @@ class Reader:
         """The number of a tensor's file in the extents that ``read`` takes."""
         return self._numbers[info.file]
 
-    def read(self, extents: Sequence[ExtentRow], owner: object) -> None:
+    def device_of(self, tensor: torch.Tensor) -> int | None:
+        """The device, as ``read`` takes it, into whose memory a tensor can be read; None: it lies elsewhere, or this
+        engine cannot do that."""
+        return device_for(tensor, self._devices, self._running_engine)
+
+    def read(self, extents: Sequence[ExtentRow], owner: object, device: int | None = None) -> None:
         """Carry out a plan and wait for it.
 
         Args:
             extents: the plan; its files are numbered by ``file_number``.
             owner: keeps the destinations alive.
+            device: that holds the destinations, from ``device_of``; None: they are in the CPU's memory.
 
         Raises:
             CheckpointError: the bytes could not be read; the destinations then hold unspecified bytes.
         """
         if not extents:
             return
-        wait_or_cancel(self.submit(extents, owner))
+        wait_or_cancel(self.submit(extents, owner, device))
 
-    def submit(self, extents: Sequence[ExtentRow], owner: object) -> Transfer:
-        """Start a plan; arguments and errors are those of ``read``, the errors when it is waited for."""
-        return self._running_engine().submit(list(self._open.values()), make_extents(extents), owner=owner)
+    def submit(self, extents: Sequence[ExtentRow], owner: object, device: int | None = None) -> Transfer:
+        """Start a plan; arguments and errors are those of ``read``, the errors when it is waited for.
+
+        On a device, the bytes come after what is on the current stream, and are there for any stream once they were
+        waited for.
+        """
+        place = None if device is None else Place(device, self._devices.stream(device))
+        return submit_to(place, self._running_engine(), list(self._open.values()), make_extents(extents), owner)
 
     def stream(self, infos: Iterable[TensorInfo], report: LoadReport) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, CPU tensor) of ``infos``, in their order, reading ahead (see stream.py)."""
         yield from stream_tensors(infos, self._filler_of(report), report)
+
+    def stream_to(
+        self, device: torch.device, infos: Iterable[TensorInfo], report: LoadReport
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same with tensors on ``device``; where the engine cannot put bytes there, torch copies them."""
+        engine, number = self._running_engine(), self._devices.number(device)
+        if number is None or not isinstance(engine, NativeEngine):
+            for name, tensor in self.stream(infos, report):
+                yield name, tensor.to(device)
+            return
+        filler = DeviceFiller(
+            self._open,
+            engine,
+            place=lambda: Place(number, self._devices.stream(number)),
+            empty=lambda nbytes: self._devices.empty(nbytes, device),
+            buffer_bytes=int(self._settings.device_buffer_bytes),
+            block_bytes=int(self._settings.block_bytes),
+        )
+        try:
+            yield from stream_tensors(infos, lambda info: filler, report)
+        except TransferError as error:
+            raise self.named(error) from error
+
+    def named(self, error: TransferError) -> TransferError:
+        """The error of a read with the tensor's name, where one holds the byte."""
+        return error_of(self.tensor_at(error.file, error.offset), error)
 
     def tensor_at(self, file: str | None, offset: int | None) -> str | None:
         """The name of the tensor that holds a byte of a file, for messages."""
@@ -144,6 +186,31 @@ class Reader:
             if self._engine is None:
                 self._engine = make_engine_for(self._open.values(), self._settings)
             return self._engine
+
+
+def device_for(tensor: torch.Tensor, devices: Devices, engine: Callable[[], TransferEngine]) -> int | None:
+    """The device into whose memory ``engine`` can read a tensor; None: it lies elsewhere, or that cannot do it."""
+    number = devices.number_of(tensor)
+    return number if number is not None and isinstance(engine(), NativeEngine) else None
+
+
+def submit_to(
+    place: Place | None, engine: TransferEngine, files: Sequence[SourceFile], plan: Extents, owner: object
+) -> Transfer:
+    """Start a plan whose destinations are on a device, from ``device_for``, or in the CPU's memory (None)."""
+    if place is None:
+        return engine.submit(files, plan, owner=owner)
+    assert isinstance(engine, NativeEngine)
+    return engine.submit_to_device(files, plan, place, owner=owner)
+
+
+def error_of(name: str | None, error: TransferError) -> TransferError:
+    """The error of a read with the name of its tensor, if that is known."""
+    if name is None:
+        return error
+    named = type(error)(f"tensor {name!r}: {error.message}", file=error.file, offset=error.offset, hint=error.hint)
+    named.errno = error.errno
+    return named
 
 
 def complete_report(report: LoadReport, source: str, engine: TransferEngine) -> None:

@@ -53,6 +53,8 @@ def make_engine(settings: LoaderSettings, *, descriptors: bool = True, remote: b
             max_tries=settings.max_tries,
             deadline_s=settings.deadline_s,
             read_mode=settings.read_mode,
+            pinned_bytes=int(settings.device_pinned_bytes),
+            device_runtime=settings.device_runtime,
         )
     return PythonEngine(
         settings.object_store_requests if remote else settings.threads,

@@ -22,9 +22,11 @@ from ..errors import TransferError
 from ..sources.protocol import SourceFile
 from ..sources.usrbio import UsrbioFile
 from .cpus import default_threads, local_cpus
+from .devices import DEFAULT_PINNED_BYTES, Place, setup_error, stream_error
 from .modes import ReadMode, choose_mode
 from .native_library import (
     COUNTERS,
+    E_DEVICE,
     E_FORKED,
     FILE_WIDE,
     HUGE_PAGES,
@@ -36,6 +38,8 @@ from .native_library import (
     POPULATE_WRITE,
     TIMEOUT,
     Config,
+    DeviceConfig,
+    DeviceFailure,
     File,
     Stats,
     UsrbioConfig,
@@ -95,6 +99,8 @@ class NativeEngine:
         deadline_s: when a read gets no byte for this long, its transfer fails.
         read_mode: "buffered" or "direct"; anything else: see modes.py.
         huge_pages: advise huge pages for large destinations, which makes fresh memory several times faster to fill.
+        pinned_bytes: page-locked memory for what is on its way to a device, for each one.
+        device_runtime: path of the runtime of CUDA or HIP; None: the one that the process has loaded.
 
     Raises:
         TransferError: the library cannot be loaded.
@@ -112,6 +118,8 @@ class NativeEngine:
         deadline_s: float = 120.0,
         read_mode: str = "auto",
         huge_pages: bool = True,
+        pinned_bytes: int = DEFAULT_PINNED_BYTES,
+        device_runtime: str | None = None,
     ) -> None:
         self._handle: int | None = None
         self._library = load_library()
@@ -122,6 +130,9 @@ class NativeEngine:
             cpus = None
         self.deadline_s = deadline_s
         self._read_mode = read_mode
+        self._pinned_bytes = pinned_bytes
+        self._device_runtime = device_runtime
+        self._devices: dict[int, int] = {}  # the library's number by the runtime's
         self._lock = threading.Lock()
         self._live: set[NativeTransfer] = set()
         self._look_at = 1
@@ -151,19 +162,47 @@ class NativeEngine:
     def submit(
         self, files: Sequence[SourceFile], extents: Extents, *, ordered: bool = True, owner: object = None
     ) -> NativeTransfer:
+        return self._submit(files, extents, ordered, owner, None)
+
+    def submit_to_device(
+        self, files: Sequence[SourceFile], extents: Extents, place: Place, *, ordered: bool = True, owner: object = None
+    ) -> NativeTransfer:
+        """``submit`` for destinations in the memory of a device.
+
+        The copies come after everything that is on ``place.stream`` now. When an extent, or the transfer, is complete,
+        so are its copies: what is launched afterwards, on any stream, sees the bytes. Once the transfer is complete,
+        has failed, or ``cancel`` has returned, no copy is in flight.
+
+        Raises:
+            CheckpointError: an extent reaches beyond its file.
+            TransferError: the device cannot be used.
+        """
+        return self._submit(files, extents, ordered, owner, place)
+
+    def _submit(
+        self, files: Sequence[SourceFile], extents: Extents, ordered: bool, owner: object, place: Place | None
+    ) -> NativeTransfer:
         if os.getpid() != self._pid:
             raise call_error(E_FORKED)
         check_plan(extents, files)
         extents = np.ascontiguousarray(extents, dtype=EXTENT)
+        device = None if place is None else self._add_device(place.device)
         opened = [self._open(file) for file in files]
         native = (File * len(files))(*map(_native_file, files, opened))
         handle = ctypes.c_void_p()
         flags = ORDERED if ordered else 0
         library = self._quick if len(extents) < _MANY_EXTENTS else self._library
-        result = library.el_submit(self._handle, native, len(files), extents.ctypes.data, len(extents), flags, handle)
+        plan = (self._handle, native, len(files), extents.ctypes.data, len(extents), flags)
+        if place is None:
+            result = library.el_submit(*plan, handle)
+        else:
+            result = library.el_submit_to_device(*plan, device, place.stream, handle)
+        if result == E_DEVICE and place is not None and device is not None:
+            raise stream_error(place, self.device_error(device, ctypes.get_errno()))
         if result != OK:
             raise call_error(result)
-        return self._register(NativeTransfer(self, handle, plan_bytes(extents), list(files), (owner, opened)))
+        owners = (owner, opened)
+        return self._register(NativeTransfer(self, handle, plan_bytes(extents), list(files), owners, device=device))
 
     def populate(
         self, address: int, nbytes: int, write: bool, *, file: SourceFile | None = None, owner: object = None
@@ -235,6 +274,12 @@ class NativeEngine:
             self.close()
             self._library.el_engine_destroy(self._handle)
 
+    def device_error(self, device: int, code: int) -> str:
+        """What the runtime says to one of its errors."""
+        text = ctypes.create_string_buffer(200)
+        self._quick.el_device_error_text(self._handle, device, code, text, len(text))
+        return f"{text.value.decode(errors='replace')} ({code})"
+
     def transfer_ended(self, transfer: NativeTransfer) -> None:
         """Forget a transfer that will not write any more."""
         self._live.discard(transfer)
@@ -274,6 +319,27 @@ class NativeEngine:
                 self._open_files[file] = found
                 logger.debug("%s is read %s (%s)", file.path, found.mode.name, found.mode.reason)
             return found
+
+    def _add_device(self, device: int) -> int:
+        """The number by which the library knows a device."""
+        with self._lock:
+            number = self._devices.get(device)
+            if number is None:
+                library = self._device_runtime
+                config = DeviceConfig(
+                    struct_bytes=ctypes.sizeof(DeviceConfig),
+                    device=device,
+                    pinned_bytes=self._pinned_bytes,
+                    library=None if library is None else os.fsencode(library),
+                )
+                failure = DeviceFailure()
+                number = int(self._library.el_device_add(self._handle, config, failure))
+                if number == E_DEVICE:
+                    raise setup_error(device, failure)
+                if number < 0:
+                    raise call_error(number)
+                self._devices[device] = number
+            return number
 
     def _add_usrbio(self, file: UsrbioFile) -> int:
         """The number by which the library knows how to read this file."""

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from ..errors import TransferError
 
-_ABI_VERSION = 2
+_ABI_VERSION = 3
 OK, TIMEOUT, FAILED = 0, 1, 2
-E_CLOSED, E_FORKED, E_ARGUMENT, E_MEMORY, E_THREAD = -1, -2, -3, -4, -5
-FAIL_IO, FAIL_EOF, FAIL_DEADLINE, FAIL_CANCELLED, FAIL_MEMORY, FAIL_UNSUPPORTED, FAIL_USRBIO = range(1, 8)
+E_CLOSED, E_FORKED, E_ARGUMENT, E_MEMORY, E_THREAD, E_DEVICE = -1, -2, -3, -4, -5, -6
+FAIL_IO, FAIL_EOF, FAIL_DEADLINE, FAIL_CANCELLED, FAIL_MEMORY, FAIL_UNSUPPORTED, FAIL_USRBIO, FAIL_DEVICE = range(1, 9)
 USRBIO_LIBRARY, USRBIO_MEMORY, USRBIO_BUFFER, USRBIO_RING = range(1, 5)
+DEVICE_LIBRARY, DEVICE_SELECT, DEVICE_MEMORY, DEVICE_STREAM, DEVICE_THREAD = range(1, 6)
 MODES = {"buffered": 0, "direct": 1, "mixed": 2, "usrbio": 3}
 POPULATE_READ, POPULATE_WRITE, MAKE_PRIVATE = range(3)
 FILE_WIDE = 1
@@ -63,6 +64,25 @@ class UsrbioConfig(ctypes.Structure):
     )
 
 
+class DeviceConfig(ctypes.Structure):
+    _fields_ = (
+        ("struct_bytes", ctypes.c_uint32),
+        ("device", ctypes.c_int32),
+        ("streams", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+        ("pinned_bytes", ctypes.c_uint64),
+        ("library", ctypes.c_char_p),
+    )
+
+
+class DeviceFailure(ctypes.Structure):
+    _fields_ = (
+        ("step", ctypes.c_uint32),
+        ("error", ctypes.c_int32),
+        ("text", ctypes.c_char * 200),
+    )
+
+
 class Failure(ctypes.Structure):
     _fields_ = (
         ("kind", ctypes.c_uint32),
@@ -93,6 +113,8 @@ COUNTERS = (
     "idle_ns",
     "wait_ns",
     "usrbio_bytes",
+    "device_bytes",
+    "slot_wait_ns",
 )
 
 
@@ -154,6 +176,10 @@ def _declare(library: ctypes.CDLL) -> None:
         ("el_stats", code, (handle, ctypes.POINTER(Stats))),
         ("el_submit", code, (handle, files, u32, ctypes.c_void_p, u64, u32, out)),
         ("el_populate", code, (handle, u64, u64, u32, out)),
+        ("el_submit_to_device", code, (handle, files, u32, ctypes.c_void_p, u64, u32, u32, u64, out)),
+        ("el_device_runtime", code, (ctypes.c_char_p, ctypes.POINTER(DeviceFailure))),
+        ("el_device_add", code, (handle, ctypes.POINTER(DeviceConfig), ctypes.POINTER(DeviceFailure))),
+        ("el_device_error_text", None, (handle, u32, ctypes.c_int32, ctypes.c_char_p, u64)),
         ("el_usrbio_add", code, (handle, ctypes.POINTER(UsrbioConfig))),
         ("el_wait", code, (handle, i64, i64)),
         ("el_bytes_done", u64, (handle,)),

@@ -15,6 +15,7 @@ from ..errors import TransferCancelled, TransferError
 from ..failures import deadline_passed, end_of_file, io_error
 from ..sources.protocol import SourceFile
 from ..sources.usrbio import UsrbioFile
+from .devices import copy_error, copy_overdue
 from .native_library import (
     E_CLOSED,
     E_FORKED,
@@ -22,6 +23,7 @@ from .native_library import (
     E_THREAD,
     FAIL_CANCELLED,
     FAIL_DEADLINE,
+    FAIL_DEVICE,
     FAIL_EOF,
     FAIL_MEMORY,
     FAIL_UNSUPPORTED,
@@ -47,6 +49,10 @@ class Engine(Protocol):
 
     deadline_s: float
 
+    def device_error(self, device: int, code: int) -> str:
+        """What the runtime says to one of its errors."""
+        ...
+
     def transfer_ended(self, transfer: NativeTransfer) -> None:
         """Called when nothing will be written for this transfer any more."""
         ...
@@ -60,6 +66,7 @@ class NativeTransfer:
         handle: of the library; the transfer gives it back.
         files: what ``file`` numbers in failures refer to.
         owner: see TransferEngine.submit.
+        device: the library's number of the device that holds the destinations, if one does.
     """
 
     def __init__(
@@ -69,6 +76,8 @@ class NativeTransfer:
         nbytes: int,
         files: Sequence[SourceFile],
         owner: object,
+        *,
+        device: int | None = None,
     ) -> None:
         self.nbytes = nbytes
         self._engine = engine
@@ -77,6 +86,7 @@ class NativeTransfer:
         self._handle = handle
         self._files = files
         self._owner: object = owner
+        self._device = device
         self._complete = False
 
     def wait(self, extent: int | None = None, timeout_s: float | None = None) -> bool:
@@ -160,6 +170,10 @@ class NativeTransfer:
         path = "memory" if file is None else file.path
         if info.kind == FAIL_EOF and file is not None:
             return end_of_file(path, info.offset, file.size)
+        if info.kind == FAIL_DEVICE and self._device is not None:
+            return copy_error(path, info, self._engine.device_error(self._device, info.error))
+        if info.kind == FAIL_DEADLINE and self._device is not None and info.tries == 0:
+            return copy_overdue(path, info, self._engine.deadline_s)
         if info.kind == FAIL_DEADLINE:
             return deadline_passed(path, info.offset, deadline_of(file, self._engine.deadline_s))
         if info.kind == FAIL_CANCELLED:

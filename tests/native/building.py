@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,30 +39,65 @@ def compile_shim(folder: Path) -> Path:
     return shim
 
 
-def compile_driver(folder: Path, sanitizers: str) -> Path:
-    """The driver with the engine, whose preadv is the driver's; kept in ``folder`` until something changes."""
-    inputs = [*sources(), *NATIVE.glob("*.h"), HERE / "driver.cpp"]
-    digest = hashlib.sha256(sanitizers.encode() + b"".join(path.read_bytes() for path in inputs)).hexdigest()[:16]
-    kind = sanitizers.replace(",", "-")
-    driver = folder / f"driver-{kind}-{digest}"
-    if driver.exists():
-        return driver
-    for old in folder.glob(f"driver-{kind}-*"):
-        old.unlink()
-    flags = ["-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", f"-I{NATIVE}"]
+def engine_objects(folder: Path, sanitizers: str) -> dict[str, Path]:
+    """The engine's object files by the names of their sources, its preadv that of the driver's (random_plans.h).
 
-    def compile_one(source: Path) -> str:
-        target = folder / f"{digest}-{source.stem}.o"
-        faulty = [] if source.name == "driver.cpp" else ["-Dpreadv=faulty_preadv"]
-        _compile([*flags, *faulty, "-c", str(source)], target)
-        return str(target)
+    They are kept in ``folder`` until a source changes.
+    """
+    inputs = [*sources(), *NATIVE.glob("*.h")]
+    kept = _kept(folder, f"engine-{sanitizers.replace(',', '-')}", inputs)
+    objects = {source.stem: kept / f"{source.stem}.o" for source in sources()}
+    if not kept.exists():
+        unfinished = kept.with_suffix(f".{os.getpid()}.tmp")
+        unfinished.mkdir()
 
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, [HERE / "driver.cpp", *sources()]))
-    _compile([*flags, *objects], driver)
-    for name in objects:
-        os.unlink(name)
-    return driver
+        def compile_one(source: Path) -> None:
+            compile_object(source, unfinished / f"{source.stem}.o", sanitizers)
+
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            list(pool.map(compile_one, sources()))
+        unfinished.rename(kept)
+    return objects
+
+
+def compile_object(source: Path, target: Path, sanitizers: str) -> None:
+    """One of the engine's sources, wherever it lies."""
+    _compile([*_sanitized(sanitizers), "-Dpreadv=faulty_preadv", "-c", str(source)], target)
+
+
+def compile_driver(folder: Path, sanitizers: str, driver: Path = HERE / "driver.cpp") -> Path:
+    """A driver, not yet linked; kept in ``folder`` until something changes."""
+    inputs = [driver, HERE / "random_plans.h", *NATIVE.glob("*.h"), *driver.parent.glob("*/*.h")]
+    kept = _kept(folder, f"driver-{driver.parent.name}-{sanitizers.replace(',', '-')}", inputs)
+    if not kept.exists():
+        unfinished = kept.with_suffix(f".{os.getpid()}.tmp")
+        _compile([*_sanitized(sanitizers), "-c", str(driver)], unfinished)
+        unfinished.rename(kept)
+    return kept
+
+
+def link(objects: Iterable[Path], program: Path, sanitizers: str, *options: str) -> None:
+    _compile([*_sanitized(sanitizers), *map(str, objects), *options, "-ldl"], program)
+
+
+def compile_library(source: Path, library: Path, sanitizers: str) -> None:
+    _compile([*_sanitized(sanitizers), "-shared", str(source)], library)
+
+
+def _sanitized(sanitizers: str) -> list[str]:
+    return ["-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", f"-I{NATIVE}"]
+
+
+def _kept(folder: Path, name: str, inputs: Iterable[Path]) -> Path:
+    """Where what is made of ``inputs`` is kept; what was made of others is gone."""
+    content = b"".join(path.name.encode() + path.read_bytes() for path in sorted(inputs))
+    kept = folder / f"{name}-{hashlib.sha256(content).hexdigest()[:16]}"
+    for old in folder.glob(f"{name}-*"):
+        if old != kept and old.is_dir():
+            shutil.rmtree(old, ignore_errors=True)
+        elif old != kept:
+            old.unlink(missing_ok=True)
+    return kept
 
 
 def _compile(arguments: list[str], target: Path) -> None:

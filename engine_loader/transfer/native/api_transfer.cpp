@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "api.h"
+#include "device_ring.h"
 #include "planner.h"
 #include "readers.h"
 #include "transfer.h"
@@ -72,6 +73,42 @@ int start(Engine &engine, std::unique_ptr<Transfer> transfer, el_transfer **out)
     return EL_OK;
 }
 
+// Who has the destinations: a device, and the stream that used them last; or nobody but the caller.
+struct Owner {
+    DeviceRing *device = nullptr;
+    DeviceStream stream = nullptr;
+};
+
+DeviceRing *device_of(Engine &engine, uint32_t number) {
+    Lock lock(engine.mutex);
+    return number < engine.devices.size() ? engine.devices[number].get() : nullptr;
+}
+
+int submit(Engine &engine, const el_file *files, uint32_t n_files, const el_extent *extents, uint64_t n_extents,
+           uint32_t flags, Owner owner, el_transfer **out) {
+    if (out == nullptr || (n_files > 0 && files == nullptr) || (n_extents > 0 && extents == nullptr)) return EL_E_ARGUMENT;
+    if (!valid_plan(files, n_files, extents, n_extents)) return EL_E_ARGUMENT;
+    for (uint32_t i = 0; i < n_files; i++) {
+        if (!usable_file(engine, files[i])) return EL_E_ARGUMENT;
+    }
+    try {
+        auto transfer = plan(engine, files, n_files, extents, n_extents, (flags & EL_ORDERED) != 0);
+        if (owner.device != nullptr) {
+            transfer->device = owner.device;
+            const int error = owner.device->follow(owner.stream, *transfer);
+            if (error != 0) {
+                errno = error;
+                return EL_E_DEVICE;
+            }
+        } else {
+            advise_destinations(engine, *transfer, extents, n_extents);
+        }
+        return start(engine, std::move(transfer), out);
+    } catch (const std::bad_alloc &) {
+        return EL_E_MEMORY;
+    }
+}
+
 int usable(const Transfer *transfer) { return transfer == nullptr ? EL_E_CLOSED : usable(&transfer->engine); }
 
 bool complete(const Transfer &transfer, int64_t extent) {
@@ -105,19 +142,18 @@ int el_submit(el_engine *submitting, const el_file *files, uint32_t n_files, con
               uint64_t n_extents, uint32_t flags, el_transfer **out) {
     Engine *engine = unwrap(submitting);
     const int state = usable(engine);
+    return state == EL_OK ? submit(*engine, files, n_files, extents, n_extents, flags, Owner{}, out) : state;
+}
+
+int el_submit_to_device(el_engine *submitting, const el_file *files, uint32_t n_files, const el_extent *extents,
+                        uint64_t n_extents, uint32_t flags, uint32_t device, uint64_t stream, el_transfer **out) {
+    Engine *engine = unwrap(submitting);
+    const int state = usable(engine);
     if (state != EL_OK) return state;
-    if (out == nullptr || (n_files > 0 && files == nullptr) || (n_extents > 0 && extents == nullptr)) return EL_E_ARGUMENT;
-    if (!valid_plan(files, n_files, extents, n_extents)) return EL_E_ARGUMENT;
-    for (uint32_t i = 0; i < n_files; i++) {
-        if (!usable_file(*engine, files[i])) return EL_E_ARGUMENT;
-    }
-    try {
-        auto transfer = plan(*engine, files, n_files, extents, n_extents, (flags & EL_ORDERED) != 0);
-        advise_destinations(*engine, *transfer, extents, n_extents);
-        return start(*engine, std::move(transfer), out);
-    } catch (const std::bad_alloc &) {
-        return EL_E_MEMORY;
-    }
+    DeviceRing *ring = device_of(*engine, device);
+    if (ring == nullptr) return EL_E_ARGUMENT;
+    const Owner owner{ring, reinterpret_cast<DeviceStream>(stream)};
+    return submit(*engine, files, n_files, extents, n_extents, flags, owner, out);
 }
 
 int el_populate(el_engine *submitting, uint64_t address, uint64_t nbytes, uint32_t how, el_transfer **out) {

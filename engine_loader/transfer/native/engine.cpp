@@ -5,6 +5,7 @@
 #include <new>
 
 #include "api.h"
+#include "device_ring.h"
 #include "fork.h"
 #include "transfer.h"
 #include "usrbio_channel.h"
@@ -51,6 +52,7 @@ void stop_all(Engine &engine) {
     engine.narrow_work.notify_all();
     engine.wide_work.notify_all();
     engine.ring_work.notify_all();
+    for (const auto &device : engine.devices) device->wake();
 }
 
 void join_workers(Engine &engine, Lock &lock) {
@@ -58,6 +60,8 @@ void join_workers(Engine &engine, Lock &lock) {
     engine.joined = true;
     lock.unlock();
     for (const auto &worker : engine.workers) pthread_join(worker->thread, nullptr);
+    for (const auto &device : engine.devices) device->join();
+    for (const auto &device : engine.devices) device->close();
 }
 
 // Leave threads that are stuck to themselves; the last one frees the engine.
@@ -66,6 +70,7 @@ void abandon_workers(Engine &engine) {
     if (engine.joined) return;
     engine.joined = true;
     for (const auto &worker : engine.workers) pthread_detach(worker->thread);
+    for (const auto &device : engine.devices) device->detach();
 }
 
 }  // namespace
@@ -140,5 +145,7 @@ int el_stats(el_engine *asked, el_stats_info *out) {
     Lock lock(engine->mutex);
     for (const auto &worker : engine->workers) worker->counters.add_to(*out);
     out->wait_ns = engine->wait_ns;
+    out->bytes += engine->device_bytes;
+    out->device_bytes = engine->device_bytes;
     return EL_OK;
 }

@@ -14,7 +14,7 @@ extern "C" {
 #endif
 
 #define EL_API __attribute__((visibility("default")))
-#define EL_ABI_VERSION 2u /* goes up with every change of this file; the binding refuses another one */
+#define EL_ABI_VERSION 3u /* goes up with every change of this file; the binding refuses another one */
 
 enum { /* what calls return */
     EL_OK = 0,
@@ -25,6 +25,7 @@ enum { /* what calls return */
     EL_E_ARGUMENT = -3, /* an argument makes no sense: the caller has a bug */
     EL_E_MEMORY = -4,
     EL_E_THREAD = -5, /* no thread could be started; errno says why */
+    EL_E_DEVICE = -6, /* the runtime of CUDA or HIP refused, see device.h */
 };
 
 enum { /* el_file.mode: how a file is read */
@@ -44,11 +45,13 @@ enum { /* el_failure.kind */
     EL_FAIL_NONE = 0,
     EL_FAIL_IO = 1,          /* a read failed with `error` */
     EL_FAIL_EOF = 2,         /* the file ended before the size that el_file gives */
-    EL_FAIL_DEADLINE = 3,    /* no byte came for deadline_ms; the read may still be stuck in the kernel */
+    EL_FAIL_DEADLINE = 3,    /* no byte came for deadline_ms; the read may still be stuck in the kernel. With tries 0 it was a
+                                copy to a device that did not end */
     EL_FAIL_CANCELLED = 4,   /* el_cancel, el_release or el_engine_close */
     EL_FAIL_MEMORY = 5,      /* el_populate: the pages could not be made present (`error`; EFAULT: file cut short) */
     EL_FAIL_UNSUPPORTED = 6, /* el_populate: this kernel (before 5.14) cannot */
     EL_FAIL_USRBIO = 7,      /* no ring could be made: `error`, and the step in `tries`, see usrbio.h */
+    EL_FAIL_DEVICE = 8,      /* a copy to the device failed, see device.h: `error` is the runtime's */
 };
 
 enum { /* el_populate: how */
@@ -107,7 +110,8 @@ typedef struct {
     uint32_t extent; /* one that waits for these bytes, or EL_NO_EXTENT */
     uint64_t offset; /* in the file; for el_populate from `address` on */
     uint32_t tries;
-    uint32_t in_flight; /* reads that have not come back: while there are any, the destinations may be written */
+    uint32_t in_flight; /* blocks whose reads, or copies to a device, have not ended: while there are any, the destinations
+                           may be written */
 } el_failure_info;
 
 typedef struct {
@@ -128,6 +132,8 @@ typedef struct {
     uint64_t idle_ns;           /* threads waiting for work */
     uint64_t wait_ns;           /* callers waiting in el_wait */
     uint64_t usrbio_bytes;
+    uint64_t device_bytes;      /* copied to devices */
+    uint64_t slot_wait_ns;      /* threads waiting for a slot, because the device is slower than the source */
 } el_stats_info;
 
 EL_API uint32_t el_abi_version(void);

@@ -46,12 +46,6 @@ class Watched {
     int64_t since_ = 0;
 };
 
-struct Place {
-    uint32_t file;
-    uint32_t extent;
-    uint64_t offset;
-};
-
 Outcome give_up(Reader reader, Place place, uint32_t kind, int error, uint32_t tries) {
     Lock lock(reader.transfer.engine.mutex);
     fail(reader.transfer, el_failure_info{kind, error, place.file, place.extent, place.offset, tries, 0});

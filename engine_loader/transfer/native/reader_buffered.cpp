@@ -16,9 +16,18 @@ bool many_small(const Run &run) {
     return vectors > 1 && run.span / vectors < kBytesPerVector;
 }
 
+Outcome read_whole(Reader reader, const Run &run, char *memory) {
+    iovec vector{memory, run.span};
+    return read_all(reader, Request{run.file, run.extent, run.offset, &vector, 1, run.span});
+}
+
+void count(Reader reader, const Run &run) {
+    reader.worker.counters.buffered_bytes.add(run.wanted);
+    reader.worker.counters.overread_bytes.add(run.span - run.wanted);
+}
+
 Outcome through_scratch(Reader reader, const Run &run, char *scratch) {
-    iovec vector{scratch, run.span};
-    const Outcome outcome = read_all(reader, Request{run.file, run.extent, run.offset, &vector, 1, run.span});
+    const Outcome outcome = read_whole(reader, run, scratch);
     if (outcome == Outcome::done) scatter(reader, run, scratch);
     return outcome;
 }
@@ -79,10 +88,13 @@ Outcome straight(Reader reader, const Run &run) {
 Outcome read_buffered(Reader reader, const Run &run) {
     char *scratch = many_small(run) ? reader.worker.scratch.get(run.span) : nullptr;
     const Outcome outcome = scratch != nullptr ? through_scratch(reader, run, scratch) : straight(reader, run);
-    if (outcome == Outcome::done) {
-        reader.worker.counters.buffered_bytes.add(run.wanted);
-        reader.worker.counters.overread_bytes.add(run.span - run.wanted);
-    }
+    if (outcome == Outcome::done) count(reader, run);
+    return outcome;
+}
+
+Outcome read_span_buffered(Reader reader, const Run &run, char *memory) {
+    const Outcome outcome = read_whole(reader, run, memory);
+    if (outcome == Outcome::done) count(reader, run);
     return outcome;
 }
 

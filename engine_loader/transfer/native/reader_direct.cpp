@@ -16,7 +16,6 @@ namespace {
 
 // Where the destination is aligned as the file is, at least this much is worth a read straight into it.
 constexpr uint64_t kStraightBytes = 64 << 10;
-constexpr uint32_t kLargestSector = 64 << 10;
 
 // The head of `struct statx` up to what we need, for headers older than the kernel.
 struct StatxDirect {
@@ -67,13 +66,22 @@ Outcome read_straight(Reader reader, const Run &run, const Window &window, char 
     return Outcome::done;
 }
 
-Outcome read_scratch(Reader reader, const Run &run, const Window &window, char *scratch) {
+Outcome read_window(Reader reader, const Run &run, const Window &window, char *memory) {
     const uint32_t sector = reader.transfer.files[run.file].limits.offset;
-    iovec vector{scratch, window.bytes()};
+    iovec vector{memory, window.bytes()};
     const Request request{run.file, run.extent, window.begin, &vector, 1, window.needed(run), sector, true};
-    const Outcome outcome = read_all(reader, request);
+    return read_all(reader, request);
+}
+
+Outcome read_scratch(Reader reader, const Run &run, const Window &window, char *scratch) {
+    const Outcome outcome = read_window(reader, run, window, scratch);
     if (outcome == Outcome::done) scatter(reader, run, scratch + (run.offset - window.begin));
     return outcome;
+}
+
+void count(Reader reader, const Run &run, const Window &window) {
+    reader.worker.counters.direct_bytes.add(run.wanted);
+    reader.worker.counters.overread_bytes.add(window.bytes() - run.wanted);
 }
 
 }  // namespace
@@ -99,11 +107,19 @@ Outcome read_direct(Reader reader, const Run &run) {
         if (outcome == Outcome::refused) file.straight_refused.store(true, std::memory_order_relaxed);
     }
     if (outcome == Outcome::refused) outcome = read_scratch(reader, run, window, scratch);
-    if (outcome == Outcome::done) {
-        reader.worker.counters.direct_bytes.add(run.wanted);
-        reader.worker.counters.overread_bytes.add(window.bytes() - run.wanted);
-    }
+    if (outcome == Outcome::done) count(reader, run, window);
     return outcome;
+}
+
+Outcome read_span_direct(Reader reader, const Run &run, char *&memory) {
+    const File &file = reader.transfer.files[run.file];
+    if (reinterpret_cast<uint64_t>(memory) % file.limits.memory != 0) return Outcome::refused;
+    const Window window(run, file.limits.offset);
+    const Outcome outcome = read_window(reader, run, window, memory);
+    if (outcome != Outcome::done) return outcome;
+    count(reader, run, window);
+    memory += run.offset - window.begin;
+    return Outcome::done;
 }
 
 }  // namespace el

@@ -8,6 +8,7 @@
 #include <sys/uio.h>
 #include <vector>
 
+#include "device_runtime.h"
 #include "engine.h"
 #include "memory.h"
 #include "stats.h"
@@ -16,6 +17,14 @@
 namespace el {
 
 struct UsrbioConfig;
+class DeviceRing;
+
+// Where in the files something went wrong.
+struct Place {
+    uint32_t file;
+    uint32_t extent;
+    uint64_t offset;
+};
 
 // A part of an extent that is read as part of one block: whole rows, or a range of bytes of one row.
 struct Piece {
@@ -88,6 +97,8 @@ struct Transfer {
     std::vector<Block> blocks;
     uint64_t address = 0;  // of the memory to populate
     uint64_t n_extents = 0;
+    DeviceRing *device = nullptr;  // on which the destinations are
+    OwnedEvent ready;              // of the destinations' owner; copies come after it
 
     std::atomic<bool> stop{false};  // workers look at it between system calls
 
@@ -153,16 +164,19 @@ struct Engine {
     Mutex mutex;  // guards what follows
     Condition narrow_work, wide_work, ring_work;
     std::vector<std::unique_ptr<const UsrbioConfig>> usrbio;  // only grows, as files point at them
+    std::vector<std::unique_ptr<DeviceRing>> devices;         // only grows, as transfers point at them
     Condition stopped;  // a transfer was stopped: end pauses between tries
     Condition ended;    // a worker ended
     std::deque<Transfer *> queue;  // those with blocks that nobody took yet, first come first served
     std::vector<Transfer *> active;  // those that are not quiet
     std::vector<std::unique_ptr<Worker>> workers;
     uint32_t readers = 0, ring_readers = 0;  // of the workers
-    uint32_t running = 0;
+    uint32_t running = 0;  // threads, those of devices counted
+    uint32_t landing = 0;  // threads of devices
     bool closing = false;
     bool joined = false;
     uint64_t wait_ns = 0;
+    uint64_t device_bytes = 0;  // that have landed
 };
 
 void unreference(Engine &engine);

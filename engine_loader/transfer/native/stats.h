@@ -20,7 +20,8 @@ class Counter {
 
 struct alignas(64) Counters {
     Counter bytes, reads, retries, short_reads, overread_bytes, buffered_bytes, direct_bytes, direct_straight_bytes,
-        direct_refused, populated_bytes, read_ns, scatter_ns, populate_ns, backoff_ns, idle_ns, usrbio_bytes;
+        direct_refused, populated_bytes, read_ns, scatter_ns, populate_ns, backoff_ns, idle_ns, usrbio_bytes,
+        slot_wait_ns;
 
     void add_to(el_stats_info &sum) const {
         sum.bytes += bytes.get();
@@ -39,6 +40,7 @@ struct alignas(64) Counters {
         sum.backoff_ns += backoff_ns.get();
         sum.idle_ns += idle_ns.get();
         sum.usrbio_bytes += usrbio_bytes.get();
+        sum.slot_wait_ns += slot_wait_ns.get();
     }
 };
 

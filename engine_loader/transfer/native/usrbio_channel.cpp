@@ -126,6 +126,7 @@ bool Channel::open(const UsrbioConfig &config, UsrbioFailure &failure) {
 bool Channel::make_buffer(const UsrbioConfig &config, UsrbioFailure &failure) {
     slot_bytes_ = config.slot_bytes();
     const uint64_t bytes = slot_bytes_ * config.depth;
+    bytes_ = bytes;
     if (config.mount.size() >= sizeof iov_.mount_point) {
         failure = {EL_USRBIO_BUFFER, ENAMETOOLONG};
         return false;
@@ -151,7 +152,16 @@ bool Channel::make_buffer(const UsrbioConfig &config, UsrbioFailure &failure) {
     return true;
 }
 
+void Channel::pin(const DeviceRuntime &runtime) {
+    if (pin_tried_) return;
+    pin_tried_ = true;
+    if (checked(runtime, runtime.HostRegister(iov_.base, bytes_, kHostPortable)) == 0) pinned_by_ = &runtime;
+}
+
 void Channel::close() {
+    if (pinned_by_ != nullptr) checked(*pinned_by_, pinned_by_->HostUnregister(iov_.base));
+    pinned_by_ = nullptr;
+    pin_tried_ = false;
     if (ring_made_) library_->iordestroy(&ior_);
     if (buffer_made_) library_->iovdestroy(&iov_);
     ring_made_ = buffer_made_ = false;

@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "device_runtime.h"
 #include "usrbio.h"
 #include "usrbio_abi.h"
 
@@ -36,6 +37,8 @@ class Channel {
     // Make buffer and ring; all pages of the buffer are present afterwards. False with `failure` set.
     bool open(const UsrbioConfig &config, UsrbioFailure &failure);
     bool is_open() const { return ring_made_; }
+    // Lock the buffer's pages for copies to devices, best effort: from others they are slower.
+    void pin(const DeviceRuntime &runtime);
     // A read that the daemon still carries out lands in shared memory that nobody uses any more.
     void close();
 
@@ -52,6 +55,9 @@ class Channel {
     Hf3fsIov iov_{};
     Hf3fsIor ior_{};
     uint64_t slot_bytes_ = 0;
+    uint64_t bytes_ = 0;
+    const DeviceRuntime *pinned_by_ = nullptr;
+    bool pin_tried_ = false;
     bool buffer_made_ = false;
     bool ring_made_ = false;
 };

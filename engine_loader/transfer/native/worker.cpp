@@ -1,13 +1,12 @@
 #include "worker.h"
 
 #include <algorithm>
-#include <errno.h>
-#include <sched.h>
-#include <signal.h>
 #include <stdio.h>
 
+#include "reader_device.h"
 #include "reader_usrbio.h"
 #include "readers.h"
+#include "threads.h"
 #include "transfer.h"
 #include "usrbio_channel.h"
 
@@ -48,6 +47,11 @@ bool take_task(Worker &worker, Task &task) {
 void work_on(Worker &worker, const Task &task, Lock &lock) {
     lock.unlock();
     const Reader reader{worker, *task.transfer};
+    if (task.transfer->device != nullptr) {
+        read_block_to_device(reader, task.block);
+        lock.lock();
+        return;
+    }
     const bool reading = task.transfer->work == Work::read;
     const Outcome outcome = reading ? read_block(reader, task.block) : populate_block(reader, task.block);
     if (outcome == Outcome::done) (reading ? worker.counters.bytes : worker.counters.populated_bytes).add(task.block.bytes);
@@ -87,52 +91,19 @@ void *worker_main(void *argument) {
     return nullptr;
 }
 
-void set_affinity(pthread_attr_t &attributes, const std::vector<uint32_t> &cpus) {
-    if (cpus.empty()) return;
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    for (const uint32_t cpu : cpus) {
-        if (cpu < CPU_SETSIZE) CPU_SET(cpu, &set);
-    }
-    pthread_attr_setaffinity_np(&attributes, sizeof set, &set);
-}
-
-// Signals are for the threads of the program; its handlers must not run here.
-sigset_t block_signals() {
-    sigset_t all, before;
-    sigfillset(&all);
-    for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP}) sigdelset(&all, fault);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    return before;
-}
-
-int create_thread(Worker &worker) {
-    pthread_attr_t attributes;
-    pthread_attr_init(&attributes);
-    set_affinity(attributes, worker.engine.cpus);
-    int error = pthread_create(&worker.thread, &attributes, worker_main, &worker);
-    // CPUs may have gone meanwhile; a thread anywhere is better than none.
-    if (error == EINVAL) error = pthread_create(&worker.thread, nullptr, worker_main, &worker);
-    pthread_attr_destroy(&attributes);
-    return error;
-}
-
 int start_worker(Engine &engine, bool ring) {
     uint32_t &started = ring ? engine.ring_readers : engine.readers;
     const uint32_t index = started;
     engine.workers.push_back(std::make_unique<Worker>(engine, index));
     Worker &worker = *engine.workers.back();
     worker.ring = ring;
-    const sigset_t before = block_signals();
-    const int error = create_thread(worker);
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    char name[16];
+    snprintf(name, sizeof name, ring ? "el-ring-%u" : "el-read-%u", index % 1000u);
+    const int error = start_thread(worker.thread, engine.cpus, name, worker_main, &worker);
     if (error != 0) {
         engine.workers.pop_back();
         return error;
     }
-    char name[16];
-    snprintf(name, sizeof name, ring ? "el-ring-%u" : "el-read-%u", index % 1000u);
-    pthread_setname_np(worker.thread, name);
     started++;
     engine.running++;
     engine.references.fetch_add(1);

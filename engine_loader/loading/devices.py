@@ -1,0 +1,67 @@
+"""Device memory as torch has it: which tensors the native engine can fill, after which stream, and fresh blocks."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from ..settings import LoaderSettings
+from ..transfer.devices import obstacle_to_devices
+
+
+class Devices(Protocol):
+    """What loading asks of the devices."""
+
+    def number(self, device: torch.device) -> int | None:
+        """The runtime's number of a device that the native engine can put bytes on; None: it cannot, or the CPU's."""
+        ...
+
+    def number_of(self, tensor: torch.Tensor) -> int | None:
+        """The same for the device that holds a tensor."""
+        ...
+
+    def stream(self, number: int) -> int:
+        """The stream whose work on a device comes before what is submitted now: the caller's current one."""
+        ...
+
+    def empty(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        """Fresh bytes on a device. They are its allocator's again when the last view of them is gone."""
+        ...
+
+
+class CudaDevices:
+    """Those of torch.cuda, which are ROCm's, too.
+
+    torch's caching allocator hands memory out again on the stream on which it was freed, so whoever used it before is
+    waited for with the current stream. Nothing has to be recorded for the engine's own streams: it holds the memory
+    until its copies have ended.
+    """
+
+    def __init__(self, settings: LoaderSettings) -> None:
+        self._obstacle: str | None = None
+        self._asked = settings.engine in ("python", "mock")
+        if self._asked:
+            self._obstacle = "engine is set to python"
+        self._runtime = settings.device_runtime
+
+    def obstacle(self) -> str | None:
+        """Why the native engine cannot put bytes on these devices, if so."""
+        if not self._asked:
+            self._obstacle = obstacle_to_devices(self._runtime)
+            self._asked = True
+        return self._obstacle
+
+    def number(self, device: torch.device) -> int | None:
+        if device.type != "cuda" or self.obstacle() is not None:
+            return None
+        return torch.cuda.current_device() if device.index is None else device.index
+
+    def number_of(self, tensor: torch.Tensor) -> int | None:
+        return self.number(tensor.device) if tensor.is_cuda else None
+
+    def stream(self, number: int) -> int:
+        return int(torch.cuda.current_stream(number).cuda_stream)
+
+    def empty(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)

@@ -1,0 +1,84 @@
+"""Compiles the stand-in for the CUDA runtime, the driver over it, and engines with a fault put in."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.native.building import (
+    NATIVE,
+    compile_driver,
+    compile_library,
+    compile_object,
+    engine_objects,
+    link,
+)
+
+HERE = Path(__file__).parent
+STANDIN = HERE / "standin" / "standin.cpp"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """An engine with a rule taken out.
+
+    Attributes:
+        name: what is wrong with it.
+        caught_by: the driver's scenario that must see it.
+        source: of the engine, without its suffix.
+        changes: what stands there -> what the mutant has instead.
+    """
+
+    name: str
+    caught_by: str
+    source: str
+    changes: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Drivers:
+    """Makes drivers in ``folder``, of objects that are kept in ``kept``."""
+
+    kept: Path
+    folder: Path
+    sanitizers: str
+
+    @property
+    def standin(self) -> Path:
+        """The stand-in, compiled with the sanitizers."""
+        library = self.folder / "libstandin.so"
+        if not library.exists():
+            compile_library(STANDIN, library, self.sanitizers)
+        return library
+
+    def make(self, mutant: Mutant | None = None) -> Path:
+        """The driver with the engine, or with a mutant of it."""
+        driver = self.folder / (mutant.name if mutant else "driver")
+        if driver.exists():
+            return driver
+        objects = engine_objects(self.kept, self.sanitizers)
+        if mutant is not None:
+            objects[mutant.source] = self._mutate(mutant)
+        own = compile_driver(self.kept, self.sanitizers, HERE / "driver.cpp")
+        link([own, *objects.values(), self.standin], driver, self.sanitizers, f"-Wl,-rpath,{self.folder}")
+        return driver
+
+    def _mutate(self, mutant: Mutant) -> Path:
+        text = (NATIVE / f"{mutant.source}.cpp").read_text()
+        for before, after in mutant.changes.items():
+            assert text.count(before) == 1, f"{mutant.name}: the source has changed, and so must the mutant: {before!r}"
+            text = text.replace(before, after)
+        source = self.folder / f"{mutant.name}.cpp"
+        source.write_text(text)
+        compiled = source.with_suffix(".o")
+        compile_object(source, compiled, self.sanitizers)
+        return compiled
+
+
+def compile_standin(folder: Path) -> Path:
+    """The stand-in for use from Python."""
+    library = folder / "libstandin.so"
+    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra"]
+    subprocess.run(["c++", *flags, str(STANDIN), "-o", str(library)], check=True)
+    return library

@@ -1,0 +1,100 @@
+"""From 3FS to a device: the rings' buffers are the page-locked slots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from engine_loader.errors import TransferError
+from engine_loader.sources.usrbio import UsrbioOptions, UsrbioSource
+from engine_loader.transfer.devices import Place
+from engine_loader.transfer.native_engine import NativeEngine
+from engine_loader.transfer.plan import make_extents
+from tests.support.threefs import clean_emulator
+
+from .standin_devices import StandIn, StandInDevices
+
+KIB, MIB = 1 << 10, 1 << 20
+OPTIONS = UsrbioOptions(rings=2, depth=6, io_bytes=256 * KIB, deadline_s=20.0)
+CONTENT = np.random.default_rng(7).bytes(5 * MIB + 12345)
+
+
+@pytest.fixture
+def path(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    with clean_emulator() as running:
+        monkeypatch.setenv("HF3FS_LIB_DIR", running.lib_dir)
+        monkeypatch.setenv("HF3FS_EMULATOR_MOUNT", str(running.mount))
+        monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
+        path = running.mount / "model.bin"
+        path.write_bytes(CONTENT)
+        yield path
+        path.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def engine(standin: StandIn) -> Iterator[NativeEngine]:
+    engine = NativeEngine(2, block_bytes=256 * KIB, pinned_bytes=MIB, device_runtime=str(standin.path))
+    yield engine
+    engine.close()
+
+
+def place(engine: NativeEngine, path: Path, memory: torch.Tensor, rows: list[tuple[int, ...]]) -> None:
+    """Carry out a plan whose addresses count from the start of ``memory``."""
+    file = UsrbioSource(OPTIONS).open(str(path))
+    plan = make_extents(rows)
+    plan["address"] += np.uint64(memory.data_ptr())
+    transfer = engine.submit_to_device([file], plan, Place(0), owner=memory)
+    try:
+        transfer.wait()
+    finally:
+        transfer.cancel()
+        file.close()
+
+
+def test_a_file_arrives_again_and_again(path: Path, standin: StandIn, engine: NativeEngine) -> None:
+    standin.delay(1500)
+    devices = StandInDevices(standin)
+    for _ in range(3):
+        memory = devices.empty(len(CONTENT), torch.device("cpu"))
+        standin.fill(memory, 0)
+        place(engine, path, memory, [(0, 1, 0, len(CONTENT), 0, 0, 0)])
+        assert memory.numpy().tobytes() == CONTENT
+    counters = engine.counters()
+    assert counters["usrbio_bytes"] == counters["device_bytes"] == 3 * len(CONTENT) == engine.statistics().bytes_read
+
+
+def test_rows_arrive(path: Path, standin: StandIn, engine: NativeEngine) -> None:
+    standin.delay(500)
+    memory = StandInDevices(standin).tensor(300, 1024, dtype=torch.uint8)
+    standin.fill(memory, 0)
+    place(engine, path, memory, [(0, 300, 11, 1000, 10_000, 0, 1024)])
+    for number in range(300):
+        start = 11 + number * 10_000
+        assert memory[number, :1000].numpy().tobytes() == CONTENT[start : start + 1000]
+    assert not memory[:, 1000:].any(), "bytes between rows are not ours to write"
+
+
+def test_a_copy_that_fails_is_told(path: Path, standin: StandIn, engine: NativeEngine) -> None:
+    standin.delay(500)
+    memory = StandInDevices(standin).empty(len(CONTENT), torch.device("cpu"))
+    standin.fail_copy(5)
+    with pytest.raises(TransferError, match="illegal memory access") as failure:
+        place(engine, path, memory, [(0, 1, 0, len(CONTENT), 0, 0, 0)])
+    assert failure.value.file == str(path)
+
+
+def test_a_cancel_waits_for_copies(path: Path, standin: StandIn, engine: NativeEngine) -> None:
+    standin.delay(5000)
+    memory = StandInDevices(standin).empty(len(CONTENT), torch.device("cpu"))
+    file = UsrbioSource(OPTIONS).open(str(path))
+    plan = make_extents([(0, 1, 0, len(CONTENT), 0, memory.data_ptr(), 0)])
+    transfer = engine.submit_to_device([file], plan, Place(0), owner=memory)
+    while standin.in_flight() < 2:
+        transfer.wait(timeout_s=0.001)
+    transfer.cancel()
+    assert standin.in_flight() == 0
+    file.close()
