@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -180,3 +181,14 @@ def _text(path: Path) -> str:
 def _unescaped(path: str) -> str:
     # The kernel writes a space in a path as \040.
     return re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), path)
+
+
+def sync_directory(path: str | os.PathLike[str]) -> None:
+    """Force a directory's entries to permanent storage, so that a power failure takes no new name away; where its file
+    system can: some of the network cannot."""
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -14,7 +14,6 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -89,9 +88,9 @@ def _run(adapter: str) -> None:
         )
 
 
-class _AfterImport(MetaPathFinder):
-    """Calls ``then`` once after ``module`` was imported. (wrapt has this too; importing it alone takes longer than we
-    may.)
+class _AfterImport:
+    """A finder of ``sys.meta_path`` that calls ``then`` once after ``module`` was imported. (wrapt has this too;
+    importing it alone takes longer than we may, and importlib.abc, for its base class, a third as long as all else.)
     """
 
     def __init__(self, module: str, then: Callable[[], None]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..machine import sync_directory
 from .space import Floor, no_room_is_an_interruption
 from .store import SUFFIX, Stored
 from .trust import Trust, make_private
@@ -159,12 +160,7 @@ class _Upload:
         os.fsync(self._descriptor)
         target = self._path.with_name(name.rpartition("/")[2])
         os.replace(self._path, target)
-        directory = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            with suppress(OSError):  # some network file systems cannot
-                os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync_directory(target.parent)
 
     def close(self) -> None:
         if self._descriptor >= 0:

@@ -6,11 +6,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import CheckpointError
 from ..formats.dcp_metadata import METADATA_NAME
+from ..machine import sync_directory
 from ..report.load import human_bytes
 from ..sources.object_url import is_object_url
 
@@ -79,16 +80,6 @@ def unfinished_directory(destination: str, nbytes: int) -> Iterator[Path]:
         raise _cannot_write(error, destination) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def sync_directory(path: Path) -> None:
-    """Force a directory's entries to permanent storage, where its file system can."""
-    with suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _take_place(unfinished: Path, target: Path) -> None:

@@ -12,7 +12,7 @@ import re
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, cast
 
@@ -27,6 +27,7 @@ from torch.futures import Future
 
 from ..errors import CheckpointError
 from ..formats.dcp_metadata import parse_metadata
+from ..machine import sync_directory
 from .safetensors_items import tensor_bytes, write_header
 
 logger = logging.getLogger(__name__)
@@ -311,14 +312,8 @@ class FileSystemWriter(torch_filesystem.FileSystemWriter):
             os.fsync(descriptor)
 
     def _sync_directory(self) -> None:
-        """Else a power failure may take the new names away."""
         if self.sync_files:
-            with suppress(OSError):
-                descriptor = os.open(os.fspath(self.path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
+            sync_directory(self.path)
 
 
 def _result(item: WriteItem, name: str, offset: int, length: int, descriptors: list[str] | None) -> WriteResult:

@@ -66,12 +66,16 @@ def prepare_memory(model: torch.nn.Module) -> None:
 
 def obstacle_to_direct(model: torch.nn.Module, settings: LoaderSettings) -> str | None:
     """Why this model cannot be loaded in direct mode, if so."""
-    devices = {parameter.device.type for parameter in model.parameters()}
+    places = {parameter.device for parameter in model.parameters()}
+    devices = {place.type for place in places}
     if devices - {"cpu", "cuda", "meta"}:
         return f"parameters are on {', '.join(sorted(devices - {'cpu'}))}"
-    obstacle = CudaDevices(settings).obstacle() if "cuda" in devices else None
-    if obstacle:
-        return f"parameters are on cuda, and {obstacle}"
+    if "cuda" in devices:
+        cuda = CudaDevices(settings)
+        numbers = [place.index for place in places if place.index is not None]
+        obstacle = cuda.obstacle() or next(filter(None, map(cuda.obstacle_on, numbers)), None)
+        if obstacle:
+            return f"parameters are on cuda, and {obstacle}"
     online = any(getattr(getattr(part, "quant_method", None), "uses_meta_device", False) for part in model.modules())
     if online or "meta" in devices:
         return "weights are quantised, or their memory made, while they are loaded"

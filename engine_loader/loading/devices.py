@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from typing import Protocol
 
 import torch
 
 from ..settings import LoaderSettings
 from ..transfer.devices import obstacle_to_devices
+from .device_trial import obstacle_on
+
+logger = logging.getLogger(__name__)
+
+_trying = threading.Lock()
+_tried: dict[tuple[int, str | None], str | None] = {}  # what came of it, by device and runtime
 
 
 class Devices(Protocol):
@@ -44,6 +52,7 @@ class CudaDevices:
         if self._asked:
             self._obstacle = "engine is set to python"
         self._runtime = settings.device_runtime
+        self._settings = settings
 
     def obstacle(self) -> str | None:
         """Why the native engine cannot put bytes on these devices, if so."""
@@ -55,7 +64,19 @@ class CudaDevices:
     def number(self, device: torch.device) -> int | None:
         if device.type != "cuda" or self.obstacle() is not None:
             return None
-        return torch.cuda.current_device() if device.index is None else device.index
+        number = torch.cuda.current_device() if device.index is None else device.index
+        return number if self.obstacle_on(number) is None else None
+
+    def obstacle_on(self, number: int) -> str | None:
+        """Why it should not do so on a device of this number, if so: the first time it is tried out there."""
+        key = (number, self._runtime)
+        with _trying:
+            if key not in _tried:
+                device = torch.device("cuda", number)
+                _tried[key] = obstacle_on(self, device, number, self._settings)
+                if _tried[key]:
+                    logger.warning("%s; torch copies instead", _tried[key])
+            return _tried[key]
 
     def number_of(self, tensor: torch.Tensor) -> int | None:
         return self.number(tensor.device) if tensor.is_cuda else None
@@ -65,3 +86,7 @@ class CudaDevices:
 
     def empty(self, nbytes: int, device: torch.device) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+    def read_back(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy of a tensor in the CPU's memory."""
+        return tensor.cpu()

@@ -16,6 +16,7 @@ from torch import nn
 
 from engine_loader.errors import TransferCancelled, TransferError
 from engine_loader.loading.checkpoint import Checkpoint
+from engine_loader.loading.device_trial import obstacle_on
 from engine_loader.loading.devices import CudaDevices
 from engine_loader.loading.direct import DirectLoad
 from engine_loader.loading.locate import open_files
@@ -264,3 +265,32 @@ def test_a_device_that_does_not_exist_is_told(path: Path, standin: StandIn, engi
     with pytest.raises(TransferError, match=r"device 7 cannot be selected: invalid device ordinal \(101\)"):
         engine.submit_to_device([file], make_extents([]), Place(7))
     file.close()
+
+
+class _Trial(StandInDevices):
+    """A device whose memory can be looked at, or that gets ``wrong`` bytes wrong."""
+
+    wrong = 0
+
+    def read_back(self, tensor: torch.Tensor) -> torch.Tensor:
+        found = tensor.clone()
+        found[: self.wrong] ^= 1
+        return found
+
+
+def test_a_trial_of_a_device_on_which_all_is_well_says_nothing(standin: StandIn) -> None:
+    assert obstacle_on(_Trial(standin), torch.device("cuda", 0), 0, settings_for(standin)) is None
+    assert standin.live()["allocations"] == 0
+
+
+def test_a_trial_finds_wrong_bytes(standin: StandIn) -> None:
+    trial = _Trial(standin)
+    trial.wrong = 3
+    said = obstacle_on(trial, torch.device("cuda", 0), 0, settings_for(standin))
+    assert said is not None and said.startswith("in a trial of cuda:0, 3 of ")
+
+
+def test_a_trial_tells_of_copies_that_fail(standin: StandIn) -> None:
+    standin.fail_copy(2)
+    said = obstacle_on(_Trial(standin), torch.device("cuda", 0), 0, settings_for(standin))
+    assert said is not None and "a trial of cuda:0 failed" in said and "the copy to the device failed" in said
