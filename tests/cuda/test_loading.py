@@ -16,6 +16,7 @@ from torch import nn
 
 from engine_loader.errors import TransferCancelled, TransferError
 from engine_loader.loading.checkpoint import Checkpoint
+from engine_loader.loading.dcp_reader import DcpReader
 from engine_loader.loading.device_trial import obstacle_on
 from engine_loader.loading.devices import CudaDevices
 from engine_loader.loading.direct import DirectLoad
@@ -28,6 +29,7 @@ from engine_loader.sources.posix import PosixSource
 from engine_loader.transfer.devices import Place, obstacle_to_devices
 from engine_loader.transfer.native_engine import NativeEngine
 from engine_loader.transfer.plan import extent, make_extents
+from tests.support.training_checkpoints import save_chunked
 
 from .standin_devices import StandIn, StandInDevices
 
@@ -161,13 +163,30 @@ class Model(nn.Module):
 
 def load_directly(path: Path, standin: StandIn, devices: StandInDevices, model: Model) -> DirectLoad:
     source = PosixSource()
+    return load_through(Reader(open_files(source, str(path)), source.name, settings_for(standin), devices), model)
+
+
+def load_through(reader: Reader | DcpReader, model: Model) -> DirectLoad:
     load = DirectLoad(model)
     with load:
-        reader = Reader(open_files(source, str(path)), source.name, settings_for(standin), devices)
         progress = byte_progress(1, "", shown=False)
-        infos = reader.files.tensors
-        model.load_weights(load.tensors(reader, infos, LoadReport(), progress=progress, tell=lambda line: None))
+        model.load_weights(load.tensors(reader, reader.infos, LoadReport(), progress=progress, tell=lambda line: None))
     return load
+
+
+def test_direct_mode_reads_a_training_checkpoint_into_parameters_on_a_device(
+    tensors: dict[str, torch.Tensor], standin: StandIn, devices: StandInDevices, tmp_path: Path
+) -> None:
+    cut = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
+    save_chunked(cut, tmp_path / "step", lambda name, tensor: [[size // 3] for size in tensor.shape])
+    standin.delay(500)
+    model = Model(devices)
+    load = load_through(DcpReader(PosixSource(), str(tmp_path / "step"), settings_for(standin), devices), model)
+    fused = torch.cat([tensors["a"], tensors["b"]])
+    fused[0] *= 2
+    assert torch.equal(model.fused, fused) and torch.equal(model.host, tensors["a"])
+    assert torch.equal(model.part, tensors["half"][:, ROWS // 2 :]) and model.scale == 3.0
+    assert load.materialised == {}
 
 
 def test_direct_mode_reads_into_parameters_on_a_device(
