@@ -12,7 +12,7 @@ from engine_loader.engines.vllm_rank import Rank
 from engine_loader.engines.vllm_sharded import reshard
 from tests.support.moto_server import MotoServer
 from tests.support.tiny_models import make_model
-from tests.support.training_checkpoints import KINDS, save_training
+from tests.support.training_checkpoints import KINDS, copy_bare, trained
 from tests.support.vllm_inprocess import State, differences, load_state, load_state_as, rank_as
 from tests.support.vllm_server import VllmServer
 
@@ -21,21 +21,6 @@ from .conftest import PROMPT
 pytestmark = pytest.mark.engine
 
 MAPPING = {"^model[.]": ""}
-
-
-def copy_bare(model: Path, directory: Path) -> Path:
-    """A model's directory without its weights."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for path in model.iterdir():
-        if "safetensors" not in path.name:
-            (directory / path.name).write_bytes(path.read_bytes())
-    return directory
-
-
-def trained(model: Path, directory: Path, kind: str, **options: Any) -> Path:
-    """The same model as a training left it, beside its configuration and tokenizer."""
-    tensors = {name: tensor for path in model.glob("*.safetensors") for name, tensor in load_file(path).items()}
-    return save_training(tensors, copy_bare(model, directory), kind, **options)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from tests.sglang.conftest import NEWEST, VERSIONS
 from tests.support.sglang_server import PROBE, TWO_RANKS, SglangServer, patched
 from tests.support.threefs import emulator
 from tests.support.tiny_models import make_model
+from tests.support.training_checkpoints import trained
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
 
@@ -134,6 +135,30 @@ def test_streamed_weights_are_the_same(tmp_path: Path) -> None:
     found = served(NEWEST, model, tmp_path / "b10", *FORMAT, "--model-loader-extra-config", options)
     assert found.parameters == expected.parameters
     assert found.text == expected.text
+
+
+def test_a_trainings_checkpoint_is_served_and_taken_as_an_update(
+    llama: Path, other_llama: Path, tmp_path: Path
+) -> None:
+    expected = served(NEWEST, llama, tmp_path / "auto", "--load-format", "auto")
+    model = trained(llama, tmp_path / "model", "mesh")
+    update = trained(other_llama, tmp_path / "update", "safetensors")
+    options = ("--model-loader-extra-config", json.dumps({"key_mapping": {"^model[.]": ""}}))
+    with running(NEWEST, model, tmp_path / "b10", *FORMAT, *options, env={}) as server:
+        assert server.complete(PROMPT, max_tokens=24) == expected.text
+        assert digests(tmp_path / "b10") == expected.parameters
+        assert server.update_weights(update) == (True, "Succeeded to update model weights.")
+        changed = server.complete(PROMPT, max_tokens=24)
+        assert server.update_weights(other_llama, load_format="auto")[0]
+        assert server.complete(PROMPT, max_tokens=24) == changed != expected.text
+    assert "21 tensors, 4 files" in loaded_lines(server.log)[0]
+
+
+def test_names_that_are_not_the_models_stop_the_start_with_a_mapping(llama: Path, tmp_path: Path) -> None:
+    model = trained(llama, tmp_path / "model", "fsdp", prefix="module.")
+    with pytest.raises(RuntimeError, match="ended"), running(NEWEST, model, tmp_path, *FORMAT, env={}) as server:
+        pass
+    assert """set --model-loader-extra-config '{"key_mapping": {"^module[.]": ""}}'""" in server.log
 
 
 def test_a_model_on_3fs_is_read_by_usrbio(tmp_path: Path) -> None:

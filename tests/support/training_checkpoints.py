@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as torch_dcp
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -112,3 +113,18 @@ def save_training(tensors: Mapping[str, torch.Tensor], directory: Path, kind: st
         warnings.simplefilter("ignore")  # torch warns that there is no process group
         torch_dcp.save(state, storage_writer=writer, no_dist=True)
     return directory
+
+
+def copy_bare(model: Path, directory: Path) -> Path:
+    """A model's directory without its weights."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in model.iterdir():
+        if "safetensors" not in path.name:
+            (directory / path.name).write_bytes(path.read_bytes())
+    return directory
+
+
+def trained(model: Path, directory: Path, kind: str, **options: Any) -> Path:
+    """The same model as a training left it, beside its configuration and tokenizer."""
+    tensors = {name: tensor for path in model.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    return save_training(tensors, copy_bare(model, directory), kind, **options)
