@@ -12,7 +12,7 @@ from engine_loader.engines.vllm_rank import Rank
 from engine_loader.engines.vllm_sharded import reshard
 from tests.support.moto_server import MotoServer
 from tests.support.tiny_models import make_model
-from tests.support.training_checkpoints import KINDS, copy_bare, trained
+from tests.support.training_checkpoints import KINDS, copy_bare, save_training, trained
 from tests.support.vllm_inprocess import State, differences, load_state, load_state_as, rank_as
 from tests.support.vllm_server import VllmServer
 
