@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,11 +121,12 @@ class B10ModelLoader(DefaultModelLoader):
         if self._shards is not None:
             self._fill_state(model, target_device)
             return
-        place = self._directory_of(self._model_config)
-        with (
-            told_of_misfits(model, place, self._reader_settings),
-            self._loading_directly(model) if directly else _as_it_is(),
-        ):
+        with ExitStack() as stack:
+            if self._starting:  # SGLang does not say what an update is
+                place = self._directory_of(self._model_config)
+                stack.enter_context(told_of_misfits(model, place, self._reader_settings))
+            if directly:
+                stack.enter_context(self._loading_directly(model))
             DefaultModelLoader.load_weights_and_postprocess(model, weights, target_device)
 
     def _fill_state(self, model: Any, target_device: Any) -> None:
@@ -201,11 +202,6 @@ class B10ModelLoader(DefaultModelLoader):
     def _read(self, weights: list[str] | str) -> Weights:
         # A generator: only when it begins is it known whether the load is in direct mode.
         yield from read_weights(weights, self._reader_settings, log=logger, note=self._note, direct=self._direct)
-
-
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield
 
 
 @contextmanager
