@@ -148,11 +148,16 @@ class B10ModelLoader(DefaultModelLoader):
         original = model.load_weights
 
         def load_weights(*args: Any, **options: Any) -> Any:
-            with DirectLoad(model) as self._direct:
+            load = DirectLoad(model)
+            with load as self._direct:
                 try:
-                    return original(*args, **options)
+                    result = original(*args, **options)
                 finally:
                     self._direct = None
+            if self._starting and load.took_nothing:
+                # SGLang logs each name that it does not know, and would serve whatever was in memory.
+                raise ValueError("SGLang took none of the weights: their names are not the model's")
+            return result
 
         model.load_weights = load_weights
         try:

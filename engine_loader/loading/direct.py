@@ -177,6 +177,7 @@ class DirectLoad:
         self._failure: CheckpointError | None = None
         self._small: SmallTensors | None = None
         self._ended = False
+        self._recordings = 0
         self.recorded_bytes = 0
         self.materialised: dict[str, int] = {}
         self.materialised_bytes = 0
@@ -198,6 +199,11 @@ class DirectLoad:
             finally:
                 self._ended = True
                 self._cancel()
+
+    @property
+    def took_nothing(self) -> bool:
+        """Whether recording tensors were handed out, and the engine has not looked at any."""
+        return bool(self._recordings) and not self.recorded_bytes and not self.materialised_bytes
 
     def tensors(
         self,
@@ -244,6 +250,7 @@ class DirectLoad:
                     yield from self._stream(part, [*infos[position:], *streamed])
                     return
                 recording = recording_tensor(info, self)
+                self._recordings += 1
                 self._live.add(recording.origin)
                 yield info.name, recording
                 del recording
