@@ -84,7 +84,7 @@ def test_the_resident_share_is_found(make_file: MakeFile, monkeypatch: pytest.Mo
     file = make_file(96 << 20)
     fd = file.fileno()
     assert fd is not None
-    assert resident_share(fd, file.size) == 1.0
+    assert resident_share(fd, file.size) > 0.98  # the kernel may take a page back at any moment
     os.posix_fadvise(fd, 0, file.size // 2, os.POSIX_FADV_DONTNEED)
     found = resident_share(fd, file.size)
     # Some file systems (tmpfs) keep what they were told to drop.
