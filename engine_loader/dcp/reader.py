@@ -244,7 +244,7 @@ def _copy(files: DcpFiles, item: ReadItem, info: _StorageInfo, tensor: torch.Ten
 def _located_groups(files: DcpFiles, items: Sequence[_Wanted]) -> Iterator[list[_Located]]:
     for begin in range(0, len(items), _LOCATED_AT_ONCE):
         batch = items[begin : begin + _LOCATED_AT_ONCE]
-        located = files.locate([(item.storage_index.fqn, info) for item, info, _ in batch])
+        located = files.locating([(item.storage_index.fqn, info) for item, info, _ in batch])
         group: list[_Located] = []
         nbytes = 0
         for wanted, stored in zip(batch, located, strict=True):

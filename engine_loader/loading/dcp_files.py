@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Self, TypeAlias, TypeVar
 
 import torch
 
@@ -172,6 +172,13 @@ class DcpFiles:
         Raises:
             CheckpointError: an item does not lie within its file, or its file does not have it.
         """
+        return list(self.locating(items))
+
+    def locating(self, items: Sequence[tuple[str, _StorageInfo]]) -> Iterator[StoredTensor | None]:
+        """The same one by one, so that the first can be read while the next are looked at.
+
+        What has to be read for that is read before the first is yielded, of up to 4,096 items.
+        """
         places = [(*self.item(info, name), name, info) for name, info in items]
         zips: dict[tuple[int, int, str], _StorageInfo] = {}
         for number, file, name, info in places:
@@ -185,8 +192,12 @@ class DcpFiles:
                 self._stored[key] = _in_safetensors(header, number, file.path, name, info)
             else:
                 zips[key] = info
-        self._stored |= self._in_zips(zips)
-        return [self._stored[number, info.offset, name] for number, _, name, info in places]
+        found = self._in_zips(zips)
+        for number, _, name, info in places:
+            while (number, info.offset, name) not in self._stored:
+                key, stored = next(found)
+                self._stored[key] = stored
+            yield self._stored[number, info.offset, name]
 
     def part(self, stored: StoredTensor, offsets: Sequence[int], lengths: Sequence[int], target: torch.Tensor) -> Part:
         """The read of a part of a stored tensor into ``target``, which it fills.
@@ -309,32 +320,29 @@ class DcpFiles:
         header = parse_header(self._bytes(number, LENGTH_BYTES, length), file.size, file.path)
         return {tensor.name: tensor for tensor in header.tensors}
 
-    def _in_zips(self, items: Mapping[tuple[int, int, str], _StorageInfo]) -> dict[Any, StoredTensor | None]:
-        """What lies where in items of torch.save, by both their ends, which are read all at once."""
-        if not items:
-            return {}
-        if len(items) > _ITEMS_AT_ONCE:
-            several = [dict(batch) for batch in _batched(items.items(), _ITEMS_AT_ONCE)]
-            return {key: stored for batch in several for key, stored in self._in_zips(batch).items()}
-        ends = torch.empty((len(items), 2, ENDS_BYTES), dtype=torch.uint8)
-        rows: list[ExtentRow] = []
-        for at, ((number, offset, _), info) in enumerate(items.items()):
-            size = min(info.length, ENDS_BYTES)
-            rows.append(extent(number, offset, size, ends[at, 0].data_ptr()))
-            rows.append(extent(number, offset + info.length - size, size, ends[at, 1].data_ptr()))
-        wait_or_cancel(self.submit_extents(rows, ends))
-        found: dict[Any, StoredTensor | None] = {}
-        content = ends.numpy()
-        for at, (key, info) in enumerate(items.items()):
-            size = min(info.length, ENDS_BYTES)
-            layout = item_layout(content[at, 0, :size].tobytes(), content[at, 1, :size].tobytes(), info.length)
-            dtype = None if layout is None else getattr(torch, layout.dtype, None)
-            found[key] = None
-            if layout is not None and dtype is not None:
+    def _in_zips(
+        self, items: Mapping[tuple[int, int, str], _StorageInfo]
+    ) -> Iterator[tuple[tuple[int, int, str], StoredTensor | None]]:
+        """What lies where in items of torch.save, in their order, by both their ends, which are read many at once."""
+        for batch in _batched(items.items(), _ITEMS_AT_ONCE):
+            ends = torch.empty((len(batch), 2, ENDS_BYTES), dtype=torch.uint8)
+            rows: list[ExtentRow] = []
+            for at, ((number, offset, _), info) in enumerate(batch):
+                size = min(info.length, ENDS_BYTES)
+                rows.append(extent(number, offset, size, ends[at, 0].data_ptr()))
+                rows.append(extent(number, offset + info.length - size, size, ends[at, 1].data_ptr()))
+            wait_or_cancel(self.submit_extents(rows, ends))
+            content = ends.numpy()
+            for at, (key, info) in enumerate(batch):
+                size = min(info.length, ENDS_BYTES)
+                layout = item_layout(content[at, 0, :size].tobytes(), content[at, 1, :size].tobytes(), info.length)
+                dtype = None if layout is None else getattr(torch, layout.dtype, None)
+                if layout is None or dtype is None:
+                    yield key, None
+                    continue
                 number, offset, name = key
                 place = offset + layout.offset
-                found[key] = StoredTensor(name, number, place, dtype, layout.shape, layout.strides)
-        return found
+                yield key, StoredTensor(name, number, place, dtype, layout.shape, layout.strides)
 
     def submit_extents(self, rows: Sequence[ExtentRow], owner: object, place: Place | None = None) -> Transfer:
         """Start a plan; the engine is told of the files only that it needs, of a checkpoint's many."""
