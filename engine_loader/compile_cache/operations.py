@@ -99,18 +99,24 @@ def perform(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], bo
     began = time.monotonic()
     if not settings.enabled:
         return Outcome("off")
-    try:
-        outcome = (_restore if job.action == "restore" else _save)(job, settings, may_go_on)
-    except CacheOperationInterrupted as error:
-        outcome = Outcome("interrupted", messages=[str(error)])
-    except CacheValidationError as error:
-        outcome = Outcome("refused", messages=[str(error)])
-    except CacheError as error:
-        outcome = Outcome("failed", messages=[str(error)])
-    except OSError as error:
-        outcome = Outcome("failed", messages=[f"{error}; is the store {settings.directory} in place and writable?"])
+    work = _restore if job.action == "restore" else _save
+    outcome = _attempt(lambda: work(job, settings, may_go_on), settings)
     outcome.seconds = time.monotonic() - began
     return outcome
+
+
+def _attempt(work: Callable[[], Outcome], settings: CompileCacheSettings) -> Outcome:
+    """What comes of ``work``, expected failures included."""
+    try:
+        return work()
+    except CacheOperationInterrupted as error:
+        return Outcome("interrupted", messages=[str(error)])
+    except CacheValidationError as error:
+        return Outcome("refused", messages=[str(error)])
+    except CacheError as error:
+        return Outcome("failed", messages=[str(error)])
+    except OSError as error:
+        return Outcome("failed", messages=[f"{error}; is the store {settings.directory} in place and writable?"])
 
 
 def threads_of(settings: CompileCacheSettings) -> int:
@@ -166,18 +172,16 @@ def _save(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], bool
                 "nothing", messages=[f"{settings.max_concurrent_saves} other saves are under way; passed over"]
             )
         else:
-            outcome = save(
-                store,
-                job.key,
-                job.paths(),
-                files,
-                trust,
-                factors=factors,
-                threads=threads_of(settings),
-                level=settings.compression_level,
-                most_bytes=int(settings.max_pack_bytes),
-            )
-            _tidy(store, job, settings, trust, packs, outcome)
+            options: dict[str, Any] = {
+                "factors": factors,
+                "threads": threads_of(settings),
+                "level": settings.compression_level,
+                "most_bytes": int(settings.max_pack_bytes),
+            }
+            # A store that fails is no reason to keep what the cache was good for to oneself.
+            outcome = _attempt(lambda: save(store, job.key, job.paths(), files, trust, **options), settings)
+            if outcome.status not in ("interrupted", "refused", "failed"):
+                _tidy(store, job, settings, trust, packs, outcome)
         if uses:  # an engine ran; whoever saves by hand asks no such question
             outcome.verdict, outcome.reasons = verdict.result, verdict.reasons
             note_verdict(job.home(), job.key, verdict)
