@@ -6,6 +6,7 @@ The scenarios are in driver.cpp. Each rule is also taken out of the engine once 
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from .building import HERE, Drivers, Mutant
 
 SCENARIOS = re.findall(r"SCENARIO\((\w{5,})\)", (HERE / "driver.cpp").read_text())
 
+# A rule that is broken shows when threads meet in a certain way, which on a busy machine they do not every time.
+_TRIES = 20
 MUTANTS = [
     Mutant(
         "a_slot_is_used_again_at_once",
@@ -138,5 +141,13 @@ def test_threads_do_not_race(pytestconfig: pytest.Config, tmp_path: Path) -> Non
 def test_a_rule_that_is_taken_out_is_missed(mutant: Mutant, drivers: Drivers, tmp_path: Path) -> None:
     assert mutant.caught_by in SCENARIOS
     command = [str(drivers.make(mutant)), str(drivers.standin), str(tmp_path), mutant.caught_by]
-    done = run_sanitized(command, drivers.sanitizers, timeout_s=60)
-    assert done.returncode != 0 and "not so:" in done.stderr, done.stderr
+    said = f"not seen in {_TRIES} tries"
+    for _ in range(_TRIES):
+        try:
+            done = run_sanitized(command, drivers.sanitizers, timeout_s=10)
+        except subprocess.TimeoutExpired:  # a broken engine may also wait for ever
+            continue
+        if done.returncode != 0:
+            said = done.stderr
+            break
+    assert "not so:" in said, said
