@@ -115,26 +115,24 @@ class Patch:
             OSError: a file cannot be written.
         """
         self._check_version()
-        changes = [
-            (path, _changed(path, file.hunks))
-            for file in self.files
-            if self._state_of(file) != "applied"
-            for path in [self.path_of(file)]
-        ]
-        done: list[Path] = []
-        for path, text in changes:
+        changes: list[tuple[Path, str]] = []
+        for file in self.files:
+            path = self.path_of(file)
+            if self._state_of(file) == "applied":
+                continue
+            text = _changed(path, file.hunks)
             if text is None:
                 raise PatchError(
                     f"{path} is not the file of {self.distribution} {self.installed} that {self.name} was made for; "
                     "nothing was changed. Was it patched by hand, or is it a build of your own? "
                     f"`pip install --force-reinstall --no-deps {self.distribution}=={self.installed}` restores it"
                 )
-        for path, text in changes:
-            if text is not None and not dry_run:
+            changes.append((path, text))
+        if not dry_run:
+            for path, text in changes:
                 shutil.copy2(path, _backup_of(path))
                 _replace(path, text)
-            done.append(path)
-        return done
+        return [path for path, _ in changes]
 
     def revert(self, *, dry_run: bool = False) -> list[Path]:
         """Take the changes back.

@@ -317,7 +317,7 @@ def _report(job: Job, as_json: bool) -> None:
             console().print(f"  {printable(line)}")
     for message in outcome.messages:
         print_warning(message)
-    if outcome.status in ("refused", "interrupted", "failed", "off"):
+    if outcome.failed or outcome.status == "off":
         raise typer.Exit(1)
 
 

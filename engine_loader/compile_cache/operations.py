@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,7 +101,7 @@ def perform(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], bo
     if not settings.enabled:
         return Outcome("off")
     work = _restore if job.action == "restore" else _save
-    outcome = _attempt(lambda: work(job, settings, may_go_on), settings)
+    outcome = _attempt(partial(work, job, settings, may_go_on), settings)
     outcome.seconds = time.monotonic() - began
     return outcome
 
@@ -172,15 +173,21 @@ def _save(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], bool
                 "nothing", messages=[f"{settings.max_concurrent_saves} other saves are under way; passed over"]
             )
         else:
-            options: dict[str, Any] = {
-                "factors": factors,
-                "threads": threads_of(settings),
-                "level": settings.compression_level,
-                "most_bytes": int(settings.max_pack_bytes),
-            }
+            write = partial(
+                save,
+                store,
+                job.key,
+                job.paths(),
+                files,
+                trust,
+                factors=factors,
+                threads=threads_of(settings),
+                level=settings.compression_level,
+                most_bytes=int(settings.max_pack_bytes),
+            )
             # A store that fails is no reason to keep what the cache was good for to oneself.
-            outcome = _attempt(lambda: save(store, job.key, job.paths(), files, trust, **options), settings)
-            if outcome.status not in ("interrupted", "refused", "failed"):
+            outcome = _attempt(write, settings)
+            if not outcome.failed:
                 _tidy(store, job, settings, trust, packs, outcome)
         if uses:  # an engine ran; whoever saves by hand asks no such question
             outcome.verdict, outcome.reasons = verdict.result, verdict.reasons

@@ -42,5 +42,10 @@ class Outcome:
         """Whether a cache is there that an engine can use."""
         return self.status in ("restored", "complete")
 
+    @property
+    def failed(self) -> bool:
+        """Whether it did not come to its end."""
+        return self.status in ("refused", "interrupted", "failed")
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -168,6 +168,5 @@ def tell_save(log: logging.Logger, job: Job, where: str, outcome: Outcome) -> No
 
 
 def _warn(log: logging.Logger, outcome: Outcome, consequence: str) -> None:
-    failed = outcome.status in ("refused", "interrupted", "failed")
     for message in outcome.messages:
-        log.warning("compile cache: %s%s", message, f"; {consequence}" if failed else "")
+        log.warning("compile cache: %s%s", message, f"; {consequence}" if outcome.failed else "")

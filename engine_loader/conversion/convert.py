@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.filesystem import SerializationFormat
 from ..errors import CheckpointError
 from ..formats.hf_index import INDEX_NAME
 from ..formats.sharded_state import shards_by_rank
-from ..loading.checkpoint import Checkpoint, open_checkpoint
+from ..loading.checkpoint import open_checkpoint
 from ..loading.companions import copy_companions
 from ..loading.dcp import DcpCheckpoint, is_dcp
 from ..loading.key_mapping import KeyMapping, make_renamer
@@ -83,7 +83,18 @@ def convert_checkpoint(
         SettingsError: an option is unknown or has a bad value.
     """
     check_destination(source, destination, overwrite=overwrite)
-    with _open(source, key_mapping, optimizer_state, options) as checkpoint:
+    settings = load_settings(options).settings.loader
+    place, directory = make_source(settings.backend, settings=settings), without_end(source)
+    names = place.list(directory) if place.is_dir(directory) else None
+    if names is not None and INDEX_NAME not in names and shards_by_rank(names, settings.sharded_pattern):
+        raise CheckpointError(
+            "this is a sharded_state checkpoint: an engine's own tensors, fused and cut for one parallel layout, which "
+            "only that engine can take apart",
+            file=source,
+            hint="convert the checkpoint that it was made from",
+        )
+    mapping = key_mapping if is_dcp(place, directory) else None
+    with open_checkpoint(source, key_mapping=mapping, optimizer_state=optimizer_state, **options) as checkpoint:
         is_training = isinstance(checkpoint, DcpCheckpoint)
         tensors = outgoing(checkpoint, make_renamer(None if is_training else key_mapping), dtype)
         if not tensors:
@@ -104,36 +115,10 @@ def convert_checkpoint(
             else:
                 write_safetensors(unfinished, checkpoint, tensors, max_shard_bytes=max_shard_bytes, written=written)
             weights = sorted(path.name for path in unfinished.iterdir() if path.suffix in (".safetensors", ".distcp"))
-            _copy_companions(source, unfinished, options)
+            if names is not None:
+                copy_companions(place, directory, unfinished)
             _tell_dtype(unfinished / _CONFIG, dtype)
     return Conversion([Path(destination) / name for name in weights], len(tensors), total)
-
-
-def _open(source: str, key_mapping: KeyMapping | None, optimizer_state: bool, options: dict[str, Any]) -> Checkpoint:
-    settings = load_settings(options).settings.loader
-    place = make_source(settings.backend, settings=settings)
-    directory = without_end(source)
-    names = place.list(directory) if place.is_dir(directory) else []
-    if INDEX_NAME not in names and shards_by_rank(names, settings.sharded_pattern):
-        raise CheckpointError(
-            "this is a sharded_state checkpoint: an engine's own tensors, fused and cut for one parallel layout, which "
-            "only that engine can take apart",
-            file=source,
-            hint="convert the checkpoint that it was made from",
-        )
-    return open_checkpoint(
-        source,
-        key_mapping=key_mapping if is_dcp(place, directory) else None,
-        optimizer_state=optimizer_state,
-        **options,
-    )
-
-
-def _copy_companions(source: str, directory: Path, options: dict[str, Any]) -> None:
-    settings = load_settings(options).settings.loader
-    place = make_source(settings.backend, settings=settings)
-    if place.is_dir(without_end(source)):
-        copy_companions(place, without_end(source), directory)
 
 
 def _tell_dtype(config: Path, dtype: torch.dtype | None) -> None:

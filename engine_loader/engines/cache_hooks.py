@@ -10,11 +10,12 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ..compile_cache.directories import directories_of
-from ..compile_cache.key import CacheKey
+from ..compile_cache.key import CacheKey, short_hash
 from ..compile_cache.locks import NodeLock
 from ..compile_cache.operations import Job
 from ..compile_cache.session import Running, tell_restore, tell_save
@@ -63,6 +64,14 @@ class NodeSession:
     def save(self) -> None:
         """Begin to save what was compiled."""
         start_save(self.engine, self.key, self.settings, self.since_ns, self._log)
+
+
+def scope_of(settings: CompileCacheSettings, model: str, revision: str | None, sizes: Mapping[str, int]) -> str:
+    """The scope of an engine's key: the setting, or else its model and its parallel layout (kind -> size)."""
+    if settings.scope is not None:
+        return settings.scope
+    layout = "_".join(f"{name}{size}" for name, size in sizes.items())
+    return f"{Path(model).name[:60]}_{short_hash(model, str(revision or ''))}_{layout}"
 
 
 def start_save(engine: str, key: CacheKey, settings: CompileCacheSettings, since_ns: int, log: logging.Logger) -> None:

@@ -18,12 +18,11 @@ import logging
 import pkgutil
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
-from ..compile_cache.key import CacheKey, environment_key, module_version, short_hash
+from ..compile_cache.key import CacheKey, environment_key, module_version
 from ..settings import CompileCacheSettings
-from .cache_hooks import NodeSession, cache_settings, quietly, restore_began_ns, start_save, wait_for_node
+from .cache_hooks import NodeSession, cache_settings, quietly, restore_began_ns, scope_of, start_save, wait_for_node
 from .hooks import is_wrapped, wrap
 from .sglang_format import check
 
@@ -87,11 +86,7 @@ def register_http_server() -> None:
 def key_of(server_args: Any, settings: CompileCacheSettings) -> CacheKey:
     """The key of an engine: this machine, and by default its model and parallel layout."""
     sizes = {"tp": server_args.tp_size, "pp": server_args.pp_size, "dp": server_args.dp_size}
-    scope = settings.scope
-    if scope is None:
-        model, revision = str(server_args.model_path), str(getattr(server_args, "revision", None) or "")
-        layout = "_".join(f"{name}{size}" for name, size in sizes.items())
-        scope = f"{Path(model).name[:60]}_{short_hash(model, revision)}_{layout}"
+    scope = scope_of(settings, str(server_args.model_path), getattr(server_args, "revision", None), sizes)
     # With attention in data parallel, the replicas share the devices of the tensor-parallel ranks.
     replicas = 1 if getattr(server_args, "enable_dp_attention", False) else sizes["dp"]
     devices = sizes["tp"] * sizes["pp"] * replicas // max(1, server_args.nnodes)

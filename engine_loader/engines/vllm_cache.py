@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..compile_cache.directories import VLLM_MODEL_INFOS, directories_of
-from ..compile_cache.key import CacheKey, environment_key, module_version, python_version, short_hash
+from ..compile_cache.key import CacheKey, environment_key, module_version, python_version
 from ..compile_cache.operations import Job
 from ..compile_cache.session import Running, run_job
 from ..compile_cache.use import note_use
@@ -32,6 +32,7 @@ from .cache_hooks import (
     cache_settings,
     quietly,
     restore_began_ns,
+    scope_of,
     start_save,
     wait_for_node,
 )
@@ -56,12 +57,8 @@ def key_of(vllm_config: Any, settings: CompileCacheSettings) -> CacheKey:
         "pp": parallel.pipeline_parallel_size,
         "dp": parallel.data_parallel_size,
     }
-    scope = settings.scope
-    if scope is None:
-        model = str(vllm_config.model_config.model)
-        revision = str(getattr(vllm_config.model_config, "revision", None) or "")
-        layout = "_".join(f"{name}{size}" for name, size in sizes.items())
-        scope = f"{Path(model).name[:60]}_{short_hash(model, revision)}_{layout}"
+    model = vllm_config.model_config
+    scope = scope_of(settings, str(model.model), getattr(model, "revision", None), sizes)
     local_engines = getattr(parallel, "data_parallel_size_local", 1) or 1
     devices = (getattr(parallel, "local_world_size", None) or sizes["tp"] * sizes["pp"]) * local_engines
     return environment_key({"vllm": module_version("vllm")}, scope, devices=devices)

@@ -185,7 +185,7 @@ class DirectLoad:
     def __enter__(self) -> Self:
         self._modes.enter_context(SettleBeforeRead(self))
         self._modes.callback(self._take_mode_off)
-        self._listen(True)
+        self._put_mode_on()
         return self
 
     def __exit__(
@@ -265,12 +265,9 @@ class DirectLoad:
                 self._observer.read(info, info.nbytes, SCATTERED)
         yield from self._stream(part, streamed)
 
-    def _listen(self, on: bool) -> None:
-        if on and not self._mode_is_on:
-            self._mode.__enter__()  # type: ignore[no-untyped-call]
-        elif self._mode_is_on and not on:
-            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        self._mode_is_on = on
+    def _put_mode_on(self) -> None:
+        self._mode.__enter__()  # type: ignore[no-untyped-call]
+        self._mode_is_on = True
 
     def _take_mode_off(self) -> None:
         # By the stack itself: Ctrl-C may come between a change of it and its note.
@@ -284,13 +281,13 @@ class DirectLoad:
             self._submit()
             while self._flying:
                 self._wait_for_first()
-            self._listen(False)
+            self._take_mode_off()
 
     def _listen_again(self) -> bool:
         """Put the mode back; False where it would lie on one of the engine's, which would then take ours off."""
         if not self._is_outermost(0):
             return False
-        self._listen(True)
+        self._put_mode_on()
         return True
 
     def _is_outermost(self, modes: int) -> bool:

@@ -100,7 +100,10 @@ class DirectRanges:
     def __init__(self, url: ObjectUrl, store: ObjectStore, stores: ObjectStores, connections: Connections) -> None:
         self._url, self._store, self._options = url, store, stores.options
         self._connections = connections
-        self._usable = url.scheme == "s3" and not stores.foreign and not getproxies_environment()
+        self._endpoint = endpoint_of(url, stores.options)
+        # The address of an object that is asked for without a signature is known for one kind of server.
+        known = not stores.options.anonymous or (self._endpoint is not None and not stores.options.virtual_host)
+        self._usable = url.scheme == "s3" and known and not stores.foreign and not getproxies_environment()
         self._target: SplitResult | None = None
         self._signed_at = 0.0
 
@@ -158,17 +161,11 @@ class DirectRanges:
         target = self._target
         if target is None or time.monotonic() - self._signed_at > _SIGN_AGAIN_S:
             if self._options.anonymous:
-                target = urlsplit(self._unsigned())
+                target = urlsplit(f"{self._endpoint}/{self._url.bucket}/{quote(self._url.key)}")
             else:
                 target = urlsplit(obstore.sign(cast("S3Store", self._store), "GET", self._url.key, _SIGNED_FOR))
             self._target, self._signed_at = target, time.monotonic()
         return target
-
-    def _unsigned(self) -> str:
-        endpoint = endpoint_of(self._url, self._options)
-        if endpoint is None or self._options.virtual_host:
-            raise NotImplementedError("obstore knows the address")
-        return f"{endpoint}/{self._url.bucket}/{quote(self._url.key)}"
 
 
 def _is_right(answer: http.client.HTTPResponse, wanted: Wanted) -> bool:
