@@ -3,18 +3,17 @@
 tests/sglang/ has the same on the real processes.
 """
 
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-from engine_loader.compile_cache.outcome import Outcome
 from engine_loader.engines import cache_hooks, sglang_cache
+from tests.compile_cache.hooks import noted_jobs, wait_for
 
 MODULES = {
     "engine": "sglang.srt.entrypoints.engine",
@@ -83,35 +82,19 @@ def sglang(events: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setitem(sys.modules, name, made.modules[kind])
         monkeypatch.setattr(sys.modules[parent], last, made.modules[kind], raising=False)
     monkeypatch.setenv("SGLANG_CACHE_DIR", str(tmp_path / "sglang"))
-    monkeypatch.setenv("ENGINE_LOADER_COMPILE_CACHE__DIRECTORY", str(tmp_path / "store"))
-    monkeypatch.delenv(cache_hooks.STARTED, raising=False)
     no_machine = {"environment_key": lambda engine, scope, devices: sglang_cache.CacheKey((), f"{scope}/{devices}")}
     for name, value in no_machine.items():
         monkeypatch.setattr(sglang_cache, name, value)
-
-    def run_job(job: Any, timeout_s: float) -> Outcome:
-        time.sleep(0.2)
-        events.append(f"{job.action}d {job.key.scope}")
-        return Outcome("restored" if job.action == "restore" else "saved", files=1)
-
-    monkeypatch.setattr("engine_loader.compile_cache.session.run_job", run_job)
-    for _ in range(2):  # as often as a process likes
-        sglang_cache.register_engine()
-        sglang_cache.register_scheduler()
-        sglang_cache.register_http_server()
-    yield made
-    os.environ.pop(cache_hooks.STARTED, None)
+    with noted_jobs(events, tmp_path, monkeypatch):
+        for _ in range(2):  # as often as a process likes
+            sglang_cache.register_engine()
+            sglang_cache.register_scheduler()
+            sglang_cache.register_http_server()
+        yield made
 
 
 def kinds(events: list[str]) -> list[str]:
     return [event.partition(" ")[0] for event in events]
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_a_server_restores_before_the_model_and_saves_behind_the_warm_up(sglang: Sglang, events: list[str]) -> None:

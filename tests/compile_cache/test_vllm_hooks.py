@@ -1,10 +1,9 @@
 """The hooks of vLLM, on classes that have its shape: what waits for what, and that nothing of ours gets out."""
 
-import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -12,8 +11,8 @@ from typing import Any
 import pytest
 
 from engine_loader.compile_cache.locks import NodeLock
-from engine_loader.compile_cache.outcome import Outcome
 from engine_loader.engines import cache_hooks, torch_fixups, vllm_cache, vllm_fixups
+from tests.compile_cache.hooks import noted_jobs, wait_for
 
 
 def config(**parallel: Any) -> SimpleNamespace:
@@ -84,29 +83,13 @@ def engine(events: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for name in ("vllm", "vllm.v1", "vllm.v1.executor", "vllm.v1.engine", "vllm.v1.worker"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "vllm"))
-    monkeypatch.setenv("ENGINE_LOADER_COMPILE_CACHE__DIRECTORY", str(tmp_path / "store"))
-    monkeypatch.delenv(cache_hooks.STARTED, raising=False)
     monkeypatch.setattr(vllm_cache, "environment_key", lambda engine, scope, devices: vllm_cache.CacheKey((), scope))
-
-    def run_job(job: Any, timeout_s: float) -> Outcome:
-        time.sleep(0.2)
-        events.append(f"{job.action}d {job.key.scope}")
-        return Outcome("restored" if job.action == "restore" else "saved", files=1)
-
-    monkeypatch.setattr("engine_loader.compile_cache.session.run_job", run_job)
-    for _ in range(2):  # as often as a process likes
-        vllm_cache.register_executor()
-        vllm_cache.register_engine_core()
-        vllm_cache.register_worker()
-    yield made
-    os.environ.pop(cache_hooks.STARTED, None)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    with noted_jobs(events, tmp_path, monkeypatch):
+        for _ in range(2):  # as often as a process likes
+            vllm_cache.register_executor()
+            vllm_cache.register_engine_core()
+            vllm_cache.register_worker()
+        yield made
 
 
 def scope_of(events: list[str]) -> str:

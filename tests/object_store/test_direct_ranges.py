@@ -3,7 +3,6 @@
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
@@ -11,31 +10,16 @@ from engine_loader import CheckpointError, open_checkpoint
 from engine_loader.sources import object_ranges
 from engine_loader.sources.object_client import ObjectStoreOptions
 from engine_loader.sources.object_store import ObjectStoreSource
-from tests.support.checkpoints import checkpoint, entry, noise, tensor_bytes
+from tests.object_store.model import CONTENT, KEY, KIB, QUICK, RIGHT, TENSORS, URL, load
+from tests.support.checkpoints import noise, tensor_bytes
 from tests.support.fault_server import Answer, FaultServer, Request, tag_of
 from tests.support.moto_server import MotoServer
-
-KIB = 1 << 10
-KEY = "bucket/model.safetensors"
-URL = f"s3://{KEY}"
-TENSORS = {f"t{number}": entry("F32", [100, 100 + number], seed=number) for number in range(8)}
-CONTENT = checkpoint(TENSORS)
-QUICK: dict[str, Any] = {"object_store_range_bytes": 64 * KIB, "max_tries": 2, "object_store_timeout_s": 0.5}
 
 
 @pytest.fixture(autouse=True)
 def _small_ones_too(on_server: FaultServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(object_ranges, "MIN_BYTES", 1)
     on_server.objects[KEY] = CONTENT
-
-
-def load(**options: Any) -> dict[str, bytes]:
-    with open_checkpoint(URL, **{**QUICK, **options}) as opened:
-        return {name: tensor_bytes(tensor) for name, tensor in opened.tensors()}
-
-
-def right() -> dict[str, bytes]:
-    return {name: content for name, (_, _, content) in TENSORS.items()}
 
 
 def is_direct(request: Request) -> bool:
@@ -57,7 +41,7 @@ def once(answer: Answer, wanted: Callable[[Request], bool]) -> Callable[[Request
 
 
 def test_all_ranges_go_this_way_and_are_signed(server: FaultServer) -> None:
-    assert load() == right()
+    assert load() == RIGHT
     assert all(map(is_direct, server.gets()))
     for request in server.gets():
         assert request.query["X-Amz-Credential"][0].startswith("test/")
@@ -66,7 +50,7 @@ def test_all_ranges_go_this_way_and_are_signed(server: FaultServer) -> None:
 
 
 def test_without_a_signature_for_public_buckets(server: FaultServer) -> None:
-    assert load(object_store_anonymous=True) == right()
+    assert load(object_store_anonymous=True) == RIGHT
     assert not any(request.query for request in server.gets())
 
 
@@ -84,7 +68,7 @@ def test_connections_are_used_again_and_end_with_the_checkpoint(server: FaultSer
 def test_a_connection_that_the_server_has_closed_is_replaced(server: FaultServer) -> None:
     with open_checkpoint(URL, **{**QUICK, "object_store_requests": 1}) as opened:
         server.fault = once(Answer(headers={"Connection": "close"}), is_direct)
-        assert all(tensor_bytes(opened.get_tensor(name)) == content for name, content in right().items())
+        assert all(tensor_bytes(opened.get_tensor(name)) == content for name, content in RIGHT.items())
     assert sum(map(is_direct, server.gets())) >= len(TENSORS)
 
 
@@ -103,7 +87,7 @@ def test_a_connection_that_the_server_has_closed_is_replaced(server: FaultServer
 )
 def test_what_is_not_right_is_left_to_obstore(answer: Answer, server: FaultServer) -> None:
     server.fault = lambda request: answer if is_direct(request) else None
-    assert load(object_store_requests=1) == right()
+    assert load(object_store_requests=1) == RIGHT
     assert sum(map(is_direct, server.gets())) == 1
 
 
@@ -111,7 +95,7 @@ def test_what_is_not_right_is_left_to_obstore(answer: Answer, server: FaultServe
 @pytest.mark.parametrize("stall", [False, True])
 def test_a_body_that_breaks_off_or_stalls_is_asked_for_again(cut: int, stall: bool, server: FaultServer) -> None:
     server.fault = once(Answer(cut=cut, stall=stall), is_direct)
-    assert load(max_tries=3) == right()
+    assert load(max_tries=3) == RIGHT
     server.requests.clear()
     server.fault = lambda request: Answer(cut=cut, stall=stall) if request.number > 0 else None
     with pytest.raises(CheckpointError, match=r"\[ETIMEDOUT\] after 2" if stall else r"\[EREMOTEIO\] after 2"):
@@ -129,7 +113,7 @@ def test_an_object_that_is_replaced(etags: bool, server: FaultServer) -> None:
 
 def test_behind_a_proxy_obstore_asks(server: FaultServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", server.url)
-    assert load(object_store_endpoint_url="http://store.test") == right()
+    assert load(object_store_endpoint_url="http://store.test") == RIGHT
     assert not any(map(is_direct, server.requests))
 
 

@@ -12,15 +12,9 @@ import pytest
 from engine_loader import CheckpointError, open_checkpoint
 from engine_loader.sources.constructor import make_source
 from engine_loader.sources.object_store import ObjectFile, ObjectStoreSource
-from tests.support.checkpoints import checkpoint, entry, tensor_bytes
+from tests.object_store.model import CONTENT, KEY, KIB, QUICK, RIGHT, TENSORS, URL, load
+from tests.support.checkpoints import checkpoint, entry
 from tests.support.fault_server import Answer, Fault, FaultServer, Request, tag_of
-
-KIB = 1 << 10
-KEY = "bucket/model.safetensors"
-URL = f"s3://{KEY}"
-TENSORS = {f"t{number}": entry("F32", [100, 100 + number], seed=number) for number in range(8)}
-CONTENT = checkpoint(TENSORS)
-QUICK: dict[str, Any] = {"object_store_range_bytes": 64 * KIB, "max_tries": 2, "object_store_timeout_s": 0.5}
 
 
 @pytest.fixture(autouse=True)
@@ -28,13 +22,8 @@ def _object(on_server: FaultServer) -> None:
     on_server.objects[KEY] = CONTENT
 
 
-def load(**options: Any) -> dict[str, bytes]:
-    with open_checkpoint(URL, **{**QUICK, **options}) as opened:
-        return {name: tensor_bytes(tensor) for name, tensor in opened.tensors()}
-
-
 def bit_for_bit(loaded: dict[str, bytes]) -> bool:
-    return loaded == {name: content for name, (_, _, content) in TENSORS.items()}
+    return loaded == RIGHT
 
 
 def failure(**options: Any) -> str:

@@ -7,7 +7,6 @@ with VllmServer(model_dir, "--load-format", "b10_3fs") as server:
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from .loopback_server import free_port
 
 START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 20.0
@@ -55,7 +56,7 @@ class VllmServer:
         start_timeout_s: float = START_TIMEOUT_S,
         log_path: str | os.PathLike[str] | None = None,
     ) -> None:
-        self.port = _free_port()
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.start_timeout_s = start_timeout_s
         self.seconds_to_ready: float | None = None
@@ -156,12 +157,6 @@ class VllmServer:
 def _environment(changes: Mapping[str, str | None]) -> dict[str, str]:
     environment: dict[str, str | None] = {**os.environ, **changes}
     return {name: value for name, value in environment.items() if value is not None}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _end_session(process: subprocess.Popen[bytes], grace_s: float) -> None:

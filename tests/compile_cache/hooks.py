@@ -1,0 +1,36 @@
+"""What tests of engines' hooks share: operations that are only noted, and waiting for them."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine_loader.compile_cache.outcome import Outcome
+from engine_loader.engines import cache_hooks
+
+
+@contextmanager
+def noted_jobs(events: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Within, no process of this node has restored, and restores and saves are noted as events a little later."""
+    monkeypatch.setenv("ENGINE_LOADER_COMPILE_CACHE__DIRECTORY", str(tmp_path / "store"))
+    monkeypatch.delenv(cache_hooks.STARTED, raising=False)
+
+    def run_job(job: Any, timeout_s: float) -> Outcome:
+        time.sleep(0.2)
+        events.append(f"{job.action}d {job.key.scope}")
+        return Outcome("restored" if job.action == "restore" else "saved", files=1)
+
+    monkeypatch.setattr("engine_loader.compile_cache.session.run_job", run_job)
+    yield
+    os.environ.pop(cache_hooks.STARTED, None)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
