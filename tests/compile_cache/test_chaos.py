@@ -8,8 +8,10 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,9 +63,14 @@ def work(directory: Path, store: Path, journal: Path, seed: int) -> None:
         prune(machine.store, POLICY, SECRET, now=time.time() + GRACE_S + 1 if chance.random() < 0.1 else None)
 
 
-def run(directory: Path, store: Path, journal: Path, failures: Path, seed: int) -> None:
+def run(directory: Path, store: Path, journal: Path, failures: Path, seed: int, dies_after_s: float, took: Any) -> None:
+    if dies_after_s > 0:  # the kernel ends the process there, as SIGKILL would; nothing of ours hears of it
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, dies_after_s)
+    began = time.monotonic()
     try:
         work(directory, store, journal, seed)
+        took[seed] = time.monotonic() - began
     except Exception as error:
         failures.with_name(f"failure-{seed}").write_text(repr(error))
 
@@ -74,7 +81,8 @@ def test_nothing_is_ever_half_there_and_nothing_is_lost(tmp_path: Path) -> None:
     chance = random.Random(7)
     context = multiprocessing.get_context("fork")
     store, failures = tmp_path / "store", tmp_path / "failures"
-    running: dict[int, tuple[multiprocessing.process.BaseProcess, float, Path]] = {}
+    running: dict[int, tuple[multiprocessing.process.BaseProcess, Path]] = {}
+    took = context.Array("d", OPERATIONS, lock=False)
     journals: list[Path] = []
     killed: set[int] = set()
     started = 0
@@ -84,20 +92,22 @@ def test_nothing_is_ever_half_there_and_nothing_is_lost(tmp_path: Path) -> None:
             directory = tmp_path / f"machine-{chance.randrange(3)}-{started % PROCESSES}"
             journal = tmp_path / f"journal-{started}"
             journals.append(journal)
-            process = context.Process(target=run, args=(directory, store, journal, failures, started))
+            # At any moment of such work, and however fast the machine is.
+            usual_s = statistics.median([one for one in took if one] or [0.1])
+            dies_after_s = chance.random() * 1.5 * usual_s if chance.random() < 0.5 else 0
+            arguments = (directory, store, journal, failures, started, dies_after_s, took)
+            process = context.Process(target=run, args=arguments)
             process.start()
-            deadline = time.monotonic() + (chance.random() * 0.15 if chance.random() < 0.4 else 1e9)
-            running[started] = (process, deadline, directory)
+            running[started] = (process, directory)
             started += 1
-        for number, (process, deadline, directory) in list(running.items()):
-            if process.is_alive() and time.monotonic() > deadline and process.pid:
-                os.kill(process.pid, signal.SIGKILL)
-                killed.add(number)
+        for number, (process, directory) in list(running.items()):
             if not process.is_alive():
                 process.join()
                 del running[number]
+                if process.exitcode == -signal.SIGALRM:
+                    killed.add(number)
                 # Machines come and go; all that ever were would fill the disk.
-                if chance.random() < 0.5 and all(directory != other for _, _, other in running.values()):
+                if chance.random() < 0.5 and all(directory != other for _, other in running.values()):
                     shutil.rmtree(directory, ignore_errors=True)
         time.sleep(0.005)
     assert len(killed) > started // 10

@@ -49,6 +49,14 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+def assert_nothing_is_left(before: tuple[int, int]) -> None:
+    """A thread that was joined is seen in /proc until the kernel has cleared it away."""
+    end = time.monotonic() + 30
+    while (threads(), descriptors()) != before and time.monotonic() < end:
+        time.sleep(0.01)
+    assert (threads(), descriptors()) == before
+
+
 def test_a_whole_file_arrives(engine: NativeEngine, make_file: MakeFile) -> None:
     file = make_file(3_000_001)
     to = memory(file.size)
@@ -101,8 +109,10 @@ def test_an_extent_without_bytes_is_complete_at_once(engine: NativeEngine, make_
 
 
 @pytest.mark.parametrize("ordered", [True, False])
-def test_extents_are_told_as_they_complete(engine: NativeEngine, make_file: MakeFile, ordered: bool) -> None:
+def test_extents_are_told_as_they_complete(make_file: MakeFile, ordered: bool) -> None:
     file = make_file(4 << 20)
+    # Of several threads any may be the slower one; a single one shows the order in which they take blocks.
+    engine = NativeEngine(1 if ordered else 2, block_bytes=64 << 10)
     to = memory(file.size)
     step = 1 << 18
     rows = [extent(0, offset, step, address(to) + offset) for offset in range(0, file.size, step)]
@@ -119,9 +129,9 @@ def test_extents_are_told_as_they_complete(engine: NativeEngine, make_file: Make
             at = int(number) * step
             assert to[at : at + step].tobytes() == data[at : at + step]
             assert transfer.wait(int(number), timeout_s=0)
+    engine.close()
     assert sorted(seen) == list(range(len(rows)))
-    if ordered:  # two threads may finish neighbouring blocks in either order
-        assert all(abs(number - position) <= 2 for position, number in enumerate(seen))
+    assert not ordered or seen == sorted(seen)
 
 
 def test_direct_reads_and_odd_offsets(make_file: MakeFile) -> None:
@@ -210,7 +220,7 @@ def test_cancel_ends_a_transfer_and_only_that(engine: NativeEngine, make_file: M
     file = make_file(30 << 20)
     first, second = memory(file.size), memory(file.size)
     # So many times over that it cannot be complete when it is cancelled.
-    times = (200, 1)
+    times = (2000, 1)
     plans = [
         make_extents([extent(0, 0, file.size, address(to))] * n) for to, n in zip((first, second), times, strict=True)
     ]
@@ -227,13 +237,15 @@ def test_cancel_ends_a_transfer_and_only_that(engine: NativeEngine, make_file: M
 
 
 def test_close_in_mid_flight_leaves_nothing_behind(make_file: MakeFile) -> None:
-    file = make_file(64 << 20)
+    file = make_file(30 << 20)
     to = memory(file.size)
+    # So many times over that it cannot be complete when the engine is closed.
+    plan = make_extents([extent(0, 0, file.size, address(to))] * 2000)
     gc.collect()
     before = threads(), descriptors()
     for number in range(20):
         engine = NativeEngine(3, block_bytes=1 << 20, read_mode=("buffered", "direct")[number % 2])
-        transfer = engine.submit([file], make_extents([extent(0, 0, file.size, address(to))]))
+        transfer = engine.submit([file], plan)
         assert threads() > before[0]
         engine.close()
         engine.close()
@@ -244,7 +256,7 @@ def test_close_in_mid_flight_leaves_nothing_behind(make_file: MakeFile) -> None:
         with pytest.raises(TransferError, match="closed"):
             engine.submit([file], make_extents([extent(0, 0, 1, address(to))]))
     del transfer, engine
-    assert (threads(), descriptors()) == before
+    assert_nothing_is_left(before)
 
 
 def test_an_engine_that_is_forgotten_is_closed(make_file: MakeFile) -> None:
@@ -255,7 +267,7 @@ def test_an_engine_that_is_forgotten_is_closed(make_file: MakeFile) -> None:
     engine = NativeEngine(2)
     engine.submit([file], make_extents([extent(0, 0, file.size, address(to))])).wait()
     del engine
-    assert (threads(), descriptors()) == before
+    assert_nothing_is_left(before)
 
 
 def test_the_owner_is_held_until_the_transfer_has_ended(engine: NativeEngine, make_file: MakeFile) -> None:
