@@ -23,7 +23,7 @@ from ..sources.constructor import make_source
 from ..sources.protocol import Source
 from ..transfer.protocol import Transfer
 
-_GROUP_BYTES = 256 << 20
+_FIRST_GROUP_BYTES, _GROUP_BYTES = 32 << 20, 256 << 20
 _LOCATED_AT_ONCE = 4096
 _GROUPS_IN_FLIGHT = 2
 _Wanted: TypeAlias = tuple[ReadItem, _StorageInfo, torch.Size | None]
@@ -242,6 +242,7 @@ def _copy(files: DcpFiles, item: ReadItem, info: _StorageInfo, tensor: torch.Ten
 
 
 def _located_groups(files: DcpFiles, items: Sequence[_Wanted]) -> Iterator[list[_Located]]:
+    enough = _FIRST_GROUP_BYTES  # the less, the sooner something is read
     for begin in range(0, len(items), _LOCATED_AT_ONCE):
         batch = items[begin : begin + _LOCATED_AT_ONCE]
         located = files.locating([(item.storage_index.fqn, info) for item, info, _ in batch])
@@ -250,9 +251,9 @@ def _located_groups(files: DcpFiles, items: Sequence[_Wanted]) -> Iterator[list[
         for wanted, stored in zip(batch, located, strict=True):
             group.append((wanted, stored))
             nbytes += wanted[1].length
-            if nbytes >= _GROUP_BYTES:
+            if nbytes >= enough:
                 yield group
-                group, nbytes = [], 0
+                group, nbytes, enough = [], 0, min(2 * enough, _GROUP_BYTES)
         if group:
             yield group
 

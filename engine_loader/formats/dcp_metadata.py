@@ -35,6 +35,7 @@ METADATA_NAME = ".metadata"
 MAX_METADATA_BYTES = 1 << 30
 """Nothing longer is read into memory; a chunk of a tensor takes about 200 bytes."""
 _MAX_INT64 = 2**63 - 1
+_PLAIN = (str, int, float, bytes, type(None))
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 2, 8, 3, 200, 100
 _DAMAGED = "the file is damaged or was not written completely: copy the checkpoint again"
@@ -96,10 +97,6 @@ class _MemoryFormat(_Record):
     __slots__ = ()
 
 
-class _Size(_Record):
-    __slots__ = ()
-
-
 class _Layout(_Record):
     __slots__ = ()
 
@@ -108,9 +105,19 @@ class _Path(_Record):
     __slots__ = ()
 
 
+class _Size(tuple[Any, ...]):
+    """What a pickle says about a ``torch.Size``. There are many, and a plain tuple is made without Python's help."""
+
+    __slots__ = ()
+
+    # No pickle sets attributes of this class or its objects.
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("a state")
+
+
 _DCP = "torch.distributed.checkpoint.metadata"
 _OLD = "torch.distributed._shard.sharded_tensor.metadata"  # where two of the classes were until torch 2.2
-_KNOWN: dict[tuple[str, str], type[_Record]] = {
+_KNOWN: dict[tuple[str, str], type] = {
     (_DCP, "Metadata"): _Metadata,
     (_DCP, "MetadataIndex"): _Index,
     (_DCP, "ChunkStorageMetadata"): _Chunk,
@@ -188,6 +195,7 @@ class _Builder:
 
         self._torch, self._classes, self._storage_info = torch, metadata, filesystem._StorageInfo
         self._within: set[str] = set()
+        self._sizes: dict[_Size, torch.Size] = {}
         self._file = file
         self._built: dict[tuple[int, str], Any] = {}
 
@@ -293,9 +301,15 @@ class _Builder:
         )
 
     def _size(self, value: Any) -> torch.Size:
-        if type(value) is not _Size or len(value.args) != 1 or type(value.args[0]) is not tuple:
+        if type(value) is not _Size:
             self._refuse(f"{_short(value)} is not a size")
-        sizes = value.args[0]
+        # False == 0 == 0.0, but only what was found right is kept, and an equal one then is right, too.
+        known = self._sizes.get(value)
+        if known is None:
+            known = self._sizes[value] = self._new_size(value)
+        return known
+
+    def _new_size(self, sizes: _Size) -> torch.Size:
         elements = 1
         for number in sizes:
             if type(number) is not int or number < 0:
@@ -307,7 +321,7 @@ class _Builder:
 
     def _plain(self, value: Any) -> Any:
         """What a planner stored: containers of plain values, as they are."""
-        return self._once(value, self._new_plain)
+        return value if type(value) in _PLAIN else self._once(value, self._new_plain)
 
     def _new_plain(self, value: Any) -> Any:
         if isinstance(value, _Size):
@@ -325,7 +339,7 @@ class _Builder:
     def _once(self, value: Any, build: Callable[[Any], _T]) -> _T:
         """Shared containers are built once, else a small file could ask for no end of work. They live as long as the
         builder is at work, so that their ids stay theirs."""
-        if value is None or isinstance(value, (str, int, float, bytes)):
+        if type(value) in _PLAIN:
             return build(value)
         key = (id(value), build.__qualname__)
         if key not in self._built:

@@ -12,6 +12,7 @@ import io
 import pickle
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from .pickle_memo import check_memo
@@ -94,8 +95,7 @@ def _layout(head: bytes, tail: bytes, length: int) -> TensorLayout | None:
         return None
     pickled = records["data.pkl"]
     content = head[pickled.offset : pickled.offset + pickled.nbytes]
-    check_memo(content)
-    tensor = _Unpickler(io.BytesIO(content)).load()
+    tensor = _unpickled(content)
     if len(content) != pickled.nbytes or not isinstance(tensor, _Tensor):
         return None
     ((name, record),) = data.items()
@@ -105,6 +105,12 @@ def _layout(head: bytes, tail: bytes, length: int) -> TensorLayout | None:
     if name != f"data/{tensor.key}" or elements * item_bytes > record.nbytes:
         return None
     return TensorLayout(tensor.dtype, tensor.shape, tensor.strides, record.offset + tensor.first * item_bytes)
+
+
+@lru_cache(maxsize=256)  # the layers of a model are alike
+def _unpickled(content: bytes) -> Any:
+    check_memo(content)
+    return _Unpickler(io.BytesIO(content)).load()
 
 
 def _records(head: bytes, tail: bytes, length: int) -> dict[str, _Record]:

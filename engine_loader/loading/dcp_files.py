@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,13 +38,15 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 _Contents: TypeAlias = Mapping[str, TensorInfo]
+_Key: TypeAlias = tuple[int, int, str]
+"""Of an item: the number of its file, its offset there, the tensor's name."""
 _COPY_AGAIN = "a file was cut short or belongs to another save: copy the checkpoint again"
 _MANY_RUNS = 4096
 """So many runs of a few bytes each are read as what they span, and taken apart by torch."""
 _SHORT_RUN_BYTES = 64
 _MOST_SPAN_BYTES = 64 << 20
 _MOST_SPAN_FACTOR = 16
-_ITEMS_AT_ONCE = 4096
+_FIRST_ITEMS, _ITEMS_AT_ONCE = 16, 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,29 @@ class Part:
                 target.copy_(read)
 
 
+@dataclass(frozen=True, slots=True)
+class _Ends:
+    """The first and last bytes of items of ``torch.save``, on their way."""
+
+    items: list[tuple[_Key, _StorageInfo]]
+    content: torch.Tensor
+    transfer: Transfer
+
+    def stored(self) -> Iterator[tuple[_Key, StoredTensor | None]]:
+        """What they tell of each item, when they have come."""
+        wait_or_cancel(self.transfer)
+        content = self.content.numpy()
+        for at, (key, info) in enumerate(self.items):
+            size = min(info.length, ENDS_BYTES)
+            layout = item_layout(content[at, 0, :size].tobytes(), content[at, 1, :size].tobytes(), info.length)
+            dtype = None if layout is None else getattr(torch, layout.dtype, None)
+            if layout is None or dtype is None:
+                yield key, None
+                continue
+            number, offset, name = key
+            yield key, StoredTensor(name, number, offset + layout.offset, dtype, layout.shape, layout.strides)
+
+
 class DcpFiles:
     """The data files of a checkpoint, opened when they are needed, and the engine that reads them.
 
@@ -107,7 +133,7 @@ class DcpFiles:
         self._files: list[SourceFile] = []
         self._numbers: dict[str, int] = {}
         self._headers: dict[int, _Contents | None] = {}
-        self._stored: dict[tuple[int, int, str], StoredTensor | None] = {}
+        self._stored: dict[_Key, StoredTensor | None] = {}
         self._engine: TransferEngine | None = None
         self._lock = threading.RLock()
         self._closed = False
@@ -177,10 +203,10 @@ class DcpFiles:
     def locating(self, items: Sequence[tuple[str, _StorageInfo]]) -> Iterator[StoredTensor | None]:
         """The same one by one, so that the first can be read while the next are looked at.
 
-        What has to be read for that is read before the first is yielded, of up to 4,096 items.
+        What has to be read for that is asked for before the first is yielded, of up to 4,096 items.
         """
         places = [(*self.item(info, name), name, info) for name, info in items]
-        zips: dict[tuple[int, int, str], _StorageInfo] = {}
+        zips: dict[_Key, _StorageInfo] = {}
         for number, file, name, info in places:
             key = (number, info.offset, name)
             if key in self._stored:
@@ -320,29 +346,29 @@ class DcpFiles:
         header = parse_header(self._bytes(number, LENGTH_BYTES, length), file.size, file.path)
         return {tensor.name: tensor for tensor in header.tensors}
 
-    def _in_zips(
-        self, items: Mapping[tuple[int, int, str], _StorageInfo]
-    ) -> Iterator[tuple[tuple[int, int, str], StoredTensor | None]]:
-        """What lies where in items of torch.save, in their order, by both their ends, which are read many at once."""
-        for batch in _batched(items.items(), _ITEMS_AT_ONCE):
-            ends = torch.empty((len(batch), 2, ENDS_BYTES), dtype=torch.uint8)
-            rows: list[ExtentRow] = []
-            for at, ((number, offset, _), info) in enumerate(batch):
-                size = min(info.length, ENDS_BYTES)
-                rows.append(extent(number, offset, size, ends[at, 0].data_ptr()))
-                rows.append(extent(number, offset + info.length - size, size, ends[at, 1].data_ptr()))
-            wait_or_cancel(self.submit_extents(rows, ends))
-            content = ends.numpy()
-            for at, (key, info) in enumerate(batch):
-                size = min(info.length, ENDS_BYTES)
-                layout = item_layout(content[at, 0, :size].tobytes(), content[at, 1, :size].tobytes(), info.length)
-                dtype = None if layout is None else getattr(torch, layout.dtype, None)
-                if layout is None or dtype is None:
-                    yield key, None
-                    continue
-                number, offset, name = key
-                place = offset + layout.offset
-                yield key, StoredTensor(name, number, place, dtype, layout.shape, layout.strides)
+    def _in_zips(self, items: Mapping[_Key, _StorageInfo]) -> Iterator[tuple[_Key, StoredTensor | None]]:
+        """What lies where in items of torch.save, in their order, by both their ends, which are read many at once.
+
+        A few come first: what their ends tell is used while those of the others are read.
+        """
+        flying: deque[_Ends] = deque()
+        for batch in _batched(items.items(), _FIRST_ITEMS, _ITEMS_AT_ONCE):
+            flying.append(self._read_ends(batch))
+            if len(flying) > 1:
+                yield from flying.popleft().stored()
+        while flying:
+            yield from flying.popleft().stored()
+
+    def _read_ends(self, items: list[tuple[_Key, _StorageInfo]]) -> _Ends:
+        content = torch.empty((len(items), 2, ENDS_BYTES), dtype=torch.uint8)
+        rows: list[ExtentRow] = []
+        place = content.data_ptr()
+        for (number, offset, _), info in items:
+            size = min(info.length, ENDS_BYTES)
+            rows.append(extent(number, offset, size, place))
+            rows.append(extent(number, offset + info.length - size, size, place + ENDS_BYTES))
+            place += 2 * ENDS_BYTES
+        return _Ends(items, content, self.submit_extents(rows, content))
 
     def submit_extents(self, rows: Sequence[ExtentRow], owner: object, place: Place | None = None) -> Transfer:
         """Start a plan; the engine is told of the files only that it needs, of a checkpoint's many."""
@@ -415,10 +441,11 @@ def _in_safetensors(contents: _Contents, number: int, file: str, name: str, info
     return StoredTensor(name, number, tensor.offset, torch_dtype(tensor.dtype), shape, tuple(contiguous_strides(shape)))
 
 
-def _batched(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
+def _batched(items: Iterable[_T], first: int, size: int) -> Iterator[list[_T]]:
     left = iter(items)
-    while batch := list(itertools.islice(left, size)):
+    while batch := list(itertools.islice(left, first)):
         yield batch
+        first = size
 
 
 def _is_plain(target: torch.Tensor, dtype: torch.dtype) -> bool:
