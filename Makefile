@@ -28,7 +28,7 @@ SGLANG_VERSIONS ?= 0.5.23 0.5.11 0.5.10
 SGLANG := tests/support/sglang
 SGLANG_STAMPS := $(SGLANG_VERSIONS:%=.venv-sglang-%/.package-installed)
 
-.PHONY: help venv venv-sglang tools demo lint test test-fast test-sglang test-object-stores bench clean
+.PHONY: help venv venv-sglang tools demo lint test test-fast test-sglang test-object-stores test-radosgw bench clean
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv-sglang-%/.engine-installed
 
@@ -59,6 +59,9 @@ test-sglang: venv venv-sglang  ## The tests that start SGLang; SGLANG_VERSIONS="
 
 test-object-stores: venv  ## Object stores at length: objects of 1 GiB, four processes
 	EXTENDED_TESTS=1 $(PY) -m pytest tests/object_store tests/dcp/s3 $(ARGS)
+
+test-radosgw: venv  ## The tests of object stores on Ceph's S3 server (radosgw, ceph-mon, ceph-osd from the system)
+	S3_SERVER=radosgw $(PY) -m pytest tests/object_store tests/dcp/s3 $(ARGS)
 
 bench: venv $(BENCH_STAMP)  ## Compare with other loaders on this machine
 	$(PY) -m benchmarks $(ARGS)

@@ -17,13 +17,13 @@ from engine_loader.settings import CompileCacheSettings
 from tests.cli.running import invoke
 from tests.compile_cache.support import KEY, OTHER_KEY, SECRET, Machine, some_bytes
 from tests.support.fault_server import Answer, FaultServer
-from tests.support.moto_server import MotoServer
+from tests.support.object_stores import S3Server
 
 
 @pytest.fixture
-def url(on_moto: MotoServer) -> str:
+def url(on_s3: S3Server) -> str:
     """A prefix of its own for each test."""
-    on_moto.make_bucket("caches")
+    on_s3.make_bucket("caches")
     return f"s3://caches/fleet/{uuid4().hex}"
 
 

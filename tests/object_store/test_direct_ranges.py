@@ -13,7 +13,7 @@ from engine_loader.sources.object_store import ObjectStoreSource
 from tests.object_store.model import CONTENT, KEY, KIB, QUICK, RIGHT, TENSORS, URL, load
 from tests.support.checkpoints import noise, tensor_bytes
 from tests.support.fault_server import Answer, FaultServer, Request, tag_of
-from tests.support.moto_server import MotoServer
+from tests.support.object_stores import S3Server
 
 
 @pytest.fixture(autouse=True)
@@ -117,10 +117,10 @@ def test_behind_a_proxy_obstore_asks(server: FaultServer, monkeypatch: pytest.Mo
     assert not any(map(is_direct, server.requests))
 
 
-def test_any_key_and_any_buffers_on_moto(moto: MotoServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", moto.url)
+def test_any_key_and_any_buffers_of_s3(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3.url)
     content, key = noise(5000), "deep/er/a key+with %20 ü#?&"
-    moto.put("ranges", {key: content})
+    s3.put("ranges", {key: content})
     source = ObjectStoreSource(ObjectStoreOptions(range_bytes=3000))
     file = source.open(f"s3://ranges/{key}")
     for offset, sizes in ((0, [10, 0, 500]), (7, [1, 1, 1]), (4000, [900, 900]), (100, [4000]), (5000, [4])):

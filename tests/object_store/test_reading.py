@@ -1,4 +1,4 @@
-"""Checkpoints in object stores, of every layout, read bit for bit: from moto's S3, and from a server that counts."""
+"""Checkpoints in object stores, of every layout, read bit for bit: from S3, and from a server that counts."""
 
 import multiprocessing
 import os
@@ -21,7 +21,7 @@ from engine_loader.sources.object_url import ObjectUrl, is_object_url, parse_obj
 from tests.cli.running import invoke
 from tests.support.checkpoints import Entry, checkpoint, entry, index, noise, tensor_bytes
 from tests.support.fault_server import Answer, FaultServer, Request
-from tests.support.moto_server import MotoServer
+from tests.support.object_stores import S3Server
 
 KIB = 1 << 10
 INDEX = "model.safetensors.index.json"
@@ -37,7 +37,7 @@ MAP = dict.fromkeys(ONE, FIRST) | dict.fromkeys(TWO, SECOND)
 
 
 @pytest.fixture(scope="module")
-def bucket(moto: MotoServer) -> str:
+def bucket(s3: S3Server) -> str:
     one, two = checkpoint(ONE, {"format": "pt"}), checkpoint(TWO)
     shards = {FIRST: one, SECOND: two}
     indexed = {**shards, INDEX: index(MAP), "config.json": b"{}"}
@@ -55,8 +55,8 @@ def bucket(moto: MotoServer) -> str:
         "deep/er/and a key+with %20 ü#?&": indexed,
     }
     objects = {f"{layout}/{name}": content for layout, files in layouts.items() for name, content in files.items()}
-    moto.put("models", objects)
-    moto.put("flat", indexed)
+    s3.put("models", objects)
+    s3.put("flat", indexed)
     return "s3://models"
 
 
@@ -69,7 +69,7 @@ def bytes_of(tensors: dict[str, Entry]) -> dict[str, bytes]:
     return {name: content for name, (_, _, content) in tensors.items()}
 
 
-@pytest.mark.usefixtures("on_moto")
+@pytest.mark.usefixtures("on_s3")
 class TestLayouts:
     @pytest.mark.parametrize("backend", ["auto", "object_store"])
     @pytest.mark.parametrize(
@@ -370,7 +370,7 @@ def _read_in_child(url: str, answer: Any) -> None:
         answer.send(str(error))
 
 
-@pytest.mark.usefixtures("on_moto")
+@pytest.mark.usefixtures("on_s3")
 def test_a_forked_child_is_told_that_it_cannot_read(bucket: str) -> None:
     content_of(f"{bucket}/single")
     ours, theirs = multiprocessing.Pipe()

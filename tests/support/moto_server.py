@@ -23,23 +23,26 @@ class MotoServer(LoopbackServer):
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def make_bucket(self, bucket: str) -> None:
-        self._send("PUT", bucket)
+        self.request("PUT", f"/{bucket}")
 
     def put(self, bucket: str, objects: Mapping[str, bytes]) -> None:
         """Make the bucket, and objects in it by their keys."""
         self.make_bucket(bucket)
         for key, content in objects.items():
-            self._send("PUT", f"{bucket}/{quote(key)}", content)
+            self.request("PUT", f"/{bucket}/{quote(key)}", content)
 
     def delete(self, bucket: str, key: str) -> None:
-        self._send("DELETE", f"{bucket}/{quote(key)}")
+        self.request("DELETE", f"/{bucket}/{quote(key)}")
 
-    def _send(self, method: str, path: str, content: bytes | None = None) -> None:
+    def request(self, method: str, path: str, content: bytes | None = None) -> bytes:
+        """Send a request; its answer's body."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         try:
-            connection.request(method, f"/{path}", content, {"Content-Type": "application/octet-stream"})
+            connection.request(method, path, content, {"Content-Type": "application/octet-stream"})
             answer = connection.getresponse()
+            body = answer.read()
             if answer.status >= 300:
-                raise RuntimeError(f"moto answered {answer.status} to {method} {path}: {answer.read()!r}")
+                raise RuntimeError(f"moto answered {answer.status} to {method} {path}: {body!r}")
+            return body
         finally:
             connection.close()

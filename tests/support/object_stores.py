@@ -1,17 +1,23 @@
 """Fixtures: servers for the tests of object stores, and an environment that leads to no other.
 
-A conftest imports them all (``from tests.support.object_stores import *``).
+A conftest imports them all (``from tests.support.object_stores import *``). S3 is moto, or with ``S3_SERVER=radosgw``
+(``make test-radosgw``) Ceph's.
 """
 
 import os
 from collections.abc import Iterator
+from typing import TypeAlias
 
 import pytest
 
 from tests.support.fault_server import FaultServer
 from tests.support.moto_server import MotoServer
+from tests.support.radosgw import RadosGateway, missing_programs
 
-__all__ = ["moto", "on_moto", "on_server", "only_these_servers", "server"]
+__all__ = ["on_s3", "on_server", "only_these_servers", "s3", "server"]
+
+S3Server: TypeAlias = MotoServer | RadosGateway
+ON_RADOSGW = os.environ.get("S3_SERVER") == "radosgw"
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
 NOWHERE = "http://127.0.0.1:9"
@@ -19,9 +25,17 @@ NOWHERE = "http://127.0.0.1:9"
 
 
 @pytest.fixture(scope="session")
-def moto() -> Iterator[MotoServer]:
-    with MotoServer() as server:
-        yield server
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    if not ON_RADOSGW:
+        with MotoServer() as server:
+            yield server
+        return
+    missing = missing_programs()
+    assert not missing, (
+        f"not installed: {', '.join(missing)} (Debian: apt install radosgw ceph-mon ceph-osd ceph-common)"
+    )
+    with RadosGateway(tmp_path_factory.mktemp("ceph")) as gateway:
+        yield gateway
 
 
 @pytest.fixture
@@ -43,9 +57,9 @@ def only_these_servers(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> Non
 
 
 @pytest.fixture
-def on_moto(moto: MotoServer, monkeypatch: pytest.MonkeyPatch) -> MotoServer:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", moto.url)
-    return moto
+def on_s3(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3.url)
+    return s3
 
 
 @pytest.fixture

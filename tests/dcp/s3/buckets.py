@@ -1,16 +1,14 @@
 """Saving to a bucket and loading from it, by this package and by others."""
 
-import http.client
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import s3torchconnector.dcp as theirs
 import torch.distributed.checkpoint as torch_dcp
 from s3torchconnector import S3ClientConfig as TheirConfig
 
 from engine_loader.dcp import S3FileSystem, S3StorageReader, S3StorageWriter
-from tests.support.moto_server import MotoServer
+from tests.support.object_stores import S3Server
 
 REGION = "us-east-1"
 # s3torchconnector puts the bucket into the host's name otherwise, also where the host is an address.
@@ -68,11 +66,6 @@ def upload(directory: Path, url: str) -> None:
                 stream.write(path.read_bytes())
 
 
-def unfinished_uploads(moto: MotoServer, bucket: str) -> bytes:
+def unfinished_uploads(server: S3Server, bucket: str) -> bytes:
     """What the server says about uploads that were begun and not ended."""
-    connection = http.client.HTTPConnection(urlsplit(moto.url).netloc)
-    try:
-        connection.request("GET", f"/{bucket}?uploads")
-        return connection.getresponse().read()
-    finally:
-        connection.close()
+    return server.request("GET", f"/{bucket}?uploads")

@@ -11,11 +11,14 @@ import torch.distributed.checkpoint as torch_dcp
 from s3torchconnector import S3ClientConfig as TheirConfig
 
 from engine_loader import dcp
+from tests.support.object_stores import ON_RADOSGW
 
 from ..ranks import is_right, main, state
 
 REGION = "us-east-1"
 THEIRS = TheirConfig(force_path_style=True)
+# Ceph 16 sends no ETag when an upload in parts is completed, without which s3torchconnector's writer gives up.
+NAMES = ("plain", "hex", "async") if ON_RADOSGW else ("plain", "hex", "async", "theirs")
 
 
 def url_of(directory: Path, name: str) -> str:
@@ -35,8 +38,9 @@ def save(rank: int, world: int, directory: Path) -> None:
     torch_dcp.save(mine, storage_writer=write("hex", prefix_strategy=dcp.HexPrefixStrategy(epoch_num=3)))
     # Each rank for itself, with metadata of its own.
     torch_dcp.save(mine, storage_writer=write("alone"), use_collectives=False)
-    writer = theirs.S3StorageWriter(REGION, url_of(directory, "theirs"), s3client_config=THEIRS)
-    torch_dcp.save(mine, storage_writer=writer)
+    if "theirs" in NAMES:
+        writer = theirs.S3StorageWriter(REGION, url_of(directory, "theirs"), s3client_config=THEIRS)
+        torch_dcp.save(mine, storage_writer=writer)
     load(rank, world, directory)
     loaded = state(world, empty=True)
     torch_dcp.load(loaded, storage_reader=dcp.S3StorageReader(REGION, url_of(directory, "alone")))
@@ -44,7 +48,7 @@ def save(rank: int, world: int, directory: Path) -> None:
 
 
 def load(rank: int, world: int, directory: Path) -> None:
-    for name in ("plain", "hex", "async", "theirs"):
+    for name in NAMES:
         loaded = state(world, empty=True)
         torch_dcp.load(loaded, storage_reader=dcp.S3StorageReader(REGION, url_of(directory, name)))
         assert is_right(loaded), name

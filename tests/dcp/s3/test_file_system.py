@@ -15,8 +15,7 @@ from engine_loader import CheckpointError, SettingsError
 from engine_loader.dcp import S3ClientConfig, S3FileSystem
 from engine_loader.dcp.s3_config import S3Setup
 from tests.support.fault_server import Answer, FaultServer, Request
-from tests.support.moto_server import MotoServer
-from tests.support.object_stores import NOWHERE
+from tests.support.object_stores import NOWHERE, S3Server
 
 from .buckets import REGION, load, save
 
@@ -24,8 +23,8 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def files(on_moto: MotoServer) -> S3FileSystem:
-    on_moto.make_bucket("files")
+def files(on_s3: S3Server) -> S3FileSystem:
+    on_s3.make_bucket("files")
     return S3FileSystem(REGION)
 
 
@@ -120,10 +119,10 @@ def test_a_path_that_is_no_url_is_told() -> None:
         S3FileSystem(REGION).init_path(Path("s3://bucket/run"))
 
 
-def test_a_client_of_the_user_s(on_moto: MotoServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    on_moto.make_bucket("files")
+def test_a_client_of_the_user_s(on_s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_s3.make_bucket("files")
     monkeypatch.setenv("AWS_ENDPOINT_URL", NOWHERE)
-    store = S3Store("files", endpoint=on_moto.url, client_options={"allow_http": True})
+    store = S3Store("files", endpoint=on_s3.url, client_options={"allow_http": True})
     files = pickle.loads(pickle.dumps(S3FileSystem(REGION, s3_client=store)))
     with files.create_stream("s3://files/mine", "wb") as stream:
         stream.write(b"x")

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from engine_loader import CheckpointError, dcp
 from engine_loader.dcp import S3ClientConfig, S3StorageReader, S3StorageWriter, SerializationFormat
 from tests.support.fault_server import FaultServer
-from tests.support.moto_server import MotoServer
+from tests.support.object_stores import ON_RADOSGW, S3Server
 
 from ..states import blank, same, stock_save, training_state
 from .buckets import REGION, download, keys, load, save, their_load, their_save, unfinished_uploads, upload
@@ -38,11 +38,11 @@ STRATEGIES: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 
 @pytest.fixture
-def url(request: pytest.FixtureRequest, on_moto: MotoServer) -> Iterator[str]:
-    on_moto.make_bucket("checkpoints")
+def url(request: pytest.FixtureRequest, on_s3: S3Server) -> Iterator[str]:
+    on_s3.make_bucket("checkpoints")
     name = "".join(char if char.isalnum() else "-" for char in request.node.name)
     yield f"s3://checkpoints/runs/{name}"
-    assert b"<UploadId>" not in unfinished_uploads(on_moto, "checkpoints")
+    assert b"<UploadId>" not in unfinished_uploads(on_s3, "checkpoints")
 
 
 @pytest.mark.parametrize("options", [{}, {"thread_count": 3}, {"single_file_per_rank": False, "thread_count": 2}])
@@ -74,6 +74,7 @@ def test_by_every_prefix_strategy_all_readers_read_it(url: str, strategy: str, t
     assert same(state, local)
 
 
+@pytest.mark.skipif(ON_RADOSGW, reason="s3torchconnector misses an ETag in what Ceph 16 answers, and writes nothing")
 @pytest.mark.parametrize(
     "options",
     [{}, {"thread_count": 2}, {"single_file_per_rank": False}, {"prefix_strategy": theirs.HexPrefixStrategy(3)}],
@@ -134,8 +135,8 @@ def test_slashes_at_the_end_of_a_url(url: str, end: str) -> None:
     assert same({"a": torch.arange(3)}, load({"a": torch.zeros(3, dtype=torch.int64)}, url + end))
 
 
-def test_at_the_top_of_a_bucket(on_moto: MotoServer) -> None:
-    on_moto.make_bucket("top-of-a-bucket")
+def test_at_the_top_of_a_bucket(on_s3: S3Server) -> None:
+    on_s3.make_bucket("top-of-a-bucket")
     for value in (1, 2):
         save({"a": torch.full((3,), value)}, "s3://top-of-a-bucket")
     assert same({"a": torch.full((3,), 2)}, load({"a": torch.zeros(3, dtype=torch.int64)}, "s3://top-of-a-bucket/"))
