@@ -18,11 +18,15 @@ if TYPE_CHECKING:
 
 _LARGEST = 5
 _FILES_SHOWN = 20
+_OTHERS_SHOWN = 5
 
 
 def inspect(
     path: Annotated[
-        str, typer.Argument(metavar="PATH", help="A model's directory, or one .safetensors file; also s3://…")
+        str,
+        typer.Argument(
+            metavar="PATH", help="A model's or a training checkpoint's directory, or one .safetensors file; also s3://…"
+        ),
     ],
     *,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -33,6 +37,9 @@ def inspect(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
 ) -> None:
     """Show a checkpoint's files, tensors, element types and bytes. Only headers are read.
+
+    A training's checkpoint (torch.distributed.checkpoint) is shown by the names of the training; --check compares each
+    stored tensor with the metadata.
 
     With --check, every problem is listed, and the status is 1 if there is any.
 
@@ -62,6 +69,7 @@ def _as_dict(path: str, found: Survey, *, check: bool, tensors: bool) -> dict[st
     infos = found.tensors
     answer: dict[str, Any] = {
         "path": path,
+        "format": "safetensors" if found.whole is None else "torch.distributed.checkpoint",
         "index": None if found.index is None else found.index.file,
         "totals": {
             "files": len(found.headers),
@@ -75,6 +83,8 @@ def _as_dict(path: str, found: Survey, *, check: bool, tensors: bool) -> dict[st
     }
     if tensors:
         answer["tensors"] = [_tensor(info) for info in infos]
+        if found.whole is not None:
+            answer["other_items"] = found.other_items
     if check:
         problems = [_problem(error) for error in found.problems]
         answer["check"] = {"sound": not problems, "problems": problems, "notes": found.notes}
@@ -127,7 +137,7 @@ def _print(found: Survey, *, tensors: bool) -> None:
         shown = [*(_file_row(header) for header in found.headers[:_FILES_SHOWN])]
         more = len(found.headers) - len(shown)
         shown += [(f"… and {more} more files (--json lists them)", "", "")] if more > 0 else []
-        out.print(_table(("file", "tensors", "size"), shown))
+        out.print(_table(("file", "tensors" if found.whole is None else "parts of tensors", "size"), shown))
         rows = [(dtype, f"{count:,}", human_bytes(nbytes)) for dtype, count, nbytes in _dtypes(infos)]
         total = ("all", f"{len(infos):,}", human_bytes(sum(info.nbytes for info in infos)))
         out.print()
@@ -136,6 +146,13 @@ def _print(found: Survey, *, tensors: bool) -> None:
         out.print()
         heading = "tensor" if tensors else f"largest {len(listed)} tensors"
         out.print(_table((heading, "shape", "dtype", "size"), map(_tensor_row, listed), right=(3,)))
+    if found.other_items:
+        names = ", ".join(map(printable, found.other_items[:_OTHERS_SHOWN]))
+        end = ", …" if len(found.other_items) > _OTHERS_SHOWN else ""
+        out.print()
+        count = len(found.other_items)
+        said = "1 item is no tensor" if count == 1 else f"{count:,} items are no tensors"
+        out.print(f"{said}: {names}{end}", soft_wrap=True, markup=False)
 
 
 def _print_check(path: str, found: Survey) -> None:
@@ -148,7 +165,10 @@ def _print_check(path: str, found: Survey) -> None:
     if not found.problems:
         against = ", and the index fits them" if found.index is not None else ""
         count = len(found.headers)
-        sound = f"sound: the header{'' if count == 1 else 's'} of {count} file{'' if count == 1 else 's'}{against}"
+        files = f"{count} file{'' if count == 1 else 's'}"
+        sound = f"sound: the header{'' if count == 1 else 's'} of {files}{against}"
+        if found.whole is not None:
+            sound = f"sound: {files}, and the metadata fits {'it' if count == 1 else 'them'}"
         out.print(Text(sound, "green"), soft_wrap=True)
         return
     for error in found.problems:

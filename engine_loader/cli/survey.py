@@ -1,4 +1,4 @@
-"""A checkpoint's files, headers and index, read without torch; damaged ones too."""
+"""A checkpoint's files, headers and index, read without torch (but for a training's); damaged ones too."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import CheckpointError
 from ..formats.dtypes import torch_shape
 from ..formats.hf_index import ShardIndex
 from ..formats.safetensors import Header, TensorInfo
-from ..loading.locate import OpenFiles, locate, open_files
+from ..loading.locate import OpenFiles, is_dcp, locate, open_files
 from ..settings import load_settings
 from ..sources.object_url import is_object_url
 from ..sources.posix import PosixSource
@@ -32,16 +32,22 @@ class Survey:
         index: the checkpoint's index, where it has one.
         problems: all that is wrong; a sound checkpoint has none.
         notes: what is not wrong, but worth knowing.
+        whole: of a training's checkpoint, the tensors; its files hold parts of them.
+        other_items: the names of what it has beside tensors.
     """
 
     headers: list[Header]
     index: ShardIndex | None = None
     problems: list[CheckpointError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    whole: list[TensorInfo] | None = None
+    other_items: list[str] = field(default_factory=list)
 
     @property
     def tensors(self) -> list[TensorInfo]:
         """The tensors that a loader takes: with an index, those that it lists."""
+        if self.whole is not None:
+            return self.whole
         infos = [info for header in self.headers for info in header.tensors]
         return infos if self.index is None else [info for info in infos if _listed(self.index, info)]
 
@@ -52,13 +58,22 @@ def read(path: str) -> Survey:
     Raises:
         CheckpointError: there is none, or a file is damaged: the first problem.
     """
-    with open_files(_source(path), path) as files:
+    source = _source(path)
+    if is_dcp(source, path):
+        from .training_survey import read_training  # imports torch
+
+        return read_training(source, path)
+    with open_files(source, path) as files:
         return Survey([opened.header for opened in files.files], files.index)
 
 
 def check(path: str) -> Survey:
     """Survey a checkpoint and look for everything that is wrong with it."""
     source = _source(path)
+    if is_dcp(source, path):
+        from .training_survey import check_training
+
+        return check_training(source, path)
     try:
         paths, index = locate(source, path)
     except CheckpointError as error:

@@ -16,9 +16,9 @@ from ..formats.hf_index import INDEX_NAME
 from ..formats.sharded_state import shards_by_rank
 from ..loading.checkpoint import open_checkpoint
 from ..loading.companions import copy_companions
-from ..loading.dcp import DcpCheckpoint, is_dcp
+from ..loading.dcp import DcpCheckpoint
 from ..loading.key_mapping import KeyMapping, make_renamer
-from ..loading.locate import without_end
+from ..loading.locate import is_dcp, without_end
 from ..settings import load_settings
 from ..sources.constructor import make_source
 from .dcp_output import write_dcp

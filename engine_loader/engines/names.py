@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import CheckpointError, EngineLoaderError
-from ..loading.dcp import DcpCheckpoint, is_dcp
+from ..loading.dcp import DcpCheckpoint
 from ..loading.key_mapping import Renamer, make_renamer
+from ..loading.locate import is_dcp
 from ..settings import LoaderSettings
 from ..sources.constructor import make_source
 

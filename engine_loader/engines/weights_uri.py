@@ -8,8 +8,7 @@ from fnmatch import fnmatch
 
 from ..errors import CheckpointError, SettingsError
 from ..formats.dcp_metadata import METADATA_NAME
-from ..loading.dcp import is_dcp
-from ..loading.locate import locate
+from ..loading.locate import is_dcp, locate
 from ..settings import LoaderSettings
 from ..sources.constructor import make_source
 from ..sources.object_url import is_object_url

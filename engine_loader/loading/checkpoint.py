@@ -20,7 +20,7 @@ from ..transfer.plan import ExtentRow
 from .devices import Devices
 from .geometry import contiguous_strides, view_extents
 from .key_mapping import KeyMapping
-from .locate import OpenFiles, PathLike, open_files, sharded_files
+from .locate import OpenFiles, PathLike, is_dcp, open_files, sharded_files
 from .reader import Reader
 from .slices import TensorSlice
 from .targets import check_target, check_targets_apart
@@ -97,10 +97,10 @@ def _open_dcp(
     optimizer_state: bool,
 ) -> Checkpoint | None:
     """A torch.distributed.checkpoint; None where the path is none."""
-    from .dcp import DcpCheckpoint, is_dcp
-
     if not is_dcp(source, directory):
         return None
+    from .dcp import DcpCheckpoint
+
     return DcpCheckpoint(source, directory, settings, device, key_mapping=key_mapping, optimizer_state=optimizer_state)
 
 

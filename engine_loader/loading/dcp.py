@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import CheckpointError, TensorNotFoundError
-from ..formats.dcp_metadata import METADATA_NAME
-from ..formats.hf_index import INDEX_NAME
 from ..formats.safetensors import TensorInfo
 from ..report.load import LoadReport
 from ..settings import LoaderSettings
@@ -64,14 +62,6 @@ class DcpTensor:
         # What safetensors has no name for goes by torch's.
         dtype = dtype_name(self.dtype) or str(self.dtype).removeprefix("torch.")
         return TensorInfo(self.name, dtype, self.shape, file, offset, self.nbytes)
-
-
-def is_dcp(source: Source, directory: str) -> bool:
-    """Whether a directory holds a DCP checkpoint, and no safetensors checkpoint beside it."""
-    if not source.is_dir(directory):
-        return False
-    names = source.list(directory)
-    return METADATA_NAME in names and INDEX_NAME not in names and not any(map(_is_safetensors, names))
 
 
 class DcpCheckpoint(Checkpoint):
@@ -136,9 +126,14 @@ class DcpCheckpoint(Checkpoint):
         """Yield (name, tensor) in the order of ``names``, reading ahead; the account stays open."""
         return self._ahead([self._tensor(name) for name in names], report)
 
+    @property
+    def stored_tensors(self) -> list[DcpTensor]:
+        """All that are served, with their chunks, in the order of their files."""
+        return list(self._tensors.values())
+
     def located(self) -> list[tuple[DcpTensor, list[StoredTensor | None]]]:
         """Every tensor, and where each of its chunks lies; None for what is no plain bytes."""
-        tensors = list(self._tensors.values())
+        tensors = self.stored_tensors
         places = iter(self._locate(tensors))
         return [(tensor, list(itertools.islice(places, len(tensor.chunks)))) for tensor in tensors]
 
@@ -447,10 +442,6 @@ def _is_optimizer(name: str, path: Any) -> bool:
     """Whether a tensor is of an optimizer's state, by the keys under which it was in the state dict."""
     keys = path if isinstance(path, tuple) and len(path) > 1 else name.split(".")
     return any(isinstance(key, str) and _OPTIMIZER.fullmatch(key.lower()) for key in keys[:-1])
-
-
-def _is_safetensors(name: str) -> bool:
-    return name.endswith(".safetensors")
 
 
 def _file_order(tensor: DcpTensor) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ from typing import Self
 
 from ..errors import CheckpointError
 from ..failures import RETRYABLE, end_of_file, io_error
+from ..formats.dcp_metadata import METADATA_NAME
 from ..formats.hf_index import INDEX_NAME, MAX_INDEX_BYTES, ShardIndex, parse_index
 from ..formats.safetensors import LENGTH_BYTES, Header, TensorInfo, header_length, parse_header
 from ..formats.sharded_state import ShardRank, shards_by_rank, shards_of
@@ -28,6 +29,16 @@ _SLOW_S = 0.001
 _FIRST_READ_BYTES = 128 << 10
 _TRIES = 5
 _RETRY_DELAY_S = 0.05
+
+
+def is_dcp(source: Source, directory: str) -> bool:
+    """Whether a directory holds a DCP checkpoint, and no safetensors checkpoint beside it."""
+    if not source.is_dir(directory):
+        return False
+    names = source.list(directory)
+    return (
+        METADATA_NAME in names and INDEX_NAME not in names and not any(name.endswith(".safetensors") for name in names)
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed.checkpoint as torch_dcp
 
 from tests.cli.running import invoke, run
 from tests.support.checkpoints import checkpoint, encode, entry, index
+from tests.support.training_checkpoints import save_chunked
 
 INDEX = "model.safetensors.index.json"
 
@@ -214,3 +217,65 @@ class TestCheck:
         assert (first["file"], second["file"]) == ("a.safetensors", "b.safetensors")
         assert str(1 << 62) in first["message"]
         assert "unknown dtype 'Q8'" in second["message"]
+
+
+class TestTrainings:
+    """Of torch.distributed.checkpoint, told by the training's names."""
+
+    @pytest.fixture
+    def training(self, tmp_path: Path) -> Path:
+        """Two tensors in two parts each, and one of an optimizer."""
+        tensors = {
+            "model.a": torch.arange(64 * 10, dtype=torch.float32).reshape(64, 10),
+            "model.b": torch.ones(8, 3, dtype=torch.bfloat16),
+            "optimizer.state.a": torch.zeros(4),
+        }
+        save_chunked(tensors, tmp_path / "training", lambda _, tensor: [[len(tensor) // 2]])
+        return tmp_path / "training"
+
+    def test_tensors_and_files(self, training: Path) -> None:
+        found = as_json("--tensors", training)
+        assert found["format"] == "torch.distributed.checkpoint"
+        assert {one["name"]: (one["dtype"], one["shape"], one["bytes"]) for one in found["tensors"]} == {
+            "model.a": ("F32", [64, 10], 2560),
+            "model.b": ("BF16", [8, 3], 48),
+            "optimizer.state.a": ("F32", [4], 16),
+        }
+        assert found["totals"]["tensor_bytes"] == 2560 + 48 + 16
+        files = [(Path(one["file"]).name, one["tensors"], one["bytes"]) for one in found["files"]]
+        assert files == [(name, 3, (training / name).stat().st_size) for name in ("__0_0.distcp", "__1_0.distcp")]
+
+    def test_what_is_no_tensor_is_named(self, tmp_path: Path) -> None:
+        torch_dcp.save({"w": torch.ones(3), "step": 7}, checkpoint_id=tmp_path, no_dist=True)
+        assert as_json("--tensors", tmp_path)["other_items"] == ["step"]
+        assert "1 item is no tensor: step" in invoke("inspect", tmp_path).stdout
+
+    def test_a_sound_one(self, training: Path) -> None:
+        result = invoke("inspect", "--check", training)
+        assert result.exit_code == 0
+        assert "sound: 2 files, and the metadata fits them" in result.stdout
+
+    def test_every_part_that_is_cut_off_is_told(self, training: Path) -> None:
+        content = (training / "__1_0.distcp").read_bytes()
+        (training / "__1_0.distcp").write_bytes(content[: len(content) // 2])
+        found = problems(training)
+        assert [problem["file"] for problem in found] == ["__1_0.distcp"] * len(found)
+        assert "'optimizer.state.a'" in found[-1]["message"]
+
+    def test_a_file_that_is_missing(self, training: Path) -> None:
+        (training / "__0_0.distcp").unlink()
+        (problem,) = problems(training)
+        assert problem["file"] == "__0_0.distcp"
+
+    def test_metadata_of_another_save(self, training: Path, tmp_path: Path) -> None:
+        other = tmp_path / "other"
+        tensors = {"model.a": torch.zeros(32, 20), "model.b": torch.ones(8, 3, dtype=torch.bfloat16)}
+        save_chunked(tensors, other, lambda _, tensor: [[len(tensor) // 2]])
+        (training / ".metadata").write_bytes((other / ".metadata").read_bytes())
+        found = problems(training)
+        assert any("'model.a' is torch.float32 [32, 10] in the file" in problem["message"] for problem in found), found
+
+    def test_damaged_metadata(self, training: Path) -> None:
+        (training / ".metadata").write_bytes(b"no pickle")
+        (problem,) = problems(training)
+        assert problem["file"] == ".metadata"
