@@ -83,7 +83,7 @@ def convert_checkpoint(
         SettingsError: an option is unknown or has a bad value.
     """
     check_destination(source, destination, overwrite=overwrite)
-    settings = load_settings(options).settings.loader
+    settings = load_settings(options, extra_origin="the arguments of convert_checkpoint").settings.loader
     place, directory = make_source(settings.backend, settings=settings), without_end(source)
     names = place.list(directory) if place.is_dir(directory) else None
     if names is not None and INDEX_NAME not in names and shards_by_rank(names, settings.sharded_pattern):

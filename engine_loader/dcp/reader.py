@@ -61,7 +61,9 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
         super().__init__(path, _extension_registry)
         self._trust_pickles = trust_pickles
         self._tensors: dict[str, Any] = {}
-        self._settings: LoaderSettings = load_settings(options).settings.loader
+        self._settings: LoaderSettings = load_settings(
+            options, extra_origin="the arguments of FileSystemReader"
+        ).settings.loader
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The checkpoint's metadata.

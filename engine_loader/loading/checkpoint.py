@@ -65,7 +65,7 @@ def open_checkpoint(
         ...     for name, tensor in checkpoint.tensors():
         ...         print(name, tensor.shape)
     """
-    settings = load_settings(options).settings.loader
+    settings = load_settings(options, extra_origin="the arguments of open_checkpoint").settings.loader
     place = torch.device(device)
     if backend == "auto":
         backend = settings.backend if files is None else "memory"

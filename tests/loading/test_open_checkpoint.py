@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine_loader import CheckpointError, TensorNotFoundError, open_checkpoint
+from engine_loader import CheckpointError, SettingsError, TensorNotFoundError, open_checkpoint
 from engine_loader.formats.hf_index import INDEX_NAME
 from tests.support.checkpoints import checkpoint, entry, index, tensor_bytes
 
@@ -260,3 +260,8 @@ def test_the_default_device_of_torch_does_not_matter(tmp_path):
         assert {tensor.device.type for _, tensor in opened.tensors()} == {"cpu"}
         assert opened.get_tensor("a").device.type == opened.get_slice("a")[1:].device.type == "cpu"
         assert opened.get_slice("a")[[2, 0]].device.type == "cpu"
+
+
+def test_an_option_that_does_not_exist_is_told_by_its_place(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="the arguments of open_checkpoint: .* thread; did you mean threads"):
+        open_checkpoint(tmp_path, thread=3)
