@@ -263,5 +263,5 @@ def test_the_default_device_of_torch_does_not_matter(tmp_path):
 
 
 def test_an_option_that_does_not_exist_is_told_by_its_place(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="the arguments of open_checkpoint: .* thread; did you mean threads"):
+    with pytest.raises(SettingsError, match=r"the arguments of open_checkpoint: .* thread; did you mean threads"):
         open_checkpoint(tmp_path, thread=3)
