@@ -1,6 +1,5 @@
 """What this process has open: descriptors and threads of ours, so that a test can say what was left behind."""
 
-import gc
 import os
 import threading
 import time
@@ -30,7 +29,6 @@ def left_open(before: Resources, timeout_s: float = GENEROUS_S) -> list[str]:
     """
     deadline = time.monotonic() + timeout_s
     while True:
-        gc.collect()
         found = [text for key, text in open_resources().items() if key not in before]
         if not found or time.monotonic() > deadline:
             return found

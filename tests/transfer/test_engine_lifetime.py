@@ -118,6 +118,7 @@ def test_many_rounds_leave_no_thread_and_no_descriptor(make_engine, file):
             start(engine, [file], endless(1 << 20), Destination(1 << 20))
         engine.close()
     del engine
+    gc.collect()
     assert left_open(before) == []
 
 
