@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,8 +15,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from engine_loader.loading.direct import DirectLoad
+from engine_loader.loading.locate import open_files
+from engine_loader.loading.reader import Reader
 from engine_loader.loading.weights import stream_weights
 from engine_loader.settings import load_settings
+from engine_loader.sources.posix import PosixSource
+from engine_loader.transfer.plan import extent
+from engine_loader.transfer.python_engine import PythonEngine
 from tests.support.resources import left_open, open_resources
 
 MIB = 1 << 20
@@ -102,6 +107,22 @@ def test_ctrl_c_at_any_moment_ends_the_load_with_nothing_left(path: Path, alarm_
         assert all(filled) or not complete
         assert left_open(before) == []  # a thread that reads headers ends by itself
     assert interrupted
+
+
+def test_ctrl_c_while_a_reader_is_closed_closes_its_files(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = open_resources()
+    reader = Reader(open_files(PosixSource(), str(path)), "posix", load_settings({"engine": "python"}).settings.loader)
+    destination = torch.empty(4)
+    reader.read([extent(0, 100, 16, destination.data_ptr())], destination)
+
+    def interrupted(engine: PythonEngine, close: Callable[[PythonEngine], None] = PythonEngine.close) -> None:
+        close(engine)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PythonEngine, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        reader.close()
+    assert left_open(before, 10) == []
 
 
 def test_a_kill_leaves_nothing_that_a_loader_would_take_for_a_model(path: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from engine_loader.errors import TransferCancelled, TransferError
+from engine_loader.transfer.native_engine import NativeEngine
 from engine_loader.transfer.plan import extent, make_extents
 from tests.support.checkpoints import noise
 from tests.support.children import in_child
@@ -86,6 +87,28 @@ def test_closing_an_engine_ends_waits_on_other_threads(make_engine, file):
     engine.close()
     waiting.join(GENEROUS_S)
     assert [type(error) for error in told] == [TransferCancelled]
+
+
+def test_ctrl_c_while_an_engine_is_closed_leaves_no_thread(file, monkeypatch):
+    """Also when somebody still holds the engine, as a session that was interrupted does."""
+    before = open_resources()
+    engine = NativeEngine(2)
+    read(engine, [file], ALL, len(CONTENT))
+    library, interrupts = engine._quick, [KeyboardInterrupt]
+
+    class Interrupted:
+        def __getattr__(self, name: str) -> object:
+            return getattr(library, name)
+
+        def el_engine_close(self, *arguments: object) -> object:
+            if interrupts:
+                raise interrupts.pop()
+            return library.el_engine_close(*arguments)
+
+    monkeypatch.setattr(engine, "_quick", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        engine.close()
+    assert left_open(before, 10) == []
 
 
 def test_a_closed_engine_takes_no_plan(make_engine, file):
