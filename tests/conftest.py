@@ -1,11 +1,15 @@
 """Settings of the whole suite."""
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# A shell that runs tests in the background ignores Ctrl-C for them, and all their children would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests that load a model in this process make vLLM quiet, for good: others read what its servers and hooks log.
 os.environ["VLLM_LOGGING_LEVEL"] = "INFO"

@@ -10,9 +10,7 @@ import pytest
 
 def run(code: str) -> str:
     """What a fresh interpreter prints."""
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], check=False, capture_output=True, text=True, timeout=120
-    )
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 
@@ -34,16 +32,16 @@ def test_registering_imports_no_engine_and_no_torch() -> None:
     assert heavy == "set()"
 
 
-def test_registering_costs_milliseconds() -> None:
-    """The bound is 50 ms; the best of several runs, since it is the code that is measured and not the machine."""
-    code = """
-        import time
-        began = time.perf_counter()
+def test_registering_imports_little() -> None:
+    """Some two dozen small modules, which is a matter of milliseconds."""
+    more = run("""
+        import sys
+        before = set(sys.modules)
         from engine_loader.plugin import register
         register()
-        print(time.perf_counter() - began)
-    """
-    assert min(float(run(code)) for _ in range(5)) < 0.050
+        print(len(set(sys.modules) - before))
+    """)
+    assert int(more) < 40
 
 
 def test_registering_twice_leaves_one_hook() -> None:

@@ -152,9 +152,11 @@ class Reader:
         with self._lock:
             self._closed = True
             engine, self._engine = self._engine, None
-        if engine is not None:
-            engine.close()
-        self.files.close()
+        try:
+            if engine is not None:
+                engine.close()
+        finally:  # Ctrl-C may end the wait for the engine's threads
+            self.files.close()
 
     def _filler_of(self, report: LoadReport) -> Callable[[TensorInfo], AnyFiller]:
         """How each file is brought into memory: mapped where it lies in memory anyway, else read into buffers."""

@@ -39,7 +39,8 @@ struct options {
 
 struct counters {
     int64_t rings, iovs, registrations, threads, in_flight; /* at this moment */
-    int64_t ios, bytes, rings_made, iovs_made, batches, max_in_flight, errors, violations;
+    int64_t ios, bytes, rings_made, iovs_made, batches, errors, violations;
+    int64_t max_in_flight; /* since the last reset */
 };
 
 /* A buffer as the daemon sees it: a mapping of its own, so that a late read hurts nobody after the client unmapped its. */

@@ -38,6 +38,7 @@ static void reset_options(void) {
     strcpy(mount, emulator.options.mount);
     emulator.options = fresh;
     strcpy(emulator.options.mount, mount);
+    emulator.counters.max_in_flight = emulator.counters.in_flight;
 }
 
 static int set_mount(const char *path) {

@@ -251,6 +251,13 @@ class NativeEngine:
         return {name: int(getattr(stats, name)) for name in COUNTERS}
 
     def close(self) -> None:
+        try:
+            self._close()
+        except KeyboardInterrupt:
+            self._close()  # whoever still holds the engine, or a transfer of it, would keep its threads
+            raise
+
+    def _close(self) -> None:
         if self._closed or self._handle is None:
             return
         end = time.monotonic() + CANCEL_GRACE_S

@@ -1,8 +1,8 @@
-"""What tests of engines' hooks share: operations that are only noted, and waiting for them."""
+"""What tests of engines' hooks share: operations that are only noted."""
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,3 @@ def noted_jobs(events: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("engine_loader.compile_cache.session.run_job", run_job)
     yield
     os.environ.pop(cache_hooks.STARTED, None)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)

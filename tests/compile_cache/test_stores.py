@@ -18,6 +18,7 @@ from engine_loader.compile_cache.operations import Job, perform
 from engine_loader.compile_cache.session import Running, run_job
 from engine_loader.settings import CompileCacheSettings
 from tests.compile_cache.support import KEY, Machine, some_bytes
+from tests.support.waiting import GENEROUS_S, wait_for
 
 
 def settings_for(store: Path, **values: object) -> CompileCacheSettings:
@@ -43,8 +44,8 @@ def tmpfs(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_job_goes_through_a_process_of_its_own(first: Machine, second: Machine, store: Path) -> None:
     settings = settings_for(store)
-    assert run_job(job("save", first, settings, background=True), 60).status == "saved"
-    outcome = run_job(job("restore", second, settings), 60)
+    assert run_job(job("save", first, settings, background=True), GENEROUS_S).status == "saved"
+    outcome = run_job(job("restore", second, settings), GENEROUS_S)
     assert (outcome.status, outcome.files) == ("restored", 4)
     assert second.content() == first.content()
 
@@ -150,12 +151,11 @@ def test_a_store_that_vanishes_in_the_middle(first: Machine, second: Machine, st
     assert perform(job("save", first), settings_for(store)).status == "saved"
 
 
-def test_a_store_that_hangs_is_given_up_in_time(second: Machine, store: Path) -> None:
+def test_a_store_that_hangs_is_given_up(second: Machine, store: Path) -> None:
     place = store / KEY.prefix
     place.mkdir(parents=True, mode=0o700)
     store.chmod(0o700)
-    began = time.monotonic()
-    # A pipe that nobody writes to: the worker waits in the kernel when it opens it.
+    # A pipe that nobody writes to: the worker waits in the kernel when it opens it, for ever.
     settings = settings_for(store)
     (second.directories["inductor"] / ".engine_loader").mkdir(parents=True, mode=0o700)
     fifo = store / "key"
@@ -163,7 +163,6 @@ def test_a_store_that_hangs_is_given_up_in_time(second: Machine, store: Path) ->
     outcome = run_job(job("restore", second, settings.model_copy(update={"key_file": str(fifo)})), 1.0)
     assert outcome.status == "interrupted"
     assert "restore_timeout_s" in outcome.messages[0]
-    assert time.monotonic() - began < 10
 
 
 def test_a_process_that_cannot_start_is_an_outcome(
@@ -177,8 +176,8 @@ def test_a_process_that_cannot_start_is_an_outcome(
         told.append(outcome.status)  # type: ignore[attr-defined]
         done.set()
 
-    Running(job("save", first, settings_for(store)), settings_for(store), 10, then=then)
-    assert done.wait(10)
+    Running(job("save", first, settings_for(store)), settings_for(store), GENEROUS_S, then=then)
+    assert done.wait(GENEROUS_S)
     assert told == ["failed"]
 
 
@@ -198,29 +197,30 @@ def test_a_save_that_is_ended_half_way_leaves_nothing(first: Machine, store: Pat
     told = store.parent / "job"
     told.write_text(json.dumps(job("save", first, settings_for(store, compression_level=19, threads=1)).to_json()))
     ended = 0
-    for wait_s in (0.6, 0.9, 1.2):
+    for wait_s in (0, 0.3, 0.6):
         program = [sys.executable, "-m", "engine_loader.compile_cache.worker", told, store.parent / "outcome"]
         process = subprocess.Popen(program)
+        wait_for(lambda process=process: process.poll() is not None or list(store.rglob(".unfinished-*")))
         time.sleep(wait_s)
         process.send_signal(signal.SIGTERM)
-        ended += process.wait(30) != 0
+        ended += process.wait(GENEROUS_S) != 0
         assert not list(store.rglob(".unfinished-*"))
     assert ended
 
 
 def test_a_job_ends_also_when_the_engine_forks_its_workers_meanwhile(first: Machine, store: Path) -> None:
     """A forked worker keeps what is open at that moment, for as long as it lives."""
-    running = Running(job("save", first, settings_for(store)), settings_for(store), 30)
+    running = Running(job("save", first, settings_for(store)), settings_for(store), GENEROUS_S)
     workers = []
     for _ in range(40):
         pid = os.fork()
         if pid == 0:
-            time.sleep(60)
+            time.sleep(600)
             os._exit(0)
         workers.append(pid)
         time.sleep(0.01)
     try:
-        outcome = running.result(30)  # the workers live longer
+        outcome = running.result(GENEROUS_S)  # the workers live longer
         assert outcome is not None
         assert outcome.status == "saved"
     finally:

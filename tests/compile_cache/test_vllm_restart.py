@@ -80,7 +80,7 @@ class Fleet:
         }
         with VllmServer(self.model, *args, env=env, eager=eager) as server:
             text = server.complete(PROMPT, max_tokens=12)
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 120
             while time.monotonic() < deadline and not any(words in server.log for words in DONE):
                 time.sleep(0.2)
         files = {

@@ -114,7 +114,7 @@ def run(job: str, world: int, directory: Path, *, module: str = "tests.dcp.ranks
         for rank in range(world)
     ]
     try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import (
 from engine_loader import CheckpointError, TensorNotFoundError, open_checkpoint
 from engine_loader.dcp import SerializationFormat
 from engine_loader.report.load import LoadReport
+from tests.support.resources import left_open, open_resources
 
 from .states import same, save, stock_save, training_state
 
@@ -186,10 +187,10 @@ def test_names_are_mapped_by_a_function_or_by_the_setting(tmp_path, monkeypatch)
 @pytest.mark.parametrize("which", [{"rank": 0}, {"rank": 1}, {"pipeline_rank": 1}])
 def test_there_are_no_ranks_to_choose_from(tmp_path, which):
     save({"a": torch.zeros(2)}, tmp_path / "c")
-    descriptors = len(os.listdir("/proc/self/fd"))
+    before = open_resources()
     with pytest.raises(CheckpointError, match=r"training checkpoint, .*no ranks to choose from .*get_slice"):
         open_checkpoint(tmp_path / "c", **which)
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert left_open(before) == []
 
 
 def test_a_mapping_of_what_is_no_training_is_told(tmp_path):
@@ -232,7 +233,7 @@ def test_transformed_items_are_told(tmp_path):
 def test_what_is_handed_out_stays_and_nothing_stays_open(tmp_path):
     state = {f"t{number}": torch.full((1000,), float(number)) for number in range(50)}
     save(state, tmp_path / "c")
-    descriptors = len(os.listdir("/proc/self/fd"))
+    before = open_resources()
     with open_checkpoint(tmp_path / "c", buffer_bytes="1MiB") as checkpoint:
         read = dict(checkpoint.tensors())
         for _ in checkpoint.tensors():
@@ -240,4 +241,4 @@ def test_what_is_handed_out_stays_and_nothing_stays_open(tmp_path):
     assert same(read, state)
     with pytest.raises(CheckpointError, match="closed"):
         checkpoint.get_tensor("t0")
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert left_open(before) == []

@@ -18,6 +18,7 @@ from engine_loader.loading.dcp_files import DcpFiles
 from engine_loader.report.load import LoadReport
 from engine_loader.settings import LoaderSettings
 from engine_loader.sources.posix import PosixSource
+from tests.support.resources import left_open, open_resources
 
 from .states import bits, blank, load, same, save, stock_save, training_state
 
@@ -213,10 +214,10 @@ def test_a_shape_that_differs_is_told(stored):
 
 
 def test_nothing_stays_open(stored):
-    descriptors = len(os.listdir("/proc/self/fd"))
+    before = open_resources()
     for _ in range(3):
         load({"a": torch.zeros(60, 100)}, stored)
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert left_open(before) == []
 
 
 def test_the_reader_can_be_reused_for_another_directory(stored, tmp_path):

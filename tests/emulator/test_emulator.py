@@ -18,9 +18,11 @@ import pytest
 
 from engine_loader.sources.usrbio_rings import Ioring, Iovec, _Cqe, _Ior, _Iov
 from tests.support.threefs import Emulator
+from tests.support.waiting import GENEROUS_S, any_try
 
 KIB = 1 << 10
-SOON = timedelta(milliseconds=300)
+SOON = timedelta(seconds=GENEROUS_S)  # for what comes
+A_MOMENT = timedelta(milliseconds=100)  # for what does not
 ContentFile = tuple[Path, bytes]
 
 
@@ -155,8 +157,8 @@ def test_a_full_ring_says_eagain_until_something_is_reaped(emulator: Emulator, f
 def test_a_time_out_is_no_error(emulator: Emulator) -> None:
     one = ring(emulator)
     began = time.monotonic()
-    assert one.wait(min_results=1, timeout=timedelta(milliseconds=50)) == []
-    assert 0.04 < time.monotonic() - began < 0.5
+    assert one.wait(min_results=1, timeout=A_MOMENT) == []
+    assert time.monotonic() - began >= 0.08
     one.destroy()
 
 
@@ -166,26 +168,27 @@ def test_a_positive_io_depth_waits_for_a_whole_batch(emulator: Emulator, file: C
         pieces = [memory[number * KIB : (number + 1) * KIB] for number in range(4)]
         for piece in pieces[:3]:
             one.prepare(piece, True, fd, 0).submit()
-        assert one.wait(min_results=1, timeout=timedelta(milliseconds=100)) == []
+        assert one.wait(min_results=1, timeout=A_MOMENT) == []
         one.prepare(pieces[3], True, fd, 0).submit()
         assert len(one.wait(min_results=4, timeout=SOON)) == 4
         one.destroy()
 
 
 @pytest.mark.parametrize(("io_depth", "together"), [(0, 4), (2, 2), (-2, 2), (-1, 1)])
+@any_try(5)
 def test_a_batch_completes_with_its_slowest_io(
     emulator: Emulator, file: ContentFile, io_depth: int, together: int
 ) -> None:
-    emulator.set("eager_every=0,late_ms=200")
+    emulator.set("eager_every=0,late_ms=300")
     with opened(emulator, file[0]) as fd, buffer(emulator, 64 * KIB) as memory:
         one = ring(emulator, io_depth=io_depth)
         emulator.set(f"late_every={emulator.count('ios') + 4}")  # the fourth from here
         for number in range(4):
             one.prepare(memory[number * KIB : (number + 1) * KIB], True, fd, 0)
-        first = one.submit().wait(min_results=4, timeout=timedelta(milliseconds=100))
-        assert len(first) == 4 - together
-        assert len(one.wait(min_results=together, timeout=timedelta(seconds=1))) == together
+        first = one.submit().wait(min_results=4, timeout=A_MOMENT)
+        rest = one.wait(min_results=4 - len(first), timeout=SOON)
         one.destroy()
+        assert (len(first), len(rest)) == (4 - together, together)
 
 
 def test_completions_come_out_of_order(emulator: Emulator, file: ContentFile) -> None:
@@ -239,7 +242,7 @@ def test_ios_that_never_complete(emulator: Emulator, file: ContentFile, options:
     with opened(emulator, file[0]) as fd, buffer(emulator, 4 * KIB) as memory:
         one = ring(emulator)
         emulator.set(options)
-        assert one.prepare(memory[:], True, fd, 0).submit().wait(min_results=1, timeout=SOON) == []
+        assert one.prepare(memory[:], True, fd, 0).submit().wait(min_results=1, timeout=A_MOMENT) == []
         one.destroy()
         emulator.set("reset")
 
@@ -252,9 +255,8 @@ def test_the_link_has_its_bandwidth(emulator: Emulator, file: ContentFile) -> No
         for _ in range(4):
             for number in range(16):
                 one.prepare(memory[number << 20 : (number + 1) << 20], True, fd, 0).submit()
-            assert len(one.wait(min_results=16, timeout=timedelta(seconds=1))) == 16
-        seconds = time.monotonic() - began
-        assert 0.067 < seconds < 0.15
+            assert len(one.wait(min_results=16, timeout=SOON)) == 16
+        assert time.monotonic() - began > 0.067
         one.destroy()
 
 

@@ -1,7 +1,6 @@
 """The real `vllm serve` on CPU: the same completions as vLLM's own loader, and clean ends on bad checkpoints."""
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -73,9 +72,7 @@ def test_an_unknown_option_ends_the_engine_with_the_valid_ones(tmp_path: Path) -
 
 def failed_start(model: Path, *args: str) -> str:
     """The log of a server that must not start. (VllmServer sees to it that no process is left.)"""
-    server = VllmServer(model, "--load-format", "b10_3fs", *args, start_timeout_s=120)
-    began = time.monotonic()
+    server = VllmServer(model, "--load-format", "b10_3fs", *args)
     with pytest.raises(RuntimeError, match=r"ended with status [1-9]"), server:
         pass
-    assert time.monotonic() - began < 100
     return server.log

@@ -10,6 +10,7 @@ from engine_loader import Checkpoint, CheckpointError, open_checkpoint
 from engine_loader.formats.dtypes import DTYPE_BITS
 from engine_loader.formats.hf_index import INDEX_NAME
 from tests.support.checkpoints import checkpoint, entry, index, noise, tensor_bytes
+from tests.support.resources import left_open, open_resources
 
 
 def check_everything(opened: Checkpoint, files: dict[str, bytes]) -> None:
@@ -70,13 +71,13 @@ def test_any_damage_to_a_file_on_disk(tmp_path_factory, content, engine):
     path = str(tmp_path_factory.getbasetemp() / "damaged.safetensors")
     with open(path, "wb") as file:
         file.write(content)
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_resources()
     try:
         with open_checkpoint(path, engine=engine, threads=1) as opened:
             check_everything(opened, {path: content})
     except CheckpointError as error:
         assert error.file == path
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert left_open(before) == []
 
 
 @given(st.data())

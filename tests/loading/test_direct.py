@@ -27,6 +27,7 @@ from engine_loader.loading.recording import RecordingTensor
 from engine_loader.loading.weights import stream_weights
 from engine_loader.settings import load_settings
 from engine_loader.sources.posix import PosixSource
+from tests.support.resources import left_open, open_resources
 
 ROWS, COLUMNS = 96, 160
 Weights = Iterator[tuple[str, torch.Tensor]]
@@ -411,7 +412,7 @@ def test_a_kept_weight_works_after_the_load_and_without_the_file(checkpoint: Pat
 def test_an_error_names_the_tensor_and_nothing_is_left(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Reader(open_files(PosixSource(), str(checkpoint)), "posix", load_settings().settings.loader) as reader:
         place = next(info.offset for info in reader.files.tensors if info.name == "b")
-    descriptors, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+    before = open_resources()
     model = Model()
     with pytest.raises(TransferError, match=r"tensor 'b'"), DirectLoad(model) as session, torch.no_grad():
         weights = dict(stream_weights([str(checkpoint)], load_settings().settings.loader, direct=session))
@@ -419,18 +420,17 @@ def test_an_error_names_the_tensor_and_nothing_is_left(checkpoint: Path, monkeyp
         model.weight.copy_(weights["b"])
     del weights, session
     gc.collect()
-    assert len(os.listdir("/proc/self/fd")) <= descriptors
-    assert threading.active_count() <= threads
+    assert left_open(before) == []
 
 
 def test_an_error_of_the_engine_ends_the_load_and_gives_everything_back(checkpoint: Path) -> None:
-    descriptors = len(os.listdir("/proc/self/fd"))
+    before = open_resources()
     model = Model()
     with pytest.raises(ZeroDivisionError), DirectLoad(model) as session, torch.no_grad():
         weights = dict(stream_weights([str(checkpoint)], load_settings().settings.loader, direct=session))
         model.weight.copy_(weights["a"])
         raise ZeroDivisionError
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert left_open(before) == []
 
 
 def test_when_most_must_be_read_first_the_rest_is_streamed(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from engine_loader import CheckpointError, SettingsError, TensorNotFoundError, open_checkpoint
 from engine_loader.formats.hf_index import INDEX_NAME
 from tests.support.checkpoints import checkpoint, entry, index, tensor_bytes
+from tests.support.resources import left_open, open_resources
 
 A, B, C = entry("F32", [4, 3], 1), entry("BF16", [5], 2), entry("U8", [7], 3)
 
@@ -223,10 +224,10 @@ def test_an_error_names_the_wrong_shard_among_many(tmp_path):
     for number in range(20):
         put(tmp_path / f"{number}.safetensors", checkpoint({f"t{number}": A}))
     put(tmp_path / "13.safetensors", checkpoint({"t13": A})[:-1])
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_resources()
     with pytest.raises(CheckpointError, match=r"13\.safetensors: the data is cut short"):
         open_checkpoint(tmp_path)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert left_open(before) == []
 
 
 def test_an_empty_list_and_an_unknown_backend_are_refused():
@@ -240,10 +241,10 @@ def test_an_empty_list_and_an_unknown_backend_are_refused():
 
 def test_a_wrong_device_opens_nothing(tmp_path):
     path = put(tmp_path / "w", checkpoint({"a": A}))
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_resources()
     with pytest.raises(RuntimeError):
         open_checkpoint(path, device="abacus")
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert left_open(before) == []
 
 
 def test_a_checkpoint_of_no_tensors_is_a_checkpoint(tmp_path):

@@ -23,12 +23,16 @@ import numpy as np
 
 from engine_loader.errors import TransferCancelled, TransferError
 from engine_loader.sources.posix import PosixFile, PosixSource
+from engine_loader.transfer import native_engine, native_transfer
 from engine_loader.transfer.native_engine import NativeEngine, NativeTransfer
+from engine_loader.transfer.native_library import Config
 from engine_loader.transfer.plan import extent, make_extents
+from tests.support.resources import left_open, open_resources
+from tests.support.waiting import any_try, wait_for
 
 _FIELDS = ("error_every", "error", "short_every", "stall_every", "stall_ms", "direct_error", "calls", "stalled")
 FAULTS_BYTES = 4 * len(_FIELDS)
-LONG_MS = 60_000
+LONG_MS = 3_600_000
 
 
 class Faults:
@@ -47,7 +51,18 @@ class Faults:
         return int(struct.unpack_from("=I", self._memory, 4 * _FIELDS.index(name))[0])
 
     def wait_for_stall(self) -> None:
-        _until(lambda: self.get("stalled") > 0)
+        wait_for(lambda: self.get("stalled") > 0)
+
+    def assert_stuck(self) -> None:
+        """Whatever has just returned did so though a read still hangs."""
+        assert self.get("stalled") > 0
+
+
+class Patient(Config):
+    """An engine's configuration whose pauses between tries may be as long as one likes."""
+
+    def __init__(self, **words: object) -> None:
+        super().__init__(**words, retry_cap_ms=LONG_MS)
 
 
 class Owner:
@@ -104,29 +119,40 @@ def a_wait_can_time_out(faults: Faults, file: PosixFile) -> None:
     with _engine() as engine:
         transfer = _submit(engine, file)
         assert not transfer.wait(timeout_s=0)
-        with _lasts(0.2, 1):
+        faults.wait_for_stall()
+        with _lasts_at_least(0.2):
             assert not transfer.wait(0, timeout_s=0.25)
+        faults.assert_stuck()
         faults.set()
         assert transfer.wait()
 
 
 def cancel_ends_a_pause(faults: Faults, file: PosixFile) -> None:
     faults.set(error_every=1, error=errno.EIO)
-    with _engine(retry_delay_s=20) as engine:
+    # A pause that is not ended lasts for an hour, and the transfer keeps its memory for as long.
+    native_engine.Config = Patient  # type: ignore[misc]
+    with _engine(retry_delay_s=LONG_MS / 1e3) as engine:
         transfer = _submit(engine, file)
-        _until(lambda: engine.statistics().retries >= 2)
-        with _lasts(0, 0.1):
-            transfer.cancel()
+        wait_for(lambda: engine.statistics().retries >= 2)
+        transfer.cancel()
+        del transfer
+        faults.set()
+        _until_owners_are_gone(engine, file)
 
 
 def cancel_waits_for_the_read_in_flight(faults: Faults, file: PosixFile) -> None:
-    faults.set(stall_every=1, stall_ms=300)
+    native_transfer.CANCEL_GRACE_S = LONG_MS / 1e3  # else a stall of the machine looks like a stuck read
+    faults.set(stall_every=1, stall_ms=LONG_MS)
     owner = Owner(file.size)
     with _engine() as engine:
         transfer = _submit(engine, file, owner)
         faults.wait_for_stall()
-        with _lasts(0.1, 0.45):
-            transfer.cancel()
+        cancelling = threading.Thread(target=transfer.cancel)
+        cancelling.start()
+        cancelling.join(0.3)
+        assert cancelling.is_alive()
+        faults.set()
+        cancelling.join()
         snapshot = owner.memory.copy()
         faults.set()
         _assert_arrives(engine, file)
@@ -139,67 +165,63 @@ def cancel_gives_up_a_stuck_read_but_keeps_its_memory(faults: Faults, file: Posi
     with _engine() as engine:
         transfer = _submit(engine, file, Owner(file.size))
         faults.wait_for_stall()
-        with _lasts(0.3, 0.95):
+        with _lasts_at_least(0.3):
             transfer.cancel()
+        faults.assert_stuck()
         del transfer
         gc.collect()
         assert Owner.alive == 1
         faults.set()
-        _until(lambda: faults.get("stalled") == 0)
-        time.sleep(0.05)
-        _assert_arrives(engine, file)  # a later transfer finds that the read came back
-        assert Owner.alive == 0
+        _until_owners_are_gone(engine, file)
 
 
 def a_stuck_read_fails_at_its_deadline(faults: Faults, file: PosixFile) -> None:
     faults.set(stall_every=1, stall_ms=LONG_MS)
     with _engine(deadline_s=0.4) as engine:
         transfers = [_submit(engine, file) for _ in range(4)]
-        with _lasts(0.3, 1.5):
+        with _lasts_at_least(0.3):
             errors = [_failure(transfer) for transfer in transfers]  # also of those that no thread ever got to
+        faults.assert_stuck()
         for error in errors:
             assert error.errno == errno.ETIMEDOUT and error.file == file.path and "no byte came for 0.4 s" in str(error)
         faults.set()
 
 
+@any_try(5)
 def progress_moves_the_deadline(faults: Faults, file: PosixFile) -> None:
-    faults.set(stall_every=1, stall_ms=100)
-    with _engine(1, deadline_s=0.5, block_bytes=32 << 10) as engine:
-        began = time.monotonic()
+    faults.set(stall_every=1, stall_ms=100)  # in each of 16 reads
+    with _engine(1, deadline_s=1.2, block_bytes=32 << 10) as engine, _lasts_at_least(1.4):
         _assert_arrives(engine, file)
-        assert time.monotonic() - began > 0.6
 
 
 def close_gives_up_a_stuck_read(faults: Faults, file: PosixFile) -> None:
-    before = _threads()
+    before = open_resources()
     faults.set(stall_every=1, stall_ms=LONG_MS)
     engine = NativeEngine(2)
     transfer = _submit(engine, file, Owner(file.size))
     faults.wait_for_stall()
-    with _lasts(0.3, 0.95):
+    with _lasts_at_least(0.3):
         engine.close()
+    faults.assert_stuck()
     _assert_cancelled_or_late(transfer)
     del engine, transfer
     assert Owner.alive == 1
     faults.set()
-    _until(lambda: _threads() == before)
+    assert left_open(before) == []
     with _engine() as other:
-        _assert_arrives(other, file)
-    assert Owner.alive == 0
+        _until_owners_are_gone(other, file)
 
 
 def ctrl_c_is_noticed(faults: Faults, file: PosixFile) -> None:
     faults.set(stall_every=1, stall_ms=LONG_MS)
-    began = time.monotonic()
     try:
         with _engine() as engine:
             transfer = _submit(engine, file)
             faults.wait_for_stall()
             threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
-            began = time.monotonic()
             transfer.wait()
     except KeyboardInterrupt:
-        assert time.monotonic() - began < 1
+        faults.assert_stuck()
         faults.set()
         return
     raise AssertionError("Ctrl-C was not noticed")
@@ -209,13 +231,13 @@ def thousand_rounds(faults: Faults, file: PosixFile) -> None:
     """Random plans with random faults: the right bytes or the right error, and nothing is left behind."""
     chance = random.Random(7)
     data = np.frombuffer(Path(file.path).read_bytes(), np.uint8)
-    before, settled = None, 0
+    before, settled = open_resources(), 0
     for number in range(1000):
         if number == 300:
-            before, settled = (_threads(), _descriptors()), _resident_bytes()
+            before, settled = open_resources(), _resident_bytes()
         _random_round(faults, file, data, chance)
     gc.collect()
-    assert (_threads(), _descriptors()) == before
+    assert left_open(before) == []
     assert _resident_bytes() - settled < 16 << 20
 
 
@@ -306,25 +328,21 @@ def _assert_cancelled_or_late(transfer: NativeTransfer) -> None:
 
 
 @contextlib.contextmanager
-def _lasts(least_s: float, most_s: float) -> Iterator[None]:
+def _lasts_at_least(seconds: float) -> Iterator[None]:
     began = time.monotonic()
     yield
-    assert least_s <= time.monotonic() - began <= most_s, time.monotonic() - began
+    assert time.monotonic() - began >= seconds
 
 
-def _until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.002)
+def _until_owners_are_gone(engine: NativeEngine, file: PosixFile) -> None:
+    """Transfers find, one or the other, that reads which were given up have come back."""
 
+    def gone() -> bool:
+        _assert_arrives(engine, file)
+        gc.collect()
+        return Owner.alive == 0
 
-def _threads() -> int:
-    return len(os.listdir("/proc/self/task"))
-
-
-def _descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    wait_for(gone)
 
 
 def _resident_bytes() -> int:

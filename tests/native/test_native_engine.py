@@ -25,6 +25,7 @@ from engine_loader.transfer.native_engine import NativeEngine, NativeTransfer
 from engine_loader.transfer.native_library import MAKE_PRIVATE, POPULATE_READ, POPULATE_WRITE
 from engine_loader.transfer.plan import Extents, extent, make_extents
 from tests.support.mappings import need_huge_pages, vm_flags
+from tests.support.resources import left_open, open_resources
 
 MakeFile = Callable[[int], PosixFile]
 
@@ -39,22 +40,6 @@ def memory(nbytes: int) -> np.ndarray:
 
 def address(array: np.ndarray) -> int:
     return int(array.ctypes.data)
-
-
-def threads() -> int:
-    return len(os.listdir("/proc/self/task"))
-
-
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
-def assert_nothing_is_left(before: tuple[int, int]) -> None:
-    """A thread that was joined is seen in /proc until the kernel has cleared it away."""
-    end = time.monotonic() + 30
-    while (threads(), descriptors()) != before and time.monotonic() < end:
-        time.sleep(0.01)
-    assert (threads(), descriptors()) == before
 
 
 def test_a_whole_file_arrives(engine: NativeEngine, make_file: MakeFile) -> None:
@@ -242,11 +227,11 @@ def test_close_in_mid_flight_leaves_nothing_behind(make_file: MakeFile) -> None:
     # So many times over that it cannot be complete when the engine is closed.
     plan = make_extents([extent(0, 0, file.size, address(to))] * 2000)
     gc.collect()
-    before = threads(), descriptors()
+    before = open_resources()
     for number in range(20):
         engine = NativeEngine(3, block_bytes=1 << 20, read_mode=("buffered", "direct")[number % 2])
         transfer = engine.submit([file], plan)
-        assert threads() > before[0]
+        assert any(text.startswith("thread el-") for text in open_resources().values())
         engine.close()
         engine.close()
         snapshot = to[:: 1 << 12].copy()
@@ -256,18 +241,18 @@ def test_close_in_mid_flight_leaves_nothing_behind(make_file: MakeFile) -> None:
         with pytest.raises(TransferError, match="closed"):
             engine.submit([file], make_extents([extent(0, 0, 1, address(to))]))
     del transfer, engine
-    assert_nothing_is_left(before)
+    assert left_open(before) == []
 
 
 def test_an_engine_that_is_forgotten_is_closed(make_file: MakeFile) -> None:
     file = make_file(1 << 20)
     to = memory(file.size)
     gc.collect()
-    before = threads(), descriptors()
+    before = open_resources()
     engine = NativeEngine(2)
     engine.submit([file], make_extents([extent(0, 0, file.size, address(to))])).wait()
     del engine
-    assert_nothing_is_left(before)
+    assert left_open(before) == []
 
 
 def test_the_owner_is_held_until_the_transfer_has_ended(engine: NativeEngine, make_file: MakeFile) -> None:

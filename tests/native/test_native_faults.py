@@ -28,7 +28,6 @@ def test_when_reads_fail(name: str, shim: Path, tmp_path: Path) -> None:
         env={**os.environ, "LD_PRELOAD": str(shim), "ENGINE_LOADER_FAULTS": str(words)},
         capture_output=True,
         text=True,
-        timeout=60,
         check=False,
     )
     assert done.returncode == 0, done.stderr

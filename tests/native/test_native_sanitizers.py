@@ -10,6 +10,8 @@ from tests.support.sanitizers import run_sanitized
 
 from .building import compile_driver, engine_objects, link
 
+pytestmark = pytest.mark.timeout(900)  # compiling is most of it
+
 
 @pytest.mark.parametrize(("sanitizers", "rounds"), [("address,undefined", 200), ("thread", 60)])
 def test_random_plans_are_clean(sanitizers: str, rounds: int, tmp_path: Path, pytestconfig: pytest.Config) -> None:

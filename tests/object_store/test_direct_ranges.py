@@ -1,7 +1,6 @@
 """Large ranges are received straight into their memory: the right bytes, or what obstore says about the failure."""
 
 import threading
-import time
 from collections.abc import Callable
 
 import pytest
@@ -10,10 +9,11 @@ from engine_loader import CheckpointError, open_checkpoint
 from engine_loader.sources import object_ranges
 from engine_loader.sources.object_client import ObjectStoreOptions
 from engine_loader.sources.object_store import ObjectStoreSource
-from tests.object_store.model import CONTENT, KEY, KIB, QUICK, RIGHT, TENSORS, URL, load
+from tests.object_store.model import CONTENT, IMPATIENT, KEY, KIB, QUICK, RIGHT, TENSORS, URL, load
 from tests.support.checkpoints import noise, tensor_bytes
 from tests.support.fault_server import Answer, FaultServer, Request, tag_of
 from tests.support.object_stores import S3Server
+from tests.support.waiting import wait_for
 
 
 @pytest.fixture(autouse=True)
@@ -59,10 +59,7 @@ def test_connections_are_used_again_and_end_with_the_checkpoint(server: FaultSer
         for name in opened.keys():  # noqa: SIM118
             opened.get_tensor(name)
             assert server.connections() <= 3  # of obstore, of opening, of the engine's thread
-    end = time.monotonic() + 30
-    while server.connections() and time.monotonic() < end:
-        time.sleep(0.01)
-    assert server.connections() == 0
+    wait_for(lambda: not server.connections())
 
 
 def test_a_connection_that_the_server_has_closed_is_replaced(server: FaultServer) -> None:
@@ -95,11 +92,12 @@ def test_what_is_not_right_is_left_to_obstore(answer: Answer, server: FaultServe
 @pytest.mark.parametrize("stall", [False, True])
 def test_a_body_that_breaks_off_or_stalls_is_asked_for_again(cut: int, stall: bool, server: FaultServer) -> None:
     server.fault = once(Answer(cut=cut, stall=stall), is_direct)
-    assert load(max_tries=3) == RIGHT
+    patience = IMPATIENT if stall else {}
+    assert load(max_tries=3, **patience) == RIGHT
     server.requests.clear()
     server.fault = lambda request: Answer(cut=cut, stall=stall) if request.number > 0 else None
     with pytest.raises(CheckpointError, match=r"\[ETIMEDOUT\] after 2" if stall else r"\[EREMOTEIO\] after 2"):
-        load(object_store_requests=1, object_store_range_bytes=256 * KIB, object_store_timeout_s=0.3)
+        load(object_store_requests=1, object_store_range_bytes=256 * KIB, **patience)
 
 
 @pytest.mark.parametrize("etags", [True, False])

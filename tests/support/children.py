@@ -17,7 +17,7 @@ class ChildDied(AssertionError):
     """The child ended by a signal, or its code raised what nobody expected."""
 
 
-def in_child(function: Callable[[], Any], *, user: int | None = None, timeout_s: int = 30) -> Any:
+def in_child(function: Callable[[], Any], *, user: int | None = None, timeout_s: int = 120) -> Any:
     """What ``function`` returns in a forked child; the child has to be done in ``timeout_s``.
 
     Raises:

@@ -11,7 +11,7 @@ def sanitizer_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
 
 
-def run_sanitized(command: Sequence[str], sanitizers: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+def run_sanitized(command: Sequence[str], sanitizers: str, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
     """Run a program that was compiled with these sanitizers."""
     if sanitizers == "thread":
         # ThreadSanitizer has fixed ideas of the address space; newer kernels' randomization does not keep to them.

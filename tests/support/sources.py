@@ -1,6 +1,5 @@
 """Sources that count what is read of them, and that fail on command."""
 
-import os
 import posixpath
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -61,6 +60,30 @@ class FakeFile:
         self.closed += 1
 
 
+class Stuck:
+    """Behaviour of a read that hangs until it is released.
+
+    Attributes:
+        reads: how many hang just now.
+    """
+
+    def __init__(self) -> None:
+        self.reads = 0
+        self._lock = threading.Lock()
+        self._released = threading.Event()
+
+    def __call__(self, offset: int, wanted: int) -> int:
+        with self._lock:
+            self.reads += 1
+        self._released.wait()
+        with self._lock:
+            self.reads -= 1
+        return wanted
+
+    def release(self) -> None:
+        self._released.set()
+
+
 class FakeSource:
     """Opens FakeFiles."""
 
@@ -91,8 +114,3 @@ def open_fake(*files: FakeFile, **options: object) -> "Checkpoint":
     source = FakeSource({file.path: file for file in files})
     settings = load_settings(options).settings.loader
     return Checkpoint(open_files(source, [file.path for file in files]), source.name, settings, torch.device("cpu"))
-
-
-def open_resources() -> tuple[int, int]:
-    """How many file descriptors and threads this process has, native ones included."""
-    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from engine_loader.sources.hf3fs import Hf3fsLibrary, load_library
 from engine_loader.threefs_emulator import build_emulator
+from tests.support.resources import left_open, open_resources
+from tests.support.waiting import GENEROUS_S
 
 KEPT = ("rings", "iovs", "registrations", "threads", "in_flight")
 
@@ -60,7 +62,7 @@ class Emulator:
         links = os.listdir(self.mount / "3fs-virt" / "iovs")
         return found | ({"shared memory": shared} if shared else {}) | ({"links": links} if links else {})
 
-    def wait_until_clean(self, timeout_s: float = 3.0) -> dict[str, object]:
+    def wait_until_clean(self, timeout_s: float = GENEROUS_S) -> dict[str, object]:
         """The leftovers, after a moment for threads to end."""
         end = time.monotonic() + timeout_s
         while (found := self.leftovers()) and time.monotonic() < end:
@@ -87,10 +89,10 @@ def clean_emulator() -> Iterator[Emulator]:
     running = emulator()
     running.set("reset")
     broken = running.count("violations")
-    descriptors = len(os.listdir("/proc/self/fd"))
+    before = open_resources()
     yield running
     running.set("reset")
     gc.collect()  # what a caught exception still holds
     assert running.wait_until_clean() == {}
     assert running.count("violations") == broken
-    assert len(os.listdir("/proc/self/fd")) <= descriptors
+    assert left_open(before) == []

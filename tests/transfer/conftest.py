@@ -105,6 +105,16 @@ def _making(kind: MakeEngine) -> Iterator[MakeEngine]:
 
 
 @pytest.fixture
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cancelling and closing wait for a read for as long as it takes.
+
+    Else a machine that stalls for half a second makes a read look stuck, which is then given up and left to itself.
+    """
+    for name in ("native_engine.CANCEL_GRACE_S", "native_transfer.CANCEL_GRACE_S", "python_engine._CANCEL_GRACE_S"):
+        monkeypatch.setattr(f"engine_loader.transfer.{name}", 600.0)
+
+
+@pytest.fixture
 def opened(tmp_path: Path) -> Iterator[Callable[[bytes], PosixFile]]:
     """Writes a file and opens it."""
     files: list[PosixFile] = []

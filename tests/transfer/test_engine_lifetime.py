@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 
 from engine_loader.errors import TransferCancelled, TransferError
+from engine_loader.transfer.native_engine import NativeEngine
 from engine_loader.transfer.plan import extent, make_extents
 from tests.support.checkpoints import noise
 from tests.support.children import in_child
-from tests.support.sources import FakeFile, open_resources
+from tests.support.resources import left_open, open_resources
+from tests.support.sources import FakeFile, Stuck
+from tests.support.waiting import GENEROUS_S, wait_for
 from tests.transfer.conftest import Destination, endless, read, start
 
 CONTENT = noise(1 << 20, 4)
@@ -28,14 +31,13 @@ def file(opened):
     return opened(CONTENT)
 
 
+@pytest.mark.usefixtures("patience")
 def test_a_cancelled_transfer_writes_nothing_any_more(make_engine, file):
     engine = make_engine()
     target = Destination(1 << 20)
     transfer = start(engine, [file], endless(1 << 20), target)
     assert not transfer.wait(timeout_s=0.1)
-    began = time.monotonic()
     transfer.cancel()
-    assert time.monotonic() - began < 1
     target.memory[:] = 7
     time.sleep(0.05)
     assert (target.memory == 7).all()
@@ -65,7 +67,7 @@ def test_a_transfer_that_waits_its_turn_can_be_cancelled(make_engine, file):
         second.wait()
     third = start(engine, [file], ALL, Destination(len(CONTENT)))
     first.cancel()
-    assert third.wait(timeout_s=10)
+    assert third.wait(timeout_s=GENEROUS_S)
 
 
 def test_closing_an_engine_ends_waits_on_other_threads(make_engine, file):
@@ -82,11 +84,31 @@ def test_closing_an_engine_ends_waits_on_other_threads(make_engine, file):
     waiting = threading.Thread(target=wait)
     waiting.start()
     time.sleep(0.05)
-    began = time.monotonic()
     engine.close()
-    waiting.join(2)
-    assert time.monotonic() - began < 1
+    waiting.join(GENEROUS_S)
     assert [type(error) for error in told] == [TransferCancelled]
+
+
+def test_ctrl_c_while_an_engine_is_closed_leaves_no_thread(file, monkeypatch):
+    """Also when somebody still holds the engine, as a session that was interrupted does."""
+    before = open_resources()
+    engine = NativeEngine(2)
+    read(engine, [file], ALL, len(CONTENT))
+    library, interrupts = engine._quick, [KeyboardInterrupt]
+
+    class Interrupted:
+        def __getattr__(self, name: str) -> object:
+            return getattr(library, name)
+
+        def el_engine_close(self, *arguments: object) -> object:
+            if interrupts:
+                raise interrupts.pop()
+            return library.el_engine_close(*arguments)
+
+    monkeypatch.setattr(engine, "_quick", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        engine.close()
+    assert left_open(before, 10) == []
 
 
 def test_a_closed_engine_takes_no_plan(make_engine, file):
@@ -102,7 +124,7 @@ def test_a_closed_engine_takes_no_plan(make_engine, file):
 def test_an_engine_that_never_read_can_be_closed(make_engine):
     before = open_resources()
     make_engine().close()
-    assert open_resources() == before
+    assert left_open(before) == []
 
 
 def test_many_rounds_leave_no_thread_and_no_descriptor(make_engine, file):
@@ -120,12 +142,15 @@ def test_many_rounds_leave_no_thread_and_no_descriptor(make_engine, file):
         engine.close()
     del engine
     gc.collect()
-    end = time.monotonic() + 3
-    while open_resources() != before and time.monotonic() < end:
-        time.sleep(0.01)
-    assert open_resources() == before
+    assert left_open(before) == []
 
 
+def gone(held: "weakref.ref[object]") -> bool:
+    gc.collect()
+    return held() is None
+
+
+@pytest.mark.usefixtures("patience")
 @pytest.mark.parametrize("ending", ["complete", "cancelled", "cancelled-before-its-turn", "failed", "closed"])
 def test_the_destination_is_let_go_when_the_transfer_has_ended(make_engine, file, ending):
     engine = make_engine(threads=1)
@@ -154,25 +179,16 @@ def test_the_destination_is_let_go_when_the_transfer_has_ended(make_engine, file
         engine.close()
     else:
         transfer.cancel()
-    end = time.monotonic() + 2
-    while held() is not None and time.monotonic() < end:
-        gc.collect()
-        time.sleep(0.01)
-    assert held() is None
+    wait_for(lambda: gone(held))
     if blocking is not None:
         blocking.cancel()
     assert memory.size
 
 
 def test_a_destination_of_a_read_that_hangs_is_kept_until_it_comes_back(python_engine):
-    release = threading.Event()
+    stuck = Stuck()
     hanging = FakeFile(CONTENT)
-
-    def behave(offset: int, wanted: int) -> int:
-        release.wait(20)
-        return wanted
-
-    hanging.behave = behave
+    hanging.behave = stuck
 
     class Owner:
         pass
@@ -182,20 +198,17 @@ def test_a_destination_of_a_read_that_hangs_is_kept_until_it_comes_back(python_e
     engine = python_engine(threads=1)
     transfer = engine.submit([hanging], make_extents([extent(0, 0, 1000, memory.ctypes.data)]), owner=owner)
     del owner
-    time.sleep(0.05)
-    began = time.monotonic()
-    transfer.cancel()
-    engine.close()
-    assert time.monotonic() - began < 1.5
-    del transfer, engine
-    gc.collect()
-    assert held() is not None
-    release.set()
-    end = time.monotonic() + 2
-    while held() is not None and time.monotonic() < end:
+    try:
+        wait_for(lambda: stuck.reads)
+        transfer.cancel()
+        engine.close()
+        assert stuck.reads == 1
+        del transfer, engine
         gc.collect()
-        time.sleep(0.01)
-    assert held() is None
+        assert held() is not None
+    finally:
+        stuck.release()
+    wait_for(lambda: gone(held))
 
 
 def test_a_child_process_is_told_that_engines_do_not_survive_a_fork(make_engine, file):
@@ -213,7 +226,7 @@ def test_a_child_process_is_told_that_engines_do_not_survive_a_fork(make_engine,
         engine.close()
         return found
 
-    told = in_child(messages, timeout_s=5)
+    told = in_child(messages)
     assert told == ["the transfer engine does not survive a fork (open the checkpoint again here)"] * 2
     transfer.cancel()
     assert read(engine, [file], ALL, len(CONTENT)) == CONTENT
@@ -223,7 +236,7 @@ INTERRUPTED = """
 import sys
 sys.path.insert(0, {root!r})
 from tests.transfer.conftest import ENGINES, Destination, endless, start
-from tests.support.sources import FakeFile, open_resources
+from tests.support.sources import FakeFile
 from engine_loader.sources.posix import PosixSource
 engine = ENGINES[sys.argv[1]](threads=2)
 if sys.argv[3] == "hangs":
@@ -233,8 +246,8 @@ if sys.argv[3] == "hangs":
 else:
     file = PosixSource().open(sys.argv[2])
 transfer = start(engine, [file], endless(1 << 20), Destination(1 << 20))
-print("reading", flush=True)
 try:
+    print("reading", flush=True)
     transfer.wait()
 except KeyboardInterrupt:
     transfer.cancel()
@@ -246,17 +259,16 @@ except KeyboardInterrupt:
 @pytest.mark.parametrize(
     ("engine", "how"), [("python", "reads"), ("native", "reads"), ("native-direct", "reads"), ("python", "hangs")]
 )
-def test_ctrl_c_ends_a_wait_within_a_second(file, engine, how):
+def test_ctrl_c_ends_a_wait(file, engine, how):
+    """The transfer itself would go on for a minute, or for ever."""
     root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
     arguments = [sys.executable, "-c", INTERRUPTED.format(root=root), engine, file.path, how]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as child:
         try:
             assert child.stdout.readline() == "reading\n"
             time.sleep(0.1)
-            began = time.monotonic()
             child.send_signal(signal.SIGINT)
             assert child.stdout.readline() == "interrupted\n"
-            assert time.monotonic() - began < 1.3
-            assert child.wait(5) == 0
+            assert child.wait(GENEROUS_S) == 0
         finally:
             child.kill()

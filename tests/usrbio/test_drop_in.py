@@ -16,7 +16,9 @@ import pytest
 from engine_loader import CheckpointError, SettingsError, threefs
 from engine_loader.errors import TransferError
 from tests.support.checkpoints import checkpoint, encode, entry
+from tests.support.resources import left_open, open_resources
 from tests.support.threefs import Emulator
+from tests.support.waiting import GENEROUS_S
 
 MIB = 1 << 20
 
@@ -88,12 +90,10 @@ def test_an_address_of_zero_reads_and_throws_away(reader: threefs.FileReaderInte
 def test_many_reads_are_in_flight_for_one_call(emulator: Emulator) -> None:
     path = emulator.mount / "big"
     path.write_bytes(bytes(64 * MIB))
-    emulator.set("latency_us=10000")
+    emulator.set("latency_us=300000")  # none ends before they are all begun
     with threefs.ThreeFSFileReader(str(emulator.mount)) as reader:
-        began = time.monotonic()
         reader.read_chunked(str(path), 0, 0, 64 * MIB)
-        # One after the other, 64 reads of 1 MiB would wait for 0.64 s.
-        assert time.monotonic() - began < 0.4
+    assert emulator.count("max_in_flight") >= 16
     path.unlink()
 
 
@@ -134,10 +134,10 @@ def test_reading_headers_again_leaks_no_descriptor(
     reader: threefs.FileReaderInterface, model: Path, emulator: Emulator
 ) -> None:
     reader.read_headers_batch([str(model)])
-    descriptors, registered = len(os.listdir("/proc/self/fd")), emulator.count("registrations")
+    before, registered = open_resources(), emulator.count("registrations")
     for _ in range(20):
         reader.read_headers_batch([str(model)] * 3, num_threads=3)
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert left_open(before) == []
     assert emulator.count("registrations") == registered <= 1
 
 
@@ -164,8 +164,8 @@ import numpy as np
 from engine_loader import threefs
 reader = threefs.create_reader("cpp", mount_point=sys.argv[1])
 target = np.zeros(1 << 20, np.uint8)
-print("reading", flush=True)
 try:
+    print("reading", flush=True)
     reader.read_chunked(sys.argv[2], target.ctypes.data, 0, len(target))
 except KeyboardInterrupt:
     reader.close()
@@ -182,10 +182,8 @@ def test_a_wait_can_be_interrupted(emulator: Emulator, model: Path) -> None:
         assert child.stdout is not None
         child.stdout.readline()
         time.sleep(0.3)
-        began = time.monotonic()
         child.send_signal(signal.SIGINT)
-        assert child.wait(10) == 77
-        assert time.monotonic() - began < 2
+        assert child.wait(GENEROUS_S) == 77
 
 
 _FORKED = """
@@ -217,7 +215,7 @@ reader.close()
 def test_a_reader_works_on_in_parent_and_child(emulator: Emulator, model: Path, backend: str) -> None:
     environment = {**os.environ, **emulator.environment()}
     command = [sys.executable, "-c", _FORKED, str(emulator.mount), str(model), backend]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=60)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "emulator:" not in done.stderr
 

@@ -1,7 +1,6 @@
 """Which library is found, which files are on 3FS, and what `auto` makes of it."""
 
 import logging
-import os
 import shutil
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from engine_loader.sources.constructor import make_source
 from engine_loader.sources.hf3fs import LIBRARY_NAME, Hf3fsError, check_mount, find_library, load_library, mounts
 from engine_loader.sources.usrbio import UsrbioFile, UsrbioSource, find_client, fit_io_bytes, is_available, why_not
 from tests.support.checkpoints import checkpoint, entry
+from tests.support.resources import left_open, open_resources
 from tests.support.threefs import Emulator
 
 
@@ -146,10 +146,10 @@ def test_descriptors_are_registered_while_a_file_is_open(emulator: Emulator, pat
 
 def test_a_refused_registration_is_told(emulator: Emulator, path: Path) -> None:
     emulator.set("register_error=24")
-    descriptors = len(os.listdir("/proc/self/fd"))
+    before = open_resources()
     with pytest.raises(CheckpointError, match=r"model.bin: 3FS does not take .*every registered file takes two"):
         UsrbioSource().open(str(path))
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert left_open(before) == []
 
 
 @pytest.mark.parametrize(

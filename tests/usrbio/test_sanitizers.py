@@ -10,7 +10,7 @@ from engine_loader import threefs_emulator
 from engine_loader.transfer.native_library import library_path
 from tests.support.sanitizers import sanitizer_environment
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # compiling is most of it
 HERE = Path(__file__).parent
 
 
@@ -30,7 +30,7 @@ def test_the_reader_is_clean(sanitizers: str, tmp_path: Path, monkeypatch: pytes
     file.write_bytes(np.random.default_rng(1).bytes(700_001))
     environment = {**sanitizer_environment(), "HF3FS_EMULATOR_MOUNT": str(mount)}
     done = subprocess.run(
-        [driver, library, mount, file], check=False, capture_output=True, text=True, env=environment, timeout=240
+        [driver, library, mount, file], check=False, capture_output=True, text=True, env=environment, timeout=600
     )
     assert done.returncode == 0, done.stderr[-5000:]
     assert done.stdout == "done\n"

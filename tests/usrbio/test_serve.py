@@ -44,7 +44,6 @@ def test_usrbio_that_was_asked_for_and_cannot_be_had_ends_the_engine(llama: Path
         "b10_3fs",
         "--model-loader-extra-config",
         '{"backend": "usrbio"}',
-        start_timeout_s=120,
     )
     with pytest.raises(RuntimeError, match=r"ended with status [1-9]"), server:
         pass
