@@ -9,7 +9,7 @@ from tests.sglang.conftest import NEWEST, VERSIONS
 from tests.support.sglang_server import SglangServer
 from tests.support.tiny_models import make_model
 
-pytestmark = [pytest.mark.sglang, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.sglang, pytest.mark.timeout(1800)]
 
 WITHOUT_PLUGINS = [version for version in VERSIONS if version in ("0.5.9", "0.5.10")]
 
@@ -20,7 +20,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def log_of_failed_start(version: str, model: Path, *args: str, env: dict[str, str | None] | None = None) -> str:
-    server = SglangServer(version, model, "--load-format", "b10_3fs", *args, env=env, start_timeout_s=150)
+    server = SglangServer(version, model, "--load-format", "b10_3fs", *args, env=env)
     with pytest.raises(RuntimeError, match=r"ended with status -?[1-9]"), server:
         pass
     return server.log

@@ -16,7 +16,7 @@ from tests.support.threefs import emulator
 from tests.support.tiny_models import make_model
 from tests.support.training_checkpoints import trained
 
-pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.sglang, pytest.mark.timeout(1800)]
 
 PROMPT = "the quick brown fox"
 FORMAT = ("--load-format", "b10_3fs")

@@ -43,7 +43,7 @@ def patched(version: str) -> Iterator[None]:
 def change(version: str, action: str, *args: str) -> str:
     """What `engine-loader patch` says in the environment of a version."""
     command = [str(python_of(version).with_name("engine-loader")), "patch", action, *args]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=600).stdout
 
 
 class SglangServer(VllmServer):
@@ -54,6 +54,7 @@ class SglangServer(VllmServer):
     """
 
     PROGRAM = "SGLang"
+    START_TIMEOUT_S = 600.0  # half a minute on two idle cores; only a server that hangs shall meet it
     STOP_TIMEOUT_S = 3.0  # on SIGTERM it waits for its scheduler, which does not end by itself
     ENVIRONMENT: Mapping[str, str | None] = {
         "SGLANG_USE_CPU_ENGINE": "1",
@@ -68,6 +69,7 @@ class SglangServer(VllmServer):
 
     def __init__(self, version: str, model_dir: str | os.PathLike[str], *args: str, **options: object) -> None:
         self.version = version
+        options.setdefault("start_timeout_s", self.START_TIMEOUT_S)
         super().__init__(model_dir, *args, **options)  # type: ignore[arg-type]
 
     def _make_command(self, model_dir: str | os.PathLike[str], args: tuple[str, ...], *, eager: bool) -> list[str]:
