@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.sglang.conftest import NEWEST, VERSIONS
+from tests.sglang.conftest import NEWEST, VERSIONS, model_for_sglang
 from tests.support.sglang_server import PROBE, SglangServer, patched
-from tests.support.tiny_models import make_model
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(1800)]
 
@@ -40,7 +39,7 @@ class Fleet:
         self.version = version
         self.directory = directory
         self.store = directory / "store"
-        self.model = make_model("llama", directory / "llama", shards=2)
+        self.model = model_for_sglang("llama", directory / "llama", shards=2)
         self.machines = 0
 
     def start(self, *args: str, save: bool = True, **variables: str) -> Start:

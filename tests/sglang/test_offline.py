@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.sglang.conftest import NEWEST
+from tests.sglang.conftest import NEWEST, model_for_sglang
 from tests.support.sglang_server import SglangServer, python_of
-from tests.support.tiny_models import make_model
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(1800)]
 
@@ -31,7 +30,7 @@ def answer(model: Path, load_format: str, *args: str, **variables: str) -> tuple
 
 
 def test_an_engine_loads_saves_its_state_and_loads_that(tmp_path: Path) -> None:
-    model = make_model("llama", tmp_path / "llama", shards=2)
+    model = model_for_sglang("llama", tmp_path / "llama", shards=2)
     sharded = tmp_path / "sharded"
     sharded.mkdir()
     expected, said = answer(model, "b10_3fs", str(sharded))
@@ -48,7 +47,7 @@ def test_an_engine_loads_saves_its_state_and_loads_that(tmp_path: Path) -> None:
 
 
 def test_a_sharded_checkpoint_of_another_layout_is_refused(tmp_path: Path) -> None:
-    model = make_model("llama", tmp_path / "llama")
+    model = model_for_sglang("llama", tmp_path / "llama")
     (model / "model.safetensors").rename(model / "model-rank-0-part-0.safetensors")
     shutil.copy(model / "model-rank-0-part-0.safetensors", model / "model-rank-1-part-0.safetensors")
     server = SglangServer(NEWEST, model, "--load-format", "b10_3fs")

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.sglang.conftest import NEWEST, VERSIONS
+from tests.sglang.conftest import NEWEST, VERSIONS, model_for_sglang
 from tests.support.sglang_server import SglangServer, python_of
-from tests.support.tiny_models import make_model
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(1800)]
 
@@ -21,7 +20,7 @@ WITHOUT_PLUGINS = [version for version in VERSIONS if version in ("0.5.9", "0.5.
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model("llama", tmp_path_factory.mktemp("llama"), shards=2)
+    return model_for_sglang("llama", tmp_path_factory.mktemp("llama"), shards=2)
 
 
 def log_of_failed_start(version: str, model: Path, *args: str, env: dict[str, str | None] | None = None) -> str:

@@ -11,6 +11,7 @@ import urllib.error
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tests.support.vllm_server import VllmServer
 
@@ -67,10 +68,12 @@ class SglangServer(VllmServer):
         "VIRTUAL_ENV": None,
     }
 
-    def __init__(self, version: str, model_dir: str | os.PathLike[str], *args: str, **options: object) -> None:
+    def __init__(self, version: str, model_dir: str | os.PathLike[str], *args: str, **options: Any) -> None:
         self.version = version
         options.setdefault("start_timeout_s", self.START_TIMEOUT_S)
-        super().__init__(model_dir, *args, **options)  # type: ignore[arg-type]
+        if version == "0.5.11":  # else it wants the port plus 10000 to be one, also where it serves no gRPC
+            options["env"] = {"SGLANG_GRPC_PORT": "10000", **(options.get("env") or {})}
+        super().__init__(model_dir, *args, **options)
 
     def _make_command(self, model_dir: str | os.PathLike[str], args: tuple[str, ...], *, eager: bool) -> list[str]:
         command = [str(python_of(self.version)), "-m", "sglang.launch_server", "--model-path", os.fspath(model_dir)]
