@@ -79,7 +79,7 @@ class SglangServer(VllmServer):
         command = [str(python_of(self.version)), "-m", "sglang.launch_server", "--model-path", os.fspath(model_dir)]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--device", "cpu", "--disable-overlap-schedule"]
         command += ["--max-total-tokens", "4096", "--max-running-requests", "4", "--context-length", "256"]
-        if eager:
+        if eager and self.version != "0.5.9":  # that compiles at the first request, which would take too long for one
             command.append("--skip-server-warmup")
         return [*command, *args]
 
