@@ -100,16 +100,22 @@ SHARED = (
 SGLANG = CacheRoot(
     "sglang",
     "SGLANG_CACHE_DIR",
-    "<cache>/sglang",
+    "~/.cache/sglang",  # whatever XDG_CACHE_HOME says
     # Also below it: weights of models, and tables made of them.
     out=("gpu_p2p_access_cache_for_*", "model_streamer/*", "ple/*", "*/precompiled_headers/*"),
 )
 """From about 0.5.18, SGLang has Triton, inductor, CUDA, FlashInfer, TileLang and DeepGEMM put their caches below it."""
 _SGLANG_DEEP_GEMM = CacheRoot("deep_gemm", "SGLANG_DG_CACHE_DIR", "~/.cache/deep_gemm")
 """Where SGLang has DeepGEMM put its cache before that."""
+_SGLANG_OWN = (
+    # Does not follow SGLANG_CACHE_DIR.
+    CacheRoot("sglang_jit", "SGLANG_JIT_CACHE_DIR", "~/.cache/sglang/jit"),
+    # Below SGLANG_CACHE_DIR where it is not named.
+    CacheRoot("sglang_cute", "SGLANG_CUTE_AOT_CACHE_DIR", "~/.cache/sglang/cute_aot"),
+)
 ENGINES: Mapping[str, tuple[CacheRoot, ...]] = {
     "vllm": (VLLM, *SHARED),
-    "sglang": (SGLANG, *(_SGLANG_DEEP_GEMM if root.name == "deep_gemm" else root for root in SHARED)),
+    "sglang": (SGLANG, *_SGLANG_OWN, *(_SGLANG_DEEP_GEMM if root.name == "deep_gemm" else root for root in SHARED)),
     "torch": (INDUCTOR, TRITON),
 }
 """Engine -> its caches; "torch" is plain torch.compile."""

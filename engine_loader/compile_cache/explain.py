@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..settings import CompileCacheSettings
+from .compiled import Compiler, piece_of
 from .directories import STATE, directories_of
 from .key import CacheKey
 from .pack import Pack
@@ -18,8 +19,8 @@ from .scan import LocalFile
 from .trust import make_private
 
 _LAST = "last.json"
-_COMPILED = ("torch_compile_cache", "torch_aot_compile")
 _MOST_LINES = 12
+_MOST_NAMES = 3
 _SHOWN_CHARS = 80
 _NOT_A_REASON = {"env.VLLM_CACHE_ROOT"}
 
@@ -29,12 +30,13 @@ class Verdict:
     """What a restored cache was good for.
 
     Attributes:
-        result: "hit": nothing was compiled; "partial": something was, for keys that the cache has; "miss": the engine
-            looked for another key than the cache has, or there was no cache.
+        result: "hit": nothing was compiled; "partial": something was, beside what the cache has; "miss": the engine
+            looked for another key than the cache has, or compiled as much as the cache has of anything, or there was
+            no cache. Empty: there was no cache, and none was needed.
         reasons: a line each for a person.
     """
 
-    result: Literal["hit", "partial", "miss"]
+    result: Literal["hit", "partial", "miss", ""]
     reasons: list[str] = field(default_factory=list)
 
 
@@ -44,31 +46,76 @@ def judge(packs: list[Pack], new: Iterable[LocalFile], factors: Mapping[str, Any
     Args:
         packs: what was in the store for the key when the engine started.
         new: files that came since, and that no pack has.
-        factors: path -> content of the engine's `cache_key_factors.json` files among ``new``.
+        factors: name -> what the engine's keys are made of, as far as it is known: the engine's
+            `cache_key_factors.json` files among ``new``, by their paths, and what its ranks noted.
     """
-    if not packs:
-        return Verdict("miss", ["the store had nothing for this environment and scope"])
     # Diagnoses and kernels' sources come with a hit, too: compiled is what has code in it.
-    compiled = [file for file in new if _kind(file.path) is not None]
-    if not compiled:
+    made = _by_compiler(file.path for file in new)
+    if not packs:
+        return Verdict("miss", ["the store had nothing for this environment and scope"]) if made else Verdict("")
+    if not made:
         return Verdict("hit")
-    known = {kind for pack in packs for file in pack.manifest.files if (kind := _kind(file.path)) is not None}
-    unknown = sorted({kind for file in compiled if (kind := _kind(file.path)) is not None} - known)
-    if not unknown:
-        return Verdict("partial", [f"{len(compiled)} files were compiled that the cache did not have"])
-    old = [item for pack in packs for item in pack.manifest.factors.items()]
-    reasons = list(_differences(old, factors))
-    return Verdict("miss", reasons or ["the engine looked under another key, and does not say why"])
+    had = _by_compiler(file.path for pack in packs for file in pack.manifest.files)
+    missed = {compiler for compiler in {**made, **had} if _is_missed(compiler, made, had)}
+    is_miss = any(compiler.whole for compiler in missed) or missed >= had.keys()
+    another_key = {compiler for compiler in missed if compiler.whole}
+    lines = [_told(compiler, found, had) for compiler, found in made.items() if compiler not in another_key]
+    differences: list[str] = []
+    if another_key or any(not compiler.whole for compiler in made):
+        old = [item for pack in packs for item in pack.manifest.factors.items()]
+        differences = list(_differences(old, factors))
+    if another_key and not differences:
+        differences = ["the engine looked under another key, and does not say why"]
+    return Verdict("miss" if is_miss else "partial", [*lines, *differences])
 
 
-def _kind(path: str) -> str | None:
-    """The engine's own key in a path (its hash directory), or None for what is not compiled by a model's key."""
-    parts = path.split("/")
-    for index, part in enumerate(parts[:-1]):
-        if part in _COMPILED and index + 2 < len(parts):
-            below = parts[index + 1]
-            return f"{below}/{parts[index + 2]}" if below in _COMPILED and index + 3 < len(parts) else below
-    return None
+@dataclass
+class _Found:
+    """What a compiler made: how many files, and the name that a person knows each key by."""
+
+    files: int = 0
+    keys: dict[str, str] = field(default_factory=dict)
+
+
+def _by_compiler(paths: Iterable[str]) -> dict[Compiler, _Found]:
+    found: dict[Compiler, _Found] = {}
+    for path in paths:
+        if (piece := piece_of(path)) is not None:
+            of = found.setdefault(piece.compiler, _Found())
+            of.files += 1
+            of.keys[piece.key] = piece.name
+    return found
+
+
+def _is_missed(compiler: Compiler, made: Mapping[Compiler, _Found], had: Mapping[Compiler, _Found]) -> bool:
+    """Whether what the cache has of a compiler did not serve. Where pieces have keys of their own, paths do not say
+    which of them were used: as many new ones as old are taken as instead of them.
+    """
+    new = made.get(compiler, _Found()).keys.keys()
+    old = had.get(compiler, _Found()).keys.keys()
+    return bool(new - old) if compiler.whole else bool(new) and len(new) >= len(old)
+
+
+def _told(compiler: Compiler, made: _Found, had: Mapping[Compiler, _Found]) -> str:
+    """A line about what was compiled, and whether the cache has the like."""
+    if compiler.whole:
+        return f"{made.files} files were compiled that the cache did not have"
+    names = sorted({name for name in made.keys.values() if name})
+    shown = ", ".join(names[:_MOST_NAMES]) + (", …" if len(names) > _MOST_NAMES else "")
+    count = len(made.keys)
+    what = f"{count} {compiler.one if count == 1 else compiler.many}{f' ({shown})' if names else ''}"
+    old = had.get(compiler, _Found()).keys
+    others = len(old.keys() - made.keys.keys())
+    it = "it" if count == 1 else "them"
+    if not old:
+        like = "none"
+    elif made.keys.keys() <= old.keys():
+        like = "it, but not as it is now" if count == 1 else "them, but not as they are now"
+    elif names and set(names) <= set(old.values()):
+        like = f"{it} under {'another key' if count == 1 else 'other keys'}"
+    else:
+        like = f"{others} other{'s' if others > 1 else ''}"
+    return f"{what} compiled anew: the cache has {like}"
 
 
 def _differences(old: list[tuple[str, Any]], new: Mapping[str, Any]) -> Iterator[str]:

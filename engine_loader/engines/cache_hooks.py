@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ RESTORE_LOCK = "restore"
 STARTED = "_ENGINE_LOADER_CACHE_STARTED_NS"
 """Tells the workers that a process of their node has begun the restore, and when. (No setting: the prefix differs.)"""
 _SLACK_S = 5.0
+_SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 
 
 class NodeSession:
@@ -105,6 +107,11 @@ def cache_settings() -> CompileCacheSettings:
 def cache_directories(engine: str) -> dict[str, str]:
     """Name of a cache -> where it is here, for a job."""
     return {name: str(path) for name, path in directories_of(engine).items()}
+
+
+def without_secrets(factors: Mapping[str, Any]) -> dict[str, Any]:
+    """What may be kept of ``factors`` for a person: those whose names do not sound like a secret."""
+    return {name: value for name, value in factors.items() if not _SECRET.search(name)}
 
 
 def quietly(log: logging.Logger, action: Callable[..., Any], *args: Any) -> Any:

@@ -23,15 +23,15 @@ from sglang.srt.configs.load_config import LoadConfig, LoadFormat
 from sglang.srt.model_loader import loader as sglang_loader
 from sglang.srt.model_loader.loader import DefaultModelLoader
 
-from ..errors import CheckpointError, SettingsError
+from ..errors import CheckpointError
 from ..formats.sharded_state import ShardRank
 from ..loading.direct import DirectLoad
 from ..loading.weights import check_weights
-from ..plugin import LOAD_FORMAT
 from ..settings import load_settings
 from .adapter import Weights, plan_mode, prepare_memory, read_weights, split_options
 from .hooks import wrap
 from .names import told_of_misfits
+from .sglang_format import bypassed, refuse_quantization
 from .sharded import files_of_rank, fill_state
 from .weights_uri import is_training_checkpoint, weights_at
 
@@ -63,7 +63,7 @@ def register() -> None:
     def around(original: Any, self: Any, load_config: Any, *args: Any, **options: Any) -> None:
         if load_config.load_format is B10ModelLoader:
             if type(self) is not DefaultModelLoader:
-                raise _bypassed(f"loads such models by its own {type(self).__name__}")
+                raise bypassed(f"loads such models by its own {type(self).__name__}")
             load_config = _masked(load_config)  # for reading what lies beside the model: a LoRA adapter, an embedding
         original(self, load_config, *args, **options)
 
@@ -246,18 +246,8 @@ def _refuse(model_config: Any) -> None:
     Raises:
         SettingsError: it is so.
     """
+    refuse_quantization(model_config)
     quantization = getattr(model_config, "quantization", None)
-    if getattr(model_config, "modelopt_quant", None) or (
-        quantization in ("modelopt", "modelopt_fp8", "modelopt_fp4", "modelopt_mixed")
-        and not model_config._is_already_quantized()
-    ):
-        raise _bypassed("quantises the model by ModelOpt while it loads it")
-    if quantization in ("auto-round-int8", "bitsandbytes", "gguf"):
-        raise _bypassed(f"has a loader of its own for the quantisation {quantization}")
-
-
-def _bypassed(what: str) -> SettingsError:
-    return SettingsError(
-        f"--load-format {LOAD_FORMAT} cannot serve here: SGLang {what}. "
-        "Start with --load-format auto, or serve a checkpoint that is quantised already"
-    )
+    modelopt = ("modelopt", "modelopt_fp8", "modelopt_fp4", "modelopt_mixed")
+    if quantization in modelopt and not model_config._is_already_quantized():
+        raise bypassed("quantises the model by ModelOpt while it loads it")

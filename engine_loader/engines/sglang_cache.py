@@ -15,14 +15,27 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import pkgutil
+import re
 import sys
 import time
 from typing import Any
 
+from ..compile_cache.directories import directories_of
 from ..compile_cache.key import CacheKey, environment_key, module_version
+from ..compile_cache.use import note_use
 from ..settings import CompileCacheSettings
-from .cache_hooks import NodeSession, cache_settings, quietly, restore_began_ns, scope_of, start_save, wait_for_node
+from .cache_hooks import (
+    NodeSession,
+    cache_settings,
+    quietly,
+    restore_began_ns,
+    scope_of,
+    start_save,
+    wait_for_node,
+    without_secrets,
+)
 from .hooks import is_wrapped, wrap
 from .sglang_format import check
 
@@ -31,6 +44,11 @@ logger = logging.getLogger(__name__)
 _ENGINE = "sglang"
 _SCHEDULER = "sglang.srt.managers.scheduler"
 _SERVER = "sglang.srt.entrypoints.http_server"
+_SHAPES_KERNELS = re.compile(
+    "dtype|quantization$|backend|attention|cuda_graph|compile|chunk|page_size|context_length|max_running_requests|"
+    "speculative|moe|lora|mamba|deterministic|^enable_|^disable_"
+)
+_KERNEL_VARIABLE = re.compile("SGLANG_(?!.*(DIR|PATH|PORT|HOST|ADDR|LOG|TIMEOUT))")
 _quietly = functools.partial(quietly, logger)
 
 
@@ -63,6 +81,7 @@ def register_scheduler() -> None:
     def around(original: Any, self: Any, *args: Any, **options: Any) -> Any:
         alone = _quietly(_wait, self.server_args)
         result = original(self, *args, **options)
+        _quietly(_note_use, self)
         if alone or _saves_for_its_node(self):
             _quietly(_save, self.server_args)
         return result
@@ -144,6 +163,36 @@ def _save(server_args: Any) -> None:
     if settings.enabled:
         began_ns = restore_began_ns() or time.time_ns()
         start_save(_ENGINE, key_of(server_args, settings), settings, began_ns, logger)
+
+
+def _note_use(scheduler: Any) -> None:
+    """Note that a rank ran, and what its kernels depend on: SGLang has no key that says it."""
+    if cache_settings().enabled:
+        place = (getattr(scheduler, name, None) or 0 for name in ("tp_rank", "pp_rank", "dp_rank"))
+        rank = "rank_" + "_".join(map(str, place))
+        note_use(directories_of(_ENGINE)[_ENGINE], rank, (), key_factors(scheduler.server_args))
+
+
+def key_factors(server_args: Any) -> dict[str, Any]:
+    """The options and variables that may decide what is compiled; for a person who wonders about a miss."""
+    names = getattr(type(server_args), "__struct_fields__", None) or vars(server_args)
+    options = {name: getattr(server_args, name) for name in names if _SHAPES_KERNELS.search(name)}
+    environment = {name: value for name, value in os.environ.items() if _KERNEL_VARIABLE.match(name)}
+    return {
+        "env": without_secrets(environment),
+        "server_args": without_secrets({name: value for name, value in options.items() if _is_plain(value)}),
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a number, a switch, a word, or a list of such: no document that may hold anything."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return (
+        value is None
+        or isinstance(value, (bool, int, float))
+        or (isinstance(value, str) and value.isprintable() and "{" not in value)
+    )
 
 
 def _saves_for_its_node(scheduler: Any) -> bool:

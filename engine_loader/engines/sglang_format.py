@@ -15,6 +15,8 @@ from .hooks import wrap
 
 logger = logging.getLogger(__name__)
 
+_OWN_LOADERS = ("auto-round-int8", "bitsandbytes", "gguf")
+
 
 def register_choice() -> None:
     """Add the format to those that the command line takes."""
@@ -34,25 +36,24 @@ def register_load_config() -> None:
         if not isinstance(self.load_format, str) or self.load_format.lower() != LOAD_FORMAT:
             original(self)
             return
-        if getattr(self, "weight_cache_mode", "off") != "off":
-            raise SettingsError(
-                f"--load-format {LOAD_FORMAT} and --weight-cache-mode {self.weight_cache_mode} exclude each other: the "
-                "weight cache has a loader of its own. Leave one of them out"
-            )
+        _refuse_weight_cache(self)
         self.load_format = _loader_class()
 
     wrap(LoadConfig, "_verify_load_format", around)
 
 
 def check(server_args: Any) -> None:
-    """Check that the format is in force, when it is asked for.
+    """Check that the format is in force and can serve, when it is asked for: here, before any process is started.
 
     Raises:
-        SettingsError: it is not; it says why, as far as is known.
+        SettingsError: it is not, or cannot; it says why, as far as is known.
     """
     asked = (server_args.load_format, getattr(server_args, "speculative_draft_load_format", None))
     if LOAD_FORMAT not in asked:
         return
+    if server_args.load_format == LOAD_FORMAT:
+        _refuse_weight_cache(server_args)
+        refuse_quantization(server_args)
     from sglang.srt.configs.load_config import LoadConfig
 
     try:
@@ -63,6 +64,36 @@ def check(server_args: Any) -> None:
         raise _not_in_force(f"{type(error).__name__}: {error}") from error
     if given is not _loader_class():
         raise _not_in_force(f"SGLang makes {given!r} of it, not engine_loader's class")
+
+
+def refuse_quantization(config: Any) -> None:
+    """Refuse what SGLang has a loader of its own for, as far as its configuration of a server or of a model says so.
+
+    Raises:
+        SettingsError: it is so.
+    """
+    if getattr(config, "modelopt_quant", None):
+        raise bypassed("quantises the model by ModelOpt while it loads it")
+    quantization = getattr(config, "quantization", None)
+    if quantization in _OWN_LOADERS:
+        raise bypassed(f"has a loader of its own for the quantisation {quantization}")
+
+
+def bypassed(what: str) -> SettingsError:
+    """An error that says what SGLang does past this package's loader, and what to do."""
+    return SettingsError(
+        f"--load-format {LOAD_FORMAT} cannot serve here: SGLang {what}. "
+        "Start with --load-format auto, or serve a checkpoint that is quantised already"
+    )
+
+
+def _refuse_weight_cache(config: Any) -> None:
+    mode = getattr(config, "weight_cache_mode", "off")
+    if mode != "off":
+        raise SettingsError(
+            f"--load-format {LOAD_FORMAT} and --weight-cache-mode {mode} exclude each other: the weight cache has a "
+            "loader of its own. Leave one of them out"
+        )
 
 
 def _loader_class() -> Any:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +34,7 @@ from .cache_hooks import (
     scope_of,
     start_save,
     wait_for_node,
+    without_secrets,
 )
 from .hooks import wrap
 
@@ -44,7 +44,6 @@ logger = logging.getLogger("vllm.engine_loader")
 _ENGINE = "vllm"
 _SESSION = "_engine_loader_session"
 _MODEL_INFOS_TIMEOUT_S = 10.0
-_SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL")
 _WORKER_METHODS = ("determine_available_memory", "compile_or_warm_up_model")
 _quietly = functools.partial(quietly, logger)
 
@@ -195,13 +194,12 @@ def key_factors(vllm_config: Any) -> dict[str, Any]:
 
     factors = getattr(envs, "compile_factors", None)
     named = factors() if factors is not None else {k: v for k, v in os.environ.items() if k.startswith("VLLM_")}
-    environment = {name: value for name, value in named.items() if not _SECRET.search(name)}
     configs = {}
     for name, value in vars(vllm_config).items():
         compute = getattr(value, "compute_hash", None)
         if compute is not None:
             configs[name] = str(_quietly(compute))
-    return {"env": environment, "config": configs, "model": str(vllm_config.model_config.model)}
+    return {"env": without_secrets(named), "config": configs, "model": str(vllm_config.model_config.model)}
 
 
 def _restore_model_info(model: Any) -> Path | None:

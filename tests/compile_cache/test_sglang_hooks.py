@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from engine_loader.compile_cache.use import noted_uses
 from engine_loader.engines import cache_hooks, sglang_cache
 from tests.compile_cache.hooks import noted_jobs
 from tests.support.waiting import wait_for
@@ -44,6 +45,8 @@ class Sglang:
 
         class Scheduler:
             gpu_id = 0
+            tp_rank = 0
+            dp_rank = None  # as it is without data parallelism
 
             def __init__(self, server_args: Any) -> None:
                 self.server_args = server_args
@@ -109,6 +112,20 @@ def test_a_server_restores_before_the_model_and_saves_behind_the_warm_up(sglang:
     assert scope.startswith("llama_")
     assert scope.endswith("_tp2_pp1_dp2/4")
     assert events[4] == f"saved {scope}"
+
+
+def test_each_rank_notes_that_it_ran_so_that_the_save_behind_it_tells_what_the_cache_was_good_for(
+    sglang: Sglang, tmp_path: Path
+) -> None:
+    since_ns = time.time_ns()
+    given = arguments(attention_backend="triton", api_key="hunter2")
+    sglang.Engine._launch_subprocesses(given)
+    for rank in range(2):
+        sglang.Scheduler.tp_rank = rank
+        sglang.Scheduler(given)
+    uses = noted_uses(tmp_path / "sglang", since_ns - 50_000_000)
+    assert [use.rank for use in uses] == ["rank_0_0_0", "rank_1_0_0"]
+    assert all(use.factors["server_args"] == {"attention_backend": "triton"} for use in uses)
 
 
 def test_a_warm_up_that_failed_saves_nothing(sglang: Sglang, events: list[str]) -> None:

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.sglang.conftest import NEWEST
+from tests.sglang.conftest import NEWEST, model_for_sglang
 from tests.support.sglang_server import SglangServer, python_of
-from tests.support.tiny_models import make_model
 
-pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.sglang, pytest.mark.timeout(1800)]
 
 OFFLINE = Path(__file__).parents[1] / "support" / "sglang" / "offline.py"
 TOKENS = "[5, 17, 100, 42]"
@@ -23,7 +22,7 @@ def answer(model: Path, load_format: str, *args: str, **variables: str) -> tuple
     command = [str(python_of(NEWEST)), str(OFFLINE), str(model), load_format, TOKENS, *args]
     environment = {**os.environ, **SglangServer.ENVIRONMENT, **variables}
     given = {name: value for name, value in environment.items() if value is not None}
-    done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=900, check=False)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-6000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
@@ -31,7 +30,7 @@ def answer(model: Path, load_format: str, *args: str, **variables: str) -> tuple
 
 
 def test_an_engine_loads_saves_its_state_and_loads_that(tmp_path: Path) -> None:
-    model = make_model("llama", tmp_path / "llama", shards=2)
+    model = model_for_sglang("llama", tmp_path / "llama", shards=2)
     sharded = tmp_path / "sharded"
     sharded.mkdir()
     expected, said = answer(model, "b10_3fs", str(sharded))
@@ -48,10 +47,10 @@ def test_an_engine_loads_saves_its_state_and_loads_that(tmp_path: Path) -> None:
 
 
 def test_a_sharded_checkpoint_of_another_layout_is_refused(tmp_path: Path) -> None:
-    model = make_model("llama", tmp_path / "llama")
+    model = model_for_sglang("llama", tmp_path / "llama")
     (model / "model.safetensors").rename(model / "model-rank-0-part-0.safetensors")
     shutil.copy(model / "model-rank-0-part-0.safetensors", model / "model-rank-1-part-0.safetensors")
-    server = SglangServer(NEWEST, model, "--load-format", "b10_3fs", start_timeout_s=150)
+    server = SglangServer(NEWEST, model, "--load-format", "b10_3fs")
     with pytest.raises(RuntimeError, match=r"ended with status -?[1-9]"), server:
         pass
     assert "there are files of 2 ranks, and rank 0 of 1 is asked for" in server.log

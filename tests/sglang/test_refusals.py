@@ -1,26 +1,30 @@
 """What must not start, and what each says."""
 
+import json
+import os
+import shutil
+import subprocess
 import textwrap
 from pathlib import Path
 
 import pytest
 
-from tests.sglang.conftest import NEWEST, VERSIONS
-from tests.support.sglang_server import SglangServer
-from tests.support.tiny_models import make_model
+from tests.sglang.conftest import NEWEST, VERSIONS, model_for_sglang
+from tests.support.sglang_server import SglangServer, python_of
 
-pytestmark = [pytest.mark.sglang, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.sglang, pytest.mark.timeout(1800)]
 
+LOADERS = Path(__file__).parents[1] / "support" / "sglang" / "loaders.py"
 WITHOUT_PLUGINS = [version for version in VERSIONS if version in ("0.5.9", "0.5.10")]
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model("llama", tmp_path_factory.mktemp("llama"), shards=2)
+    return model_for_sglang("llama", tmp_path_factory.mktemp("llama"), shards=2)
 
 
 def log_of_failed_start(version: str, model: Path, *args: str, env: dict[str, str | None] | None = None) -> str:
-    server = SglangServer(version, model, "--load-format", "b10_3fs", *args, env=env, start_timeout_s=150)
+    server = SglangServer(version, model, "--load-format", "b10_3fs", *args, env=env)
     with pytest.raises(RuntimeError, match=r"ended with status -?[1-9]"), server:
         pass
     return server.log
@@ -37,11 +41,52 @@ def test_an_option_of_sglangs_reader_is_refused_with_ours(llama: Path) -> None:
     assert "num_threads is for SGLang's own reader; here, set threads" in log
 
 
-def test_a_quantisation_with_a_loader_of_its_own_is_refused(llama: Path) -> None:
-    log = log_of_failed_start(NEWEST, llama, "--quantization", "bitsandbytes")
+@pytest.mark.parametrize("quantisation", ["bitsandbytes", "gguf", "auto-round-int8"])
+def test_a_quantisation_with_a_loader_of_its_own_is_refused(llama: Path, quantisation: str) -> None:
+    log = log_of_failed_start(NEWEST, llama, "--quantization", quantisation)
     assert "--load-format b10_3fs cannot serve here" in log
-    assert "quantisation bitsandbytes" in log
+    assert f"a loader of its own for the quantisation {quantisation}" in log
     assert "--load-format auto" in log
+
+
+def test_modelopt_that_quantises_while_it_loads_is_refused(llama: Path) -> None:
+    log = log_of_failed_start(NEWEST, llama, "--modelopt-quant", "fp8")
+    assert "--load-format b10_3fs cannot serve here: SGLang quantises the model by ModelOpt while it loads it" in log
+
+
+def test_the_weight_cache_is_refused(llama: Path) -> None:
+    if NEWEST in ("0.5.9", "0.5.10", "0.5.11"):
+        pytest.skip("this version has no weight cache")
+    log = log_of_failed_start(NEWEST, llama, "--weight-cache-mode", "client")
+    assert "--load-format b10_3fs and --weight-cache-mode client exclude each other" in log
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_modelopts_loader_is_never_taken_in_the_place_of_ours_in_silence(
+    version: str, llama: Path, tmp_path: Path
+) -> None:
+    """On SGLang's own classes: a server on a CPU refuses these before it looks for a loader."""
+    modelopt = ("modelopt", "modelopt_fp8", "modelopt_fp4")
+    for error in loaders(version, llama, *modelopt, "gguf", "auto-round-int8").values():
+        assert error.startswith("SettingsError: --load-format b10_3fs cannot serve here: SGLang ")
+    quantised = tmp_path / "quantised"
+    shutil.copytree(llama, quantised)
+    (quantised / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    for found in loaders(version, quantised, *modelopt).values():
+        if version in ("0.5.9", "0.5.10", "0.5.11"):
+            assert "SGLang loads such models by its own ModelOptModelLoader" in found
+        else:
+            assert found == "B10ModelLoader"
+
+
+def loaders(version: str, model: Path, *quantisations: str) -> dict[str, str]:
+    """Quantisation -> what SGLang's choice of a loader for it comes to."""
+    command = [str(python_of(version)), str(LOADERS), str(model), *quantisations]
+    given = {name: value for name, value in {**os.environ, **SglangServer.ENVIRONMENT}.items() if value is not None}
+    done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("LOADERS ")]
+    return dict(json.loads(line.removeprefix("LOADERS ")))
 
 
 def test_a_plugin_that_may_not_load_is_an_unknown_format(llama: Path) -> None:

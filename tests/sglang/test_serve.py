@@ -10,13 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.sglang.conftest import NEWEST, VERSIONS
+from tests.sglang.conftest import NEWEST, VERSIONS, model_for_sglang
 from tests.support.sglang_server import PROBE, TWO_RANKS, SglangServer, patched
 from tests.support.threefs import emulator
-from tests.support.tiny_models import make_model
 from tests.support.training_checkpoints import trained
 
-pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.sglang, pytest.mark.timeout(1800)]
 
 PROMPT = "the quick brown fox"
 FORMAT = ("--load-format", "b10_3fs")
@@ -55,13 +54,13 @@ def loaded_lines(log: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model("llama", tmp_path_factory.mktemp("llama"), shards=3)
+    return model_for_sglang("llama", tmp_path_factory.mktemp("llama"), shards=3)
 
 
 @pytest.fixture(scope="module")
 def other_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One of the same shapes with other weights."""
-    return make_model("llama", tmp_path_factory.mktemp("other-llama"), shards=2, seed=21)
+    return model_for_sglang("llama", tmp_path_factory.mktemp("other-llama"), shards=2, seed=21)
 
 
 @pytest.fixture(scope="module", params=VERSIONS)
@@ -107,7 +106,7 @@ def test_tokens_parameters_and_updates_are_as_with_sglangs_own_loader(
 
 
 def test_a_damaged_update_is_refused_and_the_old_weights_serve_on(llama: Path, tmp_path: Path) -> None:
-    damaged = make_model("llama", tmp_path / "damaged", shards=2)
+    damaged = model_for_sglang("llama", tmp_path / "damaged", shards=2)
     shard = damaged / "model-00002-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1000])
     with running(NEWEST, llama, tmp_path / "probe", *FORMAT, env={}) as server:
@@ -129,7 +128,7 @@ def test_tensor_parallel_2_holds_the_same_parameters_on_each_rank(llama: Path, t
 
 
 def test_streamed_weights_are_the_same(tmp_path: Path) -> None:
-    model = make_model("qwen3-moe", tmp_path / "model", shards=2)
+    model = model_for_sglang("qwen3-moe", tmp_path / "model", shards=2)
     expected = served(NEWEST, model, tmp_path / "auto", "--load-format", "auto")
     options = '{"mode": "stream", "block_bytes": "64KiB"}'
     found = served(NEWEST, model, tmp_path / "b10", *FORMAT, "--model-loader-extra-config", options)
@@ -162,7 +161,7 @@ def test_names_that_are_not_the_models_stop_the_start_with_a_mapping(llama: Path
 
 
 def test_a_model_on_3fs_is_read_by_usrbio(tmp_path: Path) -> None:
-    model = make_model("llama", emulator().mount / "sglang-llama", shards=3)
+    model = model_for_sglang("llama", emulator().mount / "sglang-llama", shards=3)
     expected = served(NEWEST, model, tmp_path / "auto", "--load-format", "auto")
     environment = emulator().environment("jitter_us=500,short_every=5,error_every=11")
     found = served(NEWEST, model, tmp_path / "b10", *FORMAT, **environment)

@@ -1,6 +1,7 @@
 """Makes SGLang's schedulers write what their models hold into $SGLANG_PROBE: a hash of the bytes of every parameter.
 With SGLANG_PROBE_BESIDE they read the checkpoint that it names besides, and write what was in it.
-With SGLANG_PROBE_COMPILES they compile a function besides, where others compile the model, and write what came of it.
+With SGLANG_PROBE_COMPILES they compile a function besides, where others compile the model, and write what came of it:
+the variable names the function of torch.nn.functional that is in it.
 
 On the path of a server that a test starts (PYTHONPATH), it is imported by every process of it.
 """
@@ -34,9 +35,11 @@ def compile_something(scheduler):
 
     weight = scheduler.tp_worker.model_runner.model.lm_head.weight.detach()
 
+    activation = getattr(torch.nn.functional, os.environ["SGLANG_PROBE_COMPILES"])
+
     @torch.compile
     def score(hidden, weight):
-        return torch.nn.functional.silu(hidden @ weight.t()).softmax(-1).amax(-1)
+        return activation(hidden @ weight.t()).softmax(-1).amax(-1)
 
     with torch.no_grad():
         score(torch.ones(4, weight.shape[1], dtype=weight.dtype), weight)
