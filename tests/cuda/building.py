@@ -17,6 +17,8 @@ from tests.native.building import (
 
 HERE = Path(__file__).parent
 STANDIN = HERE / "standin" / "standin.cpp"
+CUFILE = HERE / "standin" / "cufile.cpp"
+_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,20 @@ class Drivers:
 
 def compile_standin(folder: Path) -> Path:
     """The stand-in for use from Python."""
-    library = folder / "libstandin.so"
-    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra"]
-    subprocess.run(["c++", *flags, str(STANDIN), "-o", str(library)], check=True)
+    return _compile(folder / "libstandin.so", STANDIN)
+
+
+def compile_cufile(folder: Path) -> Path:
+    """The stand-ins for the runtime and for cuFile in one library, under the names that fastsafetensors looks for.
+
+    Returns:
+        the library, for StandIn.
+    """
+    library = _compile(folder / "libcudart.so", STANDIN, CUFILE)
+    (folder / "libcufile.so.0").symlink_to(library)
+    return library
+
+
+def _compile(library: Path, *sources: Path) -> Path:
+    subprocess.run(["c++", *_FLAGS, *map(str, sources), "-o", str(library)], check=True)
     return library
