@@ -45,6 +45,7 @@ class Drivers:
     kept: Path
     folder: Path
     sanitizers: str
+    source: Path = HERE / "driver.cpp"
 
     @property
     def standin(self) -> Path:
@@ -62,8 +63,8 @@ class Drivers:
         objects = engine_objects(self.kept, self.sanitizers)
         if mutant is not None:
             objects[mutant.source] = self._mutate(mutant)
-        own = compile_driver(self.kept, self.sanitizers, HERE / "driver.cpp")
-        link([own, *objects.values(), self.standin], driver, self.sanitizers, f"-Wl,-rpath,{self.folder}")
+        own = compile_driver(self.kept, self.sanitizers, self.source)
+        link([own, *objects.values(), self.standin], driver, self.sanitizers, f"-Wl,-rpath,{self.folder}", "-rdynamic")
         return driver
 
     def _mutate(self, mutant: Mutant) -> Path:
