@@ -5,54 +5,86 @@
 The limit is the lesser of two: copies out of page-locked memory (cudaMemcpyAsync) into the same parameters, and
 threads of preadv that read the same files into page-locked memory. Beside this package run the other loaders that are
 installed: pip install fastsafetensors runai-model-streamer instanttensor (with --no-deps where they would bring another
-torch). The checkpoint is made once and reused. Every contender's parameters are compared with the files, bit for bit,
-before it is measured; rounds are interleaved; figures are medians. Without a GPU it says so and ends. `--device cpu`
-rehearses it without one: what runs is then not what is to be measured.
+torch), each in a process of its own, with parameters of its own, that is stopped when it does not end in time. The
+checkpoint is made once and reused. Every contender's parameters are compared with the files, byte for byte, before it
+is measured, which also warms it up; rounds are interleaved; figures are medians. Without a GPU it says so and ends.
+`--device cpu` rehearses it without one: what runs is then not what is to be measured.
 """
 
 import argparse
-import importlib.util
+import multiprocessing
 import os
 import re
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
 from benchmarks.checkpoints import GIB, make_checkpoint
-from engine_loader import open_checkpoint
-from engine_loader.benchmarking import page_cache, report
+from engine_loader.benchmarking import contenders, page_cache, report
+from engine_loader.benchmarking.contenders import Contender, Targets, stopwatch
 from engine_loader.benchmarking.workload import Workload
+from engine_loader.loading.gds import obstacle_to_gds
 from engine_loader.transfer.cpus import default_threads
 
 PINNED_BYTES = 256 << 20
 CHUNK_BYTES = 8 << 20
-Parameters = dict[str, torch.Tensor]
-Load = Callable[[list[str], Parameters], None]
-Pairs = Iterator[tuple[str, torch.Tensor]]
+POISON = 0xA5
+_PATIENCE_S = 10.0
+_BEYOND = "device memory beyond, MiB"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one load.
+
+    Attributes:
+        seconds: all of it: opening the files, reading headers, until the last byte is in its parameter.
+        reading_seconds: of these, from the first tensor's bytes on; all, where a loader does not tell.
+        cpu_seconds: of the process, all threads together.
+        peak_bytes: memory of the device beyond the parameters, as torch's allocator counts it.
+    """
+
+    seconds: float
+    reading_seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+
+
+class Runner(Protocol):
+    """Where a contender runs."""
+
+    def verify(self, checksums: dict[str, int]) -> None:
+        """Load into poisoned parameters, and compare them; raises where they differ."""
+        ...
+
+    def run(self) -> Figures:
+        """Load once."""
+        ...
 
 
 @dataclass
-class Contender:
-    """One way to fill parameters.
+class Entry:
+    """A contender, and what came of it.
 
     Attributes:
-        fills: whether the parameters hold the files afterwards; the limits do not.
+        error: why there are no figures, if there are none.
     """
 
-    name: str
-    load: Load
-    fills: bool = True
-    seconds: list[float] = field(default_factory=list)
-    cpu_seconds: list[float] = field(default_factory=list)
-    peak_bytes: int = 0
+    contender: Contender
+    runner: Runner
+    figures: list[Figures] = field(default_factory=list)
+    error: str | None = None
 
 
 def main() -> None:
@@ -66,14 +98,17 @@ def main() -> None:
     path = _checkpoint(arguments.dir, arguments.gib)
     workload = Workload.of(path)
     print(f"Machine: {_gpu(device)}{report.machine_line(report.describe_machine(workload))}.\n")
-    print(f"Checkpoint: {report.workload_line(workload)}. Medians of {arguments.rounds} interleaved rounds.\n")
-    parameters = _parameters(workload.files, device)
-    contenders = [one for one in _contenders(device) if not one.fills or re.search(arguments.only, one.name)]
+    print(f"Checkpoint: {report.workload_line(workload)}. Medians of {arguments.rounds} interleaved rounds.")
+    print(
+        f"Other loaders run in processes of their own, and are stopped after {arguments.deadline:g} s without an end.\n"
+    )
     for source in arguments.sources:
-        with _Source(source, path) as files:
-            _verify(files, parameters, contenders)
-            _measure(files, parameters, contenders, arguments.rounds, cold=source == "disk")
-            print(_table(source, contenders, workload.nbytes))
+        with ExitStack() as stack:
+            workload = stack.enter_context(_placed(source, path))
+            entries = list(_entries(workload, device, arguments, stack))
+            _verify(workload, entries)
+            _measure(workload, entries, arguments.rounds, cold=source == "disk")
+            print(_table(source, entries, workload.nbytes), flush=True)
 
 
 def _arguments() -> argparse.Namespace:
@@ -84,6 +119,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="how often each is measured (default: %(default)s)")
     parser.add_argument("--only", type=re.compile, default="", metavar="REGEX", help="these contenders, and the limits")
     parser.add_argument("--device", default="cuda:0", help="default: %(default)s")
+    parser.add_argument(
+        "--deadline", type=float, default=300.0, metavar="SECONDS", help="for one load of another loader (%(default)s)"
+    )
     sources = ("cache", "tmpfs", "disk")
     parser.add_argument("--sources", nargs="+", choices=sources, default=list(sources), help="default: all")
     return parser.parse_args()
@@ -99,50 +137,45 @@ def _checkpoint(directory: Path, gib: float) -> Path:
     return path
 
 
-class _Source:
-    """The checkpoint's files where they are to be read from; a context manager. "cache" and "disk" are one place."""
-
-    def __init__(self, name: str, path: Path) -> None:
-        self._path = path
-        self._copied = Path(tempfile.mkdtemp(dir="/dev/shm", prefix="engine-loader-")) if name == "tmpfs" else None
-
-    def __enter__(self) -> list[str]:
-        files = sorted(self._path.glob("*.safetensors"))
-        if self._copied is not None:
-            files = [Path(shutil.copy(file, self._copied)) for file in files]
-        return [str(file) for file in files]
-
-    def __exit__(self, *_: object) -> None:
-        if self._copied is not None:
-            shutil.rmtree(self._copied)
+@contextmanager
+def _placed(source: str, path: Path) -> Iterator[Workload]:
+    """The checkpoint where it is to be read from. "cache" and "disk" are one place."""
+    if source != "tmpfs":
+        yield Workload.of(path)
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="engine-loader-") as copied:
+        for file in path.iterdir():
+            shutil.copy(file, copied)
+        yield Workload.of(copied)
 
 
-def _parameters(files: tuple[str, ...] | list[str], device: torch.device) -> Parameters:
-    with open_checkpoint(list(files)) as checkpoint:
-        infos = {name: checkpoint.info(name).as_torch() for name in checkpoint}
-    return {name: torch.zeros(shape, dtype=dtype, device=device) for name, (dtype, shape) in infos.items()}
+# --- contenders ------------------------------------------------------------------------------------------------------
 
 
-# --- contenders ----------------------------------------------------------------------------------------------------
+def _entries(
+    workload: Workload, device: torch.device, arguments: argparse.Namespace, stack: ExitStack
+) -> Iterator[Entry]:
+    parameters = _Parameters(workload, device)
+    limits, ours = _limits(device), contenders.ours(device=device)
+    ours[0] = contenders.ours()[0]  # what load_into fills says by itself where it is
+    if device.type == "cuda" and obstacle_to_gds(device.index or 0) is None:
+        ours.append(contenders.ours(device=device, transport="gds")[1])
+    for contender in [*limits, *ours]:
+        if contender.kind == "plain" or re.search(arguments.only, contender.name):
+            yield Entry(contender, Here(contender, workload, parameters))
+    for contender in contenders.installed_peers(device):
+        if re.search(arguments.only, contender.name):
+            apart = stack.enter_context(Apart(contender.name, workload, device, arguments.deadline))
+            yield Entry(contender, apart)
 
 
-def _contenders(device: torch.device) -> list[Contender]:
+def _limits(device: torch.device) -> list[Contender]:
     threads = default_threads()
-    found = [
-        Contender("page-locked memory to the device", _PinnedCopies(device), fills=False),
-        Contender(f"preadv, {threads} threads, to page-locked memory", _PinnedReads(device, threads), fills=False),
-        Contender("engine_loader, load_into", _load_into),
-        Contender("engine_loader, tensors()", _by_pairs(lambda files: _stream(files, device))),
+    reads = _PinnedReads(device, threads)
+    return [
+        Contender("page-locked memory to the device", "plain", _PinnedCopies(device), fills=False),
+        Contender(f"preadv, {threads} threads, to page-locked memory", "plain", reads, fills=False),
     ]
-    peers: dict[str, Callable[[list[str]], Pairs]] = {
-        "fastsafetensors": lambda files: _fastsafetensors(files, device),
-        "runai_model_streamer": _runai,
-        "instanttensor": lambda files: _instanttensor(files, device),
-    }
-    installed = {name: pairs for name, pairs in peers.items() if importlib.util.find_spec(name) is not None}
-    if device.type == "cpu":
-        installed.pop("instanttensor", None)
-    return found + [Contender(name, _by_pairs(pairs)) for name, pairs in installed.items()]
 
 
 def _pinned(nbytes: int, device: torch.device) -> torch.Tensor:
@@ -155,10 +188,9 @@ class _PinnedCopies:
     def __init__(self, device: torch.device) -> None:
         self._buffer = _pinned(PINNED_BYTES, device)
 
-    def __call__(self, files: list[str], parameters: Parameters) -> None:
-        for parameter in parameters.values():
-            flat = parameter.view(-1).view(torch.uint8)
-            for part in flat.split(PINNED_BYTES):
+    def __call__(self, workload: Workload, targets: Targets) -> None:
+        for target in targets.values():
+            for part in _bytes(target).split(PINNED_BYTES):
                 part.copy_(self._buffer[: part.numel()], non_blocking=True)
 
 
@@ -169,7 +201,8 @@ class _PinnedReads:
         self._threads = threads
         self._buffers = _pinned(threads * CHUNK_BYTES, device).numpy()
 
-    def __call__(self, files: list[str], parameters: Parameters) -> None:
+    def __call__(self, workload: Workload, targets: Targets) -> None:
+        files = workload.files
         chunks = [(file, at) for file in files for at in range(0, os.path.getsize(file), CHUNK_BYTES)]
         opened = {file: os.open(file, os.O_RDONLY) for file in files}
 
@@ -184,111 +217,175 @@ class _PinnedReads:
             os.close(descriptor)
 
 
-def _load_into(files: list[str], parameters: Parameters) -> None:
-    with open_checkpoint(files) as checkpoint:
-        checkpoint.load_into(parameters)
+class _Parameters:
+    """Memory for the tensors of a workload, on a device."""
+
+    def __init__(self, workload: Workload, device: torch.device) -> None:
+        shapes = {info.name: info.as_torch() for info in workload.tensors}
+        self.tensors = {name: torch.zeros(shape, dtype=dtype, device=device) for name, (dtype, shape) in shapes.items()}
+        self._on_gpu = device.type == "cuda"
+
+    def poison(self) -> None:
+        for tensor in self.tensors.values():
+            _bytes(tensor).fill_(POISON)
+
+    def check(self, checksums: dict[str, int]) -> None:
+        wrong = [
+            name for name, tensor in self.tensors.items() if zlib.crc32(_bytes(tensor).cpu().numpy()) != checksums[name]
+        ]
+        if wrong:
+            raise ValueError(f"wrong bytes in {len(wrong)} tensors, e.g. {wrong[0]}")
+
+    def timed(self, contender: Contender, workload: Workload) -> Figures:
+        """One load."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() if self._on_gpu else 0
+        stopwatch.began = None
+        cpu, begin = time.process_time(), time.perf_counter()
+        contender.load(workload, self.tensors)
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        end = time.perf_counter()
+        return Figures(
+            seconds=end - begin,
+            reading_seconds=end - (stopwatch.began or begin),
+            cpu_seconds=time.process_time() - cpu,
+            peak_bytes=torch.cuda.max_memory_allocated() - before if self._on_gpu else 0,
+        )
 
 
-def _stream(files: list[str], device: torch.device) -> Pairs:
-    with open_checkpoint(files, device=device) as checkpoint:
-        yield from checkpoint.tensors()
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(-1).view(torch.uint8)
 
 
-def _by_pairs(pairs: Callable[[list[str]], Pairs]) -> Load:
-    def load(files: list[str], parameters: Parameters) -> None:
-        for name, tensor in pairs(files):
-            parameters[name].copy_(tensor)
+class Here:
+    """Runs a contender in this process."""
 
-    return load
+    def __init__(self, contender: Contender, workload: Workload, parameters: _Parameters) -> None:
+        self._contender = contender
+        self._workload = workload
+        self._parameters = parameters
 
+    def verify(self, checksums: dict[str, int]) -> None:
+        self._parameters.poison()
+        self.run()
+        if self._contender.fills:
+            self._parameters.check(checksums)
 
-def _fastsafetensors(files: list[str], device: torch.device) -> Pairs:
-    from fastsafetensors import SingleGroup
-    from fastsafetensors.parallel_loader import ParallelLoader
-
-    loader = ParallelLoader(SingleGroup(), files, nogds=True, use_tqdm_on_load=False, device=str(device))
-    try:
-        with closing(loader.iterate_weights()) as weights:
-            yield from weights
-    finally:
-        loader.close()
+    def run(self) -> Figures:
+        return self._parameters.timed(self._contender, self._workload)
 
 
-def _runai(files: list[str]) -> Pairs:
-    from runai_model_streamer import SafetensorsStreamer
+class Apart:
+    """Runs a peer in a process of its own, which is stopped when it does not answer in time. A context manager."""
 
-    with SafetensorsStreamer() as streamer:
-        streamer.stream_files(files, device="cpu")
-        yield from streamer.get_tensors()
+    def __init__(self, name: str, workload: Workload, device: torch.device, deadline_s: float) -> None:
+        self._deadline_s = deadline_s
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, name, workload, device), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def __enter__(self) -> "Apart":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()  # which ends it, unless it hangs
+        self._process.join(_PATIENCE_S)
+        self._process.kill()
+        self._process.join()
+
+    def verify(self, checksums: dict[str, int]) -> None:
+        self._ask(checksums)
+
+    def run(self) -> Figures:
+        figures: Figures = self._ask(None)
+        return figures
+
+    def _ask(self, question: dict[str, int] | None) -> Any:
+        try:
+            self._connection.send(question)
+            if not self._connection.poll(self._deadline_s):
+                self._process.kill()
+                self._process.join()
+                raise TimeoutError(f"no end within {self._deadline_s:g} s: stopped")
+            answer = self._connection.recv()
+        except (EOFError, BrokenPipeError) as error:
+            self._process.join()
+            raise RuntimeError(f"its process ended with status {self._process.exitcode}") from error
+        if isinstance(answer, str):
+            raise RuntimeError(answer)
+        return answer
 
 
-def _instanttensor(files: list[str], device: torch.device) -> Pairs:
-    import instanttensor
-
-    number = device.index or 0
-    with instanttensor.safe_open(files, framework="pt", device=number, process_group=None, copy=True) as opened:
-        yield from opened.tensors()
+def _serve(connection: Connection, name: str, workload: Workload, device: torch.device) -> None:
+    """What the process of a peer does: verify when it is sent checksums, else run."""
+    contender = next(one for one in contenders.installed_peers(device) if one.name == name)
+    here = Here(contender, workload, _Parameters(workload, device))
+    while True:
+        try:
+            checksums = connection.recv()
+        except EOFError:
+            return
+        try:
+            answer = here.run() if checksums is None else here.verify(checksums)
+        except Exception as error:
+            connection.send(f"{type(error).__name__}: {error}".splitlines()[0])
+        else:
+            connection.send(answer)
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def _verify(files: list[str], parameters: Parameters, contenders: list[Contender]) -> None:
-    """Every contender's parameters against the files; those that fail or differ are left out, and named."""
-    with open_checkpoint(files) as checkpoint:
-        expected = {name: tensor.clone() for name, tensor in checkpoint.tensors()}
-    for contender in list(contenders):
-        contender.seconds, contender.cpu_seconds, contender.peak_bytes = [], [], 0
-        for parameter in parameters.values():
-            parameter.zero_()
+def _verify(workload: Workload, entries: Sequence[Entry]) -> None:
+    checksums = workload.checksums()
+    for entry in entries:
         try:
-            contender.load(files, parameters)
+            entry.runner.verify(checksums)
         except Exception as error:
-            print(f"{contender.name} failed and is left out: {error!r}\n")
-            contenders.remove(contender)
-            continue
-        wrong = [name for name in expected if contender.fills and not _equal(parameters[name], expected[name])]
-        if wrong:
-            print(f"{contender.name} got {len(wrong)} tensors wrong ({wrong[0]}, …) and is left out.\n")
-            contenders.remove(contender)
+            entry.error = str(error)
 
 
-def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.equal(one.cpu().view(-1).view(torch.uint8), other.view(-1).view(torch.uint8))
-
-
-def _measure(files: list[str], parameters: Parameters, contenders: list[Contender], rounds: int, *, cold: bool) -> None:
-    on_gpu = next(iter(parameters.values())).is_cuda
+def _measure(workload: Workload, entries: Sequence[Entry], rounds: int, *, cold: bool) -> None:
     for _ in range(rounds):
-        for contender in contenders:
-            (page_cache.drop if cold else page_cache.warm)(files)
-            if on_gpu:
-                torch.cuda.synchronize()
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated() if on_gpu else 0
-            cpu, begin = time.process_time(), time.perf_counter()
-            contender.load(files, parameters)
-            if on_gpu:
-                torch.cuda.synchronize()
-            contender.seconds.append(time.perf_counter() - begin)
-            contender.cpu_seconds.append(time.process_time() - cpu)
-            if on_gpu:
-                contender.peak_bytes = max(contender.peak_bytes, torch.cuda.max_memory_allocated() - before)
+        for entry in entries:
+            if entry.error is not None:
+                continue
+            (page_cache.drop if cold else page_cache.warm)(workload.files)
+            try:
+                entry.figures.append(entry.runner.run())
+            except Exception as error:
+                entry.error = str(error)
 
 
-def _table(source: str, contenders: list[Contender], nbytes: int) -> str:
-    speeds = {contender.name: nbytes / statistics.median(contender.seconds) / 1e9 for contender in contenders}
-    limits = [speeds[contender.name] for contender in contenders if not contender.fills]
-    limit = min(limits) if limits else max(speeds.values())
-    rows = [f"From {source}:\n", "| into parameters | s | GB/s | of the limit | CPU s | device memory beyond, MiB |"]
-    rows.append("|---|---|---|---|---|---|")
-    for contender in contenders:
-        seconds, cpu = statistics.median(contender.seconds), statistics.median(contender.cpu_seconds)
-        speed, peak = speeds[contender.name], contender.peak_bytes / (1 << 20)
-        rows.append(
-            f"| {contender.name} | {seconds:.2f} | {speed:.2f} | {speed / limit:.2f} | {cpu:.2f} | {peak:.0f} |"
-        )
+def _table(source: str, entries: Sequence[Entry], nbytes: int) -> str:
+    def median(entry: Entry, name: str) -> float:
+        return statistics.median(getattr(figures, name) for figures in entry.figures)
+
+    sound = [entry for entry in entries if entry.error is None]
+    speeds = {entry.contender.name: nbytes / median(entry, "seconds") / 1e9 for entry in sound}
+    limits = [speeds[entry.contender.name] for entry in sound if entry.contender.kind == "plain"]
+    limit = min(limits) if limits else max(speeds.values(), default=0.0)
+    columns = ("into parameters", "s", "first byte to last tensor, s", "GB/s", "of the limit", "CPU s")
+    rows = [
+        f"From {source}:\n",
+        f"| {' | '.join(columns)} | device memory beyond, MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for entry in entries:
+        name = f"{entry.contender.name} {entry.contender.version if entry.contender.kind == 'peer' else ''}".rstrip()
+        if entry.error is not None:
+            rows.append(f"| {name} | {entry.error} | | | | | |")
+            continue
+        speed, peak = speeds[entry.contender.name], max(figures.peak_bytes for figures in entry.figures) / (1 << 20)
+        times = f"{median(entry, 'seconds'):.2f} | {median(entry, 'reading_seconds'):.2f}"
+        cpu = f"{median(entry, 'cpu_seconds'):.2f}"
+        rows.append(f"| {name} | {times} | {speed:.2f} | {speed / limit:.2f} | {cpu} | {peak:.0f} |")
     return "\n".join(rows) + "\n"
 
 

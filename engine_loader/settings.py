@@ -142,6 +142,16 @@ class LoaderSettings(_Group):
         le=_MOST_BYTES,
         description="Memory of a GPU for tensors that are streamed there; a tensor that is larger gets its own.",
     )
+    stream_device: Literal["auto", "cpu"] = Field(
+        default="auto",
+        description="Where an engine is handed streamed tensors (mode: stream): on the GPU where all parameters are, "
+        "if nothing speaks against it (auto), or in CPU memory.",
+    )
+    transport: Literal["auto", "gds"] = Field(
+        default="auto",
+        description="How files reach a GPU: through page-locked memory (auto), or by GPUDirect Storage (gds), with the "
+        "copier of fastsafetensors; whole tensors of local safetensors files only.",
+    )
     device_runtime: str | None = Field(
         default=None,
         description="The library of CUDA's (or HIP's) runtime; auto: the one that torch has loaded.",

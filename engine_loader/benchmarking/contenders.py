@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -24,6 +25,24 @@ from .plain_reads import read_plainly, read_with_dd
 from .workload import Workload
 
 Targets = Mapping[str, torch.Tensor]
+_CPU = torch.device("cpu")
+
+
+class Stopwatch:
+    """When the contender that runs now had read the headers and began with tensors; contenders run one at a time.
+
+    Attributes:
+        began: by time.perf_counter; None: it has not begun, or does not tell.
+    """
+
+    began: float | None = None
+
+    def reading_begins(self) -> None:
+        """From here on tensors are read."""
+        self.began = time.perf_counter()
+
+
+stopwatch = Stopwatch()
 
 
 @dataclass(frozen=True)
@@ -82,15 +101,17 @@ def ours_with_huge_pages() -> Contender:
     return Contender("engine_loader tensors() + copy_, huge pages", "ours", load, __version__)
 
 
-def installed_peers() -> list[Contender]:
-    """Those of the other loaders that are installed."""
+def installed_peers(device: torch.device = _CPU) -> list[Contender]:
+    """Those of the other loaders that are installed; ``device``: where they put tensors, if they can."""
     peers = {
         "safetensors": ("safetensors", _safetensors),
         "fastsafetensors": ("fastsafetensors", _fastsafetensors),
         "runai_model_streamer": ("Run:ai Model Streamer", _runai),
     }
+    if device.type == "cuda":
+        peers["instanttensor"] = ("InstantTensor", _instanttensor)
     return [
-        Contender(name, "peer", load, _version(module))
+        Contender(name, "peer", partial(load, device), _version(module))
         for module, (name, load) in peers.items()
         if find_spec(module) is not None
     ]
@@ -99,6 +120,7 @@ def installed_peers() -> list[Contender]:
 def _load_into(options: Mapping[str, Any], workload: Workload, targets: Targets) -> str:
     report = LoadReport()
     with open_checkpoint(workload.path, **options) as checkpoint:
+        stopwatch.reading_begins()
         checkpoint.load_into(targets, report=report)
     return _how(report)
 
@@ -106,6 +128,7 @@ def _load_into(options: Mapping[str, Any], workload: Workload, targets: Targets)
 def _tensors(options: Mapping[str, Any], workload: Workload, targets: Targets) -> str:
     report = LoadReport()
     with open_checkpoint(workload.path, **options) as checkpoint:
+        stopwatch.reading_begins()
         _copy(checkpoint.tensors(report=report), targets)
     return _how(report)
 
@@ -114,25 +137,28 @@ def _how(report: LoadReport) -> str:
     return f"{report.engine}, {'+'.join(sorted(report.modes))}"
 
 
-def _safetensors(workload: Workload, targets: Targets) -> None:
+def _safetensors(device: torch.device, workload: Workload, targets: Targets) -> None:
     from safetensors import safe_open
 
+    stopwatch.reading_begins()
     for path in workload.files:
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with safe_open(path, framework="pt", device=str(device)) as file:
             # In file order where this version can tell it; its keys() are sorted by name.
             names = file.offset_keys() if hasattr(file, "offset_keys") else file.keys()
             _copy(((name, file.get_tensor(name)) for name in names if name in targets), targets)
 
 
-def _fastsafetensors(workload: Workload, targets: Targets) -> None:
+def _fastsafetensors(device: torch.device, workload: Workload, targets: Targets) -> None:
     from fastsafetensors import SingleGroup
     from fastsafetensors.parallel_loader import ParallelLoader
 
-    # Tensors are copied at once, so they may be borrowed; older versions always clone them.
+    # Tensors are copied at once, so they may be borrowed, unless the copy is under way when they are given back; older
+    # versions always clone them.
     borrowed = {"borrowed_tensors": True, "accumulate_resident": False}
-    options: dict[str, Any] = {"nogds": True, "use_tqdm_on_load": False, "device": "cpu"}
-    options |= borrowed if _accepts(ParallelLoader, "borrowed_tensors") else {}
+    options: dict[str, Any] = {"nogds": True, "use_tqdm_on_load": False, "device": str(device)}
+    options |= borrowed if device.type == "cpu" and _accepts(ParallelLoader, "borrowed_tensors") else {}
     loader = ParallelLoader(SingleGroup(), list(workload.files), **options)
+    stopwatch.reading_begins()
     try:
         with closing(loader.iterate_weights()) as weights:
             _copy(weights, targets)
@@ -140,14 +166,24 @@ def _fastsafetensors(workload: Workload, targets: Targets) -> None:
         loader.close()
 
 
-def _runai(workload: Workload, targets: Targets) -> None:
+def _runai(device: torch.device, workload: Workload, targets: Targets) -> None:
     from runai_model_streamer import SafetensorsStreamer
 
     with SafetensorsStreamer() as streamer:
-        # As above: what is copied at once need not be owned.
+        # As above. To a device, it reads by itself only for several ranks together, and torch copies.
         borrowed = {"owned": False} if _accepts(streamer.stream_files, "owned") else {}
+        stopwatch.reading_begins()
         streamer.stream_files(list(workload.files), device="cpu", **borrowed)
         _copy(streamer.get_tensors(), targets)
+
+
+def _instanttensor(device: torch.device, workload: Workload, targets: Targets) -> None:
+    import instanttensor
+
+    stopwatch.reading_begins()
+    files, number = list(workload.files), device.index or 0
+    with instanttensor.safe_open(files, framework="pt", device=number, process_group=None, copy=True) as opened:
+        _copy(opened.tensors(), targets)
 
 
 def _copy(pairs: Iterator[tuple[str, torch.Tensor]], targets: Targets) -> None:

@@ -25,7 +25,9 @@ def doctor(
     *,
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="Leave out what takes seconds: starting engines' plugins, reading back a tensor."),
+        typer.Option(
+            "--quick", help="Leave out what takes seconds: starting engines' plugins, reading back a tensor, GPUs."
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -61,7 +63,7 @@ def doctor(
 
 
 def _findings(paths: list[str], *, quick: bool, quiet: bool) -> Iterator[Finding]:
-    from .diagnosis import caches, compile_cache, engines, machine, software, sources
+    from .diagnosis import caches, compile_cache, engines, gpus, machine, software, sources
 
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("versions", software.check_versions),
@@ -69,6 +71,7 @@ def _findings(paths: list[str], *, quick: bool, quiet: bool) -> Iterator[Finding
         ("the native engine", software.check_native_engine),
         ("engines; this takes some seconds", lambda: engines.check_engines(start=not quick)),
         *([] if quick else [("sources", software.check_reading)]),
+        *([] if quick else [("GPUs", gpus.check_gpus)]),
         ("3FS", sources.check_3fs),
         ("file systems", lambda: sources.check_paths(paths)),
         ("cache directories", caches.check_caches),

@@ -88,6 +88,7 @@ class B10ModelLoader(DefaultModelLoader):
         self._model_config: Any = None
         self._direct: DirectLoad | None = None
         self._note: str | None = None
+        self._device: torch.device | None = None
 
     def load_model(self, *, model_config: Any, device_config: Any) -> torch.nn.Module:
         """The model with its weights.
@@ -117,7 +118,7 @@ class B10ModelLoader(DefaultModelLoader):
             SettingsError: direct mode was asked for and cannot serve.
         """
         prepare_memory(model)
-        directly, self._note = plan_mode(self._reader_settings, model)
+        directly, self._note, self._device = plan_mode(self._reader_settings, model)
         if self._shards is not None:
             self._fill_state(model, target_device)
             return
@@ -206,7 +207,9 @@ class B10ModelLoader(DefaultModelLoader):
 
     def _read(self, weights: list[str] | str) -> Weights:
         # A generator: only when it begins is it known whether the load is in direct mode.
-        yield from read_weights(weights, self._reader_settings, log=logger, note=self._note, direct=self._direct)
+        yield from read_weights(
+            weights, self._reader_settings, log=logger, note=self._note, direct=self._direct, device=self._device
+        )
 
 
 @contextmanager

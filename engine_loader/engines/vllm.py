@@ -72,6 +72,7 @@ class B10ModelLoader(DefaultModelLoader):
         self._direct: DirectLoad | None = None
         self.last_load: DirectLoad | None = None
         self._note: str | None = None
+        self._device: torch.device | None = None
         self._replaced: tuple[str, str] | None = None
 
     def download_model(self, model_config: Any) -> None:
@@ -87,7 +88,7 @@ class B10ModelLoader(DefaultModelLoader):
             SettingsError: direct mode was asked for and cannot serve.
         """
         prepare_memory(model)
-        directly, self._note = plan_mode(self._reader_settings, model)
+        directly, self._note, self._device = plan_mode(self._reader_settings, model)
         if not directly:
             self._fill(model, model_config)
             return
@@ -182,6 +183,7 @@ class B10ModelLoader(DefaultModelLoader):
                 skip=_skip_experts(local_expert_ids),
                 note=self._note,
                 direct=self._direct,
+                device=self._device,
             )
 
         return weights

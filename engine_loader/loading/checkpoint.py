@@ -21,7 +21,7 @@ from .devices import Devices
 from .geometry import contiguous_strides, view_extents
 from .key_mapping import KeyMapping
 from .locate import OpenFiles, PathLike, is_dcp, open_files, sharded_files
-from .reader import Reader
+from .reader import Reader, no_gds_for_training
 from .slices import TensorSlice
 from .targets import check_target, check_targets_apart
 
@@ -73,6 +73,9 @@ def open_checkpoint(
     if isinstance(path, str | os.PathLike):
         dcp = _open_dcp(source, os.fspath(path), settings, place, key_mapping, optimizer_state)
         if dcp is not None:
+            if settings.transport == "gds":
+                dcp.close()
+                raise no_gds_for_training(os.fspath(path))
             if rank is not None or pipeline_rank:
                 dcp.close()
                 raise CheckpointError(
@@ -121,6 +124,7 @@ class Checkpoint:
     ) -> None:
         self._reader = Reader(files, source, settings, devices)
         self._device = device
+        self._gds = settings.transport == "gds"
         try:
             self._infos = _by_name(files)
         except BaseException:
@@ -179,6 +183,7 @@ class Checkpoint:
         Raises:
             TensorNotFoundError: one of ``names`` is not there.
             CheckpointError: the bytes could not be read.
+            SettingsError: GPUDirect Storage was asked for and cannot be used.
         """
         infos: Iterable[TensorInfo] = self._infos.values()
         if names is not None:
@@ -217,6 +222,7 @@ class Checkpoint:
             TensorNotFoundError: a name is not there.
             CheckpointError: a target does not fit, or the bytes could not be read (targets then hold unspecified
                 bytes).
+            SettingsError: GPUDirect Storage was asked for and cannot be used.
         """
         pairs = [(self.info(name), target) for name, target in targets.items()]
         for info, target in pairs:
@@ -235,15 +241,21 @@ class Checkpoint:
             self._read(group, device)
             for info, _ in group:
                 report.handed_out(info)
-        if others:
-            with torch.no_grad():
-                for name, tensor in self.tensors(others, report=report):
+        with torch.no_grad():
+            for place in {self._staging(target) for target in others.values()}:
+                wanted = [info for info in self._infos.values() if info.name in others]
+                wanted = [info for info in wanted if self._staging(others[info.name]) == place]
+                for name, tensor in self._reader.stream_to(place, wanted, report):
                     others[name].copy_(tensor)
         self._reader.finish(report)
 
     def close(self) -> None:
         """Cancel what is in flight; give back files and threads. Safe to call twice."""
         self._reader.close()
+
+    def _staging(self, target: torch.Tensor) -> torch.device:
+        """Where a target's bytes are streamed to that are then copied."""
+        return target.device if self._gds else self._device
 
     def _stream(self, infos: Iterable[TensorInfo], report: LoadReport) -> Iterator[tuple[str, torch.Tensor]]:
         yield from self._reader.stream_to(self._device, infos, report)

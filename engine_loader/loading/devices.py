@@ -21,6 +21,10 @@ _tried: dict[tuple[int, str | None], str | None] = {}  # what came of it, by dev
 class Devices(Protocol):
     """What loading asks of the devices."""
 
+    def index(self, device: torch.device) -> int:
+        """The runtime's number of a device of torch.cuda."""
+        ...
+
     def number(self, device: torch.device) -> int | None:
         """The runtime's number of a device that the native engine can put bytes on; None: it cannot, or the CPU's."""
         ...
@@ -33,8 +37,16 @@ class Devices(Protocol):
         """The stream whose work on a device comes before what is submitted now: the caller's current one."""
         ...
 
+    def synchronize(self, number: int) -> None:
+        """Wait for what is on that stream."""
+        ...
+
     def empty(self, nbytes: int, device: torch.device) -> torch.Tensor:
         """Fresh bytes on a device. They are its allocator's again when the last view of them is gone."""
+        ...
+
+    def read_back(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy of a tensor in the CPU's memory."""
         ...
 
 
@@ -53,6 +65,7 @@ class CudaDevices:
             self._obstacle = "engine is set to python"
         self._runtime = settings.device_runtime
         self._settings = settings
+        self._usable: dict[int, bool] = {}  # by number; asked for with every tensor
 
     def obstacle(self) -> str | None:
         """Why the native engine cannot put bytes on these devices, if so."""
@@ -61,11 +74,16 @@ class CudaDevices:
             self._asked = True
         return self._obstacle
 
+    def index(self, device: torch.device) -> int:
+        return torch.cuda.current_device() if device.index is None else device.index
+
     def number(self, device: torch.device) -> int | None:
-        if device.type != "cuda" or self.obstacle() is not None:
+        if device.type != "cuda":
             return None
-        number = torch.cuda.current_device() if device.index is None else device.index
-        return number if self.obstacle_on(number) is None else None
+        number = self.index(device)
+        if number not in self._usable:
+            self._usable[number] = self.obstacle() is None and self.obstacle_on(number) is None
+        return number if self._usable[number] else None
 
     def obstacle_on(self, number: int) -> str | None:
         """Why it should not do so on a device of this number, if so: the first time it is tried out there."""
@@ -84,9 +102,16 @@ class CudaDevices:
     def stream(self, number: int) -> int:
         return int(torch.cuda.current_stream(number).cuda_stream)
 
+    def synchronize(self, number: int) -> None:
+        torch.cuda.current_stream(number).synchronize()
+
     def empty(self, nbytes: int, device: torch.device) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
     def read_back(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy of a tensor in the CPU's memory."""
         return tensor.cpu()
+
+    def free_bytes(self, number: int) -> int:
+        """Memory of a device that can be had: what the driver has left, and what torch's allocator keeps unused."""
+        unused = torch.cuda.memory_reserved(number) - torch.cuda.memory_allocated(number)
+        return int(torch.cuda.mem_get_info(number)[0]) + unused

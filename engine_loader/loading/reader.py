@@ -9,7 +9,7 @@ from typing import Self
 
 import torch
 
-from ..errors import CheckpointError, TransferError
+from ..errors import CheckpointError, SettingsError, TransferError
 from ..formats.safetensors import TensorInfo
 from ..report.load import LoadReport
 from ..settings import LoaderSettings
@@ -22,6 +22,7 @@ from ..transfer.plan import ExtentRow, Extents, make_extents
 from ..transfer.protocol import Transfer, TransferEngine, wait_or_cancel
 from .devices import CudaDevices, Devices
 from .filling import DeviceFiller, PooledFiller
+from .gds import HINT, GdsFiller, obstacle_to_gds
 from .locate import OpenFiles
 from .mapped import MappedFiller
 from .stream import AnyFiller, stream_tensors
@@ -74,7 +75,15 @@ class Reader:
 
     def device_of(self, tensor: torch.Tensor) -> int | None:
         """The device, as ``read`` takes it, into whose memory a tensor can be read; None: it lies elsewhere, or this
-        engine cannot do that."""
+        engine cannot do that.
+
+        Raises:
+            SettingsError: GPUDirect Storage was asked for, and the tensor lies in the CPU's memory.
+        """
+        if self._settings.transport == "gds":
+            if tensor.device.type == "cpu":
+                raise _no_gds("these tensors are in the CPU's memory")
+            return None
         return device_for(tensor, self._devices, self._running_engine)
 
     def read(self, extents: Sequence[ExtentRow], owner: object, device: int | None = None) -> None:
@@ -102,19 +111,33 @@ class Reader:
         return submit_to(place, self._running_engine(), list(self._open.values()), make_extents(extents), owner)
 
     def stream(self, infos: Iterable[TensorInfo], report: LoadReport) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (name, CPU tensor) of ``infos``, in their order, reading ahead (see stream.py)."""
+        """Yield (name, CPU tensor) of ``infos``, in their order, reading ahead (see stream.py).
+
+        Raises:
+            SettingsError: GPUDirect Storage was asked for.
+        """
+        if self._settings.transport == "gds":
+            raise _no_gds("these tensors go to the CPU's memory")
         yield from stream_tensors(infos, self._filler_of(report), report)
 
     def stream_to(
         self, device: torch.device, infos: Iterable[TensorInfo], report: LoadReport
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The same with tensors on ``device``; where the engine cannot put bytes there, torch copies them."""
+        """The same with tensors on ``device``; where the engine cannot put bytes there, torch copies them.
+
+        Raises:
+            SettingsError: GPUDirect Storage was asked for and cannot be used.
+        """
+        if self._settings.transport == "gds":
+            filler = self._gds_filler(device, report)
+            yield from stream_tensors(infos, lambda info: filler, report)
+            return
         engine, number = self._running_engine(), self._devices.number(device)
         if number is None or not isinstance(engine, NativeEngine):
             for name, tensor in self.stream(infos, report):
                 yield name, tensor.to(device)
             return
-        filler = DeviceFiller(
+        placing = DeviceFiller(
             self._open,
             engine,
             place=lambda: Place(number, self._devices.stream(number)),
@@ -123,7 +146,7 @@ class Reader:
             block_bytes=int(self._settings.block_bytes),
         )
         try:
-            yield from stream_tensors(infos, lambda info: filler, report)
+            yield from stream_tensors(infos, lambda info: placing, report)
         except TransferError as error:
             raise self.named(error) from error
 
@@ -181,6 +204,28 @@ class Reader:
 
         return choose
 
+    def _gds_filler(self, device: torch.device, report: LoadReport) -> GdsFiller:
+        if device.type != "cuda":
+            raise _no_gds(f"these tensors go to {device.type!r}, not to a CUDA device")
+        other = next((file for file in self._open.values() if file.source != "posix"), None)
+        if other is not None:
+            raise _no_gds(f"it reads local files, and {other.path} is read by {other.source}")
+        number = self._devices.index(device)
+        obstacle = obstacle_to_gds(number)
+        if obstacle is not None:
+            raise _no_gds(obstacle)
+        return GdsFiller(
+            self._open,
+            number,
+            synchronize=lambda: self._devices.synchronize(number),
+            empty=lambda nbytes: self._devices.empty(nbytes, device),
+            read_back=self._devices.read_back,
+            buffer_bytes=int(self._settings.device_buffer_bytes),
+            block_bytes=int(self._settings.block_bytes),
+            threads=self._settings.threads,
+            count=report.by_gds,
+        )
+
     def _running_engine(self) -> TransferEngine:
         with self._lock:
             if self._closed:
@@ -188,6 +233,15 @@ class Reader:
             if self._engine is None:
                 self._engine = make_engine_for(self._open.values(), self._settings)
             return self._engine
+
+
+def _no_gds(why: str) -> SettingsError:
+    return SettingsError(f"transport: gds cannot serve here: {why}; {HINT}")
+
+
+def no_gds_for_training(path: str) -> SettingsError:
+    """The error where a training checkpoint is to be read by GPUDirect Storage."""
+    return _no_gds(f"it reads safetensors files, and {path} is a training checkpoint")
 
 
 def device_for(tensor: torch.Tensor, devices: Devices, engine: Callable[[], TransferEngine]) -> int | None:

@@ -20,7 +20,7 @@ from ..sources.protocol import Source
 from .dcp_reader import DcpReader
 from .direct import SMALL_BYTES, DirectLoad
 from .locate import OpenFiles, natural_key, open_files, read_index
-from .reader import Reader
+from .reader import Reader, no_gds_for_training
 
 # Recording takes some tens of microseconds a tensor; in that time one up to this size is read whole and copied. (The
 # smallest are not recorded anyway.)
@@ -37,8 +37,9 @@ def stream_weights(
     tell: Callable[[str], object] = lambda line: None,
     note: str | None = None,
     direct: DirectLoad | None = None,
+    device: torch.device | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, CPU tensor) of all ``weights``: the files in natural order, each in file order.
+    """Yield (name, tensor) of all ``weights``: the files in natural order, each in file order.
 
     Args:
         weights: safetensors files; where an index lies beside them, they are checked against it. Or the directory of a
@@ -49,9 +50,12 @@ def stream_weights(
         tell: is given the account, one line, when all has been loaded.
         note: a remark for that line.
         direct: the load in direct mode of which this is a part; then the tensors are recording ones (see direct.py).
+        device: where streamed tensors are put; None: into the CPU's memory, as is what a load in direct mode streams in
+            the end, and a training checkpoint.
 
     Raises:
         CheckpointError: a file, a header or the index is wrong, or bytes could not be read.
+        SettingsError: GPUDirect Storage was asked for and cannot be used.
     """
     with ExitStack() as stack:
         reader = _open(weights, settings)
@@ -73,11 +77,20 @@ def stream_weights(
             stack.pop_all()  # the direct load closes them: it reads on when all tensors have been handed out
             yield from direct.tensors(reader, infos, report, progress=progress, tell=tell)
             return
-        for info, pair in zip(infos, reader.stream(infos, report), strict=True):
+        for info, pair in zip(infos, _streamed(reader, infos, report, device), strict=True):
             yield pair
             progress.update(info.nbytes)
         reader.finish(report)
     tell(report.line())
+
+
+def _streamed(
+    reader: Reader | DcpReader, infos: Sequence[TensorInfo], report: LoadReport, device: torch.device | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    if device is None or isinstance(reader, DcpReader):
+        return reader.stream(infos, report)
+    report.note(f"handed over on {device}")
+    return reader.stream_to(device, infos, report)
 
 
 def check_weights(weights: str | Iterable[str], settings: LoaderSettings) -> None:
@@ -92,6 +105,8 @@ def check_weights(weights: str | Iterable[str], settings: LoaderSettings) -> Non
 def _open(weights: str | Iterable[str], settings: LoaderSettings) -> Reader | DcpReader:
     source = make_source(settings.backend, settings=settings)
     if isinstance(weights, str):
+        if settings.transport == "gds":
+            raise no_gds_for_training(weights)
         return DcpReader(source, weights, settings)
     in_order: list[str] = sorted(weights, key=natural_key)
     reader = Reader(open_files(source, in_order), source.name, settings)

@@ -75,6 +75,10 @@ class LoadReport:
         """Count bytes that were handed out as mapped pages."""
         self.modes["mapped"] = self.modes.get("mapped", 0) + nbytes
 
+    def by_gds(self, nbytes: int) -> None:
+        """Count bytes that went to a device by GPUDirect Storage."""
+        self.modes["gds"] = self.modes.get("gds", 0) + nbytes
+
     def note(self, text: str) -> None:
         """Add a remark to the line."""
         self.notes.append(text)

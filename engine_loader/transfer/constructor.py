@@ -26,10 +26,13 @@ def make_engine_for(files: Collection[SourceFile], settings: LoaderSettings) -> 
         settings,
         descriptors=all(file.fileno() is not None for file in files),
         remote=any(file.source == "object_store" for file in files),
+        nbytes=sum(file.size for file in files),
     )
 
 
-def make_engine(settings: LoaderSettings, *, descriptors: bool = True, remote: bool = False) -> TransferEngine:
+def make_engine(
+    settings: LoaderSettings, *, descriptors: bool = True, remote: bool = False, nbytes: int | None = None
+) -> TransferEngine:
     """The engine that ``settings.engine`` asks for.
 
     Args:
@@ -37,6 +40,7 @@ def make_engine(settings: LoaderSettings, *, descriptors: bool = True, remote: b
         descriptors: whether all files have descriptors, which native threads need.
         remote: whether there are objects of an object store among the files: they are read in larger pieces, by more
             threads.
+        nbytes: that there are to read; no more memory is page-locked. None: not known.
 
     Raises:
         TransferError: the native engine was asked for by name and cannot be had.
@@ -47,13 +51,14 @@ def make_engine(settings: LoaderSettings, *, descriptors: bool = True, remote: b
         )
     native = settings.engine == "cpp" or (settings.engine == "auto" and descriptors and _native_is_there())
     if native:
+        pinned = int(settings.device_pinned_bytes)
         return NativeEngine(
             settings.threads,
             block_bytes=int(settings.io_bytes),
             max_tries=settings.max_tries,
             deadline_s=settings.deadline_s,
             read_mode=settings.read_mode,
-            pinned_bytes=int(settings.device_pinned_bytes),
+            pinned_bytes=pinned if nbytes is None else min(pinned, max(nbytes, 1)),
             device_runtime=settings.device_runtime,
         )
     return PythonEngine(

@@ -17,6 +17,8 @@ from tests.native.building import (
 
 HERE = Path(__file__).parent
 STANDIN = HERE / "standin" / "standin.cpp"
+CUFILE = HERE / "standin" / "cufile.cpp"
+_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Drivers:
     kept: Path
     folder: Path
     sanitizers: str
+    source: Path = HERE / "driver.cpp"
 
     @property
     def standin(self) -> Path:
@@ -60,8 +63,8 @@ class Drivers:
         objects = engine_objects(self.kept, self.sanitizers)
         if mutant is not None:
             objects[mutant.source] = self._mutate(mutant)
-        own = compile_driver(self.kept, self.sanitizers, HERE / "driver.cpp")
-        link([own, *objects.values(), self.standin], driver, self.sanitizers, f"-Wl,-rpath,{self.folder}")
+        own = compile_driver(self.kept, self.sanitizers, self.source)
+        link([own, *objects.values(), self.standin], driver, self.sanitizers, f"-Wl,-rpath,{self.folder}", "-rdynamic")
         return driver
 
     def _mutate(self, mutant: Mutant) -> Path:
@@ -78,7 +81,20 @@ class Drivers:
 
 def compile_standin(folder: Path) -> Path:
     """The stand-in for use from Python."""
-    library = folder / "libstandin.so"
-    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra"]
-    subprocess.run(["c++", *flags, str(STANDIN), "-o", str(library)], check=True)
+    return _compile(folder / "libstandin.so", STANDIN)
+
+
+def compile_cufile(folder: Path) -> Path:
+    """The stand-ins for the runtime and for cuFile in one library, under the names that fastsafetensors looks for.
+
+    Returns:
+        the library, for StandIn.
+    """
+    library = _compile(folder / "libcudart.so", STANDIN, CUFILE)
+    (folder / "libcufile.so.0").symlink_to(library)
+    return library
+
+
+def _compile(library: Path, *sources: Path) -> Path:
+    subprocess.run(["c++", *_FLAGS, *map(str, sources), "-o", str(library)], check=True)
     return library

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 import weakref
 from pathlib import Path
 
@@ -90,6 +91,9 @@ class StandInDevices:
         self._blocks: dict[int, int] = {}
         self.peak_bytes = 0
 
+    def index(self, device: torch.device) -> int:
+        return 0
+
     def number(self, device: torch.device) -> int | None:
         return 0 if self._streaming else None
 
@@ -101,14 +105,24 @@ class StandInDevices:
         assert number == 0
         return DEFAULT_STREAM
 
+    def synchronize(self, number: int) -> None:
+        assert number == 0
+        while not self._standin.idle():
+            time.sleep(0.0001)
+
     def empty(self, nbytes: int, device: torch.device) -> torch.Tensor:
         """Bytes that are freed, and poisoned, as soon as the last view of them is gone."""
+        if not nbytes:
+            return torch.empty(0, dtype=torch.uint8)
         address = self._standin.malloc(nbytes)
         memory = (ctypes.c_char * nbytes).from_address(address)
         self._blocks[address] = nbytes
         self.peak_bytes = max(self.peak_bytes, sum(self._blocks.values()))
         weakref.finalize(memory, self._free, address)
         return torch.frombuffer(memory, dtype=torch.uint8)
+
+    def read_back(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone()
 
     def tensor(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """A tensor on the device."""

@@ -68,7 +68,7 @@ def compile_object(source: Path, target: Path, sanitizers: str) -> None:
 def compile_driver(folder: Path, sanitizers: str, driver: Path = HERE / "driver.cpp") -> Path:
     """A driver, not yet linked; kept in ``folder`` until something changes."""
     inputs = [driver, HERE / "random_plans.h", *NATIVE.glob("*.h"), *driver.parent.glob("*/*.h")]
-    kept = _kept(folder, f"driver-{driver.parent.name}-{sanitizers.replace(',', '-')}", inputs)
+    kept = _kept(folder, f"{driver.stem}-{driver.parent.name}-{sanitizers.replace(',', '-')}", inputs)
     if not kept.exists():
         unfinished = kept.with_suffix(f".{os.getpid()}.tmp")
         _compile([*_sanitized(sanitizers), "-c", str(driver)], unfinished)

@@ -569,6 +569,18 @@ uint64_t standin_in_flight(void) {
     return state().in_flight;
 }
 
+int standin_is_live(const void *memory, size_t bytes) {
+    State &s = state();
+    Locked lock(s.mutex);
+    return inside_device(s, Area{static_cast<char *>(const_cast<void *>(memory)), bytes, bytes, 1});
+}
+
+void standin_violate(const char *text) {
+    State &s = state();
+    Locked lock(s.mutex);
+    violation(s, text);
+}
+
 int standin_idle(void *handle) {
     Locked lock(state().mutex);
     Stream *stream = find_stream(state(), handle);

@@ -41,6 +41,10 @@ void standin_fill(void *stream, void *memory, int value, size_t bytes);
 void standin_live(standin_live_info *info);
 void standin_done(standin_done_info *info);
 uint64_t standin_in_flight(void);
+/* Whether all of a range is device memory that has not been freed. */
+int standin_is_live(const void *memory, size_t bytes);
+/* Note that a rule was broken. `text` is kept. */
+void standin_violate(const char *text);
 /* Whether nothing is waiting on a stream. */
 int standin_idle(void *stream);
 /* How often a rule was broken, and in what way first. */
