@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from .elf import is_cut_short
 from .key import CacheKey
 from .manifest import Frame, Manifest, PackedFile, unsafe_link, unsafe_path
 from .outcome import Outcome
@@ -50,10 +51,11 @@ def save(
     packs = read_packs(store, key, trust, outcome.messages)
     new = []
     for file in not_in(packs, files):
-        if file.size < LARGEST_FILE_BYTES:
+        problem = _problem(file)
+        if problem is None:
             new.append(file)
         else:
-            outcome.messages.append(f"{file.local} has {mib(file.size)}, and packs hold no file of 4 GiB or more")
+            outcome.messages.append(f"{file.local} {problem}")
     if not new:
         outcome.status = "complete" if packs else "nothing"
         return outcome
@@ -79,6 +81,16 @@ def save(
         outcome.pack_bytes, outcome.packs = pack.stored.size, 1
     outcome.seconds = time.monotonic() - began
     return outcome
+
+
+def _problem(file: LocalFile) -> str | None:
+    """Why a file must not be saved."""
+    if file.size >= LARGEST_FILE_BYTES:
+        return f"has {mib(file.size)}, and packs hold no file of 4 GiB or more"
+    with suppress(OSError):  # what is gone, or cannot be read, is left out when it is packed
+        if not file.link and is_cut_short(file.local, file.size):
+            return "is cut short, as a linker leaves it that was killed: it is not saved; delete it"
+    return None
 
 
 def not_in(packs: list[Pack], files: Iterable[LocalFile]) -> list[LocalFile]:
