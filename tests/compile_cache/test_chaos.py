@@ -35,7 +35,7 @@ def content_of(name: str) -> bytes:
     return some_bytes(seed % 90_000, seed)
 
 
-def work(directory: Path, store: Path, journal: Path, seed: int) -> None:
+def work(directory: Path, store: Path, journal: Path, seed: int, dies_in_save: bool) -> None:
     """Do one thing; what was saved is written to the journal when the save has returned."""
     chance = random.Random(seed)
     key = chance.choice(KEYS)
@@ -48,7 +48,13 @@ def work(directory: Path, store: Path, journal: Path, seed: int) -> None:
             for _ in range(chance.randrange(1, 12))
         ]
         for name in names:
-            machine.write(name, content_of(name))
+            # As compilers do it: what dies meanwhile leaves nothing half there itself.
+            unfinished = machine.write(f"inductor/../unfinished-{seed}", content_of(name))
+            place = directory / key.scope / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            unfinished.replace(place)
+        if dies_in_save:
+            die_after(chance.random() * 0.02)
         assert machine.save(key).status in ("saved", "complete")
         with journal.open("a") as file:
             file.write(json.dumps({"key": key.scope, "names": names}) + "\n")
@@ -63,13 +69,20 @@ def work(directory: Path, store: Path, journal: Path, seed: int) -> None:
         prune(machine.store, POLICY, SECRET, now=time.time() + GRACE_S + 1 if chance.random() < 0.1 else None)
 
 
-def run(directory: Path, store: Path, journal: Path, failures: Path, seed: int, dies_after_s: float, took: Any) -> None:
-    if dies_after_s > 0:  # the kernel ends the process there, as SIGKILL would; nothing of ours hears of it
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, dies_after_s)
+def die_after(seconds: float) -> None:
+    """Have the kernel end this process then, as SIGKILL would: nothing of ours hears of it."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))
+
+
+def run(directory: Path, store: Path, journal: Path, failures: Path, seed: int, dies: float | None, took: Any) -> None:
+    # Most of what there is to do is not the save, so some are killed within it.
+    dies_in_save = dies is not None and seed % 2 == 0
+    if dies is not None and not dies_in_save:
+        die_after(dies)
     began = time.monotonic()
     try:
-        work(directory, store, journal, seed)
+        work(directory, store, journal, seed, dies_in_save)
         took[seed] = time.monotonic() - began
     except Exception as error:
         failures.with_name(f"failure-{seed}").write_text(repr(error))
@@ -94,8 +107,8 @@ def test_nothing_is_ever_half_there_and_nothing_is_lost(tmp_path: Path) -> None:
             journals.append(journal)
             # At any moment of such work, and however fast the machine is.
             usual_s = statistics.median([one for one in took if one] or [0.1])
-            dies_after_s = chance.random() * 1.5 * usual_s if chance.random() < 0.5 else 0
-            arguments = (directory, store, journal, failures, started, dies_after_s, took)
+            dies = chance.random() * 1.5 * usual_s if chance.random() < 0.6 else None
+            arguments = (directory, store, journal, failures, started, dies, took)
             process = context.Process(target=run, args=arguments)
             process.start()
             running[started] = (process, directory)
