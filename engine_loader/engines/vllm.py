@@ -192,9 +192,12 @@ class B10ModelLoader(DefaultModelLoader):
 def _expects(model: torch.nn.Module) -> Callable[[str], bool]:
     """Whether a tensor, by its name in the checkpoint, is of a layer of this pipeline stage, as far as that can be
     told."""
-    from vllm.model_executor.models.utils import is_pp_missing_parameter
+    from vllm.model_executor.models import utils
 
-    return lambda name: not is_pp_missing_parameter(name, model)
+    # Not by its is_pp_missing_parameter, which remembers models by their ids, also when they are gone.
+    kinds = tuple(getattr(utils, kind) for kind in ("PPMissingLayer", "StageMissingLayer") if hasattr(utils, kind))
+    missing = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, kinds))
+    return lambda name: not name.startswith(missing)
 
 
 def _skip_experts(local_expert_ids: set[int] | None) -> Callable[[str], bool] | None:

@@ -1,5 +1,6 @@
 """vLLM with a model whose weights lie elsewhere: in an object store, or in another directory."""
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,6 +79,19 @@ def test_what_a_rank_would_read_can_be_explained(bare: Path, model: Path) -> Non
         kept.append({kind: row["kept_bytes"] for kind, row in explanation.totals().items()})
     assert kept[0] == kept[1]
     assert set(explanation.places.values()) == {"object_store: by ranges"}
+
+
+def test_what_vllm_remembers_of_a_model_that_is_gone_is_not_taken_for_this_one(model: Path) -> None:
+    from vllm.model_executor.models import utils
+
+    with rank_as(model, "b10_3fs", Rank(tensor_parallel_size=2), {}, dtype="bfloat16", max_model_len=256) as built:
+        load = functools.partial(built.loader.explain, built.module, built.config.model_config)
+        right = load().totals()
+        utils._model_to_pp_missing_layer_names[id(built.module)] = ["model.layers.1."]
+        try:
+            assert load().totals() == right
+        finally:
+            del utils._model_to_pp_missing_layer_names[id(built.module)]
 
 
 def test_weights_of_another_directory(bare: Path, model: Path, expected: State) -> None:
