@@ -17,7 +17,7 @@ from engine_loader.settings import CompileCacheSettings
 from tests.cli.running import invoke
 from tests.compile_cache.support import KEY, OTHER_KEY, SECRET, Machine, some_bytes
 from tests.support.fault_server import Answer, FaultServer
-from tests.support.object_stores import S3Server
+from tests.support.s3_server import S3Server
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from engine_loader.sources.object_store import ObjectStoreSource
 from tests.object_store.model import CONTENT, IMPATIENT, KEY, KIB, QUICK, RIGHT, TENSORS, URL, load
 from tests.support.checkpoints import noise, tensor_bytes
 from tests.support.fault_server import Answer, FaultServer, Request, tag_of
-from tests.support.object_stores import S3Server
+from tests.support.s3_server import S3Server
 from tests.support.waiting import wait_for
 
 

@@ -21,7 +21,7 @@ from engine_loader.sources.object_url import ObjectUrl, is_object_url, parse_obj
 from tests.cli.running import invoke
 from tests.support.checkpoints import Entry, checkpoint, entry, index, noise, tensor_bytes
 from tests.support.fault_server import Answer, FaultServer, Request
-from tests.support.object_stores import S3Server
+from tests.support.s3_server import S3Server
 
 KIB = 1 << 10
 INDEX = "model.safetensors.index.json"

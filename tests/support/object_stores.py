@@ -6,17 +6,16 @@ A conftest imports them all (``from tests.support.object_stores import *``). S3 
 
 import os
 from collections.abc import Iterator
-from typing import TypeAlias
 
 import pytest
 
 from tests.support.fault_server import FaultServer
 from tests.support.moto_server import MotoServer
 from tests.support.radosgw import RadosGateway, missing_programs
+from tests.support.s3_server import S3Server
 
 __all__ = ["on_s3", "on_server", "only_these_servers", "s3", "server"]
 
-S3Server: TypeAlias = MotoServer | RadosGateway
 ON_RADOSGW = os.environ.get("S3_SERVER") == "radosgw"
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}

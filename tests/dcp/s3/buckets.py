@@ -8,7 +8,7 @@ import torch.distributed.checkpoint as torch_dcp
 from s3torchconnector import S3ClientConfig as TheirConfig
 
 from engine_loader.dcp import S3FileSystem, S3StorageReader, S3StorageWriter
-from tests.support.object_stores import S3Server
+from tests.support.s3_server import S3Server
 
 REGION = "us-east-1"
 # s3torchconnector puts the bucket into the host's name otherwise, also where the host is an address.

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.object_stores import CREDENTIALS, S3Server
+from tests.support.object_stores import CREDENTIALS
+from tests.support.s3_server import S3Server
 
 from ..ranks import full_tensors, run
 from .buckets import keys, load

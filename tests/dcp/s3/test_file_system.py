@@ -15,7 +15,8 @@ from engine_loader import CheckpointError, SettingsError
 from engine_loader.dcp import S3ClientConfig, S3FileSystem
 from engine_loader.dcp.s3_config import S3Setup
 from tests.support.fault_server import Answer, FaultServer, Request
-from tests.support.object_stores import NOWHERE, S3Server
+from tests.support.object_stores import NOWHERE
+from tests.support.s3_server import S3Server
 
 from .buckets import REGION, load, save
 

@@ -19,7 +19,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from engine_loader import CheckpointError, dcp
 from engine_loader.dcp import S3ClientConfig, S3StorageReader, S3StorageWriter, SerializationFormat
 from tests.support.fault_server import FaultServer
-from tests.support.object_stores import ON_RADOSGW, S3Server
+from tests.support.object_stores import ON_RADOSGW
+from tests.support.s3_server import S3Server
 
 from ..states import blank, same, stock_save, training_state
 from .buckets import REGION, download, keys, load, save, their_load, their_save, unfinished_uploads, upload
