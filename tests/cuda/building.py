@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,3 +99,15 @@ def compile_cufile(folder: Path) -> Path:
 def _compile(library: Path, *sources: Path) -> Path:
     subprocess.run(["c++", *_FLAGS, *map(str, sources), "-o", str(library)], check=True)
     return library
+
+
+def found_by(run: Callable[[int], subprocess.CompletedProcess[str]], tries: int) -> str:
+    """What a driver said of a mutant in the first of ``tries`` runs that noticed it; ``run`` is given their numbers."""
+    for number in range(tries):
+        try:
+            done = run(number)
+        except subprocess.TimeoutExpired:  # a broken engine may also wait for ever
+            continue
+        if done.returncode != 0:
+            return done.stderr
+    return f"not seen in {tries} tries"

@@ -11,7 +11,7 @@ import pytest
 from engine_loader import threefs_emulator
 from tests.support.sanitizers import run_sanitized
 
-from .building import HERE, Drivers, Mutant
+from .building import HERE, Drivers, Mutant, found_by
 
 pytestmark = pytest.mark.slow
 ROUNDS = {"address,undefined": 60, "thread": 24}
@@ -65,13 +65,5 @@ def test_the_rules_are_kept(sanitizers: str, pytestconfig: pytest.Config, tmp_pa
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_rule_that_is_taken_out_is_missed(mutant: Mutant, pytestconfig: pytest.Config, tmp_path: Path) -> None:
     drivers = drivers_of("address,undefined", pytestconfig, tmp_path)
-    said = f"not seen in {_TRIES} tries"
-    for seed in range(_TRIES):
-        try:
-            done = run(drivers, mutant, tmp_path, seed)
-        except subprocess.TimeoutExpired:  # a broken engine may also wait for ever
-            continue
-        if done.returncode != 0:
-            said = done.stderr
-            break
+    said = found_by(lambda seed: run(drivers, mutant, tmp_path, seed), _TRIES)
     assert "not so:" in said, said
