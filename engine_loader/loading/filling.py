@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from ctypes import Array, c_char
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
@@ -165,11 +165,59 @@ class _Placing:
     def cancel(self) -> None:
         self.transfer.cancel()
 
+    def release(self) -> None:
+        self.memory = None
 
-class DeviceFiller:
-    """Reads blocks into memory of a device that is made for each of them; the allocator sees to its reuse.
+
+class Releasable(Filling, Protocol):
+    """A block in memory of its own."""
+
+    def release(self) -> None:
+        """Let go of the memory."""
+        ...
+
+
+FillingT = TypeVar("FillingT", bound=Releasable)
+
+
+class FreshMemoryFiller(Generic[FillingT]):
+    """Brings blocks into memory that is made for each of them, within a budget.
 
     The budget covers the blocks that are being filled, or were just handed out. What the consumer keeps is its own.
+
+    Args:
+        buffer_bytes: the budget.
+    """
+
+    blocks_ahead = 64
+
+    def __init__(self, buffer_bytes: int) -> None:
+        self._buffer_bytes = buffer_bytes
+        self._used_bytes = 0
+        self.peak_bytes = 0
+
+    def start(self, block: Block, *, force: bool) -> FillingT | None:
+        if self._used_bytes + block.nbytes > self._buffer_bytes and not force:
+            return None
+        filling = self._begin(block)
+        self._used_bytes += block.nbytes
+        self.peak_bytes = max(self.peak_bytes, self._used_bytes)
+        return filling
+
+    def passed(self, filling: FillingT) -> None:
+        filling.release()
+        self._used_bytes -= filling.block.nbytes
+
+    def finish(self) -> None:
+        return
+
+    def _begin(self, block: Block) -> FillingT:
+        """Make memory for a block, and begin to fill it."""
+        raise NotImplementedError
+
+
+class DeviceFiller(FreshMemoryFiller[_Placing]):
+    """Reads blocks into memory of a device that is made for each of them; the allocator sees to its reuse.
 
     Args:
         files: by path.
@@ -179,8 +227,6 @@ class DeviceFiller:
         buffer_bytes: the budget.
         block_bytes: of a block, at most.
     """
-
-    blocks_ahead = 64
 
     def __init__(
         self,
@@ -192,34 +238,20 @@ class DeviceFiller:
         buffer_bytes: int,
         block_bytes: int,
     ) -> None:
+        super().__init__(buffer_bytes)
         self._files = files
         self._engine = engine
         self._place = place
         self._empty = empty
-        self._buffer_bytes = buffer_bytes
         self._block_bytes = block_bytes
-        self._used_bytes = 0
-        self.peak_bytes = 0
 
     def blocks(self, infos: Iterable[TensorInfo]) -> Iterator[Block]:
         return device_blocks(infos, self._block_bytes)
 
-    def start(self, block: Block, *, force: bool) -> _Placing | None:
-        if self._used_bytes + block.nbytes > self._buffer_bytes and not force:
-            return None
+    def _begin(self, block: Block) -> _Placing:
         memory = self._empty(block.nbytes)
         files, extents = _plan(self._files, block, memory.data_ptr())
-        transfer = self._engine.submit_to_device(files, extents, self._place(), owner=memory)
-        self._used_bytes += block.nbytes
-        self.peak_bytes = max(self.peak_bytes, self._used_bytes)
-        return _Placing(block, memory, transfer)
-
-    def passed(self, filling: _Placing) -> None:
-        filling.memory = None
-        self._used_bytes -= filling.block.nbytes
-
-    def finish(self) -> None:
-        return
+        return _Placing(block, memory, self._engine.submit_to_device(files, extents, self._place(), owner=memory))
 
 
 def _plan(files: Mapping[str, SourceFile], block: Block, address: int) -> tuple[list[SourceFile], Extents]:

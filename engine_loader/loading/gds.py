@@ -17,6 +17,7 @@ from ..errors import CheckpointError, TransferError
 from ..formats.safetensors import TensorInfo
 from ..sources.protocol import SourceFile
 from .blocks import Block, file_blocks, shaped
+from .filling import FreshMemoryFiller
 
 HINT = "set transport to auto"
 _DEVICE_NODE = "/dev/nvidia-fs0"
@@ -122,13 +123,15 @@ class _Copying:
     def cancel(self) -> None:
         with contextlib.suppress(Exception):
             self.copier.finish_io()
+        self.release()
+
+    def release(self) -> None:
         self.memory.tensor = None
 
 
-class GdsFiller:
+class GdsFiller(FreshMemoryFiller[_Copying]):
     """Blocks that are copied from their file to memory of a device, which is made for each of them.
 
-    The budget covers the blocks that are being filled, or were just handed out. What the consumer keeps is its own.
     Reads have no deadline, for the library's have none.
 
     Args:
@@ -143,8 +146,6 @@ class GdsFiller:
         threads: that read.
         count: is told of bytes that were read.
     """
-
-    blocks_ahead = 64
 
     def __init__(
         self,
@@ -161,39 +162,26 @@ class GdsFiller:
     ) -> None:
         from fastsafetensors import cpp
 
+        super().__init__(buffer_bytes)
         cpp.set_gil_release(True)
         self.empty = empty
         self._files = files
         self._device = device
         self._synchronize = synchronize
         self._read_back = read_back
-        self._buffer_bytes = buffer_bytes
         self._block_bytes = max(block_bytes, buffer_bytes // _BLOCKS_IN_BUFFER)
         self._count = count
         self._reader = cpp.gds_file_reader(threads or _THREADS, True, device)
         self._metadata: dict[str, Any] = {}
-        self._used_bytes = 0
-        self.peak_bytes = 0
 
     def blocks(self, infos: Iterable[TensorInfo]) -> Iterator[Block]:
         return file_blocks(infos, self._block_bytes)
 
-    def start(self, block: Block, *, force: bool) -> _Copying | None:
-        if self._used_bytes + block.nbytes > self._buffer_bytes and not force:
-            return None
+    def _begin(self, block: Block) -> _Copying:
         memory = _Memory(self.empty, self._synchronize)
-        copier = self._begin(block, memory)
-        self._used_bytes += block.nbytes
-        self.peak_bytes = max(self.peak_bytes, self._used_bytes)
+        copier = self._copier(block, memory)
         self._count(sum(info.nbytes for info in block.tensors))
         return _Copying(block, self, copier, memory)
-
-    def passed(self, filling: _Copying) -> None:
-        filling.memory.tensor = None
-        self._used_bytes -= filling.block.nbytes
-
-    def finish(self) -> None:
-        return
 
     def check(self, copying: _Copying) -> None:
         """Compare the first bytes that this process reads to a device with what the file holds.
@@ -220,7 +208,7 @@ class GdsFiller:
             raise TransferError(message, file=first.file, offset=first.offset, hint=HINT)
         _compared.add(self._device)
 
-    def _begin(self, block: Block, memory: _Memory) -> Any:
+    def _copier(self, block: Block, memory: _Memory) -> Any:
         from fastsafetensors.copier import GdsFileCopier
         from fastsafetensors.st_types import Device, DeviceType
 
