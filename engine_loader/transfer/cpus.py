@@ -6,6 +6,8 @@ import ctypes
 import math
 import os
 import re
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from ..machine import cgroup_cpus, usable_cpus
@@ -22,7 +24,7 @@ def default_threads(cpus: frozenset[int] | None = None) -> int:
         cpus: the CPUs that the threads are kept to, if they are.
     """
     count = usable_cpus() if cpus is None else len(cpus)
-    quota = cgroup_cpus()
+    quota = _quota()
     if quota is not None:
         count = min(count, math.ceil(quota))
     return max(1, min(count, _MOST_THREADS))
@@ -42,7 +44,15 @@ def local_cpus(nodes: Path = _NODES) -> frozenset[int] | None:
     return next((frozenset(cpus) for cpus in groups if here in cpus), None)
 
 
-def _cpus_by_node(nodes: Path) -> list[set[int]]:
+# Engines come and go with the checkpoints that they read; what these files say stays, and asking takes longer than all
+# else that starts one.
+@cache
+def _quota() -> float | None:
+    return cgroup_cpus()
+
+
+@cache
+def _cpus_by_node(nodes: Path) -> Sequence[set[int]]:
     found = []
     for path in sorted(nodes.glob("node[0-9]*/cpulist")):
         ranges = re.findall(r"(\d+)(?:-(\d+))?", path.read_text())

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from engine_loader.sources.posix import PosixFile, PosixSource
+from engine_loader.transfer import cpus as thread_counts
 from engine_loader.transfer import modes
 from engine_loader.transfer.cpus import default_threads, local_cpus
 from engine_loader.transfer.modes import choose_mode, resident_share
@@ -103,16 +104,17 @@ def test_where_the_kernel_does_not_tell_the_share_is_unknown(
 
 
 def test_threads_follow_affinity_and_quota(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine_loader.transfer.cpus.usable_cpus", lambda: 12)
-    monkeypatch.setattr("engine_loader.transfer.cpus.cgroup_cpus", lambda: None)
+    usable = 12
+    quota: float | None = None
+    monkeypatch.setattr(thread_counts, "usable_cpus", lambda: usable)
+    monkeypatch.setattr(thread_counts, "_quota", lambda: quota)
     assert default_threads() == 12
     assert default_threads(frozenset(range(5))) == 5
-    monkeypatch.setattr("engine_loader.transfer.cpus.cgroup_cpus", lambda: 2.5)
+    quota = 2.5
     assert default_threads() == 3
-    monkeypatch.setattr("engine_loader.transfer.cpus.cgroup_cpus", lambda: 0.1)
+    quota = 0.1
     assert default_threads() == 1
-    monkeypatch.setattr("engine_loader.transfer.cpus.cgroup_cpus", lambda: None)
-    monkeypatch.setattr("engine_loader.transfer.cpus.usable_cpus", lambda: 200)
+    usable, quota = 200, None
     assert default_threads() == 16
 
 
@@ -126,6 +128,7 @@ def test_threads_stay_on_one_of_several_nodes(tmp_path: Path) -> None:
     found = local_cpus(tmp_path)
     assert found in (frozenset(cpus[:1]), frozenset(cpus[1:]))
     assert local_cpus(tmp_path / "node0") is None  # no nodes below it
+    thread_counts._cpus_by_node.cache_clear()
     (tmp_path / "node0" / "cpulist").write_text(f"{cpus[0]}-{cpus[-1]}\n")
     (tmp_path / "node1" / "cpulist").write_text("\n")  # a node of memory only
     assert local_cpus(tmp_path) is None

@@ -111,11 +111,6 @@ int submit(Engine &engine, const el_file *files, uint32_t n_files, const el_exte
 
 int usable(const Transfer *transfer) { return transfer == nullptr ? EL_E_CLOSED : usable(&transfer->engine); }
 
-bool complete(const Transfer &transfer, int64_t extent) {
-    if (transfer.phase == Phase::done) return true;
-    return extent >= 0 && transfer.remaining[static_cast<uint64_t>(extent)] == 0;
-}
-
 // A failed transfer is reported once nothing is written any more; after a deadline nobody can wait for that.
 bool failed_for_good(const Transfer &transfer) {
     return transfer.phase == Phase::failed && (transfer.quiet || transfer.failure.kind == EL_FAIL_DEADLINE);
@@ -123,13 +118,13 @@ bool failed_for_good(const Transfer &transfer) {
 
 int wait_for(Transfer &transfer, int64_t extent, int64_t until, Lock &lock) {
     for (;;) {
-        if (complete(transfer, extent)) return EL_OK;
+        if (is_complete(transfer, extent)) return EL_OK;
         if (failed_for_good(transfer)) return EL_FAILED;
         const int64_t now = now_ns();
         const int64_t overdue = check_deadline(transfer, now);
         if (overdue <= now) return EL_FAILED;
         if (now >= until) return EL_TIMEOUT;
-        transfer.changed.wait_until(lock, std::min(until, overdue));
+        wait_until(transfer, extent, std::min(until, overdue), lock);
     }
 }
 
@@ -179,7 +174,7 @@ int el_wait(el_transfer *waiting, int64_t extent, int64_t timeout_ms) {
     if (state != EL_OK) return state;
     if (extent >= 0 && static_cast<uint64_t>(extent) >= transfer->n_extents) return EL_E_ARGUMENT;
     Lock lock(transfer->engine.mutex);
-    if (complete(*transfer, extent)) return EL_OK;
+    if (is_complete(*transfer, extent)) return EL_OK;
     const int64_t begin = now_ns();
     const int result = wait_for(*transfer, extent, deadline_in(timeout_ms), lock);
     transfer->engine.wait_ns += static_cast<uint64_t>(now_ns() - begin);
@@ -224,7 +219,7 @@ int el_cancel(el_transfer *cancelled, int64_t timeout_ms) {
     cancel(*transfer);
     while (!transfer->quiet) {
         if (now_ns() >= until) return EL_TIMEOUT;
-        transfer->changed.wait_until(lock, until);
+        wait_until(*transfer, -1, until, lock);
     }
     return EL_OK;
 }

@@ -81,6 +81,14 @@ enum class Phase { active, done, failed };
 
 struct Engine;
 
+// Somebody who waits for an extent, or (-1) for the end of a transfer; it lies on the stack of the waiting thread. Each is
+// woken for what it waits for only: where all cores copy bytes, a thread that wakes up for nothing stops one of them.
+struct Waiter {
+    int64_t extent;
+    Waiter *next = nullptr;
+    Condition condition;
+};
+
 // One submitted plan. Everything is guarded by the engine's mutex, but for what never changes after submit (the first
 // group) and `stop`.
 struct Transfer {
@@ -112,7 +120,7 @@ struct Transfer {
     bool quiet = false;                // ended, and no worker touches it any more
     el_failure_info failure{};
     int event_fd = -1;
-    Condition changed;
+    Waiter *waiters = nullptr;
 };
 
 constexpr size_t kMaxSegments = 8192;

@@ -7,7 +7,9 @@ namespace el {
 namespace {
 
 void notify(Transfer &transfer) {
-    transfer.changed.notify_all();
+    for (Waiter *waiter = transfer.waiters; waiter != nullptr; waiter = waiter->next) {
+        if (transfer.phase != Phase::active || is_complete(transfer, waiter->extent)) waiter->condition.notify_one();
+    }
     if (transfer.event_fd < 0) return;
     const uint64_t one = 1;
     // Full (EAGAIN) means readable already.
@@ -166,6 +168,20 @@ int64_t check_deadline(Transfer &transfer, int64_t now) {
     const Worker *worker = oldest_read(transfer);
     if (worker != nullptr) return check_read(transfer, *worker, now, limit);
     return transfer.in_flight == 0 ? check_starved(transfer, now, limit) : now + limit;
+}
+
+bool is_complete(const Transfer &transfer, int64_t extent) {
+    if (transfer.phase == Phase::done) return true;
+    return extent >= 0 && transfer.remaining[static_cast<uint64_t>(extent)] == 0;
+}
+
+void wait_until(Transfer &transfer, int64_t extent, int64_t when_ns, Lock &lock) {
+    Waiter waiter{extent, transfer.waiters, {}};
+    transfer.waiters = &waiter;
+    waiter.condition.wait_until(lock, when_ns);
+    Waiter **place = &transfer.waiters;
+    while (*place != &waiter) place = &(*place)->next;
+    *place = waiter.next;
 }
 
 bool dereference(Transfer &transfer) { return --transfer.references == 0; }

@@ -21,6 +21,13 @@ bool finish_block(Transfer &transfer, const Block &block, bool complete);
 // threads are stuck. Returns when a read will be overdue; `now` or before: one is.
 int64_t check_deadline(Transfer &transfer, int64_t now);
 
+// Whether an extent, or (-1) everything, has been read.
+bool is_complete(const Transfer &transfer, int64_t extent);
+
+// Let go of the lock until the extent, or (-1) the transfer, is complete, the transfer ends otherwise, or it is `when_ns`;
+// like any condition's, the wait may end early.
+void wait_until(Transfer &transfer, int64_t extent, int64_t when_ns, Lock &lock);
+
 // Drop a reference; returns whether the caller has to delete the transfer (without the lock).
 bool dereference(Transfer &transfer);
 
