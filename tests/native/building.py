@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from engine_loader.transfer.native_library import library_path
@@ -45,19 +47,18 @@ def engine_objects(folder: Path, sanitizers: str) -> dict[str, Path]:
     They are kept in ``folder`` until a source changes.
     """
     inputs = [*sources(), *NATIVE.glob("*.h")]
-    kept = _kept(folder, f"engine-{sanitizers.replace(',', '-')}", inputs)
-    objects = {source.stem: kept / f"{source.stem}.o" for source in sources()}
-    if not kept.exists():
-        unfinished = kept.with_suffix(f".{os.getpid()}.tmp")
-        unfinished.mkdir()
+    with _kept(folder, f"engine-{sanitizers.replace(',', '-')}", inputs) as kept:
+        if not kept.exists():
+            unfinished = kept.with_suffix(".tmp")
+            unfinished.mkdir(exist_ok=True)
 
-        def compile_one(source: Path) -> None:
-            compile_object(source, unfinished / f"{source.stem}.o", sanitizers)
+            def compile_one(source: Path) -> None:
+                compile_object(source, unfinished / f"{source.stem}.o", sanitizers)
 
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            list(pool.map(compile_one, sources()))
-        unfinished.rename(kept)
-    return objects
+            with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+                list(pool.map(compile_one, sources()))
+            unfinished.rename(kept)
+    return {source.stem: kept / f"{source.stem}.o" for source in sources()}
 
 
 def compile_object(source: Path, target: Path, sanitizers: str) -> None:
@@ -68,11 +69,11 @@ def compile_object(source: Path, target: Path, sanitizers: str) -> None:
 def compile_driver(folder: Path, sanitizers: str, driver: Path = HERE / "driver.cpp") -> Path:
     """A driver, not yet linked; kept in ``folder`` until something changes."""
     inputs = [driver, HERE / "random_plans.h", *NATIVE.glob("*.h"), *driver.parent.glob("*/*.h")]
-    kept = _kept(folder, f"{driver.stem}-{driver.parent.name}-{sanitizers.replace(',', '-')}", inputs)
-    if not kept.exists():
-        unfinished = kept.with_suffix(f".{os.getpid()}.tmp")
-        _compile([*_sanitized(sanitizers), "-c", str(driver)], unfinished)
-        unfinished.rename(kept)
+    with _kept(folder, f"{driver.stem}-{driver.parent.name}-{sanitizers.replace(',', '-')}", inputs) as kept:
+        if not kept.exists():
+            unfinished = kept.with_suffix(".tmp")
+            _compile([*_sanitized(sanitizers), "-c", str(driver)], unfinished)
+            unfinished.rename(kept)
     return kept
 
 
@@ -88,16 +89,19 @@ def _sanitized(sanitizers: str) -> list[str]:
     return ["-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", f"-I{NATIVE}"]
 
 
-def _kept(folder: Path, name: str, inputs: Iterable[Path]) -> Path:
-    """Where what is made of ``inputs`` is kept; what was made of others is gone."""
+@contextmanager
+def _kept(folder: Path, name: str, inputs: Iterable[Path]) -> Iterator[Path]:
+    """Where what is made of ``inputs`` is kept, for one process at a time; what was made of others is gone."""
     content = b"".join(path.name.encode() + path.read_bytes() for path in sorted(inputs))
     kept = folder / f"{name}-{hashlib.sha256(content).hexdigest()[:16]}"
-    for old in folder.glob(f"{name}-*"):
-        if old != kept and old.is_dir():
-            shutil.rmtree(old, ignore_errors=True)
-        elif old != kept:
-            old.unlink(missing_ok=True)
-    return kept
+    with open(folder / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for old in folder.glob(f"{name}-*"):
+            if old != kept and old.is_dir():
+                shutil.rmtree(old, ignore_errors=True)
+            elif old != kept:
+                old.unlink(missing_ok=True)
+        yield kept
 
 
 def _compile(arguments: list[str], target: Path) -> None:

@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -59,6 +59,7 @@ class Emulator:
         """What is still open, of rings, buffers, registrations, threads, shared memory and links."""
         found: dict[str, object] = {what: n for what in KEPT if (n := self.count(what))}
         shared = _shared_memory() - self._shared_before
+        shared = shared and shared - _used_by_others()  # tests run in several processes
         links = os.listdir(self.mount / "3fs-virt" / "iovs")
         return found | ({"shared memory": shared} if shared else {}) | ({"links": links} if links else {})
 
@@ -72,6 +73,18 @@ class Emulator:
 
 def _shared_memory() -> set[str]:
     return {name for name in os.listdir("/dev/shm") if name.startswith(("hf3fs-iov-", "engine-loader-"))}
+
+
+def _used_by_others() -> set[str]:
+    """What other processes have mapped of /dev/shm."""
+    used: set[str] = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        if process.name == str(os.getpid()):
+            continue
+        with suppress(OSError):
+            lines = (process / "maps").read_text(errors="replace").splitlines()
+            used |= {path for line in lines if (path := line.partition("/dev/shm/")[2])}
+    return used
 
 
 @cache
