@@ -1,20 +1,23 @@
-"""Loads a training's checkpoint by ``dcp.load``: through this package's reader, torch's, and against plain reads.
+"""Loads and saves a training's checkpoint by ``dcp.load`` and ``dcp.save``: by this package's classes and by torch's.
 
     python -m benchmarks.dcp
 
-The limit is two threads of ``preadv`` into the same tensors. Rounds are interleaved, memory was touched before, the
-files lie in the page cache; every way is checked once, bit for bit, into poisoned memory.
+The limit of loading is two threads of ``preadv`` into the same tensors. Rounds are interleaved, memory was touched
+before, the files lie in the page cache; every way is checked once, bit for bit, into poisoned memory. Saving is
+measured without forcing the files to disk, and they are deleted at once.
 """
 
 import argparse
 import os
 import platform
+import shutil
 import statistics
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -88,27 +91,72 @@ def measure(
     print()
 
 
+def measure_saves(tensors: Tensors, directory: Path, rounds: int, files: int) -> None:
+    """Print a table of saves by torch's writer and this package's, with the memory that each takes meanwhile."""
+    writers: dict[str, type[torch_dcp.FileSystemWriter]] = {"torch": torch_dcp.FileSystemWriter}
+    writers["engine_loader.dcp"] = dcp.FileSystemWriter
+    ways = list(product(SerializationFormat, writers))
+    seconds: dict[tuple[SerializationFormat, str], list[float]] = {way: [] for way in ways}
+    peaks: dict[tuple[SerializationFormat, str], int] = dict.fromkeys(ways, 0)
+    for number in range(rounds + 1):
+        for way in ways[number % len(ways) :] + ways[: number % len(ways)]:
+            serialization_format, name = way
+            shutil.rmtree(directory, ignore_errors=True)
+            writer = writers[name](
+                directory, serialization_format=serialization_format, thread_count=files, sync_files=False
+            )
+            before = resident_bytes(peak=False)
+            began = time.perf_counter()
+            torch_dcp.save(tensors, storage_writer=writer, no_dist=True)
+            if number:  # the first round warms up
+                seconds[way].append(time.perf_counter() - began)
+            peaks[way] = max(peaks[way], resident_bytes(peak=True) - before)
+    shutil.rmtree(directory, ignore_errors=True)
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    print("| saves by | GiB/s, median | slowest - fastest | of torch's | peak memory, MiB |\n|---|---:|---:|---:|---:|")
+    for serialization_format, name in ways:
+        times = seconds[serialization_format, name]
+        rates = [nbytes / taken / GIB for taken in times]
+        ratio = statistics.median(seconds[serialization_format, "torch"]) / statistics.median(times)
+        print(
+            f"| {name}, {serialization_format.value} | {statistics.median(rates):.2f} "
+            f"| {min(rates):.2f} - {max(rates):.2f} | {ratio:.2f} | {peaks[serialization_format, name] >> 20} |"
+        )
+    print()
+
+
+def resident_bytes(*, peak: bool) -> int:
+    """This process's memory, or the most that it had since it was asked for its memory."""
+    if not peak:
+        Path("/proc/self/clear_refs").write_text("5")
+    name = "VmHWM" if peak else "VmRSS"
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith(name))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     default = Path(tempfile.gettempdir()) / "engine-loader-benchmark"
     parser.add_argument("--dir", type=Path, default=default, help="where checkpoints are kept (default: %(default)s)")
     parser.add_argument("--gib", type=float, default=2.27, help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=11, help="default: %(default)s")
+    parser.add_argument("--files", type=int, nargs="+", default=[1, 4], help="to measure with (default: 1 4)")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message="torch.distributed is")
     tensors = make_tensors(int(arguments.gib * GIB))
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     print(f"{cpu_model()}, {usable_cpus()} CPUs, Linux {platform.release()}, torch {torch.__version__}")
-    for serialization_format in SerializationFormat:
-        path = arguments.dir / f"dcp-{serialization_format.value}-{nbytes}"
+    for files, serialization_format in product(arguments.files, SerializationFormat):
+        path = arguments.dir / f"dcp-{serialization_format.value}-{nbytes}-{files}"
         if not (path / ".metadata").exists():
-            writer = dcp.FileSystemWriter(path, serialization_format=serialization_format)
+            writer = dcp.FileSystemWriter(path, serialization_format=serialization_format, thread_count=files)
             torch_dcp.save(tensors, storage_writer=writer, no_dist=True)
         workload = plain_workload(path)
         warm(workload.files)
         mount = mount_of(workload.files[0])
+        what = f"{serialization_format.value}, {len(workload.files)} file{'s' if files > 1 else ''}"
         where = f"{mount.kind if mount else 'unknown file system'}, load average {os.getloadavg()[0]:.2f}"
-        print(f"\n### {serialization_format.value}: {nbytes / GIB:.2f} GiB in {len(tensors)} tensors ({where})\n")
+        print(f"\n### {what}: {nbytes / GIB:.2f} GiB in {len(tensors)} tensors ({where})\n")
         ways: dict[str, Callable[[Tensors], object]] = {
             "two threads of preadv": lambda targets, plain=workload: read_plainly(plain, targets, 2),  # type: ignore[misc]
             "engine_loader.dcp.FileSystemReader": loads(dcp.FileSystemReader, path),
@@ -117,6 +165,11 @@ def main() -> None:
         if serialization_format == SerializationFormat.TORCH_SAVE:  # torch's reader reads no safetensors
             ways["torch's FileSystemReader"] = loads(torch_dcp.FileSystemReader, path)
         measure(ways, tensors, arguments.rounds, against=["two threads of preadv"], ratio="of the limit")
+    saved = dict(list(tensors.items())[: len(tensors) // 3])
+    saved_gib = sum(tensor.nbytes for tensor in saved.values()) / GIB
+    for files in arguments.files:
+        print(f"\n### saved to {files} file{'s' if files > 1 else ''}: {saved_gib:.2f} GiB in {len(saved)} tensors\n")
+        measure_saves(saved, arguments.dir / "dcp-saved", arguments.rounds, files)
 
 
 def open_into(path: Path, targets: Tensors) -> None:
