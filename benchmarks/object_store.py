@@ -3,21 +3,26 @@
     python -m benchmarks.object_store
 
 The server is nginx, or a small one of the benchmark's own, over files in the page cache; it takes a share of the same
-CPUs. Rounds are interleaved, memory was touched before; every way is checked once, bit for bit, into poisoned memory.
+CPUs. The limit is what sockets give: ranges received straight into the tensors, and nothing else. Rounds are
+interleaved, memory was touched before; every way is checked once, bit for bit, into poisoned memory.
 """
 
 import argparse
 import os
 import platform
+import socket
 import sys
 import tempfile
 import warnings
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import obstore
@@ -34,12 +39,14 @@ from engine_loader.formats.safetensors import TensorInfo
 from engine_loader.machine import cpu_model, usable_cpus
 
 from .checkpoints import GIB
-from .dcp import Tensors, make_tensors, measure
+from .dcp import Tensors, make_tensors, measure, plain_workload
 from .static_server import serving
 
 REGION = "us-east-1"
 RANGE_BYTES = 8 << 20
 PLAIN_THREADS = (2, 4, 8, 16)
+LIMIT_BYTES = 16 << 20
+LIMIT_THREADS = (2, 4)
 
 
 def range_requests(workload: Workload, endpoint: str, bucket: str, threads: int) -> Callable[[Tensors], object]:
@@ -62,6 +69,49 @@ def range_requests(workload: Workload, endpoint: str, bucket: str, threads: int)
             list(pool.map(fetch, ranges))
 
     return load
+
+
+def sockets(workload: Workload, endpoint: str, root: Path, threads: int) -> Callable[[Tensors], object]:
+    """Ranges of the files below ``root`` by plain sockets, each received where it goes."""
+    place = urlsplit(endpoint)
+
+    def load(targets: Tensors) -> None:
+        memory = {name: memoryview(target.view(-1).view(torch.uint8).numpy()) for name, target in targets.items()}
+        ranges = deque(
+            (Path(info.file).relative_to(root), info.offset + begin, memory[info.name][begin : begin + LIMIT_BYTES])
+            for info in workload.tensors
+            for begin in range(0, info.nbytes, LIMIT_BYTES)
+        )
+
+        def receive() -> None:
+            with socket.create_connection((place.hostname, place.port)) as connection, suppress(IndexError):
+                while True:
+                    name, begin, target = ranges.popleft()
+                    wanted = f"Range: bytes={begin}-{begin + len(target) - 1}\r\n\r\n"
+                    connection.sendall(f"GET /{name} HTTP/1.1\r\nHost: {place.netloc}\r\n{wanted}".encode())
+                    _pass_headers(connection)
+                    while target:
+                        target = target[connection.recv_into(target) :]
+
+        with ThreadPoolExecutor(threads) as pool:
+            for future in [pool.submit(receive) for _ in range(threads)]:
+                future.result()
+
+    return load
+
+
+def _pass_headers(connection: socket.socket) -> None:
+    while (end := (seen := connection.recv(4096, socket.MSG_PEEK)).find(b"\r\n\r\n")) < 0:
+        if not seen:
+            raise SystemExit("the server closed the connection")
+    if not seen.startswith(b"HTTP/1.1 206 "):
+        raise SystemExit(f"the server answered {seen.splitlines()[0]!r}")
+    connection.recv(end + 4, socket.MSG_WAITALL)
+
+
+def limits(workload: Workload, endpoint: str, root: Path) -> dict[str, Callable[[Tensors], object]]:
+    """The ways of ``sockets``, by their names."""
+    return {f"the limit: sockets, {n} threads": sockets(workload, endpoint, root, n) for n in LIMIT_THREADS}
 
 
 def load_into(url: str, targets: Tensors) -> None:
@@ -115,6 +165,7 @@ def main() -> None:
         loads: dict[str, Callable[[Tensors], object]] = {
             "engine_loader.dcp.S3StorageReader": partial(ours, f"{bucket}/{training.name}"),
             "s3torchconnector.dcp.S3StorageReader": partial(theirs, f"{bucket}/{training.name}"),
+            **limits(plain_workload(training), endpoint, directory.parent),
         }
         against = ["s3torchconnector.dcp.S3StorageReader"]
         measure(loads, tensors, arguments.rounds, against=against, ratio="times s3torchconnector")
@@ -128,6 +179,7 @@ def main() -> None:
             "engine_loader load_into": partial(load_into, url),
             "engine_loader tensors() + copy_": partial(stream, url),
             **plain,
+            **limits(workload, endpoint, directory.parent),
         }
         measure(opens, tensors, arguments.rounds, against=list(plain), ratio="times the fastest obstore")
 
