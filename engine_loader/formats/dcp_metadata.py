@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from ..errors import CheckpointError
+from ..garbage import no_garbage_collection
 from .pickle_memo import check_memo
 
 if TYPE_CHECKING:
@@ -173,9 +174,10 @@ def parse_metadata(content: bytes, file: str) -> Metadata:
             f"the metadata has {len(content)} bytes, more than the {MAX_METADATA_BYTES} that are read", file=file
         )
     try:
-        check_memo(content)
-        found = _Unpickler(content, file).load()
-        return _Builder(file).metadata(found)
+        with no_garbage_collection():
+            check_memo(content)
+            found = _Unpickler(content, file).load()
+            return _Builder(file).metadata(found)
     except CheckpointError:
         raise
     except RecursionError:
