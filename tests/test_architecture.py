@@ -10,13 +10,14 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "engine_loader"
 
-BASE = {"errors", "failures", "settings", "machine"}
+BASE = {"errors", "failures", "garbage", "settings", "machine"}
 STEPS: dict[str, set[str]] = {
     "errors": set(),
     "failures": {"errors"},
+    "garbage": set(),
     "settings": {"errors", "formats"},
     "machine": {"errors"},
-    "formats": {"errors", "failures"},
+    "formats": {"errors", "failures", "garbage"},
     "sources": BASE | {"formats"},
     "transfer": BASE | {"formats", "sources"},
     "report": BASE | {"formats"},

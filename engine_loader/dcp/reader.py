@@ -17,17 +17,19 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.futures import Future
 
 from ..errors import CheckpointError
-from ..loading.dcp_files import DcpFiles, Part, StoredTensor, load_item
+from ..loading.dcp_files import DcpFiles, Part, load_item
 from ..settings import LoaderSettings, load_settings
 from ..sources.constructor import make_source
 from ..sources.protocol import Source
 from ..transfer.protocol import Transfer
 
-_FIRST_GROUP_BYTES, _GROUP_BYTES = 32 << 20, 256 << 20
+_FIRST_GROUP_BYTES, _GROUP_BYTES = 32 << 20, 2 << 30
+_BESIDE_BYTES = 256 << 20
+"""So much of a group is read into memory of its own, to be copied (CUDA, another element type)."""
 _LOCATED_AT_ONCE = 4096
 _GROUPS_IN_FLIGHT = 2
 _Wanted: TypeAlias = tuple[ReadItem, _StorageInfo, torch.Size | None]
-_Located: TypeAlias = tuple[_Wanted, StoredTensor | None]
+_Reading: TypeAlias = tuple[ReadItem, torch.Tensor, Part]
 
 
 class FileSystemReader(torch_filesystem.FileSystemReader):
@@ -177,10 +179,10 @@ def _read_tensors(files: DcpFiles, items: Sequence[_Wanted], planner: LoadPlanne
 
     Where they lie is read for many groups ahead: such a read would have to wait for the group that is being read.
     """
-    flying: deque[tuple[Transfer | None, list[tuple[ReadItem, torch.Tensor, Part]]]] = deque()
+    flying: deque[tuple[Transfer | None, list[_Reading]]] = deque()
     try:
-        for group in _located_groups(files, items):
-            flying.append(_start(files, group, planner))
+        for group in _groups(files, items, planner):
+            flying.append((files.submit([part for _, _, part in group]), group))
             if len(flying) >= _GROUPS_IN_FLIGHT:
                 _land(*flying[0], planner)
                 flying.popleft()
@@ -194,34 +196,45 @@ def _read_tensors(files: DcpFiles, items: Sequence[_Wanted], planner: LoadPlanne
         raise
 
 
-def _start(
-    files: DcpFiles, group: Sequence[_Located], planner: LoadPlanner
-) -> tuple[Transfer | None, list[tuple[ReadItem, torch.Tensor, Part]]]:
-    parts = []
-    for (item, info, sizes), stored in group:
-        name = item.storage_index.fqn
-        if stored is not None and sizes is not None and stored.shape != tuple(sizes):
-            raise CheckpointError(
-                f"{name!r} is {list(stored.shape)} in the file, but {list(sizes)} by the metadata",
-                file=_path(files, info),
-                offset=info.offset,
-                hint="metadata and files are of different saves: copy the checkpoint again",
-            )
-        if stored is None:
-            content = files.read_item(info, name)
-            _copy(files, item, info, load_item(content, name, _path(files, info), info.offset), planner)
-            continue
-        target = planner.resolve_tensor(item)
-        parts.append((item, target, files.part(stored, item.storage_offsets, item.lengths, target.detach())))
-    return files.submit([part for _, _, part in parts]), parts
+def _groups(files: DcpFiles, items: Sequence[_Wanted], planner: LoadPlanner) -> Iterator[list[_Reading]]:
+    """What is read together: little at first, so that something is read soon, then more and more; of what is read
+    beside its targets, never more than ``_BESIDE_BYTES``."""
+    enough = _FIRST_GROUP_BYTES
+    for begin in range(0, len(items), _LOCATED_AT_ONCE):
+        batch = items[begin : begin + _LOCATED_AT_ONCE]
+        located = files.locating([(item.storage_index.fqn, info) for item, info, _ in batch])
+        group: list[_Reading] = []
+        nbytes = beside = 0
+        for (item, info, sizes), stored in zip(batch, located, strict=True):
+            if stored is None:
+                name = item.storage_index.fqn
+                content = files.read_item(info, name)
+                _copy(files, item, info, load_item(content, name, _path(files, info), info.offset), planner)
+                continue
+            if sizes is not None and stored.shape != sizes:
+                raise CheckpointError(
+                    f"{stored.name!r} is {list(stored.shape)} in the file, but {list(sizes)} by the metadata",
+                    file=_path(files, info),
+                    offset=info.offset,
+                    hint="metadata and files are of different saves: copy the checkpoint again",
+                )
+            target = planner.resolve_tensor(item)
+            part = files.part(stored, item.storage_offsets, item.lengths, target.detach())
+            group.append((item, target, part))
+            nbytes += info.length
+            if part.pending is not None:
+                beside += part.nbytes
+            if nbytes >= enough or beside >= _BESIDE_BYTES:
+                yield group
+                group, nbytes, beside, enough = [], 0, 0, min(2 * enough, _GROUP_BYTES)
+        if group:
+            yield group
 
 
-def _land(
-    transfer: Transfer | None, parts: Sequence[tuple[ReadItem, torch.Tensor, Part]], planner: LoadPlanner
-) -> None:
+def _land(transfer: Transfer | None, group: Sequence[_Reading], planner: LoadPlanner) -> None:
     if transfer is not None:
         transfer.wait()
-    for item, target, part in parts:
+    for item, target, part in group:
         part.finish()
         planner.commit_tensor(item, target.detach())
 
@@ -241,23 +254,6 @@ def _copy(files: DcpFiles, item: ReadItem, info: _StorageInfo, tensor: torch.Ten
         )
     target.copy_(tensor)
     planner.commit_tensor(item, target)
-
-
-def _located_groups(files: DcpFiles, items: Sequence[_Wanted]) -> Iterator[list[_Located]]:
-    enough = _FIRST_GROUP_BYTES  # the less, the sooner something is read
-    for begin in range(0, len(items), _LOCATED_AT_ONCE):
-        batch = items[begin : begin + _LOCATED_AT_ONCE]
-        located = files.locating([(item.storage_index.fqn, info) for item, info, _ in batch])
-        group: list[_Located] = []
-        nbytes = 0
-        for wanted, stored in zip(batch, located, strict=True):
-            group.append((wanted, stored))
-            nbytes += wanted[1].length
-            if nbytes >= enough:
-                yield group
-                group, nbytes, enough = [], 0, min(2 * enough, _GROUP_BYTES)
-        if group:
-            yield group
 
 
 def _path(files: DcpFiles, info: _StorageInfo) -> str:

@@ -12,17 +12,18 @@ import io
 import operator
 import pickle
 import reprlib
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from ..errors import CheckpointError
+from ..garbage import no_garbage_collection
 from .pickle_memo import check_memo
 
 if TYPE_CHECKING:
     import torch
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import (
+        BytesStorageMetadata,
         ChunkStorageMetadata,
         Metadata,
         MetadataIndex,
@@ -31,77 +32,95 @@ if TYPE_CHECKING:
         TensorStorageMetadata,
     )
 
+    _Form: TypeAlias = tuple[torch.dtype, torch.layout, torch.memory_format]
+
 METADATA_NAME = ".metadata"
 MAX_METADATA_BYTES = 1 << 30
 """Nothing longer is read into memory; a chunk of a tensor takes about 200 bytes."""
 _MAX_INT64 = 2**63 - 1
-_PLAIN = (str, int, float, bytes, type(None))
+_PLAIN = frozenset({str, int, float, bytes, type(None)})
+_CONTAINERS = frozenset({list, tuple, set, frozenset})
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 2, 8, 3, 200, 100
 _DAMAGED = "the file is damaged or was not written completely: copy the checkpoint again"
 
-_T = TypeVar("_T")
+
+class _Fields(list[Any]):
+    """What a pickle says about an object of a known class that has fields: the states that it sets, of which the last
+    counts. A list, because there are many, and none is made or filled with Python's help."""
+
+    __slots__ = ()
+
+    # With it, no pickle can set attributes of these classes or their objects.
+    __setstate__ = list.append
+
+    def __init__(self, *args: Any) -> None:
+        raise pickle.UnpicklingError("a call")
+
+    # They are keys, and a list's text can be much longer than the pickle.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__  # type: ignore[assignment]
+    __repr__ = object.__repr__
 
 
-class _Record:
-    """What a pickle says about an object of a known class."""
+class _Metadata(_Fields):
+    __slots__ = ()
 
-    __slots__ = ("args", "state")
+
+class _Index(_Fields):
+    __slots__ = ()
+
+
+class _Chunk(_Fields):
+    __slots__ = ()
+
+
+class _Tensor(_Fields):
+    __slots__ = ()
+
+
+class _Properties(_Fields):
+    __slots__ = ()
+
+
+class _Bytes(_Fields):
+    __slots__ = ()
+
+
+class _StorageMeta(_Fields):
+    __slots__ = ()
+
+
+class _Storage(_Fields):
+    __slots__ = ()
+
+
+class _Call:
+    """What a pickle says about an object of a known class that is made by a call."""
+
+    __slots__ = ("args",)
 
     args: tuple[Any, ...]
-    state: Any
 
-    def __new__(cls, *args: Any) -> _Record:
-        record = super().__new__(cls)
-        record.args, record.state = args, None
-        return record
+    def __new__(cls, *args: Any) -> _Call:
+        call = super().__new__(cls)
+        call.args = args
+        return call
 
-    # With it, no pickle can set attributes of these classes either.
+    # No pickle sets attributes of these classes or their objects.
     def __setstate__(self, state: Any) -> None:
-        self.state = state
+        raise pickle.UnpicklingError("a state")
 
 
-class _Metadata(_Record):
+class _MemoryFormat(_Call):
     __slots__ = ()
 
 
-class _Index(_Record):
+class _Layout(_Call):
     __slots__ = ()
 
 
-class _Chunk(_Record):
-    __slots__ = ()
-
-
-class _Tensor(_Record):
-    __slots__ = ()
-
-
-class _Properties(_Record):
-    __slots__ = ()
-
-
-class _Bytes(_Record):
-    __slots__ = ()
-
-
-class _StorageMeta(_Record):
-    __slots__ = ()
-
-
-class _Storage(_Record):
-    __slots__ = ()
-
-
-class _MemoryFormat(_Record):
-    __slots__ = ()
-
-
-class _Layout(_Record):
-    __slots__ = ()
-
-
-class _Path(_Record):
+class _Path(_Call):
     __slots__ = ()
 
 
@@ -173,9 +192,10 @@ def parse_metadata(content: bytes, file: str) -> Metadata:
             f"the metadata has {len(content)} bytes, more than the {MAX_METADATA_BYTES} that are read", file=file
         )
     try:
-        check_memo(content)
-        found = _Unpickler(content, file).load()
-        return _Builder(file).metadata(found)
+        with no_garbage_collection():
+            check_memo(content)
+            found = _Unpickler(content, file).load()
+            return _Builder(file).metadata(found)
     except CheckpointError:
         raise
     except RecursionError:
@@ -187,7 +207,11 @@ def parse_metadata(content: bytes, file: str) -> Metadata:
 
 
 class _Builder:
-    """Builds torch's objects from records, each once however often it is referred to."""
+    """Builds torch's objects from records, each once however often it is referred to.
+
+    What there is one of for each tensor is looked at by its exact type first, without a call; what differs from that is
+    judged by the methods below.
+    """
 
     def __init__(self, file: str) -> None:
         import torch
@@ -197,14 +221,16 @@ class _Builder:
         self._within: set[str] = set()
         self._sizes: dict[_Size, torch.Size] = {}
         self._file = file
-        self._built: dict[tuple[int, str], Any] = {}
+        # By the ids of parts of the pickle, which lives as long as the builder is at work.
+        self._found_properties: dict[tuple[int, int, int], _Form] = {}
+        self._plains: dict[int, Any] = {}
 
     def metadata(self, record: Any) -> Metadata:
         fields = self._fields(record, _Metadata, "Metadata")
         tensors = self._is(fields.get("state_dict_metadata"), dict, "state_dict_metadata")
         storage = fields.get("storage_data")
         metadata = self._classes.Metadata(
-            {self._is(name, str, "a name"): self._entry(name, entry) for name, entry in tensors.items()},
+            self._entries(tensors),
             self._plain(fields.get("planner_data")),
             None if storage is None else self._storage_data(storage),
         )
@@ -215,46 +241,71 @@ class _Builder:
             metadata.version = fields["version"]
         return metadata
 
-    def _storage_data(self, value: Any) -> dict[MetadataIndex, _StorageInfo]:
-        entries = self._is(value, dict, "storage_data")
-        return {self._index(key): self._storage(info) for key, info in entries.items()}
+    def _entries(self, records: dict[Any, Any]) -> dict[str, TensorStorageMetadata | BytesStorageMetadata]:
+        classes, sizes = self._classes, self._sizes
+        chunk_lists: dict[int, list[ChunkStorageMetadata]] = {}
+        entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+        for name, record in records.items():
+            if type(name) is not str:
+                self._refuse(f"a name is {_short(name)}")
+            if type(record) is _Bytes:
+                entries[name] = classes.BytesStorageMetadata()
+                continue
+            fields = record[-1] if type(record) is _Tensor and record else None
+            if type(fields) is not dict:
+                fields = self._fields(record, _Tensor, "TensorStorageMetadata")
+            size = fields.get("size")
+            whole = (sizes.get(size) if type(size) is _Size else None) or self._size(size)
+            found = fields.get("chunks")
+            # Those of a list that several tensors have are built once: a small file could ask for no end of work.
+            chunks = chunk_lists.get(id(found))
+            if chunks is None:
+                chunks = chunk_lists[id(found)] = self._chunks(found)
+            for chunk in chunks:
+                if not _is_within(chunk.offsets, chunk.sizes, whole):
+                    self._refuse(
+                        f"a chunk of {_short(name)} at {list(chunk.offsets)} of size {list(chunk.sizes)} "
+                        f"is not within the tensor's {list(whole)}"
+                    )
+            properties = self._properties(fields.get("properties"))
+            entries[name] = classes.TensorStorageMetadata(properties, whole, chunks)
+        return entries
 
-    def _entry(self, name: str, record: Any) -> Any:
-        if isinstance(record, _Bytes):
-            return self._classes.BytesStorageMetadata()
-        return self._tensor(name, record)
-
-    def _tensor(self, name: str, record: Any) -> TensorStorageMetadata:
-        fields = self._fields(record, _Tensor, "TensorStorageMetadata")
-        size = self._size(fields.get("size"))
-        chunks = self._once(fields.get("chunks"), self._chunks)
-        for chunk in chunks:
-            if not _is_within(chunk.offsets, chunk.sizes, size):
-                self._refuse(
-                    f"a chunk of {_short(name)} at {list(chunk.offsets)} of size {list(chunk.sizes)} "
-                    f"is not within the tensor's {list(size)}"
+    def _chunks(self, records: Any) -> list[ChunkStorageMetadata]:
+        if type(records) is not list:
+            self._refuse(f"chunks is {_short(records)}")
+        new, sizes, chunks = self._classes.ChunkStorageMetadata, self._sizes, []
+        for record in records:
+            fields = record[-1] if type(record) is _Chunk and record else None
+            if type(fields) is not dict:
+                fields = self._fields(record, _Chunk, "ChunkStorageMetadata")
+            begin, lengths = fields.get("offsets"), fields.get("sizes")
+            chunks.append(
+                new(
+                    (sizes.get(begin) if type(begin) is _Size else None) or self._size(begin),
+                    (sizes.get(lengths) if type(lengths) is _Size else None) or self._size(lengths),
                 )
-        return self._classes.TensorStorageMetadata(self._properties(fields.get("properties")), size, chunks)
-
-    def _chunks(self, value: Any) -> list[ChunkStorageMetadata]:
-        return [self._chunk(chunk) for chunk in self._is(value, list, "chunks")]
-
-    def _chunk(self, record: Any) -> ChunkStorageMetadata:
-        fields = self._fields(record, _Chunk, "ChunkStorageMetadata")
-        return self._classes.ChunkStorageMetadata(self._size(fields.get("offsets")), self._size(fields.get("sizes")))
+            )
+        return chunks
 
     def _properties(self, record: Any) -> TensorProperties:
-        state = getattr(record, "state", None)
-        if not isinstance(record, _Properties) or not isinstance(state, tuple) or len(state) != 5:
+        state = record[-1] if type(record) is _Properties and record else None
+        if type(state) is not tuple or len(state) != 5:
             self._refuse(f"the properties of a tensor are {_short(record)}")
         dtype, layout, requires_grad, memory_format, pin_memory = state
+        key = (id(dtype), id(layout), id(memory_format))
+        found = self._found_properties.get(key)
+        if found is None:
+            found = self._found_properties[key] = self._new_properties(state)
+        return self._classes.TensorProperties(found[0], found[1], bool(requires_grad), found[2], bool(pin_memory))
+
+    def _new_properties(self, state: tuple[Any, ...]) -> _Form:
+        dtype, layout, _, memory_format, _ = state
         formats = (self._torch.contiguous_format, self._torch.channels_last, self._torch.preserve_format)
         number = memory_format.args[0] if isinstance(memory_format, _MemoryFormat) and memory_format.args else None
         if not isinstance(dtype, self._torch.dtype) or number not in (0, 1, 2):
             self._refuse(f"the properties of a tensor are {_short(state)}")
-        return self._classes.TensorProperties(
-            dtype, self._layout(layout), bool(requires_grad), formats[number], bool(pin_memory)
-        )
+        return dtype, self._layout(layout), formats[number]
 
     def _layout(self, record: Any) -> torch.layout:
         name = record.args[0] if isinstance(record, _Layout) and record.args else None
@@ -263,27 +314,40 @@ class _Builder:
             self._refuse(f"a tensor has the layout {_short(name)}")
         return layout
 
-    def _index(self, record: Any) -> MetadataIndex:
-        fields = self._fields(record, _Index, "MetadataIndex")
-        offset, index = fields.get("offset"), fields.get("index")
-        return self._classes.MetadataIndex(
-            self._is(fields.get("fqn"), str, "the name in an index"),
-            None if offset is None else self._size(offset),
-            None if index is None else self._is(index, int, "the number in an index"),
-        )
+    def _storage_data(self, records: Any) -> dict[MetadataIndex, _StorageInfo]:
+        new_index, new_info, sizes, within = self._classes.MetadataIndex, self._storage_info, self._sizes, self._within
+        storage = {}
+        for key, record in self._is(records, dict, "storage_data").items():
+            fields = key[-1] if type(key) is _Index and key else None
+            if type(fields) is not dict:
+                fields = self._fields(key, _Index, "MetadataIndex")
+            name, begin, number = fields.get("fqn"), fields.get("offset"), fields.get("index")
+            if type(name) is not str:
+                self._refuse(f"the name in an index is {_short(name)}")
+            if begin is not None:
+                begin = (sizes.get(begin) if type(begin) is _Size else None) or self._size(begin)
+            if number is not None and type(number) is not int:
+                self._refuse(f"the number in an index is {_short(number)}")
+            fields = record[-1] if type(record) is _Storage and record else None
+            if type(fields) is not dict:
+                fields = self._fields(record, _Storage, "_StorageInfo")
+            path, offset, length = fields.get("relative_path"), fields.get("offset"), fields.get("length")
+            if type(path) is not str:
+                self._refuse(f"the file of an item is {_short(path)}")
+            if type(offset) is not int or not 0 <= offset <= _MAX_INT64:
+                self._refuse(f"the offset of an item is {_short(offset)}")
+            if type(length) is not int or not 0 <= length <= _MAX_INT64:
+                self._refuse(f"the length of an item is {_short(length)}")
+            if path not in within:
+                self._check_within(path)
+            descriptors = fields.get("transform_descriptors")
+            if descriptors is not None:
+                descriptors = self._transforms(descriptors)
+            storage[new_index(name, begin, number)] = new_info(path, offset, length, descriptors)
+        return storage
 
-    def _storage(self, record: Any) -> _StorageInfo:
-        fields = self._fields(record, _Storage, "_StorageInfo")
-        path = self._is(fields.get("relative_path"), str, "the file of an item")
-        offset = self._natural(fields.get("offset"), "the offset of an item")
-        length = self._natural(fields.get("length"), "the length of an item")
-        if path not in self._within:
-            self._check_within(path)
-        descriptors = fields.get("transform_descriptors")
-        if descriptors is None:
-            return self._storage_info(path, offset, length)
-        names = [self._is(name, str, "a transform") for name in self._is(descriptors, (list, tuple), "transforms")]
-        return self._storage_info(path, offset, length, names)
+    def _transforms(self, value: Any) -> list[str]:
+        return [self._is(name, str, "a transform") for name in self._is(value, (list, tuple), "transforms")]
 
     def _check_within(self, path: str) -> None:
         if not path or PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or "\0" in path:
@@ -292,12 +356,11 @@ class _Builder:
 
     def _storage_meta(self, record: Any) -> StorageMeta:
         fields = self._fields(record, _StorageMeta, "StorageMeta")
-        modules = fields.get("modules")
         return self._classes.StorageMeta(
             self._plain(fields.get("checkpoint_id")),
             self._plain(fields.get("save_id")),
             self._plain(fields.get("load_id")),
-            self._is(self._plain(modules or []), list, "modules"),
+            self._is(self._plain(fields.get("modules")) or [], list, "modules"),
         )
 
     def _size(self, value: Any) -> torch.Size:
@@ -320,8 +383,13 @@ class _Builder:
         return self._torch.Size(sizes)
 
     def _plain(self, value: Any) -> Any:
-        """What a planner stored: containers of plain values, as they are."""
-        return value if type(value) in _PLAIN else self._once(value, self._new_plain)
+        """What a planner stored: containers of plain values, as they are. Shared ones are built once, as chunks are."""
+        if type(value) in _PLAIN:
+            return value
+        known = self._plains.get(id(value))
+        if known is None:
+            known = self._plains[id(value)] = self._new_plain(value)
+        return known
 
     def _new_plain(self, value: Any) -> Any:
         if isinstance(value, _Size):
@@ -329,38 +397,26 @@ class _Builder:
         if isinstance(value, _Path):
             return Path(*(self._is(part, str, "a part of a path") for part in value.args))
         if isinstance(value, dict):
-            return {self._plain(key): self._plain(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple, set, frozenset)):
-            return type(value)(self._plain(item) for item in value)
-        if isinstance(value, (type, _Record)):
+            return {
+                key if type(key) in _PLAIN else self._plain(key): item if type(item) in _PLAIN else self._plain(item)
+                for key, item in value.items()
+            }
+        if type(value) in _CONTAINERS:
+            return type(value)([item if type(item) in _PLAIN else self._plain(item) for item in value])
+        if isinstance(value, (type, _Fields, _Call)):
             self._refuse(f"the planner's data holds {_short(value)}")
         return value
 
-    def _once(self, value: Any, build: Callable[[Any], _T]) -> _T:
-        """Shared containers are built once, else a small file could ask for no end of work. They live as long as the
-        builder is at work, so that their ids stay theirs."""
-        if type(value) in _PLAIN:
-            return build(value)
-        key = (id(value), build.__qualname__)
-        if key not in self._built:
-            self._built[key] = build(value)
-        return self._built[key]  # type: ignore[no-any-return]
-
-    def _fields(self, record: Any, kind: type[_Record], name: str) -> dict[str, Any]:
+    def _fields(self, record: Any, kind: type[_Fields], name: str) -> dict[str, Any]:
         if not isinstance(record, kind):
             self._refuse(f"there is {_short(record)} where a {name} is meant")
-        state = {} if record.state is None else record.state
+        state = record[-1] if record and record[-1] is not None else {}
         if not isinstance(state, dict):
             self._refuse(f"a {name} has no fields")
         return state
 
-    def _natural(self, value: Any, what: str) -> int:
-        if type(value) is not int or not 0 <= value <= _MAX_INT64:
-            self._refuse(f"{what} is {_short(value)}")
-        return value
-
     def _is(self, value: Any, kind: Any, what: str) -> Any:
-        if not isinstance(value, kind) or isinstance(value, bool):
+        if not isinstance(value, kind) or isinstance(value, (bool, _Fields)):
             self._refuse(f"{what} is {_short(value)}")
         return value
 
@@ -384,4 +440,4 @@ def _torch_dtype(name: str) -> torch.dtype | None:
 
 def _short(value: Any) -> str:
     """What stands in a file, for a message."""
-    return repr(type(value).__name__.lstrip("_")) if isinstance(value, _Record) else _SHORT.repr(value)
+    return repr(type(value).__name__.lstrip("_")) if isinstance(value, (_Fields, _Call)) else _SHORT.repr(value)

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import re
 
-# Opcodes with arguments of 0, 1, 2, 4 and 8 bytes, but for the end and for those that number objects.
-_FIXED = re.compile(
-    rb"(?:[(012NQRabdelostu)\]}\x81\x85-\x89\x8f-\x94\x97\x98]|[Khq\x80\x82].|[M\x83]..|[Jj\x84].{4}|[G\x95].{8})*+",
-    re.DOTALL,
-)
+# Opcodes with arguments of 0, then of 1, 4, 2 and 8 bytes, but for the end and for those that number objects. A run of
+# those without arguments is one step.
+_BARE = rb"[(012NQRabdelostu)\]}\x81\x85-\x89\x8f-\x94\x97\x98]*+"
+_FIXED = re.compile(rb"(?:" + _BARE + rb"(?:[Khq\x80\x82].|[Jj\x84].{4}|[M\x83]..|[G\x95].{8}))*+" + _BARE, re.DOTALL)
 _COUNTS = dict.fromkeys(b"UC\x8c\x8a", 1) | dict.fromkeys(b"TBX\x8b", 4) | dict.fromkeys(b"\x8d\x8e\x96", 8)
 _LINES = dict.fromkeys(b"FILSVgpP", 1) | dict.fromkeys(b"ci", 2)
 _STOP, _PUT, _LONG_PUT = b".pr"
@@ -25,8 +24,8 @@ def check_memo(content: bytes) -> None:
         ValueError: it does, or is no pickle.
     """
     place = 0
-    while True:
-        place = _after_fixed(content, place)
+    while found := _FIXED.match(content, place):
+        place = found.end()
         code = content[place] if place < len(content) else -1
         begin = place + 1
         if code == _STOP:
@@ -45,11 +44,7 @@ def check_memo(content: bytes) -> None:
                 _check(int(content[begin : place - 1]), content)
         else:
             raise ValueError("it ends too early" if code < 0 else f"it has the unknown opcode {code}")
-
-
-def _after_fixed(content: bytes, place: int) -> int:
-    found = _FIXED.match(content, place)
-    return place if found is None else found.end()
+    raise AssertionError("a match of nothing is one, too")
 
 
 def _check(number: int, content: bytes) -> None:

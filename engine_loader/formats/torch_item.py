@@ -13,7 +13,7 @@ import pickle
 import struct
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from .pickle_memo import check_memo
 
@@ -22,8 +22,10 @@ ENDS_BYTES = 2 << 10
 ZIP_MAGIC = b"PK\x03\x04"
 _END = struct.Struct("<4s4H2LH")
 _END_64 = struct.Struct("<4sQ2H2L4Q")
-_ENTRY = struct.Struct("<4s6H3L5H2L")
-_LOCAL = struct.Struct("<4s5H3L2H")
+# (signature, flags, method, packed size, size, lengths of name, extra field and comment, offset)
+_ENTRY = struct.Struct("<4s4x2H8x2L3H8xL")
+# (signature, method, lengths of name and extra field)
+_LOCAL = struct.Struct("<4s4xH16x2H")
 _FULL = 0xFFFFFFFF
 _NEEDED = frozenset({"data.pkl", "byteorder"})
 _STORAGES = {
@@ -47,8 +49,7 @@ _ITEM_BYTES |= dict.fromkeys(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class TensorLayout:
+class TensorLayout(NamedTuple):
     """Where a tensor's elements lie.
 
     Attributes:
@@ -79,42 +80,45 @@ def item_layout(head: bytes, tail: bytes, length: int) -> TensorLayout | None:
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class _Record:
-    offset: int
+class _Pickled(NamedTuple):
+    """What ``data.pkl`` says: the record that holds the bytes, the tensor's layout in it, and how much it needs."""
+
+    record: str
+    layout: TensorLayout
     nbytes: int
 
 
 def _layout(head: bytes, tail: bytes, length: int) -> TensorLayout | None:
     records = _records(head, tail, length)
-    data = {name: record for name, record in records.items() if name.startswith("data/")}
-    if len(data) != 1:
+    place, nbytes = records.pop("data.pkl")
+    content = head[place : place + nbytes]
+    place, order_bytes = records.pop("byteorder", (0, None))
+    if len(content) != nbytes or (order_bytes is not None and head[place : place + order_bytes] != b"little"):
         return None
-    order = records.get("byteorder")
-    if order is not None and head[order.offset : order.offset + order.nbytes] != b"little":
+    pickled = _pickled(content)
+    ((name, (place, nbytes)),) = records.items()
+    if pickled is None or name != pickled.record or pickled.nbytes > nbytes:
         return None
-    pickled = records["data.pkl"]
-    content = head[pickled.offset : pickled.offset + pickled.nbytes]
-    tensor = _unpickled(content)
-    if len(content) != pickled.nbytes or not isinstance(tensor, _Tensor):
-        return None
-    ((name, record),) = data.items()
-    item_bytes = _ITEM_BYTES[tensor.dtype]
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
-    elements = 0 if 0 in tensor.shape else tensor.first + reach + 1
-    if name != f"data/{tensor.key}" or elements * item_bytes > record.nbytes:
-        return None
-    return TensorLayout(tensor.dtype, tensor.shape, tensor.strides, record.offset + tensor.first * item_bytes)
+    dtype, shape, strides, offset = pickled.layout
+    return TensorLayout(dtype, shape, strides, place + offset)
 
 
 @lru_cache(maxsize=256)  # the layers of a model are alike
-def _unpickled(content: bytes) -> Any:
+def _pickled(content: bytes) -> _Pickled | None:
     check_memo(content)
-    return _Unpickler(io.BytesIO(content)).load()
+    tensor = _Unpickler(io.BytesIO(content)).load()
+    if not isinstance(tensor, _Tensor):
+        return None
+    item_bytes = _ITEM_BYTES[tensor.dtype]
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
+    elements = 0 if 0 in tensor.shape else tensor.first + reach + 1
+    layout = TensorLayout(tensor.dtype, tensor.shape, tensor.strides, tensor.first * item_bytes)
+    return _Pickled(f"data/{tensor.key}", layout, elements * item_bytes)
 
 
-def _records(head: bytes, tail: bytes, length: int) -> dict[str, _Record]:
-    """The records that are needed by their names in the archive; of those whose header is in ``head``."""
+def _records(head: bytes, tail: bytes, length: int) -> dict[str, tuple[int, int]]:
+    """Where the records that are needed lie, by their names in the archive: (offset, length); of those whose header is
+    in ``head``."""
     skipped = length - len(tail)
     end = _END.unpack(tail[-_END.size :])
     if end[0] != b"PK\x05\x06" or end[-1]:
@@ -129,24 +133,25 @@ def _records(head: bytes, tail: bytes, length: int) -> dict[str, _Record]:
         raise ValueError("the directory is longer than it is with one tensor")
     records = {}
     for _ in range(count):
-        entry = _ENTRY.unpack_from(tail, place)
-        packed, nbytes, name_bytes, extra_bytes, comment_bytes, at = *entry[8:13], entry[16]
+        signature, flags, method, packed, nbytes, name_bytes, extra_bytes, comment_bytes, at = _ENTRY.unpack_from(
+            tail, place
+        )
         name_at = place + _ENTRY.size
-        name = tail[name_at : name_at + name_bytes].decode()
-        extra = tail[name_at + name_bytes : name_at + name_bytes + extra_bytes]
-        place = name_at + name_bytes + extra_bytes + comment_bytes
-        name = name.partition("/")[2]
+        extra_at = name_at + name_bytes
+        place = extra_at + extra_bytes + comment_bytes
+        name = tail[name_at:extra_at].decode().partition("/")[2]
         if name not in _NEEDED and not name.startswith("data/"):
             continue
-        packed, nbytes, at = _wide(extra, nbytes, packed, at)
+        if _FULL in (packed, nbytes, at):
+            packed, nbytes, at = _wide(tail[extra_at : extra_at + extra_bytes], nbytes, packed, at)
         if at + _LOCAL.size > len(head):
             continue  # what comes after the bytes is not needed
-        local = _LOCAL.unpack_from(head, at)
-        begin = at + _LOCAL.size + local[-2] + local[-1]
-        stored = entry[0] == b"PK\x01\x02" and local[0] == ZIP_MAGIC and entry[4] == local[3] == 0 and packed == nbytes
-        if not stored or entry[3] & 1 or begin + nbytes > where:
+        local_signature, local_method, local_name_bytes, local_extra_bytes = _LOCAL.unpack_from(head, at)
+        begin = at + _LOCAL.size + local_name_bytes + local_extra_bytes
+        stored = signature == b"PK\x01\x02" and local_signature == ZIP_MAGIC and method == local_method == 0
+        if not stored or packed != nbytes or flags & 1 or begin + nbytes > where:
             raise ValueError("not a stored record")
-        records[name] = _Record(begin, nbytes)
+        records[name] = (begin, nbytes)
     return records
 
 

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Self, TypeAlias, TypeVar
 
+import numpy as np
 import torch
 
 from ..errors import CheckpointError
@@ -49,8 +50,7 @@ _MOST_SPAN_FACTOR = 16
 _FIRST_ITEMS, _ITEMS_AT_ONCE = 16, 4096
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """A tensor, or a chunk of one, as it is stored.
 
     Attributes:
@@ -103,10 +103,11 @@ class _Ends:
     def stored(self) -> Iterator[tuple[_Key, StoredTensor | None]]:
         """What they tell of each item, when they have come."""
         wait_or_cancel(self.transfer)
-        content = self.content.numpy()
-        for at, (key, info) in enumerate(self.items):
+        content = self.content.numpy().data.cast("B")
+        for head, (key, info) in zip(range(0, len(content), 2 * ENDS_BYTES), self.items, strict=True):
             size = min(info.length, ENDS_BYTES)
-            layout = item_layout(content[at, 0, :size].tobytes(), content[at, 1, :size].tobytes(), info.length)
+            tail = head + ENDS_BYTES
+            layout = item_layout(bytes(content[head : head + size]), bytes(content[tail : tail + size]), info.length)
             dtype = None if layout is None else getattr(torch, layout.dtype, None)
             if layout is None or dtype is None:
                 yield key, None
@@ -205,25 +206,29 @@ class DcpFiles:
 
         What has to be read for that is asked for before the first is yielded, of up to 4,096 items.
         """
+        # All are checked before anything is read.
         places = [(*self.item(info, name), name, info) for name, info in items]
+        known = self._stored
+        keys: list[_Key] = []
         zips: dict[_Key, _StorageInfo] = {}
         for number, file, name, info in places:
             key = (number, info.offset, name)
-            if key in self._stored:
+            keys.append(key)
+            if key in known:
                 continue
             header = self._header(number, file)
             if info.transform_descriptors:
-                self._stored[key] = None
+                known[key] = None
             elif header is not None:
-                self._stored[key] = _in_safetensors(header, number, file.path, name, info)
+                known[key] = _in_safetensors(header, number, file.path, name, info)
             else:
                 zips[key] = info
         found = self._in_zips(zips)
-        for number, _, name, info in places:
-            while (number, info.offset, name) not in self._stored:
-                key, stored = next(found)
-                self._stored[key] = stored
-            yield self._stored[number, info.offset, name]
+        for key in keys:
+            while key not in known:
+                read, stored = next(found)
+                known[read] = stored
+            yield known[key]
 
     def part(self, stored: StoredTensor, offsets: Sequence[int], lengths: Sequence[int], target: torch.Tensor) -> Part:
         """The read of a part of a stored tensor into ``target``, which it fills.
@@ -237,6 +242,11 @@ class DcpFiles:
         Raises:
             CheckpointError: the part is not within the tensor, or the target has another shape.
         """
+        plain = _is_plain(target, stored.dtype)
+        if plain and _is_one_run(stored, offsets, lengths, target):
+            nbytes = target.nbytes
+            first = stored.offset + offsets[0] * stored.strides[0] * stored.dtype.itemsize
+            return Part([extent(stored.file, first, nbytes, target.data_ptr())], target, None, nbytes)
         whole = stored.shape
         inside = len(offsets) == len(lengths) == len(whole) and all(
             begin >= 0 and length >= 0 and begin + length <= size
@@ -253,7 +263,7 @@ class DcpFiles:
         nbytes = math.prod(lengths) * stored.dtype.itemsize
         if not nbytes:
             return Part([], target, None, 0)
-        if _is_plain(target, stored.dtype) and not _scattered(lengths, stored, target.stride()):
+        if plain and not _scattered(lengths, stored, target.stride()):
             return Part(_extents(stored, first, lengths, target), target, None, nbytes)
         span = _dot([length - 1 for length in lengths], stored.strides) + 1
         costly = span * stored.dtype.itemsize > max(_MOST_SPAN_BYTES, _MOST_SPAN_FACTOR * nbytes)
@@ -365,16 +375,15 @@ class DcpFiles:
         place = content.data_ptr()
         for (number, offset, _), info in items:
             size = min(info.length, ENDS_BYTES)
-            rows.append(extent(number, offset, size, place))
-            rows.append(extent(number, offset + info.length - size, size, place + ENDS_BYTES))
+            rows.append((number, 1, offset, size, 0, place, 0))
+            rows.append((number, 1, offset + info.length - size, size, 0, place + ENDS_BYTES, 0))
             place += 2 * ENDS_BYTES
         return _Ends(items, content, self.submit_extents(rows, content))
 
     def submit_extents(self, rows: Sequence[ExtentRow], owner: object, place: Place | None = None) -> Transfer:
         """Start a plan; the engine is told of the files only that it needs, of a checkpoint's many."""
-        numbers = {number: index for index, number in enumerate(sorted({row[0] for row in rows}))}
         extents = make_extents(rows)
-        extents["file"] = [numbers[row[0]] for row in rows]
+        numbers, extents["file"] = np.unique(extents["file"], return_inverse=True)
         return submit_to(place, self.running_engine(), [self._files[number] for number in numbers], extents, owner)
 
     def running_engine(self) -> TransferEngine:
@@ -454,9 +463,25 @@ def _is_plain(target: torch.Tensor, dtype: torch.dtype) -> bool:
         return False
     if target.dtype != dtype or target.device.type != "cpu" or target.is_conj() or target.is_neg():
         return False
-    with suppress(RuntimeError):  # fake tensors have no address
+    try:
         return target.data_ptr() != 0 and (target.is_contiguous() or not overlaps_itself(target))
-    return False
+    except RuntimeError:  # fake tensors have no address
+        return False
+
+
+def _is_one_run(stored: StoredTensor, offsets: Sequence[int], lengths: Sequence[int], target: torch.Tensor) -> bool:
+    """Whether a part is within its tensor, and as contiguous there as in its plain target: all of it, or whole rows."""
+    whole = stored.shape
+    return (
+        len(whole) == len(offsets) > 0
+        and target.shape == lengths
+        and lengths[1:] == whole[1:]
+        and 0 <= offsets[0] <= whole[0] - lengths[0]
+        and not any(offsets[1:])
+        and target.stride() == stored.strides
+        and target.is_contiguous()
+        and target.nbytes > 0
+    )
 
 
 def _scattered(lengths: Sequence[int], stored: StoredTensor, strides: Sequence[int]) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import re
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Self
 
@@ -19,6 +18,7 @@ from ..formats.dcp_metadata import METADATA_NAME
 from ..formats.hf_index import INDEX_NAME, MAX_INDEX_BYTES, ShardIndex, parse_index
 from ..formats.safetensors import LENGTH_BYTES, Header, TensorInfo, header_length, parse_header
 from ..formats.sharded_state import ShardRank, shards_by_rank, shards_of
+from ..garbage import no_garbage_collection
 from ..sources.protocol import Source, SourceFile
 
 PathLike = str | os.PathLike[str]
@@ -64,7 +64,7 @@ class OpenFiles:
             CheckpointError: a file is missing or unreadable, or its header is wrong.
         """
         self.index = index
-        with ExitStack() as stack, _no_garbage_collection():
+        with ExitStack() as stack, no_garbage_collection():
             self.files: list[OpenFile] = []
             for opened in _open_all(source, paths):
                 stack.callback(opened.file.close)
@@ -201,19 +201,6 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
         (0, len(digits := part.lstrip("0")), digits) if number % 2 else (1, 0, part)
         for number, part in enumerate(parts)
     ]
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Headers become very many objects, and none of them garbage: in a process as large as an engine's, looking for
-    some time and again takes several times as long as reading them."""
-    before = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if before:
-            gc.enable()
 
 
 def _open_all(source: Source, paths: Sequence[str]) -> Iterator[OpenFile]:

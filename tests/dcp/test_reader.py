@@ -3,7 +3,10 @@
 import os
 import pickle
 import shutil
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +16,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import SerializationFormat
 
 from engine_loader import CheckpointError, dcp
+from engine_loader.dcp import reader
 from engine_loader.loading import dcp_files
 from engine_loader.loading.dcp_files import DcpFiles
 from engine_loader.report.load import LoadReport
 from engine_loader.settings import LoaderSettings
 from engine_loader.sources.posix import PosixSource
+from engine_loader.transfer.protocol import Transfer
 from tests.support.resources import left_open, open_resources
 
 from .states import bits, blank, load, same, save, stock_save, training_state
@@ -211,6 +216,48 @@ def test_a_hostile_tensor_item_runs_nothing(tmp_path):
 def test_a_shape_that_differs_is_told(stored):
     with pytest.raises((CheckpointException, CheckpointError, ValueError)):
         load({"a": torch.zeros(60, 101)}, stored)
+
+
+@pytest.fixture
+def small_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """60 tensors of 4 KiB; the first group is of 4 KiB, and 16 KiB may be read beside their targets."""
+    monkeypatch.setattr(reader, "_FIRST_GROUP_BYTES", 4 << 10)
+    monkeypatch.setattr(reader, "_BESIDE_BYTES", 16 << 10)
+    return stock_save({f"t{n}": torch.full((64, 32), n, dtype=torch.bfloat16) for n in range(60)}, tmp_path / "c")
+
+
+def test_what_is_read_beside_its_targets_takes_little_memory(small_groups, monkeypatch):
+    made: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+    make = DcpFiles.part
+
+    def part(self: DcpFiles, *args: Any) -> dcp_files.Part:
+        nonlocal most
+        made_now = make(self, *args)
+        assert made_now.pending is not None
+        made.append(weakref.ref(made_now.pending[0]))
+        most = max(most, sum(read.nbytes for ref in made if (read := ref()) is not None))
+        return made_now
+
+    monkeypatch.setattr(DcpFiles, "part", part)
+    loaded = load({f"t{n}": torch.zeros(64, 32) for n in range(60)}, small_groups)
+    assert all(bool((tensor == int(name[1:])).all()) for name, tensor in loaded.items())
+    assert 16 << 10 <= most <= 2 * (16 << 10)
+
+
+def test_what_goes_straight_to_its_targets_is_asked_for_in_few_groups(small_groups, monkeypatch):
+    groups: list[int] = []
+    submit = DcpFiles.submit
+
+    def counted(self: DcpFiles, parts: Sequence[dcp_files.Part]) -> Transfer | None:
+        groups.append(len(parts))
+        return submit(self, parts)
+
+    monkeypatch.setattr(DcpFiles, "submit", counted)
+    load({f"t{n}": torch.zeros(64, 32, dtype=torch.bfloat16) for n in range(60)}, small_groups)
+    assert groups[0] == 1, "the first read begins at once"
+    assert sum(groups) == 60
+    assert len(groups) <= 8
 
 
 def test_nothing_stays_open(stored):
