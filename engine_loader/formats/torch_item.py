@@ -24,6 +24,7 @@ _END = struct.Struct("<4s4H2LH")
 _END_64 = struct.Struct("<4sQ2H2L4Q")
 # (signature, flags, method, packed size, size, lengths of name, extra field and comment, offset)
 _ENTRY = struct.Struct("<4s4x2H8x2L3H8xL")
+_CHECKSUM_AT, _CHECKSUM_BYTES = 16, 4  # in an entry
 # (signature, method, lengths of name and extra field)
 _LOCAL = struct.Struct("<4s4xH16x2H")
 _FULL = 0xFFFFFFFF
@@ -73,11 +74,46 @@ def item_layout(head: bytes, tail: bytes, length: int) -> TensorLayout | None:
         tail: its last ones.
         length: of the item.
     """
+    alike = _seen.get(length)
+    if alike is not None and alike.is_like(head, tail):
+        return alike.layout
     try:
-        return _layout(head, tail, length)
+        layout, alike = _layout(head, tail, length)
     # Whatever is odd here (IndexError, UnpicklingError, struct.error, …) is for torch.load to judge.
     except Exception:
         return None
+    if alike is not None:
+        if len(_seen) >= _MOST_SEEN:
+            _seen.clear()
+        _seen[length] = alike
+    return layout
+
+
+class _Alike(NamedTuple):
+    """All that the layout of an item follows from, so that the next one of its length needs no more than a comparison:
+    the layers of a model are alike.
+
+    Attributes:
+        layout: of the item.
+        head: what comes before the tensor's bytes.
+        tail_bytes: so much of the item's end was seen.
+        tail: from the directory of the zip on, without the checksums in it: (begin, end, bytes there).
+    """
+
+    layout: TensorLayout
+    head: bytes
+    tail_bytes: int
+    tail: tuple[tuple[int, int, bytes], ...]
+
+    def is_like(self, head: bytes, tail: bytes) -> bool:
+        """Whether another item of this length has the same layout."""
+        if len(tail) != self.tail_bytes or not head.startswith(self.head):
+            return False
+        return all(tail[begin:end] == there for begin, end, there in self.tail)
+
+
+_seen: dict[int, _Alike] = {}
+_MOST_SEEN = 256
 
 
 class _Pickled(NamedTuple):
@@ -88,19 +124,27 @@ class _Pickled(NamedTuple):
     nbytes: int
 
 
-def _layout(head: bytes, tail: bytes, length: int) -> TensorLayout | None:
-    records = _records(head, tail, length)
-    place, nbytes = records.pop("data.pkl")
-    content = head[place : place + nbytes]
-    place, order_bytes = records.pop("byteorder", (0, None))
-    if len(content) != nbytes or (order_bytes is not None and head[place : place + order_bytes] != b"little"):
-        return None
+def _layout(head: bytes, tail: bytes, length: int) -> tuple[TensorLayout | None, _Alike | None]:
+    records, directory, checksums = _records(head, tail, length)
+    pickle_at, nbytes = records.pop("data.pkl")
+    content = head[pickle_at : pickle_at + nbytes]
+    order_at, order_bytes = records.pop("byteorder", (0, None))
+    if len(content) != nbytes or (order_bytes is not None and head[order_at : order_at + order_bytes] != b"little"):
+        return None, None
     pickled = _pickled(content)
     ((name, (place, nbytes)),) = records.items()
     if pickled is None or name != pickled.record or pickled.nbytes > nbytes:
-        return None
+        return None, None
     dtype, shape, strides, offset = pickled.layout
-    return TensorLayout(dtype, shape, strides, place + offset)
+    layout = TensorLayout(dtype, shape, strides, place + offset)
+    # Where all that was looked at comes before the tensor's bytes, and these end beyond the head.
+    if not max(pickle_at + len(content), order_at + (order_bytes or 0)) <= place <= len(head) <= place + nbytes:
+        return layout, None
+    begins = [directory, *(at + _CHECKSUM_BYTES for at in checksums)]
+    tail_parts = tuple(
+        (begin, end, tail[begin:end]) for begin, end in zip(begins, [*checksums, len(tail)], strict=True)
+    )
+    return layout, _Alike(layout, head[:place], len(tail), tail_parts)
 
 
 @lru_cache(maxsize=256)  # the layers of a model are alike
@@ -116,9 +160,9 @@ def _pickled(content: bytes) -> _Pickled | None:
     return _Pickled(f"data/{tensor.key}", layout, elements * item_bytes)
 
 
-def _records(head: bytes, tail: bytes, length: int) -> dict[str, tuple[int, int]]:
+def _records(head: bytes, tail: bytes, length: int) -> tuple[dict[str, tuple[int, int]], int, list[int]]:
     """Where the records that are needed lie, by their names in the archive: (offset, length); of those whose header is
-    in ``head``."""
+    in ``head``. And where in ``tail`` the directory begins, and the checksum of each of its entries lies."""
     skipped = length - len(tail)
     end = _END.unpack(tail[-_END.size :])
     if end[0] != b"PK\x05\x06" or end[-1]:
@@ -132,10 +176,12 @@ def _records(head: bytes, tail: bytes, length: int) -> dict[str, tuple[int, int]
     if place < 0:
         raise ValueError("the directory is longer than it is with one tensor")
     records = {}
+    directory, checksums = place, []
     for _ in range(count):
         signature, flags, method, packed, nbytes, name_bytes, extra_bytes, comment_bytes, at = _ENTRY.unpack_from(
             tail, place
         )
+        checksums.append(place + _CHECKSUM_AT)
         name_at = place + _ENTRY.size
         extra_at = name_at + name_bytes
         place = extra_at + extra_bytes + comment_bytes
@@ -152,7 +198,7 @@ def _records(head: bytes, tail: bytes, length: int) -> dict[str, tuple[int, int]
         if not stored or packed != nbytes or flags & 1 or begin + nbytes > where:
             raise ValueError("not a stored record")
         records[name] = (begin, nbytes)
-    return records
+    return records, directory, checksums
 
 
 def _wide(extra: bytes, nbytes: int, packed: int, at: int) -> tuple[int, int, int]:

@@ -48,6 +48,9 @@ _SHORT_RUN_BYTES = 64
 _MOST_SPAN_BYTES = 64 << 20
 _MOST_SPAN_FACTOR = 16
 _FIRST_ITEMS, _ITEMS_AT_ONCE = 16, 4096
+_FIRST_READ_BYTES = 32 << 10
+"""Of a file: mostly all of its header, where it has one."""
+_LEAST_END, _MOST_END = LENGTH_BYTES + 2, LENGTH_BYTES + MAX_HEADER_BYTES
 
 
 class StoredTensor(NamedTuple):
@@ -348,12 +351,14 @@ class DcpFiles:
     def _read_header(self, number: int, file: SourceFile) -> _Contents | None:
         if file.size <= LENGTH_BYTES:
             return None
-        first = self._bytes(number, 0, LENGTH_BYTES + 1)
-        length = int.from_bytes(first[:LENGTH_BYTES], "little")
+        first = self._bytes(number, 0, min(file.size, _FIRST_READ_BYTES))
+        end = LENGTH_BYTES + int.from_bytes(first[:LENGTH_BYTES], "little")
         # No zip, and hardly another pickle, begins like this.
-        if first[LENGTH_BYTES:] != b"{" or not 2 <= length <= min(MAX_HEADER_BYTES, file.size - LENGTH_BYTES):
+        if first[LENGTH_BYTES : LENGTH_BYTES + 1] != b"{" or not _LEAST_END <= end <= min(_MOST_END, file.size):
             return None
-        header = parse_header(self._bytes(number, LENGTH_BYTES, length), file.size, file.path)
+        if end > len(first):
+            first += self._bytes(number, len(first), end - len(first))
+        header = parse_header(first[LENGTH_BYTES:end], file.size, file.path)
         return {tensor.name: tensor for tensor in header.tensors}
 
     def _in_zips(self, items: Mapping[_Key, _StorageInfo]) -> Iterator[tuple[_Key, StoredTensor | None]]:

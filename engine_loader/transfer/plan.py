@@ -61,15 +61,15 @@ def check_plan(extents: Extents, files: Sequence[SourceFile]) -> None:
     if len(extents) == 0:
         return
     sizes = np.array([file.size for file in files], dtype=np.uint64)[extents["file"]]
-    more_rows = np.maximum(extents["rows"], 1).astype(np.uint64) - np.uint64(1)
-    # In differences and quotients, because sums and products can overflow.
-    after_row = sizes - np.minimum(extents["row_bytes"], sizes)
-    after_offset = after_row - np.minimum(extents["offset"], after_row)
-    beyond = np.flatnonzero(
-        (extents["row_bytes"] > sizes)
-        | (extents["offset"] > after_row)
-        | ((more_rows > 0) & (extents["src_stride"] > after_offset // np.maximum(more_rows, 1)))
-    )
+    # In differences and quotients, because sums and products can overflow. Where one would be negative, there is a
+    # comparison before it that says so.
+    after_row = sizes - extents["row_bytes"]
+    is_beyond = (extents["row_bytes"] > sizes) | (extents["offset"] > after_row)
+    several = extents["rows"] > 1
+    if several.any():
+        more_rows = np.where(several, extents["rows"], 2).astype(np.uint64) - np.uint64(1)
+        is_beyond |= several & (extents["src_stride"] > (after_row - extents["offset"]) // more_rows)
+    beyond = np.flatnonzero(is_beyond)
     if len(beyond):
         bad = extents[beyond[0]]
         file = files[int(bad["file"])]
