@@ -48,6 +48,7 @@ _SHORT_RUN_BYTES = 64
 _MOST_SPAN_BYTES = 64 << 20
 _MOST_SPAN_FACTOR = 16
 _FIRST_ITEMS, _ITEMS_AT_ONCE = 16, 4096
+_FEW_FILES = 16
 _FIRST_READ_BYTES = 32 << 10
 """Of a file: mostly all of its header, where it has one."""
 _LEAST_END, _MOST_END = LENGTH_BYTES + 2, LENGTH_BYTES + MAX_HEADER_BYTES
@@ -386,10 +387,12 @@ class DcpFiles:
         return _Ends(items, content, self.submit_extents(rows, content))
 
     def submit_extents(self, rows: Sequence[ExtentRow], owner: object, place: Place | None = None) -> Transfer:
-        """Start a plan; the engine is told of the files only that it needs, of a checkpoint's many."""
-        extents = make_extents(rows)
-        numbers, extents["file"] = np.unique(extents["file"], return_inverse=True)
-        return submit_to(place, self.running_engine(), [self._files[number] for number in numbers], extents, owner)
+        """Start a plan; of a checkpoint's many files, the engine is told of those only that it needs."""
+        extents, files = make_extents(rows), list(self._files)
+        if len(files) > _FEW_FILES:
+            numbers, extents["file"] = np.unique(extents["file"], return_inverse=True)
+            files = [files[number] for number in numbers]
+        return submit_to(place, self.running_engine(), files, extents, owner)
 
     def running_engine(self) -> TransferEngine:
         """The engine that reads the files, which begins with the first read."""
