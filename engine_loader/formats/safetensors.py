@@ -163,9 +163,12 @@ def _parse_plain(text: str) -> dict[str, Any] | None:
     for name, entry in parsed.items():
         if not isinstance(entry, dict) or (len(entry) != _ENTRY_KEYS and name != "__metadata__"):
             return None
-    # A colon follows its key at once, here, and what looks like that within a text only adds to the number: where it is
-    # that of the keys, none was dropped, and none is deeper.
-    return parsed if text.count('":') == len(parsed) + sum(map(len, parsed.values())) else None
+    # A colon follows its key at once, here. A quote within a text has a backslash before it, and those of the keys have
+    # none, as long as no text ends in one. So where there are as many as keys, none was dropped, and none is deeper.
+    if '\\\\"' in text:
+        return None
+    keys = text.count('":') - text.count('\\":')
+    return parsed if keys == len(parsed) + sum(map(len, parsed.values())) else None
 
 
 def _unique(pairs: list[tuple[str, Any]], file: str) -> dict[str, Any]:

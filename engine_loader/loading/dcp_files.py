@@ -22,6 +22,7 @@ from ..formats.dcp_metadata import MAX_METADATA_BYTES, METADATA_NAME, parse_meta
 from ..formats.dtypes import DTYPE_BITS, torch_dtype
 from ..formats.safetensors import LENGTH_BYTES, MAX_HEADER_BYTES, TensorInfo, parse_header
 from ..formats.torch_item import ENDS_BYTES, item_layout
+from ..garbage import no_garbage_collection
 from ..report.load import LoadReport
 from ..settings import LoaderSettings
 from ..sources.protocol import Source, SourceFile
@@ -359,8 +360,9 @@ class DcpFiles:
             return None
         if end > len(first):
             first += self._bytes(number, len(first), end - len(first))
-        header = parse_header(first[LENGTH_BYTES:end], file.size, file.path)
-        return {tensor.name: tensor for tensor in header.tensors}
+        with no_garbage_collection():
+            header = parse_header(first[LENGTH_BYTES:end], file.size, file.path)
+            return {tensor.name: tensor for tensor in header.tensors}
 
     def _in_zips(self, items: Mapping[_Key, _StorageInfo]) -> Iterator[tuple[_Key, StoredTensor | None]]:
         """What lies where in items of torch.save, in their order, by both their ends, which are read many at once.

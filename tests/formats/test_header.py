@@ -321,10 +321,19 @@ def test_a_message_stays_short_whatever_the_header_holds():
 
 
 @pytest.mark.parametrize("blank", ["", " ", "\n"])
-@pytest.mark.parametrize("text", ["y", ":y", '\\":y', '\\"'])
+@pytest.mark.parametrize("text", ["y", ":y", '\\":y', '\\"', "y\\\\", '{\\"y\\": [\\"\\"]}'])
 def test_a_name_that_comes_twice_is_found_whatever_stands_around_it(blank: str, text: str):
     one = '{"dtype":"U8","shape":[2],"data_offsets":[0,2]}'
     content = encode(f'{{"__metadata__":{{"x":"{text}"}},"a":{one},"a"{blank}:{one}}}', b"ab")
     assert "'a' twice" in str(refusal(content))
     once = encode(f'{{"__metadata__":{{"x":"{text}"}},"a"{blank}:{one}}}', b"ab")
     assert [info.name for info in parse(once).tensors] == ["a"]
+
+
+def test_a_name_that_ends_in_a_backslash_hides_no_other():
+    one = '"dtype":"U8","shape":[2],"data_offsets":[0,2]'
+    none = '"dtype":"U8","shape":[0],"data_offsets":[2,2]'
+    twice = encode(f'{{"a":{{"dtype":"U8",{one}}},"b\\\\":{{{none}}}}}', b"ab")
+    assert "'dtype' twice" in str(refusal(twice))
+    once = encode(f'{{"a":{{{one}}},"b\\\\":{{{none}}}}}', b"ab")
+    assert {info.name for info in parse(once).tensors} == {"a", "b\\"}
