@@ -2,6 +2,7 @@
 
 import os
 import socket
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -121,11 +122,13 @@ def test_files_in_memory_that_are_not_there():
 @pytest.fixture
 def open_directory(tmp_path):
     """A directory that every user can enter; pytest's own ones are the owner's only."""
-    for directory in (tmp_path, *tmp_path.parents):
-        if directory.stat().st_uid == os.getuid() and directory.name.startswith(("pytest-", "test_")):
-            directory.chmod(0o755)
+    root = Path(tempfile.gettempdir()).resolve()
+    modes = {path: path.stat().st_mode for path in (tmp_path, *tmp_path.parents) if root in path.resolve().parents}
+    for path, mode in modes.items():
+        path.chmod(mode | 0o055)
     yield tmp_path
-    tmp_path.parent.chmod(0o700)
+    for path, mode in modes.items():
+        path.chmod(mode)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
