@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.futures import Future
 
 from ..errors import CheckpointError
-from ..loading.dcp_files import DcpFiles, Part, load_item
+from ..loading.dcp_files import DcpFiles, Part, StoredTensor, load_item
 from ..settings import LoaderSettings, load_settings
 from ..sources.constructor import make_source
 from ..sources.protocol import Source
@@ -205,23 +205,13 @@ def _groups(files: DcpFiles, items: Sequence[_Wanted], planner: LoadPlanner) -> 
         located = files.locating([(item.storage_index.fqn, info) for item, info, _ in batch])
         group: list[_Reading] = []
         nbytes = beside = 0
-        for (item, info, sizes), stored in zip(batch, located, strict=True):
-            if stored is None:
-                name = item.storage_index.fqn
-                content = files.read_item(info, name)
-                _copy(files, item, info, load_item(content, name, _path(files, info), info.offset), planner)
+        for wanted, stored in zip(batch, located, strict=True):
+            reading = _reading(files, wanted, stored, planner)
+            if reading is None:
                 continue
-            if sizes is not None and stored.shape != sizes:
-                raise CheckpointError(
-                    f"{stored.name!r} is {list(stored.shape)} in the file, but {list(sizes)} by the metadata",
-                    file=_path(files, info),
-                    offset=info.offset,
-                    hint="metadata and files are of different saves: copy the checkpoint again",
-                )
-            target = planner.resolve_tensor(item)
-            part = files.part(stored, item.storage_offsets, item.lengths, target.detach())
-            group.append((item, target, part))
-            nbytes += info.length
+            part = reading[2]
+            group.append(reading)
+            nbytes += wanted[1].length
             if part.pending is not None:
                 beside += part.nbytes
             if nbytes >= enough or beside >= _BESIDE_BYTES:
@@ -229,6 +219,25 @@ def _groups(files: DcpFiles, items: Sequence[_Wanted], planner: LoadPlanner) -> 
                 group, nbytes, beside, enough = [], 0, 0, min(2 * enough, _GROUP_BYTES)
         if group:
             yield group
+
+
+def _reading(files: DcpFiles, wanted: _Wanted, stored: StoredTensor | None, planner: LoadPlanner) -> _Reading | None:
+    """What is to be read of an item; None where the stock way has read it."""
+    item, info, sizes = wanted
+    if stored is None:
+        name = item.storage_index.fqn
+        content = files.read_item(info, name)
+        _copy(files, item, info, load_item(content, name, _path(files, info), info.offset), planner)
+        return None
+    if sizes is not None and stored.shape != sizes:
+        raise CheckpointError(
+            f"{stored.name!r} is {list(stored.shape)} in the file, but {list(sizes)} by the metadata",
+            file=_path(files, info),
+            offset=info.offset,
+            hint="metadata and files are of different saves: copy the checkpoint again",
+        )
+    target = planner.resolve_tensor(item)
+    return item, target, files.part(stored, item.storage_offsets, item.lengths, target.detach())
 
 
 def _land(transfer: Transfer | None, group: Sequence[_Reading], planner: LoadPlanner) -> None:

@@ -207,11 +207,7 @@ def parse_metadata(content: bytes, file: str) -> Metadata:
 
 
 class _Builder:
-    """Builds torch's objects from records, each once however often it is referred to.
-
-    What there is one of for each tensor is looked at by its exact type first, without a call; what differs from that is
-    judged by the methods below.
-    """
+    """Builds torch's objects from records, each once however often it is referred to."""
 
     def __init__(self, file: str) -> None:
         import torch
@@ -242,20 +238,16 @@ class _Builder:
         return metadata
 
     def _entries(self, records: dict[Any, Any]) -> dict[str, TensorStorageMetadata | BytesStorageMetadata]:
-        classes, sizes = self._classes, self._sizes
+        classes = self._classes
         chunk_lists: dict[int, list[ChunkStorageMetadata]] = {}
         entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         for name, record in records.items():
-            if type(name) is not str:
-                self._refuse(f"a name is {_short(name)}")
+            self._is(name, str, "a name")
             if type(record) is _Bytes:
                 entries[name] = classes.BytesStorageMetadata()
                 continue
-            fields = record[-1] if type(record) is _Tensor and record else None
-            if type(fields) is not dict:
-                fields = self._fields(record, _Tensor, "TensorStorageMetadata")
-            size = fields.get("size")
-            whole = (sizes.get(size) if type(size) is _Size else None) or self._size(size)
+            fields = self._fields(record, _Tensor, "TensorStorageMetadata")
+            whole = self._size(fields.get("size"))
             found = fields.get("chunks")
             # Those of a list that several tensors have are built once: a small file could ask for no end of work.
             chunks = chunk_lists.get(id(found))
@@ -272,20 +264,11 @@ class _Builder:
         return entries
 
     def _chunks(self, records: Any) -> list[ChunkStorageMetadata]:
-        if type(records) is not list:
-            self._refuse(f"chunks is {_short(records)}")
-        new, sizes, chunks = self._classes.ChunkStorageMetadata, self._sizes, []
-        for record in records:
-            fields = record[-1] if type(record) is _Chunk and record else None
-            if type(fields) is not dict:
-                fields = self._fields(record, _Chunk, "ChunkStorageMetadata")
-            begin, lengths = fields.get("offsets"), fields.get("sizes")
-            chunks.append(
-                new(
-                    (sizes.get(begin) if type(begin) is _Size else None) or self._size(begin),
-                    (sizes.get(lengths) if type(lengths) is _Size else None) or self._size(lengths),
-                )
-            )
+        chunks = []
+        for record in self._is(records, list, "chunks"):
+            fields = self._fields(record, _Chunk, "ChunkStorageMetadata")
+            sizes = self._size(fields.get("offsets")), self._size(fields.get("sizes"))
+            chunks.append(self._classes.ChunkStorageMetadata(*sizes))
         return chunks
 
     def _properties(self, record: Any) -> TensorProperties:
@@ -315,36 +298,28 @@ class _Builder:
         return layout
 
     def _storage_data(self, records: Any) -> dict[MetadataIndex, _StorageInfo]:
-        new_index, new_info, sizes, within = self._classes.MetadataIndex, self._storage_info, self._sizes, self._within
-        storage = {}
-        for key, record in self._is(records, dict, "storage_data").items():
-            fields = key[-1] if type(key) is _Index and key else None
-            if type(fields) is not dict:
-                fields = self._fields(key, _Index, "MetadataIndex")
-            name, begin, number = fields.get("fqn"), fields.get("offset"), fields.get("index")
-            if type(name) is not str:
-                self._refuse(f"the name in an index is {_short(name)}")
-            if begin is not None:
-                begin = (sizes.get(begin) if type(begin) is _Size else None) or self._size(begin)
-            if number is not None and type(number) is not int:
-                self._refuse(f"the number in an index is {_short(number)}")
-            fields = record[-1] if type(record) is _Storage and record else None
-            if type(fields) is not dict:
-                fields = self._fields(record, _Storage, "_StorageInfo")
-            path, offset, length = fields.get("relative_path"), fields.get("offset"), fields.get("length")
-            if type(path) is not str:
-                self._refuse(f"the file of an item is {_short(path)}")
-            if type(offset) is not int or not 0 <= offset <= _MAX_INT64:
-                self._refuse(f"the offset of an item is {_short(offset)}")
-            if type(length) is not int or not 0 <= length <= _MAX_INT64:
-                self._refuse(f"the length of an item is {_short(length)}")
-            if path not in within:
-                self._check_within(path)
-            descriptors = fields.get("transform_descriptors")
-            if descriptors is not None:
-                descriptors = self._transforms(descriptors)
-            storage[new_index(name, begin, number)] = new_info(path, offset, length, descriptors)
-        return storage
+        entries = self._is(records, dict, "storage_data")
+        return {self._index(key): self._storage(info) for key, info in entries.items()}
+
+    def _index(self, record: Any) -> MetadataIndex:
+        fields = self._fields(record, _Index, "MetadataIndex")
+        offset, index = fields.get("offset"), fields.get("index")
+        return self._classes.MetadataIndex(
+            self._is(fields.get("fqn"), str, "the name in an index"),
+            None if offset is None else self._size(offset),
+            None if index is None else self._is(index, int, "the number in an index"),
+        )
+
+    def _storage(self, record: Any) -> _StorageInfo:
+        fields = self._fields(record, _Storage, "_StorageInfo")
+        path = self._is(fields.get("relative_path"), str, "the file of an item")
+        offset = self._natural(fields.get("offset"), "the offset of an item")
+        length = self._natural(fields.get("length"), "the length of an item")
+        if path not in self._within:
+            self._check_within(path)
+        descriptors = fields.get("transform_descriptors")
+        names = None if descriptors is None else self._transforms(descriptors)
+        return self._storage_info(path, offset, length, names)
 
     def _transforms(self, value: Any) -> list[str]:
         return [self._is(name, str, "a transform") for name in self._is(value, (list, tuple), "transforms")]
@@ -397,12 +372,9 @@ class _Builder:
         if isinstance(value, _Path):
             return Path(*(self._is(part, str, "a part of a path") for part in value.args))
         if isinstance(value, dict):
-            return {
-                key if type(key) in _PLAIN else self._plain(key): item if type(item) in _PLAIN else self._plain(item)
-                for key, item in value.items()
-            }
+            return {self._plain(key): self._plain(item) for key, item in value.items()}
         if type(value) in _CONTAINERS:
-            return type(value)([item if type(item) in _PLAIN else self._plain(item) for item in value])
+            return type(value)(self._plain(item) for item in value)
         if isinstance(value, (type, _Fields, _Call)):
             self._refuse(f"the planner's data holds {_short(value)}")
         return value
@@ -414,6 +386,11 @@ class _Builder:
         if not isinstance(state, dict):
             self._refuse(f"a {name} has no fields")
         return state
+
+    def _natural(self, value: Any, what: str) -> int:
+        if type(value) is not int or not 0 <= value <= _MAX_INT64:
+            self._refuse(f"{what} is {_short(value)}")
+        return value
 
     def _is(self, value: Any, kind: Any, what: str) -> Any:
         if not isinstance(value, kind) or isinstance(value, (bool, _Fields)):

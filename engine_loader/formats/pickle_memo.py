@@ -24,8 +24,10 @@ def check_memo(content: bytes) -> None:
         ValueError: it does, or is no pickle.
     """
     place = 0
-    while found := _FIXED.match(content, place):
-        place = found.end()
+    while True:
+        fixed = _FIXED.match(content, place)
+        assert fixed is not None  # it matches nothing, too
+        place = fixed.end()
         code = content[place] if place < len(content) else -1
         begin = place + 1
         if code == _STOP:
@@ -44,7 +46,6 @@ def check_memo(content: bytes) -> None:
                 _check(int(content[begin : place - 1]), content)
         else:
             raise ValueError("it ends too early" if code < 0 else f"it has the unknown opcode {code}")
-    raise AssertionError("a match of nothing is one, too")
 
 
 def _check(number: int, content: bytes) -> None:

@@ -50,6 +50,7 @@ _MOST_SPAN_BYTES = 64 << 20
 _MOST_SPAN_FACTOR = 16
 _FIRST_ITEMS, _ITEMS_AT_ONCE = 16, 4096
 _FEW_FILES = 16
+"""The engine is told of so many without finding out which of them a plan needs."""
 _FIRST_READ_BYTES = 32 << 10
 """Of a file: mostly all of its header, where it has one."""
 _LEAST_END, _MOST_END = LENGTH_BYTES + 2, LENGTH_BYTES + MAX_HEADER_BYTES
@@ -383,8 +384,8 @@ class DcpFiles:
         place = content.data_ptr()
         for (number, offset, _), info in items:
             size = min(info.length, ENDS_BYTES)
-            rows.append((number, 1, offset, size, 0, place, 0))
-            rows.append((number, 1, offset + info.length - size, size, 0, place + ENDS_BYTES, 0))
+            rows.append(extent(number, offset, size, place))
+            rows.append(extent(number, offset + info.length - size, size, place + ENDS_BYTES))
             place += 2 * ENDS_BYTES
         return _Ends(items, content, self.submit_extents(rows, content))
 
