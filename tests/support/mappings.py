@@ -22,3 +22,13 @@ def vm_flags(where: int) -> list[str]:
         elif inside and first == "VmFlags:":
             return line.split()[1:]
     return []
+
+
+def mapped_of_shared_memory(process: int) -> set[str]:
+    """The names in /dev/shm, deleted ones marked as the kernel marks them, that a process has mapped; none when it has
+    ended, or is another user's."""
+    try:
+        lines = Path(f"/proc/{process}/maps").read_text(errors="replace").splitlines()
+    except OSError:
+        return set()
+    return {name for line in lines if (name := line.partition("/dev/shm/")[2])}

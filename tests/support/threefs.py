@@ -6,12 +6,13 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 from engine_loader.sources.hf3fs import Hf3fsLibrary, load_library
 from engine_loader.threefs_emulator import build_emulator
+from tests.support.mappings import mapped_of_shared_memory
 from tests.support.resources import left_open, open_resources
 from tests.support.waiting import GENEROUS_S
 
@@ -77,14 +78,8 @@ def _shared_memory() -> set[str]:
 
 def _used_by_others() -> set[str]:
     """What other processes have mapped of /dev/shm."""
-    used: set[str] = set()
-    for process in Path("/proc").glob("[0-9]*"):
-        if process.name == str(os.getpid()):
-            continue
-        with suppress(OSError):
-            lines = (process / "maps").read_text(errors="replace").splitlines()
-            used |= {path for line in lines if (path := line.partition("/dev/shm/")[2])}
-    return used
+    others = [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]
+    return set().union(*map(mapped_of_shared_memory, others))
 
 
 @cache

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from .loopback_server import free_port
+from .mappings import mapped_of_shared_memory
 
 START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 20.0
@@ -192,14 +193,9 @@ def _shared_memory_of(session: int) -> set[Path]:
 
     By vLLM's and multiprocessing's names only, so that what engine_loader leaves behind is not tidied away unseen.
     """
-    mapped: set[Path] = set()
-    for pid in _session_members(session):
-        with suppress(OSError):  # it ended in between
-            for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-                path = line.partition("/dev/shm/")[2]
-                if path.startswith(("psm_", "sem.mp-", "vllm_dist_")) and not path.endswith("(deleted)"):
-                    mapped.add(Path("/dev/shm", path))
-    return mapped
+    names = set().union(*map(mapped_of_shared_memory, _session_members(session)))
+    theirs = ("psm_", "sem.mp-", "vllm_dist_")
+    return {Path("/dev/shm", name) for name in names if name.startswith(theirs) and not name.endswith("(deleted)")}
 
 
 def _wait_for(condition: Callable[[], object], timeout_s: float) -> bool:
