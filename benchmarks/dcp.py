@@ -16,9 +16,10 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed.checkpoint as torch_dcp
@@ -36,6 +37,7 @@ from .checkpoints import GIB
 TENSORS = 199
 WIDTH = 2048
 Tensors = dict[str, torch.Tensor]
+_T = TypeVar("_T")
 
 
 def make_tensors(nbytes: int) -> Tensors:
@@ -73,8 +75,7 @@ def measure(
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     cpu: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds):
-        order = list(ways)
-        for name in order[number % len(order) :] + order[: number % len(order)]:
+        for name in rotated(ways, number):
             began, used = time.perf_counter(), time.process_time()
             ways[name](targets)
             seconds[name].append(time.perf_counter() - began)
@@ -91,6 +92,13 @@ def measure(
     print()
 
 
+def rotated(ways: Iterable[_T], number: int) -> list[_T]:
+    """The ways in the order of a round: each begins with another one."""
+    order = list(ways)
+    begin = number % len(order)
+    return order[begin:] + order[:begin]
+
+
 def measure_saves(tensors: Tensors, directory: Path, rounds: int, files: int) -> None:
     """Print a table of saves by torch's writer and this package's, with the memory that each takes meanwhile."""
     writers: dict[str, type[torch_dcp.FileSystemWriter]] = {"torch": torch_dcp.FileSystemWriter}
@@ -99,7 +107,7 @@ def measure_saves(tensors: Tensors, directory: Path, rounds: int, files: int) ->
     seconds: dict[tuple[SerializationFormat, str], list[float]] = {way: [] for way in ways}
     peaks: dict[tuple[SerializationFormat, str], int] = dict.fromkeys(ways, 0)
     for number in range(rounds + 1):
-        for way in ways[number % len(ways) :] + ways[: number % len(ways)]:
+        for way in rotated(ways, number):
             serialization_format, name = way
             shutil.rmtree(directory, ignore_errors=True)
             writer = writers[name](

@@ -5,11 +5,10 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from engine_loader import threefs_emulator
 from tests.support.sanitizers import run_sanitized
+from tests.support.threefs import sanitized_emulator
 
 from .building import HERE, Drivers, Mutant, found_by
 
@@ -40,14 +39,8 @@ def sanitizers(request: pytest.FixtureRequest) -> str:
 
 def run(drivers: Drivers, mutant: Mutant | None, scratch: Path, seed: int = 1) -> subprocess.CompletedProcess[str]:
     with pytest.MonkeyPatch.context() as patch:
-        flags = f"-fsanitize={drivers.sanitizers} -fno-sanitize-recover=all -O1 -g -pthread"
-        patch.setenv("CC", f"cc {flags}")
-        library = threefs_emulator.build_emulator(scratch / "lib")
-        mount = (scratch / "mount").resolve()
-        mount.mkdir(exist_ok=True)
-        (mount / "file").write_bytes(np.random.default_rng(1).bytes(700_001))
-        patch.setenv("HF3FS_EMULATOR_MOUNT", str(mount))
-        places = [drivers.standin, library, mount, mount / "file"]
+        emulator = sanitized_emulator(scratch, drivers.sanitizers, patch)
+        places = [drivers.standin, emulator.library, emulator.mount, emulator.file]
         command = [drivers.make(mutant), *places, ROUNDS[drivers.sanitizers], seed]
         return run_sanitized([str(part) for part in command], drivers.sanitizers, timeout_s=280)
 

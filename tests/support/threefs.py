@@ -7,8 +7,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+import numpy as np
+import pytest
 
 from engine_loader.sources.hf3fs import Hf3fsLibrary, load_library
 from engine_loader.threefs_emulator import build_emulator
@@ -104,3 +108,30 @@ def clean_emulator() -> Iterator[Emulator]:
     assert running.wait_until_clean() == {}
     assert running.count("violations") == broken
     assert left_open(before) == []
+
+
+@dataclass(frozen=True)
+class SanitizedEmulator:
+    """An emulator compiled with sanitizers, for programs that are, too.
+
+    Attributes:
+        library: its path.
+        mount: the directory that it takes for 3FS.
+        file: one there, of random bytes.
+    """
+
+    library: Path
+    mount: Path
+    file: Path
+
+
+def sanitized_emulator(place: Path, sanitizers: str, patch: pytest.MonkeyPatch) -> SanitizedEmulator:
+    """Compile an emulator below ``place``; ``patch``'s environment tells it its mount."""
+    patch.setenv("CC", f"cc -fsanitize={sanitizers} -fno-sanitize-recover=all -O1 -g -pthread")
+    library = build_emulator(place / "lib")
+    mount = (place / "mount").resolve()
+    mount.mkdir(exist_ok=True)
+    file = mount / "file"
+    file.write_bytes(np.random.default_rng(1).bytes(700_001))
+    patch.setenv("HF3FS_EMULATOR_MOUNT", str(mount))
+    return SanitizedEmulator(library, mount, file)
