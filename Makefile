@@ -21,7 +21,7 @@ PIP_INSTALL := $(PY) -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-ur
 
 ALIAS := tests/support/vllm-alias
 NATIVE := engine_loader/transfer/native
-NATIVE_SOURCES := $(wildcard $(NATIVE)/*.cpp $(NATIVE)/*.h $(NATIVE)/*.hpp)
+NATIVE_SOURCES := $(wildcard $(NATIVE)/src/*/*.cpp $(NATIVE)/src/*/*.h)
 ENGINE_STAMP := $(VENV)/.engine-installed
 PACKAGE_STAMP := $(VENV)/.package-installed
 BENCH_STAMP := $(VENV)/.bench-installed
@@ -61,10 +61,10 @@ test-sglang: venv venv-sglang  ## The tests that start SGLang; SGLANG_VERSIONS="
 	SGLANG_VERSIONS="$(SGLANG_VERSIONS)" $(PY) -m pytest -m sglang $(ARGS)
 
 test-object-stores: venv  ## Object stores at length: objects of 1 GiB, four processes
-	EXTENDED_TESTS=1 $(PY) -m pytest tests/object_store tests/dcp/s3 $(ARGS)
+	EXTENDED_TESTS=1 $(PY) -m pytest tests/sources/object_store tests/dcp/s3 $(ARGS)
 
 test-radosgw: venv  ## The tests of object stores on Ceph's S3 server (radosgw, ceph-mon, ceph-osd from the system)
-	S3_SERVER=radosgw $(PY) -m pytest tests/object_store tests/dcp/s3 $(ARGS)
+	S3_SERVER=radosgw $(PY) -m pytest tests/sources/object_store tests/dcp/s3 $(ARGS)
 
 bench: venv $(BENCH_STAMP)  ## Compare with other loaders on this machine
 	$(PY) -m benchmarks $(ARGS)

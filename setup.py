@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parent
 NATIVE_DIR = Path("engine_loader/transfer/native")
 LIBRARY = "libengine_loader_native"
 COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra")
+SOURCES = NATIVE_DIR / "src"
+FLAGS = ("-O3", f"-I{SOURCES}", "-std=c++17", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra")
 LIBRARIES = ("-ldl",)  # dlopen lived in a library of its own before glibc 2.34
 WITHOUT_NATIVE = (
     "engine_loader works without it, in pure Python and more slowly; "
@@ -44,7 +45,7 @@ def build_mode() -> str:
 
 def native_files(*patterns: str) -> list[str]:
     """Paths relative to the project, as setuptools wants them."""
-    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / NATIVE_DIR).glob(pattern))
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / SOURCES).glob(f"*/{pattern}"))
 
 
 def native_extensions() -> list[Extension]:
@@ -52,7 +53,7 @@ def native_extensions() -> list[Extension]:
     if not sources:
         return []
     name = ".".join((*NATIVE_DIR.parts, LIBRARY))
-    return [Extension(name, sources=sources, depends=native_files("*.h", "*.hpp"), language="c++")]
+    return [Extension(name, sources=sources, depends=native_files("*.h"), language="c++")]
 
 
 def find_compiler() -> list[str]:

@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from engine_loader.compile_cache.directories import INDUCTOR
-from engine_loader.compile_cache.filesystem_store import FilesystemStore
 from engine_loader.compile_cache.key import CacheKey
-from engine_loader.compile_cache.restore import restore
-from engine_loader.compile_cache.save import save
-from engine_loader.compile_cache.scan import scan
+from engine_loader.compile_cache.packs.scan import scan
+from engine_loader.compile_cache.process.restore import restore
+from engine_loader.compile_cache.process.save import save
+from engine_loader.compile_cache.stores.filesystem import FilesystemStore
 from engine_loader.compile_cache.trust import Trust
 from engine_loader.machine import cpu_model, usable_cpus
 

@@ -31,10 +31,10 @@ from typing import Any, Protocol
 import torch
 
 from benchmarks.checkpoints import GIB, make_checkpoint
-from engine_loader.benchmarking import contenders, page_cache, report
-from engine_loader.benchmarking.contenders import Contender, Targets, stopwatch
-from engine_loader.benchmarking.workload import Workload
-from engine_loader.loading.gds import obstacle_to_gds
+from engine_loader.bench import contenders, page_cache, report
+from engine_loader.bench.contenders import Contender, Targets, stopwatch
+from engine_loader.bench.workload import Workload
+from engine_loader.loading.streaming.gds import obstacle_to_gds
 from engine_loader.transfer.cpus import default_threads
 
 PINNED_BYTES = 256 << 20

@@ -25,9 +25,9 @@ import torch
 import torch.distributed.checkpoint as torch_dcp
 
 from engine_loader import dcp, open_checkpoint
-from engine_loader.benchmarking.page_cache import warm
-from engine_loader.benchmarking.plain_reads import read_plainly
-from engine_loader.benchmarking.workload import Workload
+from engine_loader.bench.page_cache import warm
+from engine_loader.bench.plain_reads import read_plainly
+from engine_loader.bench.workload import Workload
 from engine_loader.dcp import SerializationFormat
 from engine_loader.formats.safetensors import TensorInfo
 from engine_loader.machine import cpu_model, mount_of, usable_cpus

@@ -34,12 +34,12 @@ os.environ.setdefault("RUNAI_STREAMER_LOG_LEVEL", "ERROR")
 import torch
 
 from benchmarks.checkpoints import GIB, _write_files, make_checkpoint
-from engine_loader.benchmarking import page_cache
-from engine_loader.benchmarking.rounds import back_free_memory
-from engine_loader.engines.vllm_rank import Rank, RankModel, rank_model
+from engine_loader.bench import page_cache
+from engine_loader.bench.rounds import back_free_memory
+from engine_loader.engines.vllm.rank import Rank, RankModel, rank_model
 from engine_loader.formats.safetensors import TensorInfo
-from engine_loader.loading.direct import DirectLoad
-from engine_loader.transfer import native_engine
+from engine_loader.loading.direct.load import DirectLoad
+from engine_loader.transfer.native import engine as native_engine
 from engine_loader.transfer.plan import ExtentRow
 
 PIECE_BYTES = 8 << 20

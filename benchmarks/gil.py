@@ -19,8 +19,8 @@ from pathlib import Path
 
 from benchmarks.read import _checkpoint
 from engine_loader import open_checkpoint
-from engine_loader.benchmarking.plain_reads import read_plainly
-from engine_loader.benchmarking.workload import Parameters, Workload
+from engine_loader.bench.plain_reads import read_plainly
+from engine_loader.bench.workload import Parameters, Workload
 
 
 def spin(stop: Callable[[], bool]) -> None:

@@ -33,8 +33,8 @@ from obstore.store import S3Store
 from safetensors.torch import save_file
 
 from engine_loader import dcp, open_checkpoint
-from engine_loader.benchmarking.page_cache import warm
-from engine_loader.benchmarking.workload import Workload
+from engine_loader.bench.page_cache import warm
+from engine_loader.bench.workload import Workload
 from engine_loader.formats.safetensors import TensorInfo
 from engine_loader.machine import cpu_model, usable_cpus
 

@@ -20,12 +20,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.checkpoints import GIB, make_checkpoint
-from engine_loader.benchmarking import contenders, report
-from engine_loader.benchmarking.contenders import Contender
-from engine_loader.benchmarking.rounds import Benchmark, Measurement, Scenario, check_memory, count_runs
-from engine_loader.benchmarking.workload import Workload
-from engine_loader.cli.interrupts import prompt_interrupt
-from engine_loader.cli.output import progress_bar
+from engine_loader.bench import contenders, report
+from engine_loader.bench.contenders import Contender
+from engine_loader.bench.rounds import Benchmark, Measurement, Scenario, check_memory, count_runs
+from engine_loader.bench.workload import Workload
+from engine_loader.cli.console.interrupts import prompt_interrupt
+from engine_loader.cli.console.output import progress_bar
 from engine_loader.machine import memory
 
 SCENARIOS = {"warm": Scenario(), "fresh": Scenario(fresh=True), "cold": Scenario(cold=True)}

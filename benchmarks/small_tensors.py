@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from engine_loader import open_checkpoint
-from engine_loader.benchmarking.plain_reads import read_plainly
-from engine_loader.benchmarking.workload import Workload
+from engine_loader.bench.plain_reads import read_plainly
+from engine_loader.bench.workload import Workload
 from engine_loader.formats.safetensors import TensorInfo
 
 SIZES = (4 << 10, 8 << 10, 16 << 10, 32 << 10, 64 << 10)

@@ -67,7 +67,7 @@ def main() -> None:
     if arguments.child:
         _serve(arguments.child, arguments.file)
         return
-    from engine_loader.benchmarking.report import cpu_model, usable_cpus
+    from engine_loader.bench.report import cpu_model, usable_cpus
     from engine_loader.threefs_emulator import build_emulator
 
     with tempfile.TemporaryDirectory(prefix="engine-loader-usrbio-") as directory:
@@ -180,7 +180,7 @@ def _serve(name: str, file: Path) -> None:
 
 def _ours(name: str, path: Path, target: "object") -> Callable[[], object]:
     from engine_loader.settings import LoaderSettings
-    from engine_loader.sources.constructor import make_source
+    from engine_loader.sources.registry import make_source
     from engine_loader.transfer.constructor import make_engine
     from engine_loader.transfer.plan import extent, make_extents
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         transfer,
     )
     from .loading.checkpoint import Checkpoint, open_checkpoint
-    from .transfer.huge_pages import ask_for_huge_pages
+    from .transfer.memory.huge_pages import ask_for_huge_pages
 
 __version__ = "0.1.0"
 __all__ = [
@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 _LAZY = {"Checkpoint": ".loading.checkpoint", "open_checkpoint": ".loading.checkpoint"}
-_LAZY["ask_for_huge_pages"] = ".transfer.huge_pages"
+_LAZY["ask_for_huge_pages"] = ".transfer.memory.huge_pages"
 _LAZY |= dict.fromkeys(
     (
         "CacheError",

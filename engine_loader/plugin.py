@@ -20,24 +20,24 @@ from types import ModuleType
 logger = logging.getLogger(__name__)
 
 LOAD_FORMAT = "b10_3fs"
-_VLLM_CACHE = "engine_loader.engines.vllm_cache"
-_SGLANG_CACHE = "engine_loader.engines.sglang_cache"
-_SGLANG_FORMAT = "engine_loader.engines.sglang_format"
+_VLLM_CACHE = "engine_loader.engines.vllm.cache"
+_SGLANG_CACHE = "engine_loader.engines.sglang.cache"
+_SGLANG_FORMAT = "engine_loader.engines.sglang.format"
 _ADAPTERS = {
-    "vllm.model_executor.model_loader": "engine_loader.engines.vllm",
+    "vllm.model_executor.model_loader": "engine_loader.engines.vllm.loader",
     "vllm.model_executor.models.registry": f"{_VLLM_CACHE}:register_registry",
     "vllm.v1.executor.abstract": f"{_VLLM_CACHE}:register_executor",
     "vllm.v1.engine.core": f"{_VLLM_CACHE}:register_engine_core",
     "vllm.v1.worker.worker_base": f"{_VLLM_CACHE}:register_worker",
     "vllm.worker.worker_base": f"{_VLLM_CACHE}:register_worker",  # up to 0.11
-    "vllm.compilation.decorators": "engine_loader.engines.vllm_fixups",
+    "vllm.compilation.decorators": "engine_loader.engines.vllm.fixups",
     "sglang.srt.server_args": f"{_SGLANG_FORMAT}:register_choice",
     "sglang.srt.configs.load_config": f"{_SGLANG_FORMAT}:register_load_config",
-    "sglang.srt.model_loader.loader": "engine_loader.engines.sglang",
+    "sglang.srt.model_loader.loader": "engine_loader.engines.sglang.loader",
     "sglang.srt.entrypoints.engine": f"{_SGLANG_CACHE}:register_engine",
     "sglang.srt.entrypoints.http_server": f"{_SGLANG_CACHE}:register_http_server",
     "sglang.srt.managers.scheduler": f"{_SGLANG_CACHE}:register_scheduler",
-    "torch._inductor.codecache": "engine_loader.engines.torch_fixups",
+    "torch._inductor.codecache": "engine_loader.engines.common.torch_fixups",
 }
 """Module of an engine -> the adapter whose ``register()``, or the function behind the colon, runs once that module is
 there.

@@ -21,12 +21,12 @@ import numpy as np
 from .errors import CheckpointError, SettingsError
 from .formats.safetensors import LENGTH_BYTES, header_length, parse_header
 from .settings import LoaderSettings, load_settings
-from .sources.constructor import usrbio_options
-from .sources.hf3fs import Hf3fsError, find_library
 from .sources.posix import PosixSource
-from .sources.protocol import Source, SourceFile
-from .sources.usrbio import UsrbioOptions, UsrbioSource, find_client
-from .sources.usrbio import is_available as _is_available
+from .sources.registry import usrbio_options
+from .sources.source import Source, SourceFile
+from .sources.threefs.library import Hf3fsError, find_library
+from .sources.threefs.source import UsrbioOptions, UsrbioSource, find_client
+from .sources.threefs.source import is_available as _is_available
 from .transfer.constructor import make_engine
 from .transfer.device_copy import DeviceWriter, is_device_pointer
 from .transfer.plan import extent, make_extents

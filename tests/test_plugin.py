@@ -81,5 +81,5 @@ def test_the_format_is_there_once_vllm_imports_its_loaders() -> None:
         kind = loaders._LOAD_FORMAT_TO_MODEL_LOADER["b10_3fs"]
         print("CLASS", kind.__module__, kind.__name__)
     """)
-    assert "CLASS engine_loader.engines.vllm B10ModelLoader" in classes
+    assert "CLASS engine_loader.engines.vllm.loader B10ModelLoader" in classes
     assert "will be overwritten" not in classes

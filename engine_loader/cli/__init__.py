@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 from .. import __version__
 from ..errors import EngineLoaderError, SettingsError
 from . import bench, compile_cache, convert, doctor, emulate_3fs, explain_load, inspect, patch, reshard, settings
-from .output import print_error
+from .console.output import print_error
 
 _BAD_SETTINGS_STATUS = 2
 

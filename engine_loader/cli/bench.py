@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import EngineLoaderError
-from .interrupts import prompt_interrupt
-from .output import console, print_json, print_warning, printable, progress_bar
+from .console.interrupts import prompt_interrupt
+from .console.output import console, print_json, print_warning, printable, progress_bar
 
 if TYPE_CHECKING:
-    from ..benchmarking.contenders import Contender
-    from ..benchmarking.rounds import Measurement, Scenario
-    from ..benchmarking.workload import Workload
+    from ..bench.contenders import Contender
+    from ..bench.rounds import Measurement, Scenario
+    from ..bench.workload import Workload
 
 _STYLES = {"plain": "", "ours": "bold", "peer": ""}
 
@@ -61,9 +61,9 @@ def read(
     engine-loader bench read --cold --files 2 --no-peers /mnt/3fs/models/llama
     ```
     """
-    from ..benchmarking import contenders, report
-    from ..benchmarking import rounds as measuring
-    from ..benchmarking.workload import Workload
+    from ..bench import contenders, report
+    from ..bench import rounds as measuring
+    from ..bench.workload import Workload
     from ..machine import memory
 
     workload = Workload.of(path, files)
@@ -93,7 +93,7 @@ def read(
 
 
 def _measure(workload: Workload, chosen: list[Contender], scenario: Scenario, rounds: int) -> Measurement:
-    from ..benchmarking.rounds import Benchmark, count_runs
+    from ..bench.rounds import Benchmark, count_runs
 
     with prompt_interrupt(), progress_bar(count_runs(chosen, rounds)) as progress:
         benchmark = Benchmark(workload, chosen, progress)
@@ -122,7 +122,7 @@ def _print(measurement: Measurement, workload: str, machine: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from ..benchmarking import report
+    from ..bench import report
 
     out = console()
     out.print(Text(f"{workload}; {measurement.scenario.title}; medians of {measurement.rounds} rounds"), soft_wrap=True)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .output import console, print_json, print_warning, printable
+from .console.output import console, print_json, print_warning, printable
 
 if TYPE_CHECKING:
     from ..compile_cache.key import CacheKey
-    from ..compile_cache.operations import Job
-    from ..compile_cache.outcome import Outcome
+    from ..compile_cache.process.operations import Job
+    from ..compile_cache.process.outcome import Outcome
     from ..settings import CompileCacheSettings
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
@@ -50,8 +50,8 @@ def save(engine: EngineOption = "vllm", scope: ScopeOption = None, as_json: Json
 def info(engine: EngineOption = "vllm", as_json: JsonOption = False) -> None:
     """Show this environment's key, the local caches and what the store has for it."""
     from ..compile_cache.directories import ENGINES, directories_of
-    from ..compile_cache.operations import open_store
-    from ..compile_cache.scan import scan
+    from ..compile_cache.packs.scan import scan
+    from ..compile_cache.process.operations import open_store
 
     settings = _settings()
     key = _key(engine, "")
@@ -103,7 +103,7 @@ def info(engine: EngineOption = "vllm", as_json: JsonOption = False) -> None:
 @app.command("list")
 def list_caches(as_json: JsonOption = False) -> None:
     """List what the store has: a line for each key, the last used first."""
-    from ..compile_cache.operations import open_store
+    from ..compile_cache.process.operations import open_store
     from ..compile_cache.space import mib
 
     settings = _settings()
@@ -142,7 +142,7 @@ def clear(
     import os
 
     from ..compile_cache.directories import ENGINES, directories_of
-    from ..compile_cache.scan import scan
+    from ..compile_cache.packs.scan import scan
     from ..compile_cache.space import mib
 
     _check_engine(engine)
@@ -175,7 +175,7 @@ def prune(
     as_json: JsonOption = False,
 ) -> None:
     """Delete from the store what the settings do not keep (keep_days, keep_keys, keep_bytes), and leftovers."""
-    from ..compile_cache.operations import open_store, policy_of
+    from ..compile_cache.process.operations import open_store, policy_of
     from ..compile_cache.retention import prune as prune_store
     from ..compile_cache.space import mib
 
@@ -199,9 +199,9 @@ def prune(
 @app.command()
 def verify(as_json: JsonOption = False) -> None:
     """Read every byte of every pack; ends with status 1 when one is damaged, forged or not to be trusted."""
-    from ..compile_cache.operations import open_store
+    from ..compile_cache.packs.verify import verify as verify_packs
+    from ..compile_cache.process.operations import open_store
     from ..compile_cache.space import mib
-    from ..compile_cache.verify import verify as verify_packs
 
     store, trust = open_store(_settings())
     found = list(verify_packs(store, trust))
@@ -273,7 +273,7 @@ def _key(engine: str, scope: str) -> CacheKey:
 def _job(action: Any, engine: str, scope: str | None) -> Job:
     from ..compile_cache.directories import directories_of
     from ..compile_cache.explain import last_key
-    from ..compile_cache.operations import Job
+    from ..compile_cache.process.operations import Job
 
     settings = _settings()
     _check_engine(engine)
@@ -297,7 +297,7 @@ def _job(action: Any, engine: str, scope: str | None) -> Job:
 
 
 def _report(job: Job, as_json: bool) -> None:
-    from ..compile_cache.session import run_job
+    from ..compile_cache.process.session import run_job
     from ..compile_cache.space import mib
 
     settings = _settings()

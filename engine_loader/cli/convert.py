@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .output import byte_progress_bar, console, printable
+from .console.output import byte_progress_bar, console, printable
 
 if TYPE_CHECKING:
     import torch

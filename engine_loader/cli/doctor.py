@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .output import console, print_json, printable
+from .console.output import console, print_json, printable
 
 if TYPE_CHECKING:
     from .diagnosis.finding import Finding

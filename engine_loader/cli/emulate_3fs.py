@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .output import console
+from .console.output import console
 
 _USE = """\
 Built {library}

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .output import console, print_json, print_warning, printable
+from .console.output import console, print_json, print_warning, printable
 
 if TYPE_CHECKING:
-    from ..engines.vllm_rank import Rank
-    from ..loading.explain import Explanation
+    from ..engines.vllm.rank import Rank
+    from ..loading.direct.dry_run import Explanation
 
 _SHOWN = 12
 
@@ -43,7 +43,7 @@ def explain_load(
     engine-loader explain-load /models/mixtral -tp 8 --enable-expert-parallel --json | jq .totals.experts
     ```
     """
-    from ..engines.vllm_rank import Rank
+    from ..engines.vllm.rank import Rank
 
     which = Rank(tensor_parallel_size, pipeline_parallel_size, rank, expert_parallel)
     with quiet_engine():
@@ -57,7 +57,7 @@ def explain_load(
 
 
 def _explain(model: str, rank: Rank) -> Explanation:
-    from ..engines.vllm_rank import rank_model
+    from ..engines.vllm.rank import rank_model
 
     with rank_model(model, rank) as built:
         explanation: Explanation = built.loader.explain(built.module, built.config.model_config)

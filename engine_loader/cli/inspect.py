@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .output import console, print_json, print_warning, printable
+from .console.output import console, print_json, print_warning, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from ..errors import CheckpointError
     from ..formats.safetensors import Header, TensorInfo
-    from .survey import Survey
+    from .inspection.survey import Survey
 
 _LARGEST = 5
 _FILES_SHOWN = 20
@@ -52,7 +52,7 @@ def inspect(
     engine-loader inspect --tensors --json model.safetensors | jq '.tensors[].name'
     ```
     """
-    from . import survey
+    from .inspection import survey
 
     found = survey.check(path) if check else survey.read(path)
     if as_json:

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import EngineLoaderError
 from ..patching import BACKUP_SUFFIX, Patch, all_patches, patch_named
-from .output import console, printable
+from .console.output import console, printable
 
 app = typer.Typer(no_args_is_help=True, help="Patch installed engines that have no place for plugins, or a fault.")
 Name = Annotated[str, typer.Argument(metavar="NAME", help="As `engine-loader patch list` shows it.")]

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .console.output import console, printable, progress_bar
 from .explain_load import quiet_engine
-from .output import console, printable, progress_bar
 
 
 def reshard(
@@ -36,12 +36,12 @@ def reshard(
     vllm serve /models/llama-tp4 --load-format b10_3fs --tensor-parallel-size 4
     ```
     """
-    from ..engines.vllm_rank import Rank
+    from ..engines.vllm.rank import Rank
     from ..report.load import human_bytes
 
     layout = Rank(tensor_parallel_size, pipeline_parallel_size, 0, expert_parallel)
     with progress_bar(layout.world_size + 1) as step, quiet_engine():
-        from ..engines.vllm_sharded import reshard as write
+        from ..engines.vllm.sharded import reshard as write
 
         files = write(model, out, layout, max_file_bytes=int(max_file_gib * (1 << 30)), step=step, dtype=dtype)
     nbytes = human_bytes(sum(os.path.getsize(file) for file in files))

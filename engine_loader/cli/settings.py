@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .output import console, print_json, printable
+from .console.output import console, print_json, printable
 
 
 def settings(

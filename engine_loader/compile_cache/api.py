@@ -22,10 +22,10 @@ from ..settings import CompileCacheSettings, load_settings
 from .directories import INDUCTOR, TRITON, default_inductor_directory, directories_of
 from .errors import CacheError, CacheOperationInterrupted, CacheValidationError
 from .key import CacheKey, environment_key
-from .operations import Job, open_store
-from .outcome import Outcome
-from .scan import scan
-from .session import run_job
+from .packs.scan import scan
+from .process.operations import Job, open_store
+from .process.outcome import Outcome
+from .process.session import run_job
 from .space import Floor, mib, no_room_is_an_interruption
 
 __all__ = [

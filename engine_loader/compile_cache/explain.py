@@ -14,8 +14,8 @@ from ..settings import CompileCacheSettings
 from .compiled import Compiler, piece_of
 from .directories import STATE, directories_of
 from .key import CacheKey
-from .pack import Pack
-from .scan import LocalFile
+from .packs.pack import Pack
+from .packs.scan import LocalFile
 from .trust import make_private
 
 _LAST = "last.json"
@@ -195,7 +195,7 @@ def account(engine: str, settings: CompileCacheSettings, key: CacheKey) -> dict[
     """What `explain` shows: the last verdict here, and how the nearest key in the store differs from this
     environment.
     """
-    from .operations import nearest_in_store, open_store
+    from .process.operations import nearest_in_store, open_store
 
     last = _last(next(iter(directories_of(engine).values())))
     store, trust = open_store(settings)

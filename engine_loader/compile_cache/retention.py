@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 
 from .errors import CacheError
 from .key import CacheKey
-from .manifest import Frame, Manifest, PackedFile
-from .pack import Pack, compress_members, finish_pack, read_frame, read_manifest
-from .restore import effective_files, read_packs
-from .store import Store, Stored
+from .packs.manifest import Frame, Manifest, PackedFile
+from .packs.pack import Pack, compress_members, finish_pack, read_frame, read_manifest
+from .process.restore import effective_files, read_packs
+from .stores.store import Store, Stored
 from .trust import Trust
 
 GRACE_S = 600.0

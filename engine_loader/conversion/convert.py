@@ -16,11 +16,11 @@ from ..formats.hf_index import INDEX_NAME
 from ..formats.sharded_state import shards_by_rank
 from ..loading.checkpoint import open_checkpoint
 from ..loading.companions import copy_companions
-from ..loading.dcp import DcpCheckpoint
-from ..loading.key_mapping import KeyMapping, make_renamer
-from ..loading.locate import is_dcp, without_end
+from ..loading.find import is_dcp, without_end
+from ..loading.training.checkpoint import DcpCheckpoint
+from ..loading.training.key_mapping import KeyMapping, make_renamer
 from ..settings import load_settings
-from ..sources.constructor import make_source
+from ..sources.registry import make_source
 from .dcp_output import write_dcp
 from .destination import check_destination, unfinished_directory
 from .safetensors_output import write_safetensors

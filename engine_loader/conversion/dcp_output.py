@@ -17,8 +17,8 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemT
 from ..dcp.writer import FileSystemWriter
 from ..errors import CheckpointError
 from ..loading.checkpoint import Checkpoint
-from ..loading.dcp import DcpCheckpoint
-from ..loading.dcp_files import dtype_name
+from ..loading.training.checkpoint import DcpCheckpoint
+from ..loading.training.files import dtype_name
 from .tensors import Outgoing, in_writing_order, read_in_order
 
 

@@ -13,7 +13,7 @@ from ..errors import CheckpointError
 from ..formats.dcp_metadata import METADATA_NAME
 from ..machine import sync_directory
 from ..report.load import human_bytes
-from ..sources.object_url import is_object_url
+from ..sources.object_store.url import is_object_url
 
 
 def check_destination(source: str, destination: str, *, overwrite: bool) -> None:

@@ -12,8 +12,8 @@ from ..errors import CheckpointError
 from ..formats.dtypes import DTYPE_BITS, torch_dtype
 from ..formats.safetensors import TensorInfo
 from ..loading.checkpoint import Checkpoint
-from ..loading.dcp_files import dtype_name
-from ..loading.key_mapping import Renamer
+from ..loading.training.files import dtype_name
+from ..loading.training.key_mapping import Renamer
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 """What a conversion to another type takes; scales and packed integers of quantised checkpoints stay as they are."""

@@ -17,10 +17,10 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.futures import Future
 
 from ..errors import CheckpointError
-from ..loading.dcp_files import DcpFiles, Part, StoredTensor, load_item
+from ..loading.training.files import DcpFiles, Part, StoredTensor, load_item
 from ..settings import LoaderSettings, load_settings
-from ..sources.constructor import make_source
-from ..sources.protocol import Source
+from ..sources.registry import make_source
+from ..sources.source import Source
 from ..transfer.protocol import Transfer
 
 _FIRST_GROUP_BYTES, _GROUP_BYTES = 32 << 20, 2 << 30

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..settings import LoaderSettings, load_settings
-from ..sources.constructor import object_store_options
-from ..sources.object_client import ObjectStoreOptions
+from ..sources.object_store.client import ObjectStoreOptions
+from ..sources.registry import object_store_options
 
 MIN_PART_BYTES = 5 << 20
 """S3 takes no smaller parts of an upload, but for the last."""

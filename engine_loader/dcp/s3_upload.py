@@ -10,8 +10,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import CheckpointError
-from ..sources.object_client import check_process
-from ..sources.object_failures import object_failure
+from ..sources.object_store.client import check_process
+from ..sources.object_store.failures import object_failure
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer

@@ -14,16 +14,16 @@ from ..formats.safetensors import TensorInfo
 from ..formats.sharded_state import ShardRank
 from ..report.load import LoadReport
 from ..settings import LoaderSettings, load_settings
-from ..sources.constructor import make_source
-from ..sources.protocol import Source
+from ..sources.registry import make_source
+from ..sources.source import Source
 from ..transfer.plan import ExtentRow
-from .devices import Devices
+from .devices.cuda import Devices
+from .find import OpenFiles, PathLike, is_dcp, open_files, sharded_files
 from .geometry import contiguous_strides, view_extents
-from .key_mapping import KeyMapping
-from .locate import OpenFiles, PathLike, is_dcp, open_files, sharded_files
-from .reader import Reader, no_gds_for_training
+from .safetensors_store import Reader, no_gds_for_training
 from .slices import TensorSlice
 from .targets import check_target, check_targets_apart
+from .training.key_mapping import KeyMapping
 
 
 def open_checkpoint(
@@ -102,7 +102,7 @@ def _open_dcp(
     """A torch.distributed.checkpoint; None where the path is none."""
     if not is_dcp(source, directory):
         return None
-    from .dcp import DcpCheckpoint
+    from .training.checkpoint import DcpCheckpoint
 
     return DcpCheckpoint(source, directory, settings, device, key_mapping=key_mapping, optimizer_state=optimizer_state)
 

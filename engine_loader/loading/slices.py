@@ -15,7 +15,7 @@ from ..errors import CheckpointError
 from ..formats.safetensors import TensorInfo
 from ..transfer.plan import ExtentRow
 from .geometry import contiguous_strides, view_extents
-from .reader import Reader
+from .safetensors_store import Reader
 
 Index: TypeAlias = Any
 """Whatever torch takes between brackets: integers, slices, None, ``...``, lists and tensors of indices, masks."""

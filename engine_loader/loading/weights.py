@@ -15,12 +15,12 @@ from ..formats.safetensors import TensorInfo
 from ..report.load import LoadReport
 from ..report.progress import byte_progress
 from ..settings import LoaderSettings
-from ..sources.constructor import make_source
-from ..sources.protocol import Source
-from .dcp_reader import DcpReader
-from .direct import SMALL_BYTES, DirectLoad
-from .locate import OpenFiles, natural_key, open_files, read_index
-from .reader import Reader, no_gds_for_training
+from ..sources.registry import make_source
+from ..sources.source import Source
+from .direct.load import SMALL_BYTES, DirectLoad
+from .find import OpenFiles, natural_key, open_files, read_index
+from .safetensors_store import Reader, no_gds_for_training
+from .training.store import DcpReader
 
 # Recording takes some tens of microseconds a tensor; in that time one up to this size is read whole and copied. (The
 # smallest are not recorded anyway.)

@@ -8,11 +8,11 @@ from functools import cache
 
 from ..errors import TransferError
 from ..settings import LoaderSettings
-from ..sources.protocol import SourceFile
-from .native_engine import NativeEngine
-from .native_library import load_library
+from ..sources.source import SourceFile
+from .native.engine import NativeEngine
+from .native.library import load_library
 from .protocol import TransferEngine
-from .python_engine import DEFAULT_GAP_BYTES, PythonEngine
+from .python.engine import DEFAULT_GAP_BYTES, PythonEngine
 
 logger = logging.getLogger(__name__)
 

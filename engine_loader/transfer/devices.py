@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from ..errors import TransferError
-from .native_library import (
+from .native.library import (
     DEVICE_LIBRARY,
     DEVICE_MEMORY,
     DEVICE_SELECT,

@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from ..sources.protocol import SourceFile
+from ..sources.source import SourceFile
 
 _SYS_CACHESTAT = 451
 _SAMPLES = 32

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import CheckpointError
-from ..sources.protocol import SourceFile
+from ..sources.source import SourceFile
 
 EXTENT = np.dtype(
     [
@@ -29,7 +29,7 @@ EXTENT = np.dtype(
         ("dst_stride", "<u8"),
     ]
 )
-"""One extent, 48 bytes, native alignment; the same as ``el_extent`` in transfer/native/engine.h."""
+"""One extent, 48 bytes, native alignment; the same as ``el_extent`` in transfer/native/src/core/engine.h."""
 
 Extents = npt.NDArray[np.void]
 ExtentRow = tuple[int, int, int, int, int, int, int]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ..sources.protocol import SourceFile
+from ..sources.source import SourceFile
 from .plan import Extents
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from engine_loader.benchmarking import contenders
-from engine_loader.benchmarking.contenders import Contender
+from engine_loader.bench import contenders
+from engine_loader.bench.contenders import Contender
 from tests.cli.running import invoke, run
 from tests.support.checkpoints import checkpoint, entry, index
 

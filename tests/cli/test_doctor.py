@@ -179,7 +179,7 @@ class TestEngines:
         found = {finding.name: finding for finding in engines.check_engines()}
         finding = found["vLLM --load-format b10_3fs"]
         assert finding.status == "ok", finding
-        assert finding.value.startswith("registered: engine_loader.engines.vllm.")
+        assert finding.value.startswith("registered: engine_loader.engines.vllm.loader.")
 
 
 class TestSources:

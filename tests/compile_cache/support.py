@@ -5,12 +5,12 @@ import random
 from pathlib import Path
 
 from engine_loader.compile_cache.directories import INDUCTOR, TRITON
-from engine_loader.compile_cache.filesystem_store import FilesystemStore
 from engine_loader.compile_cache.key import CacheKey
-from engine_loader.compile_cache.outcome import Outcome
-from engine_loader.compile_cache.restore import restore
-from engine_loader.compile_cache.save import save
-from engine_loader.compile_cache.scan import scan
+from engine_loader.compile_cache.packs.scan import scan
+from engine_loader.compile_cache.process.outcome import Outcome
+from engine_loader.compile_cache.process.restore import restore
+from engine_loader.compile_cache.process.save import save
+from engine_loader.compile_cache.stores.filesystem import FilesystemStore
 from engine_loader.compile_cache.trust import Trust
 
 KEY = CacheKey((("torch", "2.13.0"), ("cuda", "13.0")), "model_tp1")

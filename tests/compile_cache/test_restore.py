@@ -10,7 +10,7 @@ import pytest
 import zstandard
 
 from engine_loader.compile_cache.errors import CacheOperationInterrupted
-from engine_loader.compile_cache.restore import restore
+from engine_loader.compile_cache.process.restore import restore
 from tests.compile_cache.support import KEY, OTHER_KEY, Machine, some_bytes
 
 

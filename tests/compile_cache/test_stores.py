@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from engine_loader.compile_cache.operations import Job, perform
-from engine_loader.compile_cache.session import Running, run_job
+from engine_loader.compile_cache.process.operations import Job, perform
+from engine_loader.compile_cache.process.session import Running, run_job
 from engine_loader.settings import CompileCacheSettings
 from tests.compile_cache.support import KEY, Machine, some_bytes
 from tests.support.waiting import GENEROUS_S, wait_for
@@ -198,7 +198,7 @@ def test_a_save_that_is_ended_half_way_leaves_nothing(first: Machine, store: Pat
     told.write_text(json.dumps(job("save", first, settings_for(store, compression_level=19, threads=1)).to_json()))
     ended = 0
     for wait_s in (0, 0.3, 0.6):
-        program = [sys.executable, "-m", "engine_loader.compile_cache.worker", told, store.parent / "outcome"]
+        program = [sys.executable, "-m", "engine_loader.compile_cache.process.worker", told, store.parent / "outcome"]
         process = subprocess.Popen(program)
         wait_for(lambda process=process: process.poll() is not None or list(store.rglob(".unfinished-*")))
         time.sleep(wait_s)

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import zstandard
 
-from engine_loader.compile_cache import pack as pack_module
 from engine_loader.compile_cache.errors import CacheValidationError
-from engine_loader.compile_cache.tar import header, padding
+from engine_loader.compile_cache.packs import pack as pack_module
+from engine_loader.compile_cache.packs.tar import header, padding
 from engine_loader.compile_cache.trust import Trust, load_trust
 from tests.compile_cache.support import KEY, OTHER_KEY, SECRET, Machine
 

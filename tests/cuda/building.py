@@ -7,14 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.native.building import (
-    NATIVE,
-    compile_driver,
-    compile_library,
-    compile_object,
-    engine_objects,
-    link,
-)
+from tests.transfer.native.building import NATIVE, compile_driver, compile_library, compile_object, engine_objects, link
 
 HERE = Path(__file__).parent
 STANDIN = HERE / "standin" / "standin.cpp"
@@ -69,7 +62,7 @@ class Drivers:
         return driver
 
     def _mutate(self, mutant: Mutant) -> Path:
-        text = (NATIVE / f"{mutant.source}.cpp").read_text()
+        text = next(NATIVE.glob(f"*/{mutant.source}.cpp")).read_text()
         for before, after in mutant.changes.items():
             assert text.count(before) == 1, f"{mutant.name}: the source has changed, and so must the mutant: {before!r}"
             text = text.replace(before, after)

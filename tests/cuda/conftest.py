@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.native.building import ensure_library
+from tests.transfer.native.building import ensure_library
 
 from .building import compile_standin
 from .standin_devices import StandIn

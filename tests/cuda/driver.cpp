@@ -8,8 +8,8 @@
 #include <map>
 #include <thread>
 
-#include "../native/random_plans.h"
-#include "device.h"
+#include "../transfer/native/random_plans.h"
+#include "device/device.h"
 #include "standin/standin.h"
 
 namespace {

@@ -21,9 +21,9 @@ import torch
 from safetensors.torch import save_file
 
 from engine_loader.errors import SettingsError, TransferError
-from engine_loader.loading import gds
 from engine_loader.loading.checkpoint import Checkpoint
-from engine_loader.loading.locate import open_files
+from engine_loader.loading.find import open_files
+from engine_loader.loading.streaming import gds
 from engine_loader.report.load import LoadReport
 from engine_loader.settings import load_settings
 from engine_loader.sources.posix import PosixSource

@@ -16,18 +16,18 @@ from torch import nn
 
 from engine_loader.errors import TransferCancelled, TransferError
 from engine_loader.loading.checkpoint import Checkpoint
-from engine_loader.loading.dcp_reader import DcpReader
-from engine_loader.loading.device_trial import obstacle_on
-from engine_loader.loading.devices import CudaDevices
-from engine_loader.loading.direct import DirectLoad
-from engine_loader.loading.locate import open_files
-from engine_loader.loading.reader import Reader
+from engine_loader.loading.devices.cuda import CudaDevices
+from engine_loader.loading.devices.trial import obstacle_on
+from engine_loader.loading.direct.load import DirectLoad
+from engine_loader.loading.find import open_files
+from engine_loader.loading.safetensors_store import Reader
+from engine_loader.loading.training.store import DcpReader
 from engine_loader.report.load import LoadReport
 from engine_loader.report.progress import byte_progress
 from engine_loader.settings import LoaderSettings, load_settings
 from engine_loader.sources.posix import PosixSource
 from engine_loader.transfer.devices import Place, obstacle_to_devices
-from engine_loader.transfer.native_engine import NativeEngine
+from engine_loader.transfer.native.engine import NativeEngine
 from engine_loader.transfer.plan import extent, make_extents
 from tests.support.training_checkpoints import save_chunked
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine_loader.engines import adapter
+from engine_loader.engines.common import adapter
 from engine_loader.errors import SettingsError
-from engine_loader.loading import reader
+from engine_loader.loading import safetensors_store as reader
 from engine_loader.settings import LoaderSettings, load_settings
 from tests.support.tiny_models import make_model
 
@@ -159,7 +159,7 @@ def test_without_a_device_they_are_in_cpu_memory(
 def test_vllm_fills_a_model_from_tensors_on_the_device(
     arch: str, devices: StandInDevices, standin: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from engine_loader.engines import vllm
+    from engine_loader.engines.vllm import loader as vllm
     from tests.support.vllm_inprocess import differences, load_state
 
     model = make_model(arch, tmp_path)

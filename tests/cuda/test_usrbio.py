@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from engine_loader.errors import TransferError
-from engine_loader.sources.usrbio import UsrbioOptions, UsrbioSource
+from engine_loader.sources.threefs.source import UsrbioOptions, UsrbioSource
 from engine_loader.transfer.devices import Place
-from engine_loader.transfer.native_engine import NativeEngine
+from engine_loader.transfer.native.engine import NativeEngine
 from engine_loader.transfer.plan import make_extents
 from tests.support.threefs import clean_emulator
 

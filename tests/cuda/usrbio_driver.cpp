@@ -14,9 +14,9 @@
 #include <unistd.h>
 #include <vector>
 
-#include "device.h"
+#include "device/device.h"
 #include "standin/standin.h"
-#include "usrbio.h"
+#include "usrbio/usrbio.h"
 
 #define CHECK(condition)                                                              \
     do {                                                                              \

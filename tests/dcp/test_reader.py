@@ -17,8 +17,8 @@ from torch.distributed.checkpoint.filesystem import SerializationFormat
 
 from engine_loader import CheckpointError, dcp
 from engine_loader.dcp import reader
-from engine_loader.loading import dcp_files
-from engine_loader.loading.dcp_files import DcpFiles
+from engine_loader.loading.training import files as dcp_files
+from engine_loader.loading.training.files import DcpFiles
 from engine_loader.report.load import LoadReport
 from engine_loader.settings import LoaderSettings
 from engine_loader.sources.posix import PosixSource

@@ -3,7 +3,7 @@
 import pytest
 
 from engine_loader.errors import TransferError
-from engine_loader.transfer.native_library import load_library
+from engine_loader.transfer.native.library import load_library
 
 WAYS: dict[str, dict[str, object]] = {
     "python": {"engine": "python"},

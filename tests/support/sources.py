@@ -109,7 +109,7 @@ def open_fake(*files: FakeFile, **options: object) -> "Checkpoint":
     import torch
 
     from engine_loader.loading.checkpoint import Checkpoint
-    from engine_loader.loading.locate import open_files
+    from engine_loader.loading.find import open_files
 
     source = FakeSource({file.path: file for file in files})
     settings = load_settings(options).settings.loader

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine_loader.sources.hf3fs import Hf3fsLibrary, load_library
+from engine_loader.sources.threefs.library import Hf3fsLibrary, load_library
 from engine_loader.threefs_emulator import build_emulator
 from tests.support.mappings import mapped_of_shared_memory
 from tests.support.resources import left_open, open_resources

@@ -26,7 +26,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from engine_loader.engines.vllm_rank import Rank, RankModel, rank_model
+from engine_loader.engines.vllm.rank import Rank, RankModel, rank_model
 
 RANK_TIMEOUT_S = 240
 _CPU_ENVIRONMENT = {

@@ -8,11 +8,11 @@ import pytest
 
 from engine_loader.errors import TransferError
 from engine_loader.sources.posix import PosixFile, PosixSource
-from engine_loader.sources.protocol import SourceFile
-from engine_loader.transfer.native_engine import NativeEngine, load_library
+from engine_loader.sources.source import SourceFile
+from engine_loader.transfer.native.engine import NativeEngine, load_library
 from engine_loader.transfer.plan import ExtentRow, Extents, extent, make_extents
 from engine_loader.transfer.protocol import Transfer, TransferEngine
-from engine_loader.transfer.python_engine import PythonEngine
+from engine_loader.transfer.python.engine import PythonEngine
 
 MakeEngine = Callable[..., TransferEngine]
 
@@ -110,7 +110,7 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Else a machine that stalls for half a second makes a read look stuck, which is then given up and left to itself.
     """
-    for name in ("native_engine.CANCEL_GRACE_S", "native_transfer.CANCEL_GRACE_S", "python_engine._CANCEL_GRACE_S"):
+    for name in ("native.engine.CANCEL_GRACE_S", "native.transfer.CANCEL_GRACE_S", "python.engine._CANCEL_GRACE_S"):
         monkeypatch.setattr(f"engine_loader.transfer.{name}", 600.0)
 
 

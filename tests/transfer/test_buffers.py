@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine_loader.errors import CheckpointError
-from engine_loader.transfer.buffers import BufferPool
+from engine_loader.transfer.memory.buffers import BufferPool
 
 KIB, MIB = 1 << 10, 1 << 20
 

@@ -251,7 +251,7 @@ class SlowTime:
 @pytest.fixture
 def slow_time(monkeypatch):
     clock = SlowTime()
-    monkeypatch.setattr("engine_loader.transfer.python_engine.time", clock)
+    monkeypatch.setattr("engine_loader.transfer.python.engine.time", clock)
     return clock
 
 

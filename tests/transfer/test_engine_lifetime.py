@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from engine_loader.errors import TransferCancelled, TransferError
-from engine_loader.transfer.native_engine import NativeEngine
+from engine_loader.transfer.native.engine import NativeEngine
 from engine_loader.transfer.plan import extent, make_extents
 from tests.support.checkpoints import noise
 from tests.support.children import in_child

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...compile_cache.errors import CacheError
-from ...compile_cache.operations import open_store
+from ...compile_cache.process.operations import open_store
 from ...compile_cache.space import mib
-from ...engines import torch_fixups, vllm_fixups
+from ...engines.common import torch_fixups
+from ...engines.vllm import fixups as vllm_fixups
 from ...settings import load_settings
 from .finding import Finding
 

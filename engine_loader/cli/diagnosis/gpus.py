@@ -24,7 +24,7 @@ def check_gpus() -> Iterator[Finding]:
 def _copies(settings: LoaderSettings) -> Iterator[Finding]:
     import torch
 
-    from ...loading.devices import CudaDevices
+    from ...loading.devices.cuda import CudaDevices
 
     if not torch.cuda.is_available():
         yield Finding(_AREA, "copies", "ok", "torch can use no GPU here")
@@ -41,7 +41,7 @@ def _copies(settings: LoaderSettings) -> Iterator[Finding]:
 
 
 def _gds(settings: LoaderSettings) -> Finding:
-    from ...loading.gds import HINT, obstacle_to_gds
+    from ...loading.streaming.gds import HINT, obstacle_to_gds
 
     name = "GPUDirect Storage"
     obstacle = obstacle_to_gds(0)

@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 
 from ...errors import CheckpointError, SettingsError
 from ...formats.hf_index import INDEX_NAME
-from ...loading.locate import locate
+from ...loading.find import locate
 from ...machine import Mount, mount_of
 from ...report.load import human_bytes
 from ...settings import load_settings
-from ...sources.hf3fs import LIB_DIR_VARIABLE, LIBRARY_NAME, Hf3fsError, find_library, load_library
 from ...sources.posix import PosixSource
-from ...sources.usrbio import mounts_here, why_not
+from ...sources.threefs.library import LIB_DIR_VARIABLE, LIBRARY_NAME, Hf3fsError, find_library, load_library
+from ...sources.threefs.source import mounts_here, why_not
 from ...transfer.modes import choose_mode
 from .finding import Finding
 

@@ -40,7 +40,7 @@ def keys(url: str) -> list[str]:
     import obstore
     from obstore.store import ObjectStore
 
-    from engine_loader.sources.object_url import parse_object_url
+    from engine_loader.sources.object_store.url import parse_object_url
 
     parsed = parse_object_url(url)
     store: ObjectStore = S3FileSystem(REGION).stores.client(parsed)

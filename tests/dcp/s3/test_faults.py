@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from engine_loader import CheckpointError, dcp
 from engine_loader.dcp import S3ClientConfig, S3FileSystem, S3StorageWriter
 from engine_loader.dcp.s3_upload import ObjectUpload
-from engine_loader.sources.object_client import ObjectStoreOptions, make_client
-from engine_loader.sources.object_url import parse_object_url
+from engine_loader.sources.object_store.client import ObjectStoreOptions, make_client
+from engine_loader.sources.object_store.url import parse_object_url
 from tests.support.fault_server import Answer, FaultServer, Request
 
 from ..states import blank, same

@@ -1,0 +1,1 @@
+"""What `engine-loader inspect` finds out about a checkpoint."""

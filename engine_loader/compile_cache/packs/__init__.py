@@ -1,0 +1,1 @@
+"""Packs: what they hold, how they are written, read and checked."""

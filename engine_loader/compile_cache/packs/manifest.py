@@ -1,0 +1,241 @@
+"""What a pack says about itself: its key, its files, its frames. And every check of it, each with an error of its
+own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from ..errors import CacheValidationError
+from ..key import CacheKey
+from .tar import header, padding
+
+FORMAT = 1
+MOST_FILES = 1_000_000
+MOST_BYTES = 1 << 40
+MOST_FRAME_BYTES = 1 << 33
+MOST_PATH_CHARS = 1024
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class PackedFile(NamedTuple):
+    """One file of a pack.
+
+    Attributes:
+        path: "<root>/<path below it>"; the roots are those of directories.py.
+        size: bytes of content; 0 for a link.
+        mode: permission bits.
+        sha256: of the content, hexadecimal; empty for a link.
+        frame: which frame holds it.
+        offset: where in that frame's decompressed bytes the tar header begins.
+        link: the target if it is a symbolic link, else empty.
+    """
+
+    path: str
+    size: int
+    mtime_ns: int
+    mode: int
+    sha256: str
+    frame: int
+    offset: int
+    link: str = ""
+
+    @property
+    def root(self) -> str:
+        """The name of the cache that the file belongs to."""
+        return self.path.partition("/")[0]
+
+    def head(self) -> bytes:
+        """The tar header that stands at ``offset``."""
+        return header(self.path, self.size, self.mtime_ns, self.mode, self.link)
+
+
+class Frame(NamedTuple):
+    """One zstd frame of a pack: where it lies, and what its bytes must be."""
+
+    offset: int
+    size: int
+    raw_size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about a pack but the content of its files.
+
+    Attributes:
+        key: the environment and the scope that the pack was made for.
+        created: seconds since the epoch.
+        host: where it was made; for people.
+        roots: name of a cache -> its directory where the pack was made (Triton's files name it).
+        factors: path of a `cache_key_factors.json` -> the engine's own account of its key.
+        replaces: names of the packs whose files are all in this one (it is a compaction).
+    """
+
+    key: CacheKey
+    created: float
+    files: tuple[PackedFile, ...]
+    frames: tuple[Frame, ...]
+    host: str = ""
+    roots: Mapping[str, str] = field(default_factory=dict)
+    factors: Mapping[str, Any] = field(default_factory=dict)
+    replaces: tuple[str, ...] = ()
+
+    @property
+    def content_bytes(self) -> int:
+        """Bytes of all files together."""
+        return sum(file.size for file in self.files)
+
+    def to_json(self) -> bytes:
+        value = {
+            "format": FORMAT,
+            "key": self.key.to_json(),
+            "created": self.created,
+            "host": self.host,
+            "roots": dict(self.roots),
+            "factors": dict(self.factors),
+            "replaces": list(self.replaces),
+            "frames": self.frames,
+            "files": self.files,
+        }
+        return json.dumps(value, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes, place: str) -> Manifest:
+        """Read and check.
+
+        Raises:
+            CacheValidationError: it is not a manifest, or says something that no honest pack says; it begins with
+                ``place``.
+        """
+        try:
+            value = json.loads(text)
+            if value["format"] != FORMAT:
+                raise CacheValidationError(f"{place}: its format is {value['format']!r}, this version reads {FORMAT}")
+            manifest = cls(
+                key=CacheKey.from_json(value["key"]),
+                created=float(value["created"]),
+                host=str(value["host"]),
+                roots={str(name): str(path) for name, path in value["roots"].items()},
+                factors=dict(value["factors"]),
+                replaces=tuple(map(str, value["replaces"])),
+                frames=tuple(_frame(row) for row in value["frames"]),
+                files=tuple(_file(row) for row in value["files"]),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise CacheValidationError(
+                f"{place}: its manifest cannot be read: {type(error).__name__}: {error}"
+            ) from None
+        if not math.isfinite(manifest.created):
+            raise CacheValidationError(f"{place}: its manifest cannot be read: it was made at {manifest.created}")
+        manifest.check(place)
+        return manifest
+
+    def check(self, place: str) -> None:
+        """Refuse what could write where it must not, or more than it says."""
+        if len(self.files) > MOST_FILES or self.content_bytes > MOST_BYTES:
+            raise CacheValidationError(f"{place}: too large: {len(self.files)} files, {self.content_bytes} bytes")
+        seen: set[str] = set()
+        links: set[str] = set()
+        ends = [0] * len(self.frames)
+        for file in self.files:
+            if reason := unsafe_path(file.path):
+                raise CacheValidationError(f"{place}: the path {file.path!r} is refused: {reason}")
+            if file.path in seen:
+                raise CacheValidationError(f"{place}: the path {file.path!r} is there twice")
+            seen.add(file.path)
+            if file.mode & ~0o777:
+                raise CacheValidationError(
+                    f"{place}: {file.path!r} has the mode {file.mode:o}: set-uid and the like are refused"
+                )
+            if file.link:
+                links.add(file.path)
+                if reason := unsafe_link(file.path, file.link):
+                    raise CacheValidationError(f"{place}: the link {file.path!r} -> {file.link!r} is refused: {reason}")
+                if file.size:
+                    raise CacheValidationError(f"{place}: the link {file.path!r} has a content")
+            if not 0 <= file.frame < len(self.frames) or file.offset != ends[file.frame]:
+                raise CacheValidationError(f"{place}: {file.path!r} does not lie where the file before it ends")
+            ends[file.frame] += len(file.head()) + file.size + padding(file.size)
+        for path in seen:
+            parts = path.split("/")
+            for depth in range(1, len(parts)):
+                above = "/".join(parts[:depth])
+                if above in seen:
+                    kind = "link" if above in links else "file"
+                    raise CacheValidationError(f"{place}: {path!r} lies below {above!r}, which is a {kind}")
+        position = 0
+        for frame, end in zip(self.frames, ends, strict=True):
+            if frame.raw_size != end or frame.offset != position:
+                raise CacheValidationError(
+                    f"{place}: the frame at byte {frame.offset} does not hold what its files need"
+                )
+            position += frame.size
+
+
+def unsafe_path(path: str) -> str | None:
+    """Why a path in a pack is refused, or None."""
+    if not path or len(path) > MOST_PATH_CHARS:
+        return "it is empty or too long"
+    if path.startswith("/"):
+        return "it is absolute"
+    if not _is_plain(path):
+        return "it has characters that no cache uses"
+    parts = path.split("/")
+    if len(parts) < 2:
+        return "it names no cache"
+    if any(part in ("", ".", "..") for part in parts):
+        return "it has empty parts, `.` or `..`"
+    return None
+
+
+def _is_plain(path: str) -> bool:
+    """No NUL, no backslash, and nothing that a file's name cannot hold."""
+    try:
+        path.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in path and "\\" not in path
+
+
+def unsafe_link(path: str, target: str) -> str | None:
+    """Why a symbolic link in a pack is refused, or None: it must stay in its cache."""
+    if target.startswith("/"):
+        return "its target is absolute"
+    if not _is_plain(target) or len(target) > MOST_PATH_CHARS:
+        return "its target is no path"
+    depth = path.count("/") - 1  # directories between the root of the cache and the link
+    for part in target.split("/"):
+        depth += -1 if part == ".." else 0 if part in ("", ".") else 1
+        if depth < 0:
+            return "it leaves its cache"
+    return None
+
+
+def _file(row: Any) -> PackedFile:
+    file = PackedFile(*row)
+    numbers = (file.size, file.mtime_ns, file.mode, file.frame, file.offset)
+    texts = (file.path, file.sha256, file.link)
+    if not all(type(value) is int and 0 <= value < 1 << 63 for value in numbers):
+        raise ValueError(f"a file's row is {row!r}")
+    if not all(type(text) is str for text in texts):
+        raise ValueError(f"a file's row is {row!r}")
+    if not (file.link and not file.sha256) and not _SHA256.fullmatch(file.sha256):
+        raise ValueError(f"a file's digest is {file.sha256!r}")
+    return file
+
+
+def _frame(row: Any) -> Frame:
+    frame = Frame(*row)
+    if not all(type(value) is int and 0 <= value < 1 << 63 for value in frame[:3]):
+        raise ValueError(f"a frame's row is {row!r}")
+    if not _SHA256.fullmatch(frame.sha256):
+        raise ValueError(f"a frame's row is {row!r}")
+    if frame.raw_size > MOST_FRAME_BYTES:
+        raise ValueError(f"a frame of {frame.raw_size} bytes is larger than any that is written")
+    return frame

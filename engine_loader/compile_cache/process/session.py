@@ -1,0 +1,172 @@
+"""A restore or a save beside the engine: started, waited for with a time-out, and told about in the log.
+
+Nothing here raises, and nothing waits for longer than it was told to.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from ...settings import CompileCacheSettings
+from ..space import mib
+from .locks import NodeLock
+from .operations import Job
+from .outcome import Outcome
+
+logger = logging.getLogger(__name__)
+
+_KILL_GRACE_S = 2.0
+_STDERR_CHARS = 400
+_PACKAGE_PARENT = str(Path(__file__).resolve().parents[3])
+
+
+class Running:
+    """An operation in a process of its own.
+
+    Args:
+        job: what to do.
+        settings: how.
+        timeout_s: after this it is given up and the process killed.
+        then: called with the outcome, in a thread of this process.
+        lock: held as long as it runs. It is taken before this returns where it is free; else the operation waits for
+            it.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        settings: CompileCacheSettings,
+        timeout_s: float,
+        then: Callable[[Outcome], None] = lambda _: None,
+        lock: NodeLock | None = None,
+    ) -> None:
+        self._job = replace(job, settings=settings.model_dump(mode="json"))
+        self._timeout_s = timeout_s
+        self._then = then
+        self._outcome = Outcome("failed")
+        self._lock = lock
+        self._has_lock = lock is not None and lock.acquire(0)
+        self._thread = threading.Thread(target=self._run, name=f"compile-cache-{job.action}", daemon=True)
+        self._thread.start()
+
+    def result(self, timeout_s: float | None = None) -> Outcome | None:
+        """The outcome; None when it is not there after ``timeout_s`` seconds."""
+        self._thread.join(timeout_s)
+        return None if self._thread.is_alive() else self._outcome
+
+    def _run(self) -> None:
+        began = time.monotonic()
+        try:
+            if self._lock is not None and not self._has_lock:
+                self._lock.acquire(self._timeout_s)
+            self._outcome = run_job(self._job, max(1.0, self._timeout_s - (time.monotonic() - began)))
+        except Exception as error:
+            self._outcome = Outcome("failed", messages=[f"{type(error).__name__}: {error}"])
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+        try:
+            self._then(self._outcome)
+        except Exception:
+            logger.exception("compile cache: after a %s", self._job.action)
+
+
+def run_job(job: Job, timeout_s: float) -> Outcome:
+    """Do a job in a process of its own; one that hangs is killed after ``timeout_s`` seconds.
+
+    They talk by files, and nothing waits for the end of a pipe: an engine that forks its workers meanwhile hands them
+    the ends of all pipes that are open, and then they never close.
+    """
+    work = job.settings.get("work_directory")
+    place = work if work and os.access(work, os.W_OK | os.X_OK) else None
+    with tempfile.TemporaryDirectory(prefix="compile-cache-", dir=place, ignore_cleanup_errors=True) as directory:
+        files = [Path(directory, name) for name in ("job", "outcome", "errors")]
+        files[0].write_text(json.dumps(job.to_json()))
+        paths = [_PACKAGE_PARENT, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        with files[2].open("wb") as errors:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "engine_loader.compile_cache.process.worker", *map(str, files[:2])],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                close_fds=False,  # so that it is spawned without a pipe for its errors; ours are not inheritable
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            )
+        try:
+            status = process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            _end(process)
+            what = f"the {job.action} took longer than {timeout_s:g} s (compile_cache.{job.action}_timeout_s)"
+            return Outcome("interrupted", messages=[f"{what}: does {job.settings.get('directory', '')} hang?"])
+        try:
+            return Outcome(**json.loads(files[1].read_text()))
+        except (OSError, ValueError, TypeError):
+            said = files[2].read_text(errors="replace").strip()[-_STDERR_CHARS:]
+            return Outcome("failed", messages=[f"its process ended with status {status}: {said}"])
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM, so that it cleans up, then SIGKILL. One that hangs in the kernel is left behind."""
+    process.terminate()
+    try:
+        process.wait(_KILL_GRACE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+
+def tell_restore(log: logging.Logger, job: Job, where: str, outcome: Outcome) -> None:
+    """One line about a restore, and a warning for each thing that a person should know."""
+    place = f"{where} ({job.key.short})"
+    if outcome.status == "restored":
+        log.info(
+            "compile cache: restored %d files, %s, in %.1f s from %s",
+            outcome.files,
+            mib(outcome.bytes),
+            outcome.seconds,
+            place,
+        )
+    elif outcome.status == "complete":
+        log.info("compile cache: everything that %s has is in place already", place)
+    elif outcome.status == "nothing":
+        log.info(
+            "compile cache: %s has nothing yet for %s; what this engine compiles will be saved", where, job.key.prefix
+        )
+        for note in outcome.notes:
+            log.info("compile cache: %s", note)
+    _warn(log, outcome, "this engine starts without it")
+
+
+def tell_save(log: logging.Logger, job: Job, where: str, outcome: Outcome) -> None:
+    """One line about what the cache was good for, one about the save."""
+    if outcome.verdict:
+        log.info("compile cache: %s%s", outcome.verdict, "".join(f"; {reason}" for reason in outcome.reasons))
+    if outcome.status == "saved":
+        log.info(
+            "compile cache: saved %d files, %s (%s packed), in %.1f s to %s (%s)",
+            outcome.files,
+            mib(outcome.bytes),
+            mib(outcome.pack_bytes),
+            outcome.seconds,
+            where,
+            job.key.short,
+        )
+    elif outcome.status in ("complete", "nothing"):
+        log.info("compile cache: nothing new to save")
+    for note in outcome.notes:
+        log.debug("compile cache: %s", note)
+    _warn(log, outcome, "nothing was saved")
+
+
+def _warn(log: logging.Logger, outcome: Outcome, consequence: str) -> None:
+    for message in outcome.messages:
+        log.warning("compile cache: %s%s", message, f"; {consequence}" if outcome.failed else "")

@@ -1,0 +1,1 @@
+"""Where packs are kept: a file system or an object store."""

@@ -1,0 +1,134 @@
+"""What the hooks of the compile cache share: one restore and one save for an engine on a node; nothing gets out.
+
+The process that starts the others of its node begins the restore, and those that compile wait for it. Nothing here
+waits for longer than compile_cache.restore_timeout_s.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...compile_cache.directories import directories_of
+from ...compile_cache.key import CacheKey, short_hash
+from ...compile_cache.process.locks import NodeLock
+from ...compile_cache.process.operations import Job
+from ...compile_cache.process.session import Running, tell_restore, tell_save
+from ...settings import CompileCacheSettings, load_settings
+
+RESTORE_LOCK = "restore"
+STARTED = "_ENGINE_LOADER_CACHE_STARTED_NS"
+"""Tells the workers that a process of their node has begun the restore, and when. (No setting: the prefix differs.)"""
+_SLACK_S = 5.0
+_SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
+
+
+class NodeSession:
+    """The restore and the save of one engine on one node.
+
+    Args:
+        engine: a key of directories.ENGINES.
+        key: of the engine.
+        settings: of the cache.
+        log: where to tell of it.
+    """
+
+    def __init__(self, engine: str, key: CacheKey, settings: CompileCacheSettings, log: logging.Logger) -> None:
+        self.engine = engine
+        self.key = key
+        self.settings = settings
+        self.since_ns = time.time_ns()
+        self._log = log
+        self._directories = cache_directories(engine)
+        job = Job("restore", engine, key, self._directories)
+        # Taken before there are workers, so that they find it taken. Another engine of this node may have it already.
+        lock = NodeLock(job.home(), RESTORE_LOCK)
+        self._running = Running(
+            job,
+            settings,
+            settings.restore_timeout_s,
+            then=functools.partial(tell_restore, log, job, settings.directory),
+            lock=lock,
+        )
+        os.environ[STARTED] = str(self.since_ns)
+
+    def wait(self) -> None:
+        """Return when the restore is done, or given up."""
+        if self._running.result(_time_left(self.settings, self.since_ns)) is None:
+            self._log.warning("compile cache: the restore does not end; this engine starts without it")
+
+    def save(self) -> None:
+        """Begin to save what was compiled."""
+        start_save(self.engine, self.key, self.settings, self.since_ns, self._log)
+
+
+def scope_of(settings: CompileCacheSettings, model: str, revision: str | None, sizes: Mapping[str, int]) -> str:
+    """The scope of an engine's key: the setting, or else its model and its parallel layout (kind -> size)."""
+    if settings.scope is not None:
+        return settings.scope
+    layout = "_".join(f"{name}{size}" for name, size in sizes.items())
+    return f"{Path(model).name[:60]}_{short_hash(model, str(revision or ''))}_{layout}"
+
+
+def start_save(engine: str, key: CacheKey, settings: CompileCacheSettings, since_ns: int, log: logging.Logger) -> None:
+    """In the background, with the lowest priority. It also finds out what the cache was good for."""
+    job = Job("save", engine, key, cache_directories(engine), since_ns=since_ns, settle=True, background=True)
+    Running(job, settings, settings.save_timeout_s, then=functools.partial(tell_save, log, job, settings.directory))
+
+
+def wait_for_node(engine: str, settings: CompileCacheSettings, began_ns: int) -> None:
+    """Return when no process of this node restores."""
+    lock = NodeLock(next(iter(directories_of(engine).values())), RESTORE_LOCK)
+    if lock.acquire(_time_left(settings, began_ns), shared=True):
+        lock.release()
+
+
+def restore_began_ns() -> int | None:
+    """When a process of this node began the restore; None where none did."""
+    began = os.environ.get(STARTED)
+    return None if began is None else int(began)
+
+
+def cache_settings() -> CompileCacheSettings:
+    """As they are now.
+
+    Raises:
+        SettingsError: one is wrong.
+    """
+    return load_settings().settings.compile_cache
+
+
+def cache_directories(engine: str) -> dict[str, str]:
+    """Name of a cache -> where it is here, for a job."""
+    return {name: str(path) for name, path in directories_of(engine).items()}
+
+
+def without_secrets(factors: Mapping[str, Any]) -> dict[str, Any]:
+    """What may be kept of ``factors`` for a person: those whose names do not sound like a secret."""
+    return {name: value for name, value in factors.items() if not _SECRET.search(name)}
+
+
+def quietly(log: logging.Logger, action: Callable[..., Any], *args: Any) -> Any:
+    """What ``action`` returns; None when it fails, which is a warning and no more."""
+    try:
+        return action(*args)
+    except Exception as error:
+        log.warning(
+            "compile cache: %s: %s; the engine goes on without it "
+            "(switch it off: ENGINE_LOADER_COMPILE_CACHE__ENABLED=false)",
+            type(error).__name__,
+            error,
+            exc_info=log.isEnabledFor(logging.DEBUG),
+        )
+        return None
+
+
+def _time_left(settings: CompileCacheSettings, began_ns: int) -> float:
+    """Seconds."""
+    return max(0.0, settings.restore_timeout_s + _SLACK_S - (time.time_ns() - began_ns) / 1e9)

@@ -1,0 +1,144 @@
+"""Names of a training checkpoint that are not the model's: what there is, what is wanted, and what would mend it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from ...errors import CheckpointError, EngineLoaderError
+from ...loading.find import is_dcp
+from ...loading.training.checkpoint import DcpCheckpoint
+from ...loading.training.key_mapping import Renamer, make_renamer
+from ...settings import LoaderSettings
+from ...sources.registry import make_source
+
+_SHOWN = 3
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""What torch.compile, FSDP and activation checkpointing put into names."""
+_LAYER_DEPTH = 3
+"""``model.layers.0`` has as many parts: below it, an engine fuses and renames what is in the checkpoint."""
+
+
+@contextmanager
+def told_of_misfits(model: torch.nn.Module, weights: str, settings: LoaderSettings) -> Iterator[None]:
+    """Within, what an engine raises because a training checkpoint has other names than the model is told as that.
+
+    Args:
+        model: which is being loaded.
+        weights: where its weights are; nothing is done when it is no training checkpoint.
+        settings: how to read.
+
+    Raises:
+        CheckpointError: most names are not the model's; it suggests a ``key_mapping``.
+    """
+    try:
+        yield
+    except EngineLoaderError:
+        raise
+    except Exception as error:  # engines raise whatever it comes to
+        source = make_source(settings.backend, settings=settings)
+        if not is_dcp(source, weights):
+            raise
+        with DcpCheckpoint(source, weights, settings, torch.device("cpu"), key_mapping={}) as checkpoint:
+            misfit = _misfit(model, checkpoint.keys(), make_renamer(settings.key_mapping), weights, error)
+        if misfit is None:
+            raise
+        raise misfit from error
+
+
+@dataclass(frozen=True)
+class _Change:
+    """One expression and its replacement, as in ``key_mapping``."""
+
+    pattern: str
+    replacement: str
+
+    def apply(self, name: str) -> str:
+        return re.sub(self.pattern, self.replacement, name) if self.pattern else name
+
+
+def suggest_mapping(names: Sequence[str], model: torch.nn.Module) -> dict[str, str] | None:
+    """The ``key_mapping`` with which most of a checkpoint's names would be the model's; None where none was found."""
+    fits = _Fits(model)
+    before = fits.count(names)
+    best, most = None, max(before, len(names) // 2)
+    for change in _changes(names, fits):
+        count = fits.count(map(change.apply, names))
+        if count > most:
+            best, most = change, count
+    return None if best is None else {best.pattern: best.replacement}
+
+
+class _Fits:
+    """Whether a name could be one of the model's, as far as that can be told: layers below are named otherwise."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.parameters = [name for name, _ in model.named_parameters()]
+        self._known = {*self.parameters, *(name for name, _ in model.named_buffers())}
+        self._layers = {name for name, _ in model.named_modules() if name.count(".") + 1 == _LAYER_DEPTH}
+
+    def __call__(self, name: str) -> bool:
+        return name in self._known or ".".join(name.split(".")[:_LAYER_DEPTH]) in self._layers
+
+    def count(self, names: Iterable[str]) -> int:
+        return sum(map(self, names))
+
+
+def _changes(names: Sequence[str], fits: _Fits) -> Iterator[_Change]:
+    """What is commonly to be changed: a prefix that is too many, too few, or another; the names of wrappers."""
+    wrappers = [f"{wrapper}[.]" for wrapper in _WRAPPERS if any(f"{wrapper}." in name for name in names)]
+    bare = [_Change("|".join(wrappers), "").apply(name) for name in names]
+    if wrappers:
+        yield _Change("|".join(wrappers), "")
+    fitting = sorted({name.partition(".")[0] for name in bare if fits(name)})
+    for wanted in ("", *_prefixes(fits.parameters)):
+        for prefix in ("", *_prefixes(bare)):
+            if prefix == wanted:
+                continue
+            first = f"^{re.escape(prefix)}".replace(r"\.", "[.]")
+            if not prefix and fitting:
+                first = f"^(?!({'|'.join(map(re.escape, fitting))})[.])"
+            yield _Change(first if wanted else "|".join([first, *wrappers]), wanted)
+
+
+def _prefixes(names: Sequence[str]) -> list[str]:
+    """Those that most of the names have, the shortest first."""
+    counts: Counter[str] = Counter()
+    for name in names:
+        parts = name.split(".")
+        counts.update(".".join(parts[:number]) + "." for number in range(1, min(len(parts), 5)))
+    return sorted((prefix for prefix, count in counts.items() if 2 * count >= len(names)), key=len)
+
+
+def _misfit(
+    model: torch.nn.Module, names: Sequence[str], rename: Renamer, place: str, error: Exception
+) -> CheckpointError | None:
+    """``names`` are the training's; ``rename`` is what is set so far."""
+    fits = _Fits(model)
+    renamed = [new for name in names if (new := rename(name)) is not None]
+    if 2 * fits.count(renamed) >= len(renamed):
+        return None
+    mapping = suggest_mapping(names, model)
+    hint = "set key_mapping to regular expressions, or to a function, that make the model's names of them"
+    if mapping is not None:
+        hint = f"set --model-loader-extra-config '{json.dumps({'key_mapping': mapping})}'"
+    became = "" if renamed == names else f", of which key_mapping makes {_shown(renamed)}"
+    told = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return CheckpointError(
+        f"the names in this training checkpoint are not those of {type(model).__name__}: "
+        f"it has {_shown(names)}{became}; the model has {_shown(fits.parameters)}; the engine said: {told}",
+        file=place,
+        hint=hint,
+    )
+
+
+def _shown(names: Sequence[str]) -> str:
+    """A few, from all over."""
+    some = list(dict.fromkeys(names[number * (len(names) - 1) // max(1, _SHOWN - 1)] for number in range(_SHOWN)))
+    return ", ".join(map(repr, some)) if names else "none"

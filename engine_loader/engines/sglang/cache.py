@@ -1,0 +1,207 @@
+"""SGLang: when compile caches are restored and saved. Read in 0.5.9 to 0.5.23.
+
+- The process that starts the others of its node (``Engine._launch_subprocesses``) begins the restore, beside their
+  start and their imports.
+- Each scheduler, one a rank, waits for it in ``init_model_worker``: within, kernels are compiled and graphs captured.
+  On nodes other than the first, the first scheduler saves behind it, for nobody there sees the warm-up.
+- On the first node, ``_wait_and_warmup`` sends the server its first requests; when they were answered, the save starts.
+  An ``Engine`` without a server saves when it has been made, a server of several processes when its schedulers are up.
+- Schedulers that something else has started restore and save by themselves.
+
+Nothing here lets an exception out, but for the check of the load format.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import pkgutil
+import re
+import sys
+import time
+from typing import Any
+
+from ...compile_cache.directories import directories_of
+from ...compile_cache.key import CacheKey, environment_key, module_version
+from ...compile_cache.process.use import note_use
+from ...settings import CompileCacheSettings
+from ..common.cache_hooks import (
+    NodeSession,
+    cache_settings,
+    quietly,
+    restore_began_ns,
+    scope_of,
+    start_save,
+    wait_for_node,
+    without_secrets,
+)
+from ..common.hooks import is_wrapped, wrap
+from .format import check
+
+logger = logging.getLogger(__name__)
+
+_ENGINE = "sglang"
+_SCHEDULER = "sglang.srt.managers.scheduler"
+_SERVER = "sglang.srt.entrypoints.http_server"
+_SHAPES_KERNELS = re.compile(
+    "dtype|quantization$|backend|attention|cuda_graph|compile|chunk|page_size|context_length|max_running_requests|"
+    "speculative|moe|lora|mamba|deterministic|^enable_|^disable_"
+)
+_KERNEL_VARIABLE = re.compile("SGLANG_(?!.*(DIR|PATH|PORT|HOST|ADDR|LOG|TIMEOUT))")
+_quietly = functools.partial(quietly, logger)
+
+
+def register_engine() -> None:
+    """Check the load format and start the restore where a node's processes are started."""
+    from sglang.srt.entrypoints import engine
+
+    def launch(original: Any, *args: Any, **options: Any) -> Any:
+        server_args = next(value for value in (*args, *options.values()) if hasattr(value, "load_format"))
+        check(server_args)
+        _quietly(_start, server_args)
+        result = original(*args, **options)
+        if getattr(server_args, "tokenizer_worker_num", 1) > 1:  # its warm-up is in processes without plugins
+            _quietly(_save, server_args)
+        return result
+
+    def make(original: Any, self: Any, *args: Any, **options: Any) -> None:
+        original(self, *args, **options)
+        _quietly(_save, self.server_args)
+
+    # Up to 0.5.9 it was a function of the module.
+    wrap(engine if hasattr(engine, "_launch_subprocesses") else engine.Engine, "_launch_subprocesses", launch)
+    wrap(engine.Engine, "__init__", make)
+
+
+def register_scheduler() -> None:
+    """Let the schedulers wait for the restore of their node."""
+    from sglang.srt.managers.scheduler import Scheduler
+
+    def around(original: Any, self: Any, *args: Any, **options: Any) -> Any:
+        alone = _quietly(_wait, self.server_args)
+        result = original(self, *args, **options)
+        _quietly(_note_use, self)
+        if alone or _saves_for_its_node(self):
+            _quietly(_save, self.server_args)
+        return result
+
+    wrap(Scheduler, "init_model_worker", around)
+
+
+def register_http_server() -> None:
+    """Save behind the server's warm-up."""
+    from sglang.srt.entrypoints import http_server
+
+    def around(original: Any, server_args: Any, *args: Any, **options: Any) -> Any:
+        result = original(server_args, *args, **options)
+        if _is_up(http_server):
+            _quietly(_save, server_args)
+        return result
+
+    wrap(http_server, "_wait_and_warmup", around)
+
+
+def key_of(server_args: Any, settings: CompileCacheSettings) -> CacheKey:
+    """The key of an engine: this machine, and by default its model and parallel layout."""
+    sizes = {"tp": server_args.tp_size, "pp": server_args.pp_size, "dp": server_args.dp_size}
+    scope = scope_of(settings, str(server_args.model_path), getattr(server_args, "revision", None), sizes)
+    # With attention in data parallel, the replicas share the devices of the tensor-parallel ranks.
+    replicas = 1 if getattr(server_args, "enable_dp_attention", False) else sizes["dp"]
+    devices = sizes["tp"] * sizes["pp"] * replicas // max(1, server_args.nnodes)
+    return environment_key({"sglang": module_version("sglang")}, scope, devices=devices)
+
+
+def _start(server_args: Any) -> NodeSession | None:
+    settings = cache_settings()
+    if not settings.enabled:
+        return None
+    _check_hooks()
+    return NodeSession(_ENGINE, key_of(server_args, settings), settings, logger)
+
+
+def _check_hooks() -> None:
+    """Say which of the hooks are not in force: without them the cache is not restored in time, or not saved."""
+    for module, path in ((_SCHEDULER, "Scheduler.init_model_worker"), (_SERVER, "_wait_and_warmup")):
+        if module in sys.modules and not _in_force(module, path):
+            logger.error(
+                "compile cache: engine_loader's hook on %s.%s of SGLang %s is not in force, so that the cache is not "
+                "restored in time or not saved: another plugin replaced it (SGLANG_PLUGINS=b10_3fs loads this one "
+                "alone), or this version is not known; ENGINE_LOADER_COMPILE_CACHE__ENABLED=false switches it off",
+                module,
+                path,
+                module_version("sglang"),
+            )
+
+
+def _in_force(module: str, path: str) -> bool:
+    owner, _, name = path.rpartition(".")
+    if not is_wrapped(pkgutil.resolve_name(f"{module}:{owner}") if owner else sys.modules[module], name):
+        return False
+    registry = sys.modules.get("sglang.srt.plugins.hook_registry")
+    others = registry.HookRegistry._hooks.get(f"{module}.{path}", ()) if registry is not None else ()
+    return not any(kind.name == "REPLACE" for kind, *_ in others)
+
+
+def _wait(server_args: Any) -> bool:
+    """Return when the node's restore is done. True: nobody else on this node began it."""
+    settings = cache_settings()
+    if not settings.enabled:
+        return False
+    began_ns = restore_began_ns()
+    if began_ns is not None:
+        wait_for_node(_ENGINE, settings, began_ns)
+        return False
+    session = _start(server_args)
+    if session is not None:
+        session.wait()
+    return session is not None
+
+
+def _save(server_args: Any) -> None:
+    settings = cache_settings()
+    if settings.enabled:
+        began_ns = restore_began_ns() or time.time_ns()
+        start_save(_ENGINE, key_of(server_args, settings), settings, began_ns, logger)
+
+
+def _note_use(scheduler: Any) -> None:
+    """Note that a rank ran, and what its kernels depend on: SGLang has no key that says it."""
+    if cache_settings().enabled:
+        place = (getattr(scheduler, name, None) or 0 for name in ("tp_rank", "pp_rank", "dp_rank"))
+        rank = "rank_" + "_".join(map(str, place))
+        note_use(directories_of(_ENGINE)[_ENGINE], rank, (), key_factors(scheduler.server_args))
+
+
+def key_factors(server_args: Any) -> dict[str, Any]:
+    """The options and variables that may decide what is compiled; for a person who wonders about a miss."""
+    names = getattr(type(server_args), "__struct_fields__", None) or vars(server_args)
+    options = {name: getattr(server_args, name) for name in names if _SHAPES_KERNELS.search(name)}
+    environment = {name: value for name, value in os.environ.items() if _KERNEL_VARIABLE.match(name)}
+    return {
+        "env": without_secrets(environment),
+        "server_args": without_secrets({name: value for name, value in options.items() if _is_plain(value)}),
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a number, a switch, a word, or a list of such: no document that may hold anything."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return (
+        value is None
+        or isinstance(value, (bool, int, float))
+        or (isinstance(value, str) and value.isprintable() and "{" not in value)
+    )
+
+
+def _saves_for_its_node(scheduler: Any) -> bool:
+    """Whether this is the first scheduler of a node on which no server runs."""
+    arguments = scheduler.server_args
+    return bool(arguments.node_rank) and getattr(scheduler, "gpu_id", 0) == getattr(arguments, "base_gpu_id", 0)
+
+
+def _is_up(http_server: Any) -> bool:
+    """Whether the server answered its first requests."""
+    manager = getattr(http_server._global_state, "tokenizer_manager", None)
+    return getattr(getattr(manager, "server_status", None), "name", None) == "Up"

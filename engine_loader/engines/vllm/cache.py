@@ -1,0 +1,239 @@
+"""vLLM: when compile caches are restored and saved. Holds for 0.10.1 to 0.32.
+
+- engine process, ``Executor.__init__``: the restore starts, beside the start of workers and the loading of weights;
+  ``EngineCore._initialize_kv_caches`` waits for it, and when that returns, every rank has warmed up: the save starts.
+- worker process: ``determine_available_memory`` and ``compile_or_warm_up_model`` wait for the node's restore, since a
+  follower of a multi-node engine (--headless) has no engine process, and Ray's workers may be on nodes of their own.
+- API process: ``_LazyRegisteredModel.inspect_model_cls`` restores vLLM's descriptions of models, which saves it a
+  process.
+
+Nothing here lets an exception out, and nothing waits for longer than compile_cache.restore_timeout_s.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ...compile_cache.directories import VLLM_MODEL_INFOS, directories_of
+from ...compile_cache.key import CacheKey, environment_key, module_version, python_version
+from ...compile_cache.process.operations import Job
+from ...compile_cache.process.session import Running, run_job
+from ...compile_cache.process.use import note_use
+from ...settings import CompileCacheSettings
+from ..common.cache_hooks import (
+    NodeSession,
+    cache_settings,
+    quietly,
+    restore_began_ns,
+    scope_of,
+    start_save,
+    wait_for_node,
+    without_secrets,
+)
+from ..common.hooks import wrap
+
+# Below vLLM's own logger, so that it is shown in vLLM's way and at vLLM's level.
+logger = logging.getLogger("vllm.engine_loader")
+
+_ENGINE = "vllm"
+_SESSION = "_engine_loader_session"
+_MODEL_INFOS_TIMEOUT_S = 10.0
+_WORKER_METHODS = ("determine_available_memory", "compile_or_warm_up_model")
+_quietly = functools.partial(quietly, logger)
+
+
+def key_of(vllm_config: Any, settings: CompileCacheSettings) -> CacheKey:
+    """The key of an engine: this machine, and by default its model and parallel layout."""
+    parallel = vllm_config.parallel_config
+    sizes = {
+        "tp": parallel.tensor_parallel_size,
+        "pp": parallel.pipeline_parallel_size,
+        "dp": parallel.data_parallel_size,
+    }
+    model = vllm_config.model_config
+    scope = scope_of(settings, str(model.model), getattr(model, "revision", None), sizes)
+    local_engines = getattr(parallel, "data_parallel_size_local", 1) or 1
+    devices = (getattr(parallel, "local_world_size", None) or sizes["tp"] * sizes["pp"]) * local_engines
+    return environment_key({"vllm": module_version("vllm")}, scope, devices=devices)
+
+
+def model_infos_key() -> CacheKey:
+    """vLLM checks a description against the model's source itself; it holds on any machine."""
+    return CacheKey((("vllm", module_version("vllm")), ("python", python_version())), "model-infos")
+
+
+def register_executor() -> None:
+    """Start a restore when an executor is made."""
+    from vllm.v1.executor.abstract import Executor
+
+    def start(original: Callable[..., Any], self: Any, vllm_config: Any, *args: Any, **options: Any) -> Any:
+        session = _quietly(_start, vllm_config)
+        if session is not None:
+            object.__setattr__(self, _SESSION, session)
+        return original(self, vllm_config, *args, **options)
+
+    wrap(Executor, "__init__", start)
+
+
+def register_engine_core() -> None:
+    """Wait for the restore before the first compilation, and save after warm-up."""
+    from vllm.v1.engine.core import EngineCore
+
+    def around(original: Callable[..., Any], self: Any, *args: Any, **options: Any) -> Any:
+        session = getattr(getattr(self, "model_executor", None), _SESSION, None)
+        if session is None:  # an executor of another kind
+            session = _quietly(_start, self.vllm_config)
+        if session is not None:
+            _quietly(session.wait)
+        result = original(self, *args, **options)
+        if session is not None:
+            _quietly(session.save)
+        return result
+
+    wrap(EngineCore, "_initialize_kv_caches", around)
+
+
+def register_worker() -> None:
+    """Let workers wait for the restore of their node."""
+    try:
+        from vllm.v1.worker.worker_base import WorkerWrapperBase
+    except ImportError:  # up to 0.11
+        from vllm.worker.worker_base import WorkerWrapperBase
+
+    def around(original: Callable[..., Any], self: Any, *args: Any, **options: Any) -> Any:
+        session = _quietly(_start, self.vllm_config) if restore_began_ns() is None else None
+        result = original(self, *args, **options)
+        _quietly(_watch, self.worker, self.vllm_config, session)
+        return result
+
+    wrap(WorkerWrapperBase, "init_device", around)
+
+
+def register_registry() -> None:
+    """Restore vLLM's description of a model where it would start a process to make it."""
+    from vllm.model_executor.models.registry import _LazyRegisteredModel
+
+    if not hasattr(_LazyRegisteredModel, "_get_cache_filename"):
+        return  # before there was such a cache
+
+    def around(original: Callable[..., Any], self: Any, *args: Any, **options: Any) -> Any:
+        missing: Path | None = _quietly(_restore_model_info, self)
+        result = original(self, *args, **options)
+        if missing is not None:
+            _quietly(_save_model_info, missing)
+        return result
+
+    wrap(_LazyRegisteredModel, "inspect_model_cls", around)
+
+
+def _start(vllm_config: Any) -> NodeSession | None:
+    settings = cache_settings()
+    return NodeSession(_ENGINE, key_of(vllm_config, settings), settings, logger) if settings.enabled else None
+
+
+def _watch(worker: Any, vllm_config: Any, session: NodeSession | None) -> None:
+    """Wrap the methods of a worker that compile: before them the restore is waited for, after the last one there is
+    something to save.
+    """
+    settings = cache_settings()
+    if not settings.enabled:
+        return
+    began_ns = session.since_ns if session is not None else restore_began_ns() or time.time_ns()
+    wait = session.wait if session is not None else functools.partial(wait_for_node, _ENGINE, settings, began_ns)
+    saves = session is not None or _is_follower(vllm_config, worker)
+
+    def wrapped(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def method(*args: Any, **options: Any) -> Any:
+            _quietly(wait)
+            result = original(*args, **options)
+            if name == _WORKER_METHODS[-1]:
+                _quietly(_note_use, vllm_config)
+                if saves:
+                    _quietly(start_save, _ENGINE, key, settings, began_ns, logger)
+            return result
+
+        return method
+
+    key = session.key if session is not None else key_of(vllm_config, settings) if saves else None
+    for name in _WORKER_METHODS:
+        original = getattr(worker, name, None)
+        if original is not None:
+            setattr(worker, name, wrapped(name, original))
+
+
+def _is_follower(vllm_config: Any, worker: Any) -> bool:
+    """Whether this is the worker that saves for a node without an engine process."""
+    parallel = vllm_config.parallel_config
+    node = getattr(parallel, "node_rank_within_dp", None) or getattr(parallel, "node_rank", 0)
+    return bool(node) and getattr(worker, "local_rank", 0) == 0
+
+
+def _note_use(vllm_config: Any) -> None:
+    """Note which of vLLM's directories this rank uses, so that they are saved also when nothing in them is new, and
+    what is in vLLM's key.
+    """
+    root = directories_of("vllm")["vllm"]
+    config, parallel = vllm_config.compilation_config, vllm_config.parallel_config
+    inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    found = {str(getattr(config, name, "") or "") for name in ("cache_dir", "local_cache_dir")}
+    found.add(os.path.dirname(inductor) if os.path.basename(inductor) == "inductor_cache" else inductor)
+    rank = f"rank_{parallel.rank}_{getattr(parallel, 'data_parallel_index', parallel.data_parallel_rank)}"
+    note_use(root, rank, [path for path in found if path.startswith(f"{root}/")], key_factors(vllm_config))
+
+
+def key_factors(vllm_config: Any) -> dict[str, Any]:
+    """What vLLM's own keys are made of, in so far as it can be told by name; for a person who wonders about a miss."""
+    from vllm import envs
+
+    factors = getattr(envs, "compile_factors", None)
+    named = factors() if factors is not None else {k: v for k, v in os.environ.items() if k.startswith("VLLM_")}
+    configs = {}
+    for name, value in vars(vllm_config).items():
+        compute = getattr(value, "compute_hash", None)
+        if compute is not None:
+            configs[name] = str(_quietly(compute))
+    return {"env": without_secrets(named), "config": configs, "model": str(vllm_config.model_config.model)}
+
+
+def _restore_model_info(model: Any) -> Path | None:
+    """The file of a description that is not there, after it was looked for in the store; else None."""
+    path = Path(model._get_cache_dir(), model._get_cache_filename())
+    if path.exists():
+        return None
+    settings = cache_settings()
+    if not settings.enabled:
+        return None
+    job = _model_infos_job("restore", settings)
+    outcome = run_job(job, min(_MODEL_INFOS_TIMEOUT_S, settings.restore_timeout_s))
+    for message in outcome.messages:
+        logger.warning("compile cache: %s", message)
+    if path.exists():
+        logger.info("compile cache: restored vLLM's description of the model in %.1f s", outcome.seconds)
+        return None
+    return path
+
+
+def _save_model_info(path: Path) -> None:
+    settings = cache_settings()
+    if path.exists() and not settings.read_only:
+        Running(_model_infos_job("save", settings), settings, settings.save_timeout_s)
+
+
+def _model_infos_job(action: Any, settings: CompileCacheSettings) -> Job:
+    directories = {VLLM_MODEL_INFOS.name: str(VLLM_MODEL_INFOS.directory())}
+    return Job(
+        action,
+        "vllm",
+        model_infos_key(),
+        directories,
+        model_infos=True,
+        background=action == "save",
+        settings=settings.model_dump(mode="json"),
+    )

@@ -1,0 +1,153 @@
+"""vLLM: sharded_state checkpoints, in which every rank finds its own parameters and nothing else."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import CheckpointError
+from ...formats.sharded_state import PIPELINE_PATTERN, TENSOR_PATTERN, ShardRank, shards_by_rank
+from ...loading.companions import copy_companions
+from ...loading.find import open_files
+from ...settings import LoaderSettings
+from ...sources.posix import PosixSource
+from ...sources.registry import make_source
+from ..common import sharded
+from ..common.sharded import files_of_rank
+from .rank import Rank, rank_model
+
+logger = logging.getLogger("vllm.engine_loader")
+
+_MISFIT_HINT = "it was saved from another model, layout, or version of vLLM: engine-loader reshard writes it again"
+
+
+def files_of_this_rank(directory: str, settings: LoaderSettings) -> list[str] | None:
+    """This rank's files, when ``directory`` is a sharded_state checkpoint; else None.
+
+    Raises:
+        CheckpointError: it is one of another parallel layout, or the settings say that it is one and it is not.
+    """
+    return files_of_rank(directory, settings, _place)
+
+
+def _place() -> tuple[ShardRank, int]:
+    """Which rank of how many this is."""
+    from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+
+    stages = get_pp_group()
+    rank = ShardRank(stages.rank_in_group, get_tensor_model_parallel_rank())
+    return rank, get_tensor_model_parallel_world_size() * stages.world_size
+
+
+def tie_as_saved(model: torch.nn.Module, model_config: Any, files: list[str], settings: LoaderSettings) -> None:
+    """Tie head and embedding where the saved state has both as one.
+
+    Such a state holds them under the head's name only, from which vLLM's configuration takes it, for all formats but
+    its own sharded ones, that the head is a tensor of its own.
+    """
+    if not getattr(model_config, "word_embeddings_untied_by_checkpoint", False):
+        return
+    from vllm.model_executor.model_loader.weight_tying import _get_untied_lm_head
+
+    untied = _get_untied_lm_head(model)
+    if untied is None:
+        return
+    with open_files(make_source(settings.backend, settings=settings), files) as opened:
+        saved = {info.name for info in opened.tensors}
+    embedding = next(name for name, part in model.named_modules() if part is untied.embed_tokens)
+    if f"{embedding}.weight" in saved:
+        return
+    untied.tie(model)
+    model_config.word_embeddings_untied_by_checkpoint = False
+    model_config.hf_config.tie_word_embeddings = True
+    model_config.hf_config.get_text_config().tie_word_embeddings = True
+
+
+def fill_state(model: torch.nn.Module, weights: Iterable[tuple[str, torch.Tensor]], directory: str) -> None:
+    """Copy a rank's tensors into the model's state, as vLLM's ShardedStateLoader does.
+
+    Raises:
+        CheckpointError: a tensor does not belong to the model or is too large for it, or some are missing.
+    """
+    from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
+
+    missing: dict[str, torch.Tensor] = ShardedStateLoader._filter_subtensors(model.state_dict())
+    sharded.fill_state(missing, weights, directory, hint=_MISFIT_HINT, log=logger)
+
+
+def reshard(
+    model: str,
+    out: str,
+    layout: Rank,
+    *,
+    max_file_bytes: int | None = None,
+    step: Callable[[str], object] = lambda name: None,
+    **engine_args: Any,
+) -> list[Path]:
+    """Write ``model`` as a sharded_state checkpoint for a parallel layout, with all that is not weights beside it.
+
+    Each rank's model is built and loaded in this process, one after another, and saved by vLLM's own save_model,
+    before vLLM packs the weights for its kernels: that is the state into which a sharded_state checkpoint is loaded.
+    Nothing appears in ``out`` before all is written.
+
+    Args:
+        model: a directory.
+        out: made here; must not hold anything.
+        layout: the sizes; its rank does not matter.
+        max_file_bytes: a rank's files are cut at this size.
+        step: is told each rank as it begins.
+        engine_args: more of vLLM's EngineArgs.
+
+    Raises:
+        CheckpointError: ``out`` is not empty, or the model is itself a sharded_state checkpoint.
+    """
+    from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
+
+    _check_directories(model, out)
+    # The pattern is given, for versions of vLLM differ in their default.
+    pattern = PIPELINE_PATTERN if layout.pipeline_parallel_size > 1 else TENSOR_PATTERN
+    target = Path(out)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}-unfinished-", dir=target.parent))
+    try:
+        for number in range(layout.world_size):
+            step(f"rank {number} of {layout.world_size}")
+            with rank_model(model, replace(layout, rank=number), **engine_args) as built, torch.no_grad():
+                built.load()
+                ShardedStateLoader.save_model(built.module, str(unfinished), pattern=pattern, max_size=max_file_bytes)
+            del built
+        step("the other files")
+        _copy_other_files(Path(model), unfinished)
+        unfinished.chmod(0o755)
+        if target.exists():
+            target.rmdir()
+        unfinished.rename(target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return sorted(target.glob("*.safetensors"))
+
+
+def _check_directories(model: str, out: str) -> None:
+    if not os.path.isfile(os.path.join(model, "config.json")):
+        raise CheckpointError("there is no config.json: this is not the directory of a model", file=model)
+    if shards_by_rank(os.listdir(model)):
+        raise CheckpointError(
+            "this is a sharded_state checkpoint already", file=model, hint="start from the original checkpoint"
+        )
+    if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
+        raise CheckpointError("the output is there already", file=out, hint="name a directory that is new or empty")
+
+
+def _copy_other_files(model: Path, out: Path) -> None:
+    copy_companions(PosixSource(), str(model), out)
+    # Who looks at the directory later wants to know where it came from.
+    (out / "sharded_state.json").write_text(json.dumps({"made_from": model.name}, indent=2) + "\n")

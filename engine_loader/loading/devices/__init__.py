@@ -1,0 +1,1 @@
+"""Devices: whose memory can be read into beside the CPU's."""

@@ -1,0 +1,1 @@
+"""Streaming: blocks of consecutive tensors are read ahead of the consumer."""

@@ -1,0 +1,1 @@
+"""Training checkpoints: the items of torch.distributed.checkpoint, served as tensors."""

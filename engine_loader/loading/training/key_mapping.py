@@ -1,0 +1,88 @@
+"""Names of a training's tensors -> names that an engine knows: the setting ``key_mapping``."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from ...errors import CheckpointError, SettingsError
+
+KeyMapping: TypeAlias = Mapping[str, str] | str | Callable[[str], str | None]
+"""Regular expression -> replacement; or a function, or its "module:function"."""
+Renamer: TypeAlias = Callable[[str], str | None]
+"""The new name of a tensor; None: it is left out."""
+
+
+def make_renamer(mapping: KeyMapping | None) -> Renamer:
+    """The function that renames tensors.
+
+    Args:
+        mapping: regular expression -> replacement: as in transformers, the first one that is found in a name is
+            applied to it, wherever it is; others keep their names. Or a function from the name to the new one, or None
+            for a tensor that is to be left out; as "module:function" it is imported, so it is for an operator to set,
+            never to be taken from a checkpoint.
+
+    Raises:
+        SettingsError: there is no such module or function.
+        CheckpointError: an expression is none. The function that is returned raises it, too: for a replacement that is
+            none, and where a function of one's own fails.
+    """
+    if not mapping:
+        return lambda name: name
+    if isinstance(mapping, Mapping):
+        return _by_expressions(mapping)
+    function = _imported(mapping) if isinstance(mapping, str) else mapping
+    shown = mapping if isinstance(mapping, str) else getattr(mapping, "__qualname__", repr(mapping))
+
+    def rename(name: str) -> str | None:
+        try:
+            renamed = function(name)
+        except Exception as error:  # a function of one's own raises what it likes
+            raise CheckpointError(f"key_mapping: {shown} failed for {name!r}: {_told(error)}") from error
+        if renamed is not None and not isinstance(renamed, str):
+            raise CheckpointError(f"key_mapping: {shown} made {renamed!r} of {name!r}, which is no name")
+        return renamed
+
+    return rename
+
+
+def _by_expressions(mapping: Mapping[str, str]) -> Renamer:
+    try:
+        patterns = [(re.compile(pattern), replacement) for pattern, replacement in mapping.items()]
+    except re.error as error:
+        raise CheckpointError(f"{error.pattern!r} in key_mapping is no regular expression: {error.msg}") from None
+
+    def rename(name: str) -> str:
+        for pattern, replacement in patterns:
+            try:
+                renamed, count = pattern.subn(replacement, name)
+            except (re.error, IndexError) as error:
+                raise CheckpointError(f"{replacement!r} in key_mapping is no replacement: {error}") from None
+            if count:
+                return renamed
+        return name
+
+    return rename
+
+
+def _imported(place: str) -> Callable[[str], Any]:
+    module_name, _, path = place.partition(":")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:  # whatever the module does when it is imported
+        raise SettingsError(
+            f"key_mapping: the module {module_name!r} of {place!r} cannot be imported: {_told(error)}; "
+            "it must be on PYTHONPATH of every process of the engine"
+        ) from error
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    if not callable(found):
+        what = "has no" if found is None else f"holds {found!r} and no"
+        raise SettingsError(f"key_mapping: the module {module_name!r} {what} function {path!r}")
+    return found  # type: ignore[no-any-return]
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

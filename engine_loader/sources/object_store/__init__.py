@@ -1,0 +1,1 @@
+"""Object stores as a source: S3, Google Cloud Storage, Azure."""

@@ -1,0 +1,202 @@
+"""Makes obstore's clients for the stores that URLs name: endpoint, credentials, tries and timeouts."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from ...errors import CheckpointError
+from .aws_profile import profile_options
+from .url import ObjectUrl
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+_FIRST_PAUSE = timedelta(milliseconds=100)
+_LONGEST_PAUSE = timedelta(seconds=5)
+_CONNECT_S = 5.0
+_first_process: list[int] = []
+
+
+@dataclass(frozen=True)
+class ObjectStoreOptions:
+    """How object stores are reached and read; the settings ``object_store_…`` say what each means.
+
+    Attributes:
+        profile: the AWS profile whose keys are used, whatever the environment says; None: the usual order.
+    """
+
+    range_bytes: int = 8 << 20
+    timeout_s: float = 30.0
+    max_tries: int = 5
+    endpoint_url: str | None = None
+    region: str | None = None
+    anonymous: bool = False
+    virtual_host: bool = False
+    profile: str | None = None
+
+
+def condition_of(tag: str | None) -> str | None:
+    """The If-Match of further requests for an object with this ETag; None: a weak one never fulfils it (RFC 9110)."""
+    return tag if tag and not tag.startswith("W/") else None
+
+
+def require_obstore() -> None:
+    """Check that the client is installed.
+
+    Raises:
+        CheckpointError: it is not; the message says how to install it.
+    """
+    try:
+        import obstore  # noqa: F401
+    except ImportError as error:
+        raise CheckpointError(
+            f"object stores are read by obstore, which cannot be imported: {error}",
+            hint="pip install 'engine-loader[s3]'",
+        ) from None
+
+
+def make_client(url: ObjectUrl, options: ObjectStoreOptions) -> ObjectStore:
+    """A client for the bucket of ``url``. Nothing is sent yet.
+
+    Raises:
+        CheckpointError: obstore is not installed, or cannot make sense of the configuration.
+    """
+    require_obstore()
+    from obstore.exceptions import BaseError
+    from obstore.store import AzureStore, GCSStore, S3Store
+
+    kind: type[Any] = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}[url.scheme]
+    endpoint = endpoint_of(url, options)
+    config = _config(url, options, endpoint)
+    if options.anonymous:
+        config["skip_signature"] = True
+    try:
+        store: ObjectStore = kind(
+            url.bucket,
+            client_options={
+                "allow_http": endpoint is not None and endpoint.startswith("http://"),
+                "connect_timeout": timedelta(seconds=min(_CONNECT_S, options.timeout_s)),
+                "read_timeout": timedelta(seconds=options.timeout_s),
+                # Of a whole request; that of a single read is what notices a server that hangs.
+                "timeout": timedelta(seconds=10 * options.timeout_s),
+                "user_agent": "engine-loader",
+            },
+            retry_config={
+                "max_retries": options.max_tries - 1,
+                "backoff": {"init_backoff": _FIRST_PAUSE, "max_backoff": _LONGEST_PAUSE, "base": 2},
+                "retry_timeout": timedelta(seconds=10 * options.timeout_s),
+            },
+            **config,
+        )
+    except (BaseError, ValueError) as error:
+        message = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"the object store cannot be reached as configured: {message}",
+            file=f"{url.scheme}://{url.bucket}",
+            hint="for az://, AZURE_STORAGE_ACCOUNT_NAME must be set" if url.scheme == "az" else None,
+        ) from None
+    return store
+
+
+class ObjectStores:
+    """The clients of several buckets, each made when it is first asked for. May be used from several threads.
+
+    Pickled, it takes its options along, and makes clients of its own.
+
+    Args:
+        options: how they are reached and read.
+        client: taken for every bucket, in place of one of its own.
+
+    Attributes:
+        foreign: whether ``client`` was given, of which only obstore knows how it authenticates.
+    """
+
+    def __init__(self, options: ObjectStoreOptions, *, client: ObjectStore | None = None) -> None:
+        self.options = options
+        self._client = client
+        self.foreign = client is not None
+        self._clients: dict[tuple[str, str], ObjectStore] = {}
+        self._lock = threading.Lock()
+
+    def client(self, url: ObjectUrl) -> ObjectStore:
+        """The client for the bucket of ``url``.
+
+        Raises:
+            CheckpointError: as ``make_client``.
+        """
+        if self._client is not None:
+            return self._client
+        with self._lock:
+            place = (url.scheme, url.bucket)
+            if place not in self._clients:
+                self._clients[place] = make_client(url, self.options)
+            return self._clients[place]
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild_stores, (self.options, self._client))
+
+
+def _rebuild_stores(options: ObjectStoreOptions, client: ObjectStore | None) -> ObjectStores:
+    return ObjectStores(options, client=client)
+
+
+def check_process(path: str) -> None:
+    """Raise CheckpointError in a child of a process that has used obstore: its threads do not survive a fork."""
+    if not _first_process:
+        _first_process.append(os.getpid())
+    if os.getpid() != _first_process[0]:
+        raise CheckpointError(
+            "object stores cannot be used in a process that was forked from one that has used them",
+            file=path,
+            hint="start it by spawn or forkserver",
+        )
+
+
+def endpoint_of(url: ObjectUrl, options: ObjectStoreOptions) -> str | None:
+    """The endpoint that is configured for a URL's store; None for that of AWS, Google or Azure."""
+    endpoint = options.endpoint_url
+    if endpoint is None and url.scheme == "s3":
+        names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+        endpoint = next((os.environ[name] for name in names if os.environ.get(name)), None)
+    return endpoint and endpoint.rstrip("/")
+
+
+def _config(url: ObjectUrl, options: ObjectStoreOptions, endpoint: str | None) -> dict[str, Any]:
+    """What is particular to a store; what is not given here, obstore takes from the environment."""
+    if url.scheme != "s3":
+        name = "base_url" if url.scheme == "gs" else "endpoint"
+        return {} if endpoint is None else {name: endpoint}
+    config: dict[str, Any] = {
+        "virtual_hosted_style_request": options.virtual_host,
+        # Else even one object goes by S3's request for many, which not every server knows.
+        "disable_bulk_delete": True,
+    }
+    if not options.anonymous:
+        config |= _profile(options.profile)
+    if options.region is not None:
+        config["region"] = options.region
+    if endpoint is not None:
+        # obstore wants the bucket in the endpoint when it is the host's first part.
+        host = re.sub("(?<=://)", f"{url.bucket}.", endpoint, count=1) if options.virtual_host else endpoint
+        # The more particular of its two options: AWS_ENDPOINT_URL_S3 would go before the other.
+        config["aws_endpoint_url_s3"] = host
+    return config
+
+
+def _profile(name: str | None) -> dict[str, Any]:
+    options: dict[str, Any] = dict(profile_options(profile=name))
+    if name is None:
+        return options
+    # What obstore finds in the environment (a session token) must not mix with keys that were chosen by name.
+    keys = {
+        "access_key_id": options.pop("access_key_id"),
+        "secret_access_key": options.pop("secret_access_key", ""),
+        "token": options.pop("session_token", None),
+        "expires_at": None,
+    }
+    return {**options, "credential_provider": lambda: keys}

@@ -1,0 +1,137 @@
+"""What obstore's exceptions mean: which may pass, and how one that does not is told to a person.
+
+obstore says the kind of most failures by a class, and the rest in its text only: status and error code of the server's
+answer, the phase in which a connection broke. (Read in obstore 0.12.)
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+from dataclasses import dataclass
+
+from ...errors import TransferError
+
+_REGION = "does the bucket lie in this region? set AWS_REGION or object_store_region"
+_DENIED = (
+    "check the credentials (AWS_ACCESS_KEY_ID …, AWS_PROFILE), and that they allow s3:GetObject (to write, "
+    "s3:PutObject and s3:DeleteObject), and s3:ListBucket for a prefix; a public bucket may need object_store_anonymous"
+)
+_SLOW = "the server is overloaded or down: try again, or lower object_store_requests"
+_ENDPOINT = "check the network, AWS_ENDPOINT_URL or object_store_endpoint_url, and its http or https"
+_HINTS = {
+    "NoSuchBucket": "check the bucket's name, and AWS_ENDPOINT_URL or object_store_endpoint_url",
+    "ContainerNotFound": "check the container's name and the account",
+    "ExpiredToken": "the credentials have expired: fetch new ones",
+    "InvalidAccessKeyId": "this endpoint does not know the access key: check AWS_ACCESS_KEY_ID and the endpoint",
+    "SignatureDoesNotMatch": "check AWS_SECRET_ACCESS_KEY; a proxy that changes requests has the same effect",
+    "RequestTimeTooSkewed": "the clock of this machine is wrong",
+    "AuthorizationHeaderMalformed": _REGION,
+    "IllegalLocationConstraintException": _REGION,
+    "PermanentRedirect": _REGION,
+}
+_METADATA_SERVICES = ("169.254.", "metadata.google.internal", "metadata/identity")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the server said, as far as obstore's text tells.
+
+    Attributes:
+        status: of HTTP.
+        code: S3's name of the error.
+        text: all in one line.
+        tries: how often the request was sent.
+    """
+
+    status: int | None
+    code: str | None
+    text: str
+    tries: int
+
+    @classmethod
+    def of(cls, error: BaseException) -> Answer:
+        """Read it from an exception."""
+        text, _, details = str(error).partition("\n\nDebug source")
+        status = re.search(r"status code: (\d{3})", text)
+        code = re.search(r"<Code>\s*(\w+)\s*</Code>", text)
+        retries = re.search(r"\bretries: (\d+)", details)
+        return cls(
+            int(status[1]) if status else None,
+            code[1] if code else None,
+            " ".join(text.split()),
+            int(retries[1]) + 1 if retries else 1,
+        )
+
+    def __str__(self) -> str:
+        named = " ".join(str(part) for part in (self.status, self.code) if part is not None)
+        return named or self.text
+
+
+def passing_errno(error: Exception) -> int | None:
+    """The errno of a body that broke off or stalled, which the next request may not; None for other failures."""
+    text = str(error)
+    if "response body error" not in text and "error decoding response body" not in text:
+        return None
+    return errno.ETIMEDOUT if "TimedOut" in text or "kind: Timeout" in text else errno.EREMOTEIO
+
+
+def object_changed(path: str, offset: int | None = None) -> TransferError:
+    """The error for an object that is no longer the one that was opened."""
+    return TransferError(
+        "the object was replaced while it was read",
+        file=path,
+        offset=offset,
+        hint="load again when nothing writes to it",
+    )
+
+
+def object_failure(error: Exception, doing: str, path: str, offset: int | None = None) -> TransferError:
+    """The error for a request that failed for good."""
+    from obstore import exceptions
+
+    answer = Answer.of(error)
+    if isinstance(error, exceptions.PreconditionError) or answer.status == 416:
+        return object_changed(path, offset)
+    code, what, hint = _explain(error, answer)
+    hint = _HINTS.get(answer.code or "", hint)
+    after = f" after {answer.tries} tries" if answer.tries > 1 else ""
+    failure = TransferError(f"could not {doing}: {what}{after}", file=path, offset=offset, hint=hint)
+    failure.errno = code
+    return failure
+
+
+def _explain(error: Exception, answer: Answer) -> tuple[int | None, str, str | None]:
+    """errno, what happened, and what to do."""
+    if any(service in answer.text for service in _METADATA_SERVICES):
+        return errno.EACCES, "no credentials were found", _DENIED
+    if answer.code in ("NoSuchBucket", "ContainerNotFound"):
+        return errno.ENOENT, "there is no such bucket", None
+    if isinstance(error, FileNotFoundError):
+        return errno.ENOENT, "there is no such object", "check the URL; was the object deleted meanwhile?"
+    if answer.status in (401, 403):
+        return errno.EACCES, f"access was denied ({answer})", _DENIED
+    if "non-partial response" in answer.text:
+        return (
+            errno.EOPNOTSUPP,
+            "the server ignores ranges: it answers with the whole object",
+            ("read it from a server that serves ranges, or copy it to a disk"),
+        )
+    if re.search(r"Requested \S+, got ", answer.text):
+        return (
+            errno.EREMOTEIO,
+            "the server sent another range than was asked for",
+            ("was the object replaced by a shorter one, or is there a proxy between that does not keep ranges?"),
+        )
+    if "invalid path" in answer.text or isinstance(error, ValueError):
+        return errno.EINVAL, answer.text, "keys with empty parts cannot be read: copy the objects to a plain prefix"
+    if "redirect" in answer.text:
+        return errno.EREMOTEIO, "the server sends elsewhere", _REGION
+    if answer.status is not None:
+        overloaded = answer.status >= 500 or answer.status == 429
+        return errno.EREMOTEIO, f"the server answered {answer}", _SLOW if overloaded else None
+    if "kind: Timeout" in str(error) or "TimedOut" in str(error):
+        return errno.ETIMEDOUT, "the server did not answer in time", _ENDPOINT
+    if "error sending request" in answer.text:
+        return errno.ECONNREFUSED, "the server cannot be reached", _ENDPOINT
+    return errno.EREMOTEIO, answer.text, None

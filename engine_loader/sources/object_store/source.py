@@ -1,0 +1,254 @@
+"""Objects of S3, Google Cloud Storage and Azure Blob Storage, read by obstore in ranges.
+
+Every object is asked for its size and ETag when it is opened, and every range is asked for on the condition that the
+object still is the one that was opened, so what is read is of one version.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import numpy as np
+
+from ...errors import CheckpointError
+from . import ranges
+from .client import ObjectStoreOptions, ObjectStores, check_process, condition_of
+from .failures import Answer, object_changed, object_failure, passing_errno
+from .ranges import Connections, DirectRanges, Wanted
+from .url import ObjectUrl, parse_object_url
+
+if TYPE_CHECKING:
+    from obstore import Bytes, GetOptions, ObjectMeta
+    from obstore.store import ObjectStore
+
+_T = TypeVar("_T")
+
+
+class ObjectFile:
+    """An open object; made by ObjectStoreSource."""
+
+    source = "object_store"
+
+    def __init__(
+        self, path: str, url: ObjectUrl, stores: ObjectStores, meta: ObjectMeta, connections: Connections
+    ) -> None:
+        self.path = path
+        self.size = meta["size"]
+        self._store: ObjectStore | None = stores.client(url)
+        self._key = url.key
+        self._range_bytes = stores.options.range_bytes
+        self._connections = connections
+        self._direct: DirectRanges | None = DirectRanges(url, self._store, stores, connections)
+        connections.used()
+        self._identity = _identity(meta)
+        # Without one, the identity of each answer is what tells.
+        self._if_match = condition_of(meta["e_tag"])
+
+    def read_into(self, offset: int, buffers: Sequence[memoryview]) -> int:
+        wanted = min(sum(map(len, buffers)), self._range_bytes, self.size - offset)
+        if wanted <= 0:
+            return 0
+        if wanted >= ranges.MIN_BYTES and self._receive(offset, offset + wanted, buffers):
+            return wanted
+        content = self._get(offset, offset + wanted)
+        return _scatter(content, buffers, wanted)
+
+    def fileno(self) -> int | None:
+        return None
+
+    def verify_unchanged(self) -> None:
+        # Every range was already checked to be of the version that was opened.
+        return
+
+    def close(self) -> None:
+        if self._store is not None:
+            self._store = self._direct = None
+            self._connections.unused()
+
+    def _receive(self, begin: int, end: int, buffers: Sequence[memoryview]) -> bool:
+        direct = self._direct
+        if direct is None:
+            return False
+        check_process(self.path)
+        return direct.receive(Wanted(begin, end, self.size, self._if_match, self._is_same), buffers)
+
+    def _is_same(self, tag: str | None, modified: str | None) -> bool:
+        """Whether an answer with this ETag and this Last-Modified is of the object that was opened."""
+        try:
+            answered = {"size": self.size, "e_tag": tag, "last_modified": parsedate_to_datetime(modified or "")}
+        except ValueError:
+            return False
+        return _identity(cast("ObjectMeta", answered)) == self._identity
+
+    def _get(self, begin: int, end: int) -> Bytes:
+        """The bytes from ``begin`` to ``end``.
+
+        Raises:
+            OSError: the body broke off or stalled.
+            TransferError: the request failed for good, or the object is another one now.
+        """
+        import obstore
+
+        store = self._store
+        if store is None:
+            raise CheckpointError("the object was closed while it was being read", file=self.path)
+        check_process(self.path)
+        options: GetOptions = {"range": (begin, end)}
+        if self._if_match is not None:
+            options["if_match"] = self._if_match
+        try:
+            result = obstore.get(store, self._key, options=options)
+            if _identity(result.meta) != self._identity:
+                raise object_changed(self.path, begin)
+            content = result.bytes()
+        except CheckpointError:
+            raise
+        except Exception as error:
+            code = passing_errno(error)
+            if code is not None:
+                raise OSError(code, os.strerror(code), self.path) from error
+            raise object_failure(error, "read", self.path, begin) from error
+        # obstore has compared the range that the server names with the one that was asked for, not what came.
+        if len(content) != end - begin:
+            raise OSError(errno.EREMOTEIO, os.strerror(errno.EREMOTEIO), self.path)
+        return content
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """What lies right below a prefix: names of objects, and whether there is anything, further prefixes included."""
+
+    names: list[str]
+    is_there: bool
+
+
+class ObjectStoreSource:
+    """The object stores that s3://, gs:// and az:// URLs name.
+
+    A prefix is taken for a directory when something lies below it. Its listing is asked for once for each source, so a
+    checkpoint is opened from one view of it.
+
+    Args:
+        options: how the stores are reached and read.
+        stores: clients that are there already, in place of ``options``.
+
+    Raises:
+        CheckpointError: from each method: obstore is not installed, the path is no URL of an object store, access is
+            denied, or the server cannot be reached; the message says what to do.
+    """
+
+    name = "object_store"
+
+    def __init__(self, options: ObjectStoreOptions | None = None, *, stores: ObjectStores | None = None) -> None:
+        self._stores = stores or ObjectStores(options or ObjectStoreOptions())
+        self.options = self._stores.options
+        self._listings: dict[ObjectUrl, _Listing] = {}
+        self._connections = Connections(self.options.timeout_s)
+        self._lock = threading.Lock()
+
+    def open(self, path: str) -> ObjectFile:
+        url = parse_object_url(path)
+        if not url.key:
+            raise CheckpointError("this is a bucket where an object is meant", file=path)
+        store = self._stores.client(url)
+        import obstore
+
+        check_process(path)
+        try:
+            meta = obstore.head(store, url.key)
+        except Exception as error:
+            raise object_failure(_with_its_code(store, url.key, error), "open the object", path) from error
+        return ObjectFile(path, url, self._stores, meta, self._connections)
+
+    def is_dir(self, path: str) -> bool:
+        # Who may read an object may not always list its bucket.
+        if path.endswith(".safetensors"):
+            return False
+        return self._listing(path).is_there
+
+    def names(self, path: str) -> list[str]:
+        """As ``list``, but empty where nothing lies below the prefix."""
+        return self._listing(path).names
+
+    def list(self, path: str) -> list[str]:
+        listing = self._listing(path)
+        if not listing.is_there:
+            raise CheckpointError("there is no object below this prefix", file=path, hint="check the URL")
+        return listing.names
+
+    def _listing(self, path: str) -> _Listing:
+        url = parse_object_url(path)
+        with self._lock:
+            known = self._listings.get(url)
+        if known is not None:
+            return known
+        store = self._stores.client(url)
+        import obstore
+
+        check_process(path)
+        try:
+            found = interruptible(lambda: obstore.list_with_delimiter(store, url.key or None))
+        except Exception as error:
+            raise object_failure(error, "list the prefix", path) from error
+        below = len(url.key) + 1 if url.key else 0
+        names = sorted(meta["path"][below:] for meta in found["objects"])
+        listing = _Listing(names, bool(names or found["common_prefixes"]))
+        with self._lock:
+            return self._listings.setdefault(url, listing)
+
+
+def interruptible(call: Callable[[], _T]) -> _T:
+    """Make a call on another thread, so that Ctrl-C ends the wait for it: obstore itself does not look for signals."""
+    outcome: Future[_T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="engine-loader-list", daemon=True).start()
+    return outcome.result()
+
+
+def _identity(meta: ObjectMeta) -> tuple[Any, ...]:
+    """What changes when an object is replaced; servers without ETags tell at least the second."""
+    tag = meta["e_tag"]
+    return (meta["size"], re.sub("^W/", "", tag) if tag else meta["last_modified"])
+
+
+def _with_its_code(store: ObjectStore, key: str, error: Exception) -> Exception:
+    """The failure of a GET in place of that of a HEAD, whose answer has no body and so no error code."""
+    import obstore
+
+    status = Answer.of(error).status
+    if status is None or status >= 500:
+        return error
+
+    try:
+        obstore.get(store, key, options={"range": (0, 1)}).bytes()
+    except Exception as told:
+        if type(told) is type(error):
+            return told
+    return error
+
+
+def _scatter(content: Bytes, buffers: Sequence[memoryview], nbytes: int) -> int:
+    """Copy ``nbytes`` into ``buffers`` in turn. numpy gives up the GIL meanwhile, a memoryview would not."""
+    source = np.frombuffer(content, np.uint8)  # type: ignore[call-overload]
+    done = 0
+    for buffer in buffers:
+        piece = source[done : min(done + len(buffer), nbytes)]
+        np.copyto(np.frombuffer(buffer, np.uint8, len(piece)), piece)
+        done += len(piece)
+        if done == nbytes:
+            break
+    return done

@@ -1,0 +1,1 @@
+"""3FS as a source: files that are read over USRBIO."""

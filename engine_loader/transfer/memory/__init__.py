@@ -1,0 +1,1 @@
+"""Memory that bytes are read into: pooled buffers, huge pages, guarded mappings."""

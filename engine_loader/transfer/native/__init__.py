@@ -1,0 +1,1 @@
+"""The native reader threads: the C++ library in src/, bound by ctypes."""

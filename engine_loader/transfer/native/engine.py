@@ -1,0 +1,394 @@
+"""The native transfer engine: native/*.cpp behind the interface of protocol.py.
+
+The library is plain C and knows nothing of Python: its threads never need the GIL, and calls that wait release it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...errors import TransferError
+from ...sources.source import SourceFile
+from ...sources.threefs.source import UsrbioFile
+from ..cpus import default_threads, local_cpus
+from ..devices import DEFAULT_PINNED_BYTES, Place, setup_error, stream_error
+from ..modes import ReadMode, choose_mode
+from ..plan import EXTENT, Extents, check_plan, plan_bytes
+from ..protocol import TransferStatistics
+from .library import (
+    COUNTERS,
+    E_DEVICE,
+    E_FORKED,
+    FILE_WIDE,
+    HUGE_PAGES,
+    MAKE_PRIVATE,
+    MODES,
+    OK,
+    ORDERED,
+    POPULATE_READ,
+    POPULATE_WRITE,
+    TIMEOUT,
+    Config,
+    DeviceConfig,
+    DeviceFailure,
+    File,
+    Stats,
+    UsrbioConfig,
+    library_path,
+    load_library,
+    load_quick,
+)
+from .transfer import CANCEL_GRACE_S, SLICE_MS, NativeTransfer, call_error, stuck
+
+__all__ = ["NativeEngine", "NativeTransfer", "library_path", "load_library"]
+
+logger = logging.getLogger(__name__)
+
+_WIDE_THREADS = 8
+_MOST_WIDE_THREADS = 16
+# With the quarter that a block may be longer, a thread's scratch memory is one huge page.
+_DIRECT_BLOCK_BYTES = 1536 << 10
+_MOST_RINGS = 4
+_FEW_LIVE = 32
+_MOMENT_MS = 2
+_MANY_EXTENTS = 20_000
+"""So many take milliseconds to plan; other Python threads may run meanwhile."""
+
+_engines: weakref.WeakSet[NativeEngine] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_engines() -> None:
+    """Stop writing before the interpreter frees the destinations of transfers that are still in flight."""
+    for engine in list(_engines):
+        engine.close()
+
+
+@dataclass(eq=False)
+class _OpenFile:
+    """How a file is read, with a descriptor of its own for O_DIRECT, which goes with it."""
+
+    mode: ReadMode
+    direct_fd: int
+    flags: int
+
+    def __del__(self) -> None:
+        if self.direct_fd >= 0:
+            os.close(self.direct_fd)
+
+
+class NativeEngine:
+    """Native threads that read by ``preadv``.
+
+    Args:
+        threads: how many read at once; None: as many as there are CPUs, and up to 16 where reads wait for storage.
+        block_bytes: the largest single read.
+        max_tries: how often a read is tried when its error may pass.
+        retry_delay_s: the wait before the second try; it doubles with every further one, up to 2 s.
+        deadline_s: when a read gets no byte for this long, its transfer fails.
+        read_mode: "buffered" or "direct"; anything else: see modes.py.
+        huge_pages: advise huge pages for large destinations, which makes fresh memory several times faster to fill.
+        pinned_bytes: page-locked memory for what is on its way to a device, for each one.
+        device_runtime: path of the runtime of CUDA or HIP; None: the one that the process has loaded.
+
+    Raises:
+        TransferError: the library cannot be loaded.
+    """
+
+    name = "cpp"
+
+    def __init__(
+        self,
+        threads: int | None = None,
+        *,
+        block_bytes: int = 4 << 20,
+        max_tries: int = 5,
+        retry_delay_s: float = 0.05,
+        deadline_s: float = 120.0,
+        read_mode: str = "auto",
+        huge_pages: bool = True,
+        pinned_bytes: int = DEFAULT_PINNED_BYTES,
+        device_runtime: str | None = None,
+    ) -> None:
+        self._handle: int | None = None
+        self._library = load_library()
+        self._quick = load_quick()
+        cpus = local_cpus()
+        self.threads = threads or default_threads(cpus)
+        if cpus is not None and self.threads > len(cpus):
+            cpus = None
+        self.deadline_s = deadline_s
+        self._read_mode = read_mode
+        self._pinned_bytes = pinned_bytes
+        self._device_runtime = device_runtime
+        self._devices: dict[int, int] = {}  # the library's number by the runtime's
+        self._lock = threading.Lock()
+        self._live: set[NativeTransfer] = set()
+        self._look_at = 1
+        self._open_files: weakref.WeakKeyDictionary[SourceFile, _OpenFile] = weakref.WeakKeyDictionary()
+        self._closed = False
+        self._pid = os.getpid()
+        self._last_statistics = Stats()
+        config = Config(
+            struct_bytes=ctypes.sizeof(Config),
+            flags=HUGE_PAGES if huge_pages else 0,
+            threads=self.threads,
+            wide_threads=threads or min(max(_WIDE_THREADS, self.threads), _MOST_WIDE_THREADS),
+            max_tries=max_tries,
+            retry_base_ms=max(1, round(retry_delay_s * 1e3)),
+            deadline_ms=max(1, min(round(deadline_s * 1e3), 0xFFFFFFFF)),
+            block_bytes=block_bytes,
+            direct_block_bytes=min(block_bytes, _DIRECT_BLOCK_BYTES),
+            cpus=None if cpus is None else (ctypes.c_uint32 * len(cpus))(*sorted(cpus)),
+            n_cpus=0 if cpus is None else len(cpus),
+        )
+        error = ctypes.c_int()
+        self._handle = self._quick.el_engine_create(config, error)
+        if self._handle is None:
+            raise call_error(error.value)
+        _engines.add(self)
+
+    def submit(
+        self, files: Sequence[SourceFile], extents: Extents, *, ordered: bool = True, owner: object = None
+    ) -> NativeTransfer:
+        return self._submit(files, extents, ordered, owner, None)
+
+    def submit_to_device(
+        self, files: Sequence[SourceFile], extents: Extents, place: Place, *, ordered: bool = True, owner: object = None
+    ) -> NativeTransfer:
+        """``submit`` for destinations in the memory of a device.
+
+        The copies come after everything that is on ``place.stream`` now. When an extent, or the transfer, is complete,
+        so are its copies: what is launched afterwards, on any stream, sees the bytes. Once the transfer is complete,
+        has failed, or ``cancel`` has returned, no copy is in flight.
+
+        Raises:
+            CheckpointError: an extent reaches beyond its file.
+            TransferError: the device cannot be used.
+        """
+        return self._submit(files, extents, ordered, owner, place)
+
+    def _submit(
+        self, files: Sequence[SourceFile], extents: Extents, ordered: bool, owner: object, place: Place | None
+    ) -> NativeTransfer:
+        if os.getpid() != self._pid:
+            raise call_error(E_FORKED)
+        check_plan(extents, files)
+        extents = np.ascontiguousarray(extents, dtype=EXTENT)
+        device = None if place is None else self._add_device(place.device)
+        opened = [self._open(file) for file in files]
+        native = (File * len(files))(*map(_native_file, files, opened))
+        handle = ctypes.c_void_p()
+        flags = ORDERED if ordered else 0
+        library = self._quick if len(extents) < _MANY_EXTENTS else self._library
+        plan = (self._handle, native, len(files), extents.ctypes.data, len(extents), flags)
+        if place is None:
+            result = library.el_submit(*plan, handle)
+        else:
+            result = library.el_submit_to_device(*plan, device, place.stream, handle)
+        if result == E_DEVICE and place is not None and device is not None:
+            raise stream_error(place, self.device_error(device, ctypes.get_errno()))
+        if result != OK:
+            raise call_error(result)
+        owners = (owner, opened)
+        return self._register(NativeTransfer(self, handle, plan_bytes(extents), list(files), owners, device=device))
+
+    def populate(
+        self, address: int, nbytes: int, write: bool, *, file: SourceFile | None = None, owner: object = None
+    ) -> NativeTransfer:
+        """Make the pages of a mapping present on the engine's threads, so that touching them costs no page fault.
+
+        Args:
+            address: of the first byte.
+            nbytes: of the mapping.
+            write: also make the pages of a private mapping copies, which later writes to the file do not change.
+            file: whose mapping it is, for the error.
+            owner: keeps the mapping; held until the transfer has ended.
+
+        The transfer fails where a page cannot be had, e.g. because the file was cut short, or where the kernel is older
+        than 5.14. A file that is cut short later takes even written pages of its mappings away: touching them is a
+        SIGBUS, or shows what the file gets there next. Only make_private helps against that.
+        """
+        return self._populate(address, nbytes, POPULATE_WRITE if write else POPULATE_READ, file, owner)
+
+    def make_private(
+        self, address: int, nbytes: int, *, file: SourceFile | None = None, owner: object = None
+    ) -> NativeTransfer:
+        """Put memory of this process, with the same content, in the place of the pages of a mapping.
+
+        After success it depends on no file. Nobody may write to the range before that, for it could be lost: wait for
+        the transfer before whoever holds the memory goes on. The arguments and errors are those of ``populate``.
+        """
+        return self._populate(address, nbytes, MAKE_PRIVATE, file, owner)
+
+    def statistics(self) -> TransferStatistics:
+        stats = self._stats()
+        modes = {"buffered": stats.buffered_bytes, "direct": stats.direct_bytes, "usrbio": stats.usrbio_bytes}
+        return TransferStatistics(
+            bytes_read=stats.bytes,
+            overread_bytes=stats.overread_bytes,
+            reads=stats.reads,
+            retries=stats.retries,
+            short_reads=stats.short_reads,
+            read_seconds=stats.read_ns / 1e9,
+            modes={name: nbytes for name, nbytes in modes.items() if nbytes},
+        )
+
+    def counters(self) -> dict[str, int]:
+        """Every count of the library (``el_stats_info`` in native/engine.h), by name."""
+        stats = self._stats()
+        return {name: int(getattr(stats, name)) for name in COUNTERS}
+
+    def close(self) -> None:
+        try:
+            self._close()
+        except KeyboardInterrupt:
+            self._close()  # whoever still holds the engine, or a transfer of it, would keep its threads
+            raise
+
+    def _close(self) -> None:
+        if self._closed or self._handle is None:
+            return
+        end = time.monotonic() + CANCEL_GRACE_S
+        # Idle threads end within a moment, so the GIL is kept for that long.
+        result = self._quick.el_engine_close(self._handle, _MOMENT_MS)
+        while result == TIMEOUT and time.monotonic() < end:
+            result = self._library.el_engine_close(self._handle, SLICE_MS)
+        if result == E_FORKED:
+            return
+        self._last_statistics = self._stats()
+        self._closed = True
+        for transfer in list(self._live):
+            transfer.forget_if_quiet()
+        # What a thread hangs in is left to it; it ends when its read comes back.
+        stuck.update(self._live)
+        self._live.clear()
+        self._open_files.clear()
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None) is not None:
+            self.close()
+            self._library.el_engine_destroy(self._handle)
+
+    def device_error(self, device: int, code: int) -> str:
+        """What the runtime says to one of its errors."""
+        text = ctypes.create_string_buffer(200)
+        self._quick.el_device_error_text(self._handle, device, code, text, len(text))
+        return f"{text.value.decode(errors='replace')} ({code})"
+
+    def transfer_ended(self, transfer: NativeTransfer) -> None:
+        """Forget a transfer that will not write any more."""
+        self._live.discard(transfer)
+        stuck.discard(transfer)
+
+    def _populate(self, address: int, nbytes: int, how: int, file: SourceFile | None, owner: object) -> NativeTransfer:
+        handle = ctypes.c_void_p()
+        result = self._quick.el_populate(self._handle, address, nbytes, how, handle)
+        if result != OK:
+            raise call_error(result)
+        files = [] if file is None else [file]
+        return self._register(NativeTransfer(self, handle, nbytes, files, owner))
+
+    def _register(self, transfer: NativeTransfer) -> NativeTransfer:
+        # Transfers that nobody waited for have to give up their owners at some time, many of them not at every submit.
+        if len(self._live) >= self._look_at:
+            for other in list(self._live):
+                other.forget_if_quiet()
+            self._look_at = 1 if len(self._live) < _FEW_LIVE else 2 * len(self._live)
+        for other in list(stuck):
+            other.forget_if_quiet()
+        self._live.add(transfer)
+        return transfer
+
+    def _open(self, file: SourceFile) -> _OpenFile:
+        with self._lock:
+            found = self._open_files.get(file)
+            if found is None:
+                if isinstance(file, UsrbioFile) and file.library is not None:
+                    found = _OpenFile(
+                        ReadMode("usrbio", True, f"on 3FS at {file.mount}"), -1, self._add_usrbio(file) << 8
+                    )
+                else:
+                    mode = choose_mode(file, self._read_mode)
+                    direct_fd = -1 if mode.name == "buffered" else _open_direct(file)
+                    found = _OpenFile(mode, direct_fd, FILE_WIDE if mode.wide else 0)
+                self._open_files[file] = found
+                logger.debug("%s is read %s (%s)", file.path, found.mode.name, found.mode.reason)
+            return found
+
+    def _add_device(self, device: int) -> int:
+        """The number by which the library knows a device."""
+        with self._lock:
+            number = self._devices.get(device)
+            if number is None:
+                library = self._device_runtime
+                config = DeviceConfig(
+                    struct_bytes=ctypes.sizeof(DeviceConfig),
+                    device=device,
+                    pinned_bytes=self._pinned_bytes,
+                    library=None if library is None else os.fsencode(library),
+                )
+                failure = DeviceFailure()
+                number = int(self._library.el_device_add(self._handle, config, failure))
+                if number == E_DEVICE:
+                    raise setup_error(device, failure)
+                if number < 0:
+                    raise call_error(number)
+                self._devices[device] = number
+            return number
+
+    def _add_usrbio(self, file: UsrbioFile) -> int:
+        """The number by which the library knows how to read this file."""
+        assert file.library is not None
+        options = file.options
+        config = UsrbioConfig(
+            struct_bytes=ctypes.sizeof(UsrbioConfig),
+            rings=options.rings or min(self.threads, _MOST_RINGS),
+            depth=options.depth,
+            deadline_ms=max(1, min(round(options.deadline_s * 1e3), 0xFFFFFFFF)),
+            io_bytes=file.io_bytes,
+            library=os.fsencode(file.library),
+            mount=os.fsencode(file.mount),
+        )
+        number = int(self._quick.el_usrbio_add(self._handle, config))
+        if number < 0:
+            raise call_error(number)
+        return number
+
+    def _stats(self) -> Stats:
+        stats = Stats()
+        if self._closed or self._quick.el_stats(self._handle, stats) != OK:
+            return self._last_statistics
+        return stats
+
+
+def _native_file(file: SourceFile, opened: _OpenFile) -> File:
+    fd = file.fileno()
+    if fd is None:
+        raise TransferError("the file was closed before it was read", file=file.path)
+    return File(
+        fd=fd,
+        direct_fd=opened.direct_fd,
+        size=file.size,
+        mode=MODES[opened.mode.name],
+        flags=opened.flags,
+    )
+
+
+def _open_direct(file: SourceFile) -> int:
+    """The same file with O_DIRECT, or -1 where that is refused: then it is read buffered."""
+    # By the descriptor, so that it is the same file even if another took its name.
+    with contextlib.suppress(OSError):
+        return os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+    return -1

@@ -1,0 +1,151 @@
+// The engine's part of the C interface: create, close, destroy, statistics.
+#include "core/engine.h"
+
+#include <algorithm>
+#include <new>
+
+#include "api/api.h"
+#include "device/device_ring.h"
+#include "threads/fork.h"
+#include "core/transfer.h"
+#include "usrbio/usrbio_channel.h"
+
+namespace el {
+namespace {
+
+constexpr uint64_t kSmallestBlock = 4 << 10;
+constexpr uint64_t kLargestBlock = 256 << 20;
+constexpr uint64_t kLongestGap = kGapVectors * kDiscardBytes;
+constexpr uint32_t kMostThreads = 1024;
+
+template <typename T>
+T or_default(T value, T tuned) {
+    return value == 0 ? tuned : value;
+}
+
+// Blocks are multiples of 4 KiB, so that cuts fall between sectors.
+uint64_t block_size(uint64_t asked, uint64_t tuned) {
+    const uint64_t bytes = or_default(asked, tuned) / kSmallestBlock * kSmallestBlock;
+    return std::min(std::max(bytes, kSmallestBlock), kLargestBlock);
+}
+
+// Tuned on 2 cores, ext4 on virtio and tmpfs; see docs/performance.md.
+el_config with_defaults(el_config config) {
+    config.cpus = nullptr;  // the caller's; copied apart
+    config.threads = std::min(or_default(config.threads, 2u), kMostThreads);
+    config.wide_threads = std::min(std::max(or_default(config.wide_threads, 8u), config.threads), kMostThreads);
+    config.max_tries = or_default(config.max_tries, 5u);
+    config.retry_base_ms = or_default(config.retry_base_ms, 20u);
+    config.retry_cap_ms = or_default(config.retry_cap_ms, 2000u);
+    config.block_bytes = block_size(config.block_bytes, 4 << 20);
+    config.direct_block_bytes = block_size(config.direct_block_bytes, 1536 << 10);
+    // A call costs what reading 4 KiB does; an IO of its own what reading 128 KiB does.
+    config.gap_bytes = std::min(or_default<uint64_t>(config.gap_bytes, 4 << 10), kLongestGap);
+    config.wide_gap_bytes = std::min(or_default<uint64_t>(config.wide_gap_bytes, 128 << 10), kLongestGap);
+    return config;
+}
+
+void stop_all(Engine &engine) {
+    engine.closing = true;
+    const std::vector<Transfer *> active = engine.active;  // cancel() removes from it
+    for (Transfer *transfer : active) cancel(*transfer);
+    engine.narrow_work.notify_all();
+    engine.wide_work.notify_all();
+    engine.ring_work.notify_all();
+    for (const auto &device : engine.devices) device->wake();
+}
+
+void join_workers(Engine &engine, Lock &lock) {
+    if (engine.joined) return;
+    engine.joined = true;
+    lock.unlock();
+    for (const auto &worker : engine.workers) pthread_join(worker->thread, nullptr);
+    for (const auto &device : engine.devices) device->join();
+    for (const auto &device : engine.devices) device->close();
+}
+
+// Leave threads that are stuck to themselves; the last one frees the engine.
+void abandon_workers(Engine &engine) {
+    Lock lock(engine.mutex);
+    if (engine.joined) return;
+    engine.joined = true;
+    for (const auto &worker : engine.workers) pthread_detach(worker->thread);
+    for (const auto &device : engine.devices) device->detach();
+}
+
+}  // namespace
+
+Engine::Engine(const el_config &settings)
+    : config(with_defaults(settings)), cpus(settings.cpus, settings.cpus + (settings.cpus == nullptr ? 0 : settings.n_cpus)),
+      generation(process_generation()) {
+    workers.reserve(config.wide_threads);
+}
+
+Engine::~Engine() = default;
+
+void unreference(Engine &engine) {
+    if (engine.references.fetch_sub(1) == 1) delete &engine;
+}
+
+int usable(const Engine *engine) {
+    if (engine == nullptr) return EL_E_CLOSED;
+    return engine->generation == process_generation() ? EL_OK : EL_E_FORKED;
+}
+
+}  // namespace el
+
+using namespace el;
+
+uint32_t el_abi_version(void) { return EL_ABI_VERSION; }
+
+el_engine *el_engine_create(const el_config *config, int *error) {
+    int unused;
+    int &result = error == nullptr ? unused : *error;
+    result = EL_E_ARGUMENT;
+    if (config == nullptr || config->struct_bytes != sizeof(el_config)) return nullptr;
+    try {
+        auto *engine = new Engine(*config);
+        result = EL_OK;
+        return handle(engine);
+    } catch (const std::bad_alloc &) {
+        result = EL_E_MEMORY;
+        return nullptr;
+    }
+}
+
+int el_engine_close(el_engine *closing, int64_t timeout_ms) {
+    Engine *engine = unwrap(closing);
+    const int state = usable(engine);
+    if (state != EL_OK) return engine == nullptr ? EL_OK : state;
+    const int64_t until = deadline_in(timeout_ms);
+    Lock lock(engine->mutex);
+    stop_all(*engine);
+    while (engine->running > 0) {
+        if (now_ns() >= until) return EL_TIMEOUT;
+        engine->ended.wait_until(lock, until);
+    }
+    join_workers(*engine, lock);
+    return EL_OK;
+}
+
+void el_engine_destroy(el_engine *dead) {
+    Engine *engine = unwrap(dead);
+    // A child keeps its copy of the memory: locks in it may be held by threads that it does not have.
+    if (usable(engine) != EL_OK) return;
+    if (el_engine_close(dead, 0) != EL_OK) abandon_workers(*engine);
+    unreference(*engine);
+}
+
+int el_stats(el_engine *asked, el_stats_info *out) {
+    Engine *engine = unwrap(asked);
+    const int state = usable(engine);
+    if (state != EL_OK) return state;
+    if (out == nullptr) return EL_E_ARGUMENT;
+    *out = el_stats_info{};
+    Lock lock(engine->mutex);
+    for (const auto &worker : engine->workers) worker->counters.add_to(*out);
+    out->wait_ns = engine->wait_ns;
+    out->bytes += engine->device_bytes;
+    out->device_bytes = engine->device_bytes;
+    return EL_OK;
+}

@@ -1,0 +1,139 @@
+#include "core/worker.h"
+
+#include <algorithm>
+#include <stdio.h>
+
+#include "readers/reader_device.h"
+#include "readers/reader_usrbio.h"
+#include "readers/readers.h"
+#include "threads/threads.h"
+#include "core/transfer.h"
+#include "usrbio/usrbio_channel.h"
+
+namespace el {
+namespace {
+
+struct Task {
+    Transfer *transfer;
+    Block block;
+};
+
+// The lane to take from next: the one whose head comes first in the plan.
+Lane *next_lane(Transfer &transfer, bool wide_only) {
+    if (transfer.narrow.empty() || wide_only) return transfer.wide.empty() ? nullptr : &transfer.wide;
+    if (transfer.wide.empty()) return &transfer.narrow;
+    return transfer.wide.head() < transfer.narrow.head() ? &transfer.wide : &transfer.narrow;
+}
+
+bool is_wide_only(const Worker &worker) { return worker.index >= worker.engine.config.threads; }
+
+bool take_task(Worker &worker, Task &task) {
+    Engine &engine = worker.engine;
+    for (size_t i = 0; i < engine.queue.size(); i++) {
+        Transfer &transfer = *engine.queue[i];
+        Lane *lane = next_lane(transfer, is_wide_only(worker));
+        if (lane == nullptr) continue;
+        task = Task{&transfer, transfer.blocks[lane->blocks[lane->next++]]};
+        transfer.in_flight++;
+        worker.transfer = &transfer;
+        if (transfer.narrow.empty() && transfer.wide.empty() && transfer.rings.empty()) {
+            engine.queue.erase(engine.queue.begin() + static_cast<std::ptrdiff_t>(i));
+        }
+        return true;
+    }
+    return false;
+}
+
+void work_on(Worker &worker, const Task &task, Lock &lock) {
+    lock.unlock();
+    const Reader reader{worker, *task.transfer};
+    if (task.transfer->device != nullptr) {
+        read_block_to_device(reader, task.block);
+        lock.lock();
+        return;
+    }
+    const bool reading = task.transfer->work == Work::read;
+    const Outcome outcome = reading ? read_block(reader, task.block) : populate_block(reader, task.block);
+    if (outcome == Outcome::done) (reading ? worker.counters.bytes : worker.counters.populated_bytes).add(task.block.bytes);
+    lock.lock();
+    worker.transfer = nullptr;
+    if (!finish_block(*task.transfer, task.block, outcome == Outcome::done)) return;
+    lock.unlock();
+    delete task.transfer;
+    lock.lock();
+}
+
+void wait_for_work(Worker &worker, Lock &lock) {
+    Engine &engine = worker.engine;
+    const int64_t begin = now_ns();
+    (is_wide_only(worker) ? engine.wide_work : engine.narrow_work).wait(lock);
+    worker.counters.idle_ns.add(static_cast<uint64_t>(now_ns() - begin));
+}
+
+void *worker_main(void *argument) {
+    Worker &worker = *static_cast<Worker *>(argument);
+    Engine &engine = worker.engine;
+    if (worker.ring) read_by_usrbio(worker);
+    Lock lock(engine.mutex);
+    while (!engine.closing) {
+        Task task;
+        if (take_task(worker, task)) {
+            work_on(worker, task, lock);
+        } else {
+            wait_for_work(worker, lock);
+        }
+    }
+    worker.scratch.release();
+    engine.running--;
+    engine.ended.notify_all();
+    lock.unlock();
+    unreference(engine);  // may free the worker too
+    return nullptr;
+}
+
+int start_worker(Engine &engine, bool ring) {
+    uint32_t &started = ring ? engine.ring_readers : engine.readers;
+    const uint32_t index = started;
+    engine.workers.push_back(std::make_unique<Worker>(engine, index));
+    Worker &worker = *engine.workers.back();
+    worker.ring = ring;
+    char name[16];
+    snprintf(name, sizeof name, ring ? "el-ring-%u" : "el-read-%u", index % 1000u);
+    const int error = start_thread(worker.thread, engine.cpus, name, worker_main, &worker);
+    if (error != 0) {
+        engine.workers.pop_back();
+        return error;
+    }
+    started++;
+    engine.running++;
+    engine.references.fetch_add(1);
+    return 0;
+}
+
+uint32_t rings_for(const Transfer &transfer) {
+    uint32_t rings = 0;
+    for (uint32_t i = 0; i < transfer.n_files; i++) {
+        const File &file = transfer.files[i];
+        if (file.mode == EL_USRBIO) rings = std::max(rings, file.usrbio->rings);
+    }
+    return rings;
+}
+
+int start_ring_workers(Engine &engine, const Transfer &transfer) {
+    const uint32_t wanted = rings_for(transfer);
+    int error = 0;
+    while (engine.ring_readers < wanted && error == 0) error = start_worker(engine, true);
+    return engine.ring_readers == 0 ? error : 0;
+}
+
+}  // namespace
+
+int start_workers(Engine &engine, const Transfer &transfer) {
+    int error = transfer.rings.empty() ? 0 : start_ring_workers(engine, transfer);
+    if (error != 0 || (transfer.narrow.empty() && transfer.wide.empty())) return error;
+    const uint32_t wanted = transfer.wide.empty() ? engine.config.threads : engine.config.wide_threads;
+    while (engine.readers < wanted && error == 0) error = start_worker(engine, false);
+    return engine.readers == 0 ? error : 0;
+}
+
+}  // namespace el

@@ -1,0 +1,117 @@
+// The SIGBUS guard: see guard.h. Everything that the handler touches is lock-free, for it may interrupt any code.
+#include "memory/guard.h"
+
+#include <atomic>
+#include <csignal>
+#include <mutex>
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+namespace {
+
+constexpr int kPlaces = 4096;
+
+struct Place {
+    std::atomic<uint64_t> begin{0};
+    std::atomic<uint64_t> end{0};  // 0: the place is free
+    std::atomic<int> tripped{0};
+};
+
+Place places[kPlaces];
+std::atomic<int> places_used{0};  // how far the handler has to look
+std::mutex adding;
+struct sigaction previous;
+uint64_t page_bytes = 4096;
+
+bool replace_page(uint64_t address) {
+    const uint64_t page = address & ~(page_bytes - 1);
+    return mmap(reinterpret_cast<void *>(page), page_bytes, PROT_READ | PROT_WRITE,
+                MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != MAP_FAILED;
+}
+
+bool guarded(uint64_t address) {
+    const int used = places_used.load(std::memory_order_acquire);
+    for (int i = 0; i < used; ++i) {
+        const uint64_t end = places[i].end.load(std::memory_order_acquire);
+        if (address < end && address >= places[i].begin.load(std::memory_order_relaxed)) {
+            places[i].tripped.store(1, std::memory_order_release);
+            return replace_page(address);
+        }
+    }
+    return false;
+}
+
+void pass_on(int number, siginfo_t *info, void *context) {
+    if (previous.sa_flags & SA_SIGINFO) {
+        previous.sa_sigaction(number, info, context);
+    } else if (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN) {
+        previous.sa_handler(number);
+    } else {
+        // The faulting instruction runs again, and the process ends as it would have without us.
+        signal(number, SIG_DFL);
+    }
+}
+
+void on_sigbus(int number, siginfo_t *info, void *context) {
+    if (info->si_code != BUS_ADRERR || !guarded(reinterpret_cast<uint64_t>(info->si_addr))) {
+        pass_on(number, info, context);
+    }
+}
+
+// Installs the handler, again when somebody (Python's faulthandler, say) has put another one over it meanwhile.
+bool install() {
+    struct sigaction current {};
+    if (sigaction(SIGBUS, nullptr, &current) != 0) {
+        return false;
+    }
+    if ((current.sa_flags & SA_SIGINFO) && current.sa_sigaction == on_sigbus) {
+        return true;
+    }
+    page_bytes = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
+    struct sigaction action {};
+    action.sa_sigaction = on_sigbus;
+    // On the thread's alternate stack where it has one; NODEFER so that a handler we pass on to behaves as ever.
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+    sigemptyset(&action.sa_mask);
+    previous = current;
+    return sigaction(SIGBUS, &action, nullptr) == 0;
+}
+
+}  // namespace
+
+extern "C" {
+
+int32_t el_guard_add(uint64_t address, uint64_t nbytes) {
+    const std::lock_guard<std::mutex> lock(adding);
+    if (!install()) {
+        return EL_E_MEMORY;
+    }
+    for (int i = 0; i < kPlaces; ++i) {
+        if (places[i].end.load(std::memory_order_relaxed) == 0) {
+            places[i].tripped.store(0, std::memory_order_relaxed);
+            places[i].begin.store(address, std::memory_order_relaxed);
+            places[i].end.store(address + nbytes, std::memory_order_release);
+            if (i >= places_used.load(std::memory_order_relaxed)) {
+                places_used.store(i + 1, std::memory_order_release);
+            }
+            return i;
+        }
+    }
+    return EL_E_MEMORY;
+}
+
+int el_guard_tripped(int32_t guard) {
+    return guard >= 0 && guard < kPlaces && places[guard].tripped.load(std::memory_order_acquire) != 0 ? 1 : 0;
+}
+
+int el_guard_remove(int32_t guard) {
+    if (guard < 0 || guard >= kPlaces) {
+        return 0;
+    }
+    const int tripped = el_guard_tripped(guard);
+    places[guard].end.store(0, std::memory_order_release);
+    return tripped;
+}
+
+}  // extern "C"

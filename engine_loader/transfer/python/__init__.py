@@ -1,0 +1,1 @@
+"""The reader threads in pure Python."""

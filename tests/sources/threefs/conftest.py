@@ -1,0 +1,117 @@
+"""Readers over the emulator: the native engine, the Python engine by ctypes, the Python engine by the binding."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine_loader.sources.threefs.source import UsrbioFile, UsrbioOptions, UsrbioSource
+from engine_loader.transfer.native.engine import NativeEngine
+from engine_loader.transfer.plan import make_extents
+from engine_loader.transfer.protocol import TransferEngine
+from engine_loader.transfer.python.engine import PythonEngine
+from tests.support.threefs import Emulator, clean_emulator
+
+KIB, MIB = 1 << 10, 1 << 20
+BINDING = Path(__file__).parent / "binding"
+SMALL = UsrbioOptions(rings=2, depth=16, io_bytes=512 * KIB, deadline_s=20.0)
+
+
+class Reader:
+    """A source and an engine over the emulator."""
+
+    def __init__(self, source: UsrbioSource, engine: TransferEngine) -> None:
+        self.source = source
+        self.engine = engine
+
+    def open(self, path: Path) -> UsrbioFile:
+        file = self.source.open(str(path))
+        assert isinstance(file, UsrbioFile)
+        return file
+
+    def read(self, path: Path, pieces: list[tuple[int, int]] | None = None) -> list[bytes]:
+        """The (offset, length) pieces of a file, in one plan; all of it by default."""
+        file = self.open(path)
+        try:
+            places = [np.zeros(length, np.uint8) for _, length in pieces or [(0, file.size)]]
+            rows = [
+                (0, 1, offset, length, 0, place.ctypes.data, 0)
+                for (offset, length), place in zip(pieces or [(0, file.size)], places, strict=True)
+            ]
+            transfer = self.engine.submit([file], make_extents(rows), owner=places)
+            try:
+                transfer.wait()
+            except BaseException:
+                transfer.cancel()
+                raise
+            return [place.tobytes() for place in places]
+        finally:
+            file.close()
+
+
+MakeReader = Callable[..., Reader]
+
+
+@pytest.fixture
+def emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
+    with clean_emulator() as running:
+        monkeypatch.setenv("HF3FS_LIB_DIR", running.lib_dir)
+        monkeypatch.setenv("HF3FS_EMULATOR_MOUNT", str(running.mount))
+        monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
+        yield running
+
+
+@pytest.fixture
+def only_binding(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No library to be found, but a binding to be imported."""
+    monkeypatch.delenv("HF3FS_LIB_DIR")
+    monkeypatch.setenv("TEST_EMULATOR", str(emulator.library))
+    monkeypatch.syspath_prepend(str(BINDING))
+    yield
+    sys.modules.pop("hf3fs_py_usrbio", None)
+
+
+@pytest.fixture(params=["native", "python", "binding"])
+def make_reader(request: pytest.FixtureRequest, emulator: Emulator) -> Iterator[MakeReader]:
+    """Makes readers of each kind; closes them at the end."""
+    if request.param == "binding":
+        request.getfixturevalue("only_binding")
+    with ExitStack() as stack:
+
+        def make(options: UsrbioOptions = SMALL, **engine_options: object) -> Reader:
+            kind = NativeEngine if request.param == "native" else PythonEngine
+            settings = {"retry_delay_s": 0.001, "block_bytes": 1 * MIB, **engine_options}
+            engine = kind(2, **settings)
+            stack.callback(engine.close)
+            return Reader(UsrbioSource(options), engine)
+
+        yield make
+
+
+@pytest.fixture
+def native_reader(emulator: Emulator) -> Iterator[MakeReader]:
+    """Makes readers by the native engine only."""
+    with ExitStack() as stack:
+
+        def make(options: UsrbioOptions = SMALL, **engine_options: object) -> Reader:
+            engine = NativeEngine(2, **{"retry_delay_s": 0.001, **engine_options})
+            stack.callback(engine.close)
+            return Reader(UsrbioSource(options), engine)
+
+        yield make
+
+
+@pytest.fixture
+def content() -> bytes:
+    return np.random.default_rng(7).bytes(5 * MIB + 12345)
+
+
+@pytest.fixture
+def path(emulator: Emulator, content: bytes) -> Iterator[Path]:
+    path = emulator.mount / "model.bin"
+    path.write_bytes(content)
+    yield path
+    path.unlink(missing_ok=True)

@@ -1,0 +1,385 @@
+"""What happens when reads fail: each function is run in a process of its own that has the fault shim preloaded.
+
+LD_PRELOAD=faults.so ENGINE_LOADER_FAULTS=FILE python -m tests.transfer.native.scenarios NAME FOLDER
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import mmap
+import os
+import random
+import signal
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from engine_loader.errors import TransferCancelled, TransferError
+from engine_loader.sources.posix import PosixFile, PosixSource
+from engine_loader.transfer.native import engine as native_engine
+from engine_loader.transfer.native import transfer as native_transfer
+from engine_loader.transfer.native.engine import NativeEngine, NativeTransfer
+from engine_loader.transfer.native.library import Config
+from engine_loader.transfer.plan import extent, make_extents
+from tests.support.resources import left_open, open_resources
+from tests.support.waiting import any_try, wait_for
+
+_FIELDS = ("error_every", "error", "short_every", "stall_every", "stall_ms", "direct_error", "calls", "stalled")
+FAULTS_BYTES = 4 * len(_FIELDS)
+LONG_MS = 3_600_000
+
+
+class Faults:
+    """The shim's words; see shim/faults.c."""
+
+    def __init__(self) -> None:
+        with open(os.environ["ENGINE_LOADER_FAULTS"], "r+b") as file:
+            self._memory = mmap.mmap(file.fileno(), FAULTS_BYTES)
+
+    def set(self, **words: int) -> None:
+        """Set these, and the others to 0."""
+        for name in _FIELDS[:6]:
+            struct.pack_into("=I", self._memory, 4 * _FIELDS.index(name), words.get(name, 0))
+
+    def get(self, name: str) -> int:
+        return int(struct.unpack_from("=I", self._memory, 4 * _FIELDS.index(name))[0])
+
+    def wait_for_stall(self) -> None:
+        wait_for(lambda: self.get("stalled") > 0)
+
+    def assert_stuck(self) -> None:
+        """Whatever has just returned did so though a read still hangs."""
+        assert self.get("stalled") > 0
+
+
+class Patient(Config):
+    """An engine's configuration whose pauses between tries may be as long as one likes."""
+
+    def __init__(self, **words: object) -> None:
+        super().__init__(**words, retry_cap_ms=LONG_MS)
+
+
+class Owner:
+    """Memory that counts how many of its kind there are."""
+
+    alive = 0
+
+    def __init__(self, nbytes: int) -> None:
+        Owner.alive += 1
+        self.memory = np.full(nbytes, 0xA5, np.uint8)
+
+    def __del__(self) -> None:
+        Owner.alive -= 1
+
+
+def errors_pass(faults: Faults, file: PosixFile) -> None:
+    faults.set(error_every=2, error=errno.EIO)
+    with _engine() as engine:
+        _assert_arrives(engine, file)
+        assert engine.statistics().retries > 0
+
+
+def errors_stay(faults: Faults, file: PosixFile) -> None:
+    for code in (errno.EIO, errno.ESTALE, errno.EINTR, errno.EAGAIN, errno.EREMOTEIO):
+        faults.set(error_every=1, error=code)
+        with _engine(max_tries=3) as engine:
+            error = _failure(_submit(engine, file))
+            assert error.errno == code and error.file == file.path and error.offset is not None
+            assert "after 3 tries" in str(error)
+    faults.set(error_every=1, error=errno.EACCES)
+    with _engine() as engine:
+        error = _failure(_submit(engine, file))
+        assert error.errno == errno.EACCES and "no permission" in str(error)
+        assert engine.statistics().retries == 0
+
+
+def short_reads_are_resumed(faults: Faults, file: PosixFile) -> None:
+    for mode in ("buffered", "direct"):
+        faults.set(short_every=2)
+        with _engine(read_mode=mode) as engine:
+            _assert_arrives(engine, file)
+            assert engine.statistics().short_reads > 0
+
+
+def direct_reads_may_be_refused(faults: Faults, file: PosixFile) -> None:
+    faults.set(direct_error=errno.EINVAL)
+    with _engine(read_mode="direct") as engine:
+        _assert_arrives(engine, file)
+        assert engine.statistics().modes == {"buffered": file.size}
+
+
+def a_wait_can_time_out(faults: Faults, file: PosixFile) -> None:
+    faults.set(stall_every=1, stall_ms=LONG_MS)
+    with _engine() as engine:
+        transfer = _submit(engine, file)
+        assert not transfer.wait(timeout_s=0)
+        faults.wait_for_stall()
+        with _lasts_at_least(0.2):
+            assert not transfer.wait(0, timeout_s=0.25)
+        faults.assert_stuck()
+        faults.set()
+        assert transfer.wait()
+
+
+def cancel_ends_a_pause(faults: Faults, file: PosixFile) -> None:
+    faults.set(error_every=1, error=errno.EIO)
+    # A pause that is not ended lasts for an hour, and the transfer keeps its memory for as long.
+    native_engine.Config = Patient  # type: ignore[misc]
+    with _engine(retry_delay_s=LONG_MS / 1e3) as engine:
+        transfer = _submit(engine, file)
+        wait_for(lambda: engine.statistics().retries >= 2)
+        transfer.cancel()
+        del transfer
+        faults.set()
+        _until_owners_are_gone(engine, file)
+
+
+def cancel_waits_for_the_read_in_flight(faults: Faults, file: PosixFile) -> None:
+    native_transfer.CANCEL_GRACE_S = LONG_MS / 1e3  # else a stall of the machine looks like a stuck read
+    faults.set(stall_every=1, stall_ms=LONG_MS)
+    owner = Owner(file.size)
+    with _engine() as engine:
+        transfer = _submit(engine, file, owner)
+        faults.wait_for_stall()
+        cancelling = threading.Thread(target=transfer.cancel)
+        cancelling.start()
+        cancelling.join(0.3)
+        assert cancelling.is_alive()
+        faults.set()
+        cancelling.join()
+        snapshot = owner.memory.copy()
+        faults.set()
+        _assert_arrives(engine, file)
+        assert np.array_equal(owner.memory, snapshot)
+        _assert_cancelled(transfer)
+
+
+def cancel_gives_up_a_stuck_read_but_keeps_its_memory(faults: Faults, file: PosixFile) -> None:
+    faults.set(stall_every=1, stall_ms=LONG_MS)
+    with _engine() as engine:
+        transfer = _submit(engine, file, Owner(file.size))
+        faults.wait_for_stall()
+        with _lasts_at_least(0.3):
+            transfer.cancel()
+        faults.assert_stuck()
+        del transfer
+        gc.collect()
+        assert Owner.alive == 1
+        faults.set()
+        _until_owners_are_gone(engine, file)
+
+
+def a_stuck_read_fails_at_its_deadline(faults: Faults, file: PosixFile) -> None:
+    faults.set(stall_every=1, stall_ms=LONG_MS)
+    with _engine(deadline_s=0.4) as engine:
+        transfers = [_submit(engine, file) for _ in range(4)]
+        with _lasts_at_least(0.3):
+            errors = [_failure(transfer) for transfer in transfers]  # also of those that no thread ever got to
+        faults.assert_stuck()
+        for error in errors:
+            assert error.errno == errno.ETIMEDOUT and error.file == file.path and "no byte came for 0.4 s" in str(error)
+        faults.set()
+
+
+@any_try(5)
+def progress_moves_the_deadline(faults: Faults, file: PosixFile) -> None:
+    faults.set(stall_every=1, stall_ms=100)  # in each of 16 reads
+    with _engine(1, deadline_s=1.2, block_bytes=32 << 10) as engine, _lasts_at_least(1.4):
+        _assert_arrives(engine, file)
+
+
+def close_gives_up_a_stuck_read(faults: Faults, file: PosixFile) -> None:
+    before = open_resources()
+    faults.set(stall_every=1, stall_ms=LONG_MS)
+    engine = NativeEngine(2)
+    transfer = _submit(engine, file, Owner(file.size))
+    faults.wait_for_stall()
+    with _lasts_at_least(0.3):
+        engine.close()
+    faults.assert_stuck()
+    _assert_cancelled_or_late(transfer)
+    del engine, transfer
+    assert Owner.alive == 1
+    faults.set()
+    assert left_open(before) == []
+    with _engine() as other:
+        _until_owners_are_gone(other, file)
+
+
+def ctrl_c_is_noticed(faults: Faults, file: PosixFile) -> None:
+    faults.set(stall_every=1, stall_ms=LONG_MS)
+    try:
+        with _engine() as engine:
+            transfer = _submit(engine, file)
+            faults.wait_for_stall()
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+            transfer.wait()
+    except KeyboardInterrupt:
+        faults.assert_stuck()
+        faults.set()
+        return
+    raise AssertionError("Ctrl-C was not noticed")
+
+
+def thousand_rounds(faults: Faults, file: PosixFile) -> None:
+    """Random plans with random faults: the right bytes or the right error, and nothing is left behind."""
+    chance = random.Random(7)
+    data = np.frombuffer(Path(file.path).read_bytes(), np.uint8)
+    before, settled = open_resources(), 0
+    for number in range(1000):
+        if number == 300:
+            before, settled = open_resources(), _resident_bytes()
+        _random_round(faults, file, data, chance)
+    gc.collect()
+    assert left_open(before) == []
+    assert _resident_bytes() - settled < 16 << 20
+
+
+def _random_round(faults: Faults, file: PosixFile, data: np.ndarray, chance: random.Random) -> None:
+    fault = chance.choice(("none", "error", "short", "both", "stall", "refuse"))
+    code = chance.choice((errno.EIO, errno.EINTR, errno.EAGAIN, errno.ESTALE, errno.ENOMEM))
+    faults.set(
+        error_every=chance.randint(1, 6) if fault in ("error", "both") else 0,
+        error=code,
+        short_every=chance.randint(1, 4) if fault in ("short", "both") else 0,
+        stall_every=chance.randint(5, 20) if fault == "stall" else 0,
+        stall_ms=1,
+        direct_error=errno.EINVAL if fault == "refuse" else 0,
+    )
+    mode = chance.choice(("buffered", "direct"))
+    block_bytes = chance.choice((4 << 10, 64 << 10, 1 << 20))
+    to, expected, plan = _random_plan(data, chance)
+    with _engine(chance.randint(1, 3), read_mode=mode, block_bytes=block_bytes, max_tries=4) as engine:
+        transfer = engine.submit([file], plan, ordered=chance.random() < 0.5, owner=to)
+        ending = chance.random()
+        if ending < 0.1:
+            transfer.cancel()
+        elif ending < 0.2:
+            engine.close()
+        try:
+            transfer.wait()
+        except TransferCancelled:
+            assert ending < 0.2
+        except TransferError as error:
+            assert fault in ("error", "both") and error.errno == code, error
+        else:
+            assert np.array_equal(to, expected)
+
+
+def _random_plan(data: np.ndarray, chance: random.Random) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rows, parts, place = [], [], 0
+    for _ in range(chance.randint(1, 30)):
+        offset = chance.randrange(len(data))
+        nbytes = min(chance.choice((1, 100, 5000, 200_000)), len(data) - offset)
+        parts.append((place, offset, nbytes))
+        rows.append(extent(0, offset, nbytes, place))
+        place += nbytes + chance.choice((0, 0, 13))
+    to = np.full(place, 0xA5, np.uint8)
+    expected = to.copy()
+    for at, offset, nbytes in parts:
+        expected[at : at + nbytes] = data[offset : offset + nbytes]
+    plan = make_extents(rows)
+    plan["address"] += np.uint64(to.ctypes.data)
+    return to, expected, plan
+
+
+@contextlib.contextmanager
+def _engine(threads: int = 2, **options: object) -> Iterator[NativeEngine]:
+    defaults: dict[str, object] = {"block_bytes": 64 << 10, "retry_delay_s": 0.001}
+    engine = NativeEngine(threads, **{**defaults, **options})
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def _submit(engine: NativeEngine, file: PosixFile, owner: Owner | None = None) -> NativeTransfer:
+    owner = owner or Owner(file.size)
+    return engine.submit([file], make_extents([extent(0, 0, file.size, owner.memory.ctypes.data)]), owner=owner)
+
+
+def _assert_arrives(engine: NativeEngine, file: PosixFile) -> None:
+    owner = Owner(file.size)
+    assert _submit(engine, file, owner).wait()
+    assert owner.memory.tobytes() == Path(file.path).read_bytes()
+
+
+def _failure(transfer: NativeTransfer) -> TransferError:
+    try:
+        transfer.wait()
+    except TransferError as error:
+        return error
+    raise AssertionError("the transfer did not fail")
+
+
+def _assert_cancelled(transfer: NativeTransfer) -> None:
+    assert isinstance(_failure(transfer), TransferCancelled)
+
+
+def _assert_cancelled_or_late(transfer: NativeTransfer) -> None:
+    with contextlib.suppress(TransferError):
+        assert not transfer.wait(timeout_s=0)
+
+
+@contextlib.contextmanager
+def _lasts_at_least(seconds: float) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    assert time.monotonic() - began >= seconds
+
+
+def _until_owners_are_gone(engine: NativeEngine, file: PosixFile) -> None:
+    """Transfers find, one or the other, that reads which were given up have come back."""
+
+    def gone() -> bool:
+        _assert_arrives(engine, file)
+        gc.collect()
+        return Owner.alive == 0
+
+    wait_for(gone)
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+SCENARIOS: dict[str, Callable[[Faults, PosixFile], None]] = {
+    function.__name__: function
+    for function in (
+        errors_pass,
+        errors_stay,
+        short_reads_are_resumed,
+        direct_reads_may_be_refused,
+        a_wait_can_time_out,
+        cancel_ends_a_pause,
+        cancel_waits_for_the_read_in_flight,
+        cancel_gives_up_a_stuck_read_but_keeps_its_memory,
+        a_stuck_read_fails_at_its_deadline,
+        progress_moves_the_deadline,
+        close_gives_up_a_stuck_read,
+        ctrl_c_is_noticed,
+        thousand_rounds,
+    )
+}
+
+
+def main() -> None:
+    name, folder = sys.argv[1:]
+    path = Path(folder) / "file"
+    path.write_bytes(np.random.default_rng(1).bytes(500_003))
+    with open(path, "rb") as written:
+        os.fsync(written.fileno())
+    file = PosixSource().open(str(path))
+    SCENARIOS[name](Faults(), file)
+    file.close()
+
+
+if __name__ == "__main__":
+    main()
