@@ -228,7 +228,7 @@ def verify(as_json: JsonOption = False) -> None:
 @app.command()
 def explain(engine: EngineOption = "vllm", as_json: JsonOption = False) -> None:
     """Say what the cache was good for when an engine last started here, and why it was no hit."""
-    from ..compile_cache.explain import account
+    from ..compile_cache.verdict.judge import account
 
     value = account(engine, _settings(), _key(engine, ""))
     if as_json:
@@ -272,8 +272,8 @@ def _key(engine: str, scope: str) -> CacheKey:
 
 def _job(action: Any, engine: str, scope: str | None) -> Job:
     from ..compile_cache.directories import directories_of
-    from ..compile_cache.explain import last_key
     from ..compile_cache.process.operations import Job
+    from ..compile_cache.verdict.judge import last_key
 
     settings = _settings()
     _check_engine(engine)

@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 from ..errors import SettingsError
 from ..settings import CompileCacheSettings, load_settings
+from .cache_errors import CacheError, CacheOperationInterrupted, CacheValidationError
 from .directories import INDUCTOR, TRITON, default_inductor_directory, directories_of
-from .errors import CacheError, CacheOperationInterrupted, CacheValidationError
 from .key import CacheKey, environment_key
 from .packs.scan import scan
 from .process.operations import Job, open_store

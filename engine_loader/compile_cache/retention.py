@@ -14,12 +14,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from .errors import CacheError
+from .cache_errors import CacheError
 from .key import CacheKey
 from .packs.manifest import Frame, Manifest, PackedFile
 from .packs.pack import Pack, compress_members, finish_pack, read_frame, read_manifest
 from .process.restore import effective_files, read_packs
-from .stores.store import Store, Stored
+from .stores.interface import Store, Stored
 from .trust import Trust
 
 GRACE_S = 600.0

@@ -14,7 +14,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import CacheValidationError
+from .cache_errors import CacheValidationError
 
 TAG_BYTES = 32
 _DOMAIN = b"engine_loader compile cache pack 1\0"

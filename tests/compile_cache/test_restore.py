@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from engine_loader.compile_cache.errors import CacheOperationInterrupted
+from engine_loader.compile_cache.cache_errors import CacheOperationInterrupted
 from engine_loader.compile_cache.process.restore import restore
 from tests.compile_cache.support import KEY, OTHER_KEY, Machine, some_bytes
 

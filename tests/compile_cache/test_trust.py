@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import zstandard
 
-from engine_loader.compile_cache.errors import CacheValidationError
+from engine_loader.compile_cache.cache_errors import CacheValidationError
 from engine_loader.compile_cache.packs import pack as pack_module
 from engine_loader.compile_cache.packs.tar import header, padding
 from engine_loader.compile_cache.trust import Trust, load_trust

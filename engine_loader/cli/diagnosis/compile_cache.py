@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from ...compile_cache.errors import CacheError
+from ...compile_cache.cache_errors import CacheError
 from ...compile_cache.process.operations import open_store
 from ...compile_cache.space import mib
 from ...engines.common import torch_fixups

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from ..errors import CacheValidationError
+from ..cache_errors import CacheValidationError
 from ..key import CacheKey
 from .tar import header, padding
 

@@ -22,10 +22,10 @@ from typing import TypeVar
 
 import zstandard
 
-from ..errors import CacheOperationInterrupted, CacheValidationError
+from ..cache_errors import CacheOperationInterrupted, CacheValidationError
 from ..key import CacheKey
 from ..space import mib
-from ..stores.store import SUFFIX, Readable, Store, Stored, Upload
+from ..stores.interface import SUFFIX, Readable, Store, Stored, Upload
 from ..trust import TAG_BYTES, Trust
 from . import tar
 from .manifest import Frame, Manifest, PackedFile

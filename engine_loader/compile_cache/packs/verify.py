@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..errors import CacheError, CacheValidationError
-from ..stores.store import Store, Stored
+from ..cache_errors import CacheError, CacheValidationError
+from ..stores.interface import Store, Stored
 from ..trust import Trust
 from .pack import read_frame, read_manifest
 

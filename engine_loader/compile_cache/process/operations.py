@@ -14,16 +14,16 @@ from typing import Any, Literal
 
 from ...settings import CompileCacheSettings
 from ...sources.object_store.url import is_object_url
+from ..cache_errors import CacheError, CacheOperationInterrupted, CacheValidationError
 from ..directories import ENGINES, VLLM_MODEL_INFOS, CacheRoot
-from ..errors import CacheError, CacheOperationInterrupted, CacheValidationError
-from ..explain import judge, nearest_key, note_verdict
 from ..key import CacheKey
 from ..packs.pack import Pack, read_manifest
 from ..packs.scan import LocalFile, scan
 from ..retention import Policy, compact, prune
 from ..stores.filesystem import FilesystemStore
-from ..stores.store import Store
+from ..stores.interface import Store
 from ..trust import Trust, load_trust
+from ..verdict.judge import judge, nearest_key, note_verdict
 from .leftovers import clear_leftovers
 from .locks import held
 from .outcome import Outcome

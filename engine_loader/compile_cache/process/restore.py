@@ -17,14 +17,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..cache_errors import CacheError, CacheOperationInterrupted, CacheValidationError
 from ..directories import STATE
-from ..errors import CacheError, CacheOperationInterrupted, CacheValidationError
 from ..key import CacheKey
 from ..packs.manifest import Frame, PackedFile
 from ..packs.pack import Pack, read_frame, read_manifest
 from ..packs.relocate import is_group_file, relocated
 from ..space import Floor, no_room_is_an_interruption
-from ..stores.store import Readable, Store
+from ..stores.interface import Readable, Store
 from ..trust import Trust, check_private, make_private
 from .outcome import Outcome
 

@@ -19,7 +19,7 @@ from ..packs.pack import LARGEST_FILE_BYTES, Pack, write_pack
 from ..packs.relocate import is_group_file
 from ..packs.scan import LocalFile
 from ..space import mib
-from ..stores.store import Store
+from ..stores.interface import Store
 from ..trust import Trust
 from .outcome import Outcome
 from .restore import effective_files, read_packs

@@ -13,7 +13,7 @@ from pathlib import Path
 from ...machine import sync_directory
 from ..space import Floor, no_room_is_an_interruption
 from ..trust import Trust, make_private
-from .store import SUFFIX, Stored
+from .interface import SUFFIX, Stored
 
 UNFINISHED = ".unfinished-"
 _MOST_READ_BYTES = 1 << 30

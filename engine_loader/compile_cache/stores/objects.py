@@ -17,10 +17,10 @@ from ...errors import CheckpointError
 from ...sources.object_store.client import ObjectStoreOptions, condition_of, make_client
 from ...sources.object_store.failures import object_failure
 from ...sources.object_store.url import parse_object_url
-from ..errors import CacheValidationError
+from ..cache_errors import CacheValidationError
 from ..space import no_room_is_an_interruption
 from ..trust import Trust
-from .store import SUFFIX, Stored
+from .interface import SUFFIX, Stored
 
 if TYPE_CHECKING:
     from obstore import GetOptions, ObjectMeta

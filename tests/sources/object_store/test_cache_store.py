@@ -6,7 +6,7 @@ from uuid import uuid4
 
 import pytest
 
-from engine_loader.compile_cache.errors import CacheValidationError
+from engine_loader.compile_cache.cache_errors import CacheValidationError
 from engine_loader.compile_cache.process.operations import Job, open_store, perform
 from engine_loader.compile_cache.process.session import run_job
 from engine_loader.compile_cache.retention import Policy, compact, prune

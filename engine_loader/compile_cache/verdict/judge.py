@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..settings import CompileCacheSettings
+from ...settings import CompileCacheSettings
+from ..directories import STATE, directories_of
+from ..key import CacheKey
+from ..packs.pack import Pack
+from ..packs.scan import LocalFile
+from ..trust import make_private
 from .compiled import Compiler, piece_of
-from .directories import STATE, directories_of
-from .key import CacheKey
-from .packs.pack import Pack
-from .packs.scan import LocalFile
-from .trust import make_private
 
 _LAST = "last.json"
 _MOST_LINES = 12
@@ -195,7 +195,7 @@ def account(engine: str, settings: CompileCacheSettings, key: CacheKey) -> dict[
     """What `explain` shows: the last verdict here, and how the nearest key in the store differs from this
     environment.
     """
-    from .process.operations import nearest_in_store, open_store
+    from ..process.operations import nearest_in_store, open_store
 
     last = _last(next(iter(directories_of(engine).values())))
     store, trust = open_store(settings)
