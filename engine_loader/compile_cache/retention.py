@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 
 from .cache_errors import CacheError
 from .key import CacheKey
+from .packs.key_packs import effective_files, read_packs
 from .packs.manifest import Frame, Manifest, PackedFile
 from .packs.pack import Pack, compress_members, finish_pack, read_frame, read_manifest
-from .process.restore import effective_files, read_packs
 from .stores.interface import Store, Stored
 from .trust import Trust
 

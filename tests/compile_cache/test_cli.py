@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 from engine_loader.cli import app
 from engine_loader.compile_cache.directories import STATE
 from engine_loader.compile_cache.key import environment_key
-from engine_loader.compile_cache.verdict.judge import Verdict, note_verdict
+from engine_loader.compile_cache.verdict.explain import note_verdict
+from engine_loader.compile_cache.verdict.judge import Verdict
 from tests.compile_cache.support import some_bytes
 
 

@@ -6,93 +6,32 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
 
 from ...settings import CompileCacheSettings
-from ...sources.object_store.url import is_object_url
 from ..cache_errors import CacheError, CacheOperationInterrupted, CacheValidationError
-from ..directories import ENGINES, VLLM_MODEL_INFOS, CacheRoot
-from ..key import CacheKey
-from ..packs.pack import Pack, read_manifest
+from ..packs.key_packs import read_packs
+from ..packs.pack import Pack
 from ..packs.scan import LocalFile, scan
 from ..retention import Policy, compact, prune
-from ..stores.filesystem import FilesystemStore
 from ..stores.interface import Store
-from ..trust import Trust, load_trust
-from ..verdict.judge import judge, nearest_key, note_verdict
+from ..stores.opening import open_store
+from ..trust import Trust
+from ..verdict.explain import nearest_in_store, note_verdict
+from ..verdict.judge import judge
+from .job import Job
 from .leftovers import clear_leftovers
 from .locks import held
 from .outcome import Outcome
-from .restore import read_packs, restore
+from .restore import restore
 from .save import factors_of, not_in, save
 from .use import noted_uses
 
 _SETTLE_S = 1.0
 _LONGEST_SETTLE_S = 20.0
 _CLOCK_SLACK_NS = 20_000_000  # a file's times come from a coarser clock than ours
-_MOST_KEYS_COMPARED = 50
 SAVE_LOCK = "save"
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is to be done, in a form that another process can be given.
-
-    Attributes:
-        engine: a key of directories.ENGINES.
-        model_infos: only vLLM's descriptions of models, instead of everything else.
-        directories: name of a cache -> where it is here.
-        since_ns: a save takes files that came after this time (nanoseconds since the epoch), and those in directories
-            that the engine noted as in use; 0: all.
-        settle: wait until nobody writes into the caches any more.
-        background: with the lowest priority.
-    """
-
-    action: Literal["restore", "save"]
-    engine: str
-    key: CacheKey
-    directories: Mapping[str, str]
-    model_infos: bool = False
-    since_ns: int = 0
-    settle: bool = False
-    background: bool = False
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"key": self.key.to_json()}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Job:
-        return cls(**{**value, "key": CacheKey.from_json(value["key"])})
-
-    def roots(self) -> tuple[CacheRoot, ...]:
-        return (VLLM_MODEL_INFOS,) if self.model_infos else ENGINES[self.engine]
-
-    def paths(self) -> dict[str, Path]:
-        names = {root.name for root in self.roots()}
-        return {name: Path(path) for name, path in self.directories.items() if name in names}
-
-    def home(self) -> Path:
-        """The cache whose state directory holds the locks."""
-        return next(iter(self.paths().values()))
-
-
-def open_store(settings: CompileCacheSettings) -> tuple[Store, Trust]:
-    """The store of the settings.
-
-    Raises:
-        CacheValidationError: the key file is not what it should be, or the store is one of objects and cannot be had.
-    """
-    trust = load_trust(settings.key_file, anyone=settings.trust == "anyone")
-    if is_object_url(settings.directory):
-        from ..stores.objects import ObjectCacheStore
-
-        return ObjectCacheStore(settings.directory, trust, settings.work_directory), trust
-    return FilesystemStore(settings.directory, trust, int(settings.min_store_free_bytes)), trust
 
 
 def perform(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], bool] = lambda: True) -> Outcome:
@@ -229,18 +168,3 @@ def _too_many_saves(store: Store, settings: CompileCacheSettings) -> bool:
     now = time.time()
     under_way = [item for item in store.unfinished() if now - item.modified < settings.unfinished_timeout_s]
     return len(under_way) >= settings.max_concurrent_saves
-
-
-def nearest_in_store(store: Store, key: CacheKey, trust: Trust) -> list[str]:
-    """How ``key`` differs from the nearest one that has packs: a line for each part."""
-    others: dict[str, CacheKey] = {}
-    for stored in sorted(store.list(), key=lambda item: item.modified, reverse=True):
-        if stored.key_prefix in others or len(others) >= _MOST_KEYS_COMPARED:
-            continue
-        try:
-            others[stored.key_prefix] = read_manifest(store, stored, stored.key_prefix, trust).manifest.key
-        except (OSError, CacheValidationError):
-            continue
-    names = {name for name, _ in key.parts}
-    alike = [other for other in others.values() if len(names & {name for name, _ in other.parts}) * 2 > len(names)]
-    return nearest_key(key, alike)

@@ -11,17 +11,18 @@ import shutil
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..cache_errors import CacheError, CacheOperationInterrupted, CacheValidationError
+from ..cache_errors import CacheOperationInterrupted, CacheValidationError
 from ..directories import STATE
 from ..key import CacheKey
+from ..packs.key_packs import effective_files, read_packs
 from ..packs.manifest import Frame, PackedFile
-from ..packs.pack import Pack, read_frame, read_manifest
+from ..packs.pack import Pack, read_frame
 from ..packs.relocate import is_group_file, relocated
 from ..space import Floor, no_room_is_an_interruption
 from ..stores.interface import Readable, Store
@@ -29,51 +30,6 @@ from ..trust import Trust, check_private, make_private
 from .outcome import Outcome
 
 STAGING = "restore-"
-
-
-def read_packs(store: Store, key: CacheKey, trust: Trust, messages: list[str]) -> list[Pack]:
-    """Every pack of the key that can be trusted, the newest first; a refusal is a message each.
-
-    Raises:
-        OSError: the store cannot be listed.
-    """
-    packs = []
-    for stored in store.list(key.prefix):
-        try:
-            packs.append(read_manifest(store, stored, key.prefix, trust))
-        except FileNotFoundError:
-            continue  # pruned meanwhile
-        except CacheError as error:
-            messages.append(str(error))
-        except OSError as error:
-            messages.append(f"{store.description}/{stored.name}: could not be read: {error}")
-    return newest_first(packs)
-
-
-def newest_first(packs: Iterable[Pack]) -> list[Pack]:
-    """A pack comes before those that are older, and before those that it replaces."""
-    return sorted(packs, key=lambda pack: (pack.manifest.created, pack.stored.name), reverse=True)
-
-
-def effective_files(packs: list[Pack]) -> dict[str, tuple[Pack, PackedFile]]:
-    """Path -> the newest file of that path. A file that lies where another pack has a directory is left out."""
-    found: dict[str, tuple[Pack, PackedFile]] = {}
-    above: set[str] = set()
-    links: set[str] = set()
-    for pack in packs:
-        for file in pack.manifest.files:
-            parents = _parents(file.path)
-            if (
-                file.path in found
-                or file.path in above
-                or any(parent in links or parent in found for parent in parents)
-            ):
-                continue
-            found[file.path] = (pack, file)
-            above.update(parents)
-            if file.link:
-                links.add(file.path)
-    return found
 
 
 @dataclass
@@ -332,8 +288,3 @@ def _rename_new(source: str, destination: Path) -> None:
         if os.path.lexists(destination):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(destination)) from None
         os.rename(source, destination)
-
-
-def _parents(path: str) -> list[str]:
-    parts = path.split("/")
-    return ["/".join(parts[:depth]) for depth in range(1, len(parts))]

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from ...settings import CompileCacheSettings
 from ..space import mib
+from .job import Job
 from .locks import NodeLock
-from .operations import Job
 from .outcome import Outcome
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,8 @@ from types import FrameType
 from typing import Any
 
 from ...settings import CompileCacheSettings
-from .operations import Job, perform
+from .job import Job
+from .operations import perform
 
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
 _IDLE_CLASS = 3 << 13

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from ...settings import CompileCacheSettings
-from ..directories import STATE, directories_of
-from ..key import CacheKey
 from ..packs.pack import Pack
 from ..packs.scan import LocalFile
-from ..trust import make_private
 from .compiled import Compiler, piece_of
 
-_LAST = "last.json"
 _MOST_LINES = 12
 _MOST_NAMES = 3
 _SHOWN_CHARS = 80
@@ -167,56 +158,3 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any] | None:
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}…"
-
-
-def nearest_key(key: CacheKey, others: Iterable[CacheKey]) -> list[str]:
-    """How ``key`` differs from the most similar of ``others``; nothing when there is none, or one that is the same."""
-    differences = [key.differs_from(other) for other in others]
-    nearest = min(differences, key=len, default=[])
-    return [f"{name} was {there} when the nearest cache was made, is {here} now" for name, here, there in nearest]
-
-
-def note_verdict(root: Path, key: CacheKey, verdict: Verdict) -> None:
-    """Keep what was found out in the cache ``root``, for `engine-loader compile-cache explain`."""
-    make_private(root / STATE)
-    value = {"key": key.to_json(), "when": time.time(), "verdict": verdict.result, "reasons": verdict.reasons}
-    unfinished = root / STATE / f"{_LAST}.{os.getpid()}.tmp"
-    unfinished.write_text(json.dumps(value))
-    unfinished.replace(root / STATE / _LAST)
-
-
-def last_key(root: Path) -> CacheKey | None:
-    """The key that an engine used last here."""
-    last = _last(root)
-    return None if last is None else CacheKey.from_json(last["key"])
-
-
-def account(engine: str, settings: CompileCacheSettings, key: CacheKey) -> dict[str, Any]:
-    """What `explain` shows: the last verdict here, and how the nearest key in the store differs from this
-    environment.
-    """
-    from ..process.operations import nearest_in_store, open_store
-
-    last = _last(next(iter(directories_of(engine).values())))
-    store, trust = open_store(settings)
-    here = key if last is None else CacheKey(key.parts, CacheKey.from_json(last["key"]).scope)
-    if last is not None:
-        last = {
-            "scope": last["key"]["scope"],
-            "verdict": last["verdict"],
-            "reasons": last["reasons"],
-            "when": last["when"],
-        }
-    differences = nearest_in_store(store, here, trust)
-    if last is None:  # no scope is known to compare
-        differences = [line for line in differences if not line.startswith("scope ")]
-    return {"last": last, "environment": differences, "hash": key.hash}
-
-
-def _last(root: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads((root / STATE / _LAST).read_text())
-        CacheKey.from_json(value["key"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return dict(value)

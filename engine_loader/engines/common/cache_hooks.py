@@ -17,8 +17,8 @@ from typing import Any
 
 from ...compile_cache.directories import directories_of
 from ...compile_cache.key import CacheKey, short_hash
+from ...compile_cache.process.job import Job
 from ...compile_cache.process.locks import NodeLock
-from ...compile_cache.process.operations import Job
 from ...compile_cache.process.session import Running, tell_restore, tell_save
 from ...settings import CompileCacheSettings, load_settings
 
