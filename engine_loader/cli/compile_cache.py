@@ -238,7 +238,7 @@ def explain(engine: EngineOption = "vllm", as_json: JsonOption = False) -> None:
     out = console()
     last = value["last"]
     if last is None:
-        out.print("no engine has told yet what the cache was good for here")
+        out.print("no engine has left a verdict on this node yet")
     else:
         out.print(f"{printable(last['scope'])}: {last['verdict'] or 'not judged'}, {_age(last['when'])} ago")
         for reason in last["reasons"]:

@@ -231,7 +231,7 @@ class CompileCacheSettings(_Group):
     )
     trust: Literal["owner", "anyone"] = Field(
         default="owner",
-        description="Without a key file: take only what nobody but this user and root may write (owner), or anything. "
+        description="Without a key file: take only what this user and root alone may write (owner), or anything. "
         "Caches are code.",
     )
     fixups: bool = Field(

@@ -96,7 +96,7 @@ def test_prune_keeps_what_is_new(local: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_explain_tells_what_an_engine_found(local: Path) -> None:
-    assert "no engine has told" in run("explain", "--engine", "torch")
+    assert "no engine has left a verdict on this node yet" in run("explain", "--engine", "torch")
     key = environment_key({}, "llama_tp1")
     note_verdict(local / "inductor", key, Verdict("miss", ["VLLM_X was 1 when this cache was made, is 2 now"]))
     assert (local / "inductor" / STATE / "last.json").is_file()

@@ -21,7 +21,7 @@ class Job:
         directories: name of a cache -> where it is here.
         since_ns: a save takes files that came after this time (nanoseconds since the epoch), and those in directories
             that the engine noted as in use; 0: all.
-        settle: wait until nobody writes into the caches any more.
+        settle: wait until no process writes into the caches any more.
         background: with the lowest priority.
     """
 

@@ -1,5 +1,5 @@
-"""The two operations as engines and commands ask for them: from settings and a job to an outcome, with no exception
-that is expected.
+"""Restore and save as engines and commands call them: settings and a job in, an outcome out. Expected failures are
+outcomes, not exceptions.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from functools import partial
 
 from ...settings import CompileCacheSettings
 from ..cache_errors import CacheError, CacheOperationInterrupted, CacheValidationError
+from ..compaction import compact
 from ..packs.key_packs import read_packs
 from ..packs.pack import Pack
 from ..packs.scan import LocalFile, scan
-from ..retention import Policy, compact, prune
+from ..retention import Policy, prune
 from ..stores.interface import Store
 from ..stores.opening import open_store
 from ..trust import Trust
@@ -24,18 +25,18 @@ from .job import Job
 from .leftovers import clear_leftovers
 from .locks import held
 from .outcome import Outcome
-from .restore import restore
+from .restore import Restore
 from .save import factors_of, not_in, save
 from .use import noted_uses
 
 _SETTLE_S = 1.0
 _LONGEST_SETTLE_S = 20.0
-_CLOCK_SLACK_NS = 20_000_000  # a file's times come from a coarser clock than ours
+_CLOCK_SLACK_NS = 20_000_000  # a file's times come from a coarser clock than time.time_ns()
 SAVE_LOCK = "save"
 
 
 def perform(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], bool] = lambda: True) -> Outcome:
-    """Do it; whatever fails is in the outcome."""
+    """Carry out a job; failures are in the outcome."""
     began = time.monotonic()
     if not settings.enabled:
         return Outcome("off")
@@ -46,7 +47,7 @@ def perform(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], bo
 
 
 def _attempt(work: Callable[[], Outcome], settings: CompileCacheSettings) -> Outcome:
-    """What comes of ``work``, expected failures included."""
+    """The outcome of ``work``, expected failures included."""
     try:
         return work()
     except CacheOperationInterrupted as error:
@@ -74,7 +75,7 @@ def _restore(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], b
     paths = job.paths()
     for directory in paths.values():
         clear_leftovers(directory, settings.unfinished_timeout_s)
-    outcome = restore(
+    outcome = Restore(
         store,
         job.key,
         paths,
@@ -82,7 +83,7 @@ def _restore(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], b
         threads=threads_of(settings),
         least_free_bytes=int(settings.min_local_free_bytes),
         may_go_on=may_go_on,
-    )
+    ).run()
     if outcome.in_place and not settings.read_only:
         for stored in store.list(job.key.prefix):
             store.mark_used(stored.name)
@@ -124,11 +125,11 @@ def _save(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], bool
                 level=settings.compression_level,
                 most_bytes=int(settings.max_pack_bytes),
             )
-            # A store that fails is no reason to keep what the cache was good for to oneself.
+            # A failing store must not hide the verdict.
             outcome = _attempt(write, settings)
             if not outcome.failed:
                 _tidy(store, job, settings, trust, packs, outcome)
-        if uses:  # an engine ran; whoever saves by hand asks no such question
+        if uses:  # an engine ran; a save by hand has no verdict
             outcome.verdict, outcome.reasons = verdict.result, verdict.reasons
             note_verdict(job.home(), job.key, verdict)
         return outcome
@@ -137,7 +138,7 @@ def _save(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], bool
 def _tidy(
     store: Store, job: Job, settings: CompileCacheSettings, trust: Trust, packs: list[Pack], outcome: Outcome
 ) -> None:
-    """What a saver does for the store while it is there. Failing at it is no failure of the save."""
+    """Compact and prune after a save. A failure here is not a failure of the save."""
     try:
         if len(packs) + 1 > settings.compact_packs:
             compact(store, job.key, trust, level=settings.compression_level, more_than=settings.compact_packs)
@@ -147,14 +148,14 @@ def _tidy(
 
 
 def _is_ours(file: LocalFile, since_ns: int, directories: tuple[str, ...]) -> bool:
-    """Whether it came since the engine started, or lies where the engine said that it uses it."""
+    """Whether a file is newer than the engine's start, or lies in a directory that a rank noted as in use."""
     if file.ctime_ns >= since_ns - _CLOCK_SLACK_NS:
         return True
     return any(file.local.startswith(f"{directory.rstrip('/')}/") for directory in directories)
 
 
 def _settle(job: Job) -> None:
-    """Wait until nothing was written for a second: the ranks of a node are not ready at the same instant."""
+    """Wait until no file was written for a second: the ranks of a node are ready at different times."""
     deadline = time.monotonic() + _LONGEST_SETTLE_S
     while time.monotonic() < deadline:
         latest = max((file.ctime_ns for file in scan(job.roots(), job.paths())), default=0)

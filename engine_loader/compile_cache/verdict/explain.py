@@ -24,14 +24,14 @@ _MOST_KEYS_COMPARED = 50
 
 
 def nearest_key(key: CacheKey, others: Iterable[CacheKey]) -> list[str]:
-    """How ``key`` differs from the most similar of ``others``; nothing when there is none, or one that is the same."""
+    """How ``key`` differs from the most similar of ``others``; empty when there is none, or an equal one."""
     differences = [key.differs_from(other) for other in others]
     nearest = min(differences, key=len, default=[])
     return [f"{name} was {there} when the nearest cache was made, is {here} now" for name, here, there in nearest]
 
 
 def note_verdict(root: Path, key: CacheKey, verdict: Verdict) -> None:
-    """Keep what was found out in the cache ``root``, for `engine-loader compile-cache explain`."""
+    """Write the verdict into the cache ``root``, for `engine-loader compile-cache explain`."""
     make_private(root / STATE)
     value = {"key": key.to_json(), "when": time.time(), "verdict": verdict.result, "reasons": verdict.reasons}
     unfinished = root / STATE / f"{_LAST}.{os.getpid()}.tmp"
