@@ -243,6 +243,23 @@ def test_a_frame_that_says_less_than_it_holds_is_no_bomb(second: Machine) -> Non
     assert "would become" in outcome.messages[0]
 
 
+def test_no_file_of_a_refused_frame_stays(second: Machine) -> None:
+    """The archive's second file has another name than in the manifest; the first was written by then."""
+    content = b"hello"
+    archive = b"".join(
+        header(path, len(content), 1, 0o644) + content + bytes(padding(len(content)))
+        for path in ("inductor/a", "inductor/b")
+    )
+
+    def second_file(manifest: dict[str, Any]) -> None:
+        manifest["files"].append(["inductor/c", *manifest["files"][0][1:6], len(archive) // 2, ""])
+
+    forge(second, second_file, archive)
+    outcome = second.restore()
+    assert (outcome.status, outcome.files) == ("refused", 0)
+    assert second.content() == {}
+
+
 def test_a_bad_pack_does_not_keep_a_good_one_from_being_restored(first: Machine, second: Machine) -> None:
     first.save()
     forge(second, set_file(0, "/etc/x"))
