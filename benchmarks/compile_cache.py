@@ -19,7 +19,7 @@ from pathlib import Path
 from engine_loader.compile_cache.directories import INDUCTOR
 from engine_loader.compile_cache.key import CacheKey
 from engine_loader.compile_cache.packs.scan import scan
-from engine_loader.compile_cache.process.restore import restore
+from engine_loader.compile_cache.process.restore import Restore
 from engine_loader.compile_cache.process.save import save
 from engine_loader.compile_cache.stores.filesystem import FilesystemStore
 from engine_loader.compile_cache.trust import Trust
@@ -85,7 +85,7 @@ def compare(directory: Path, count: int, total: int, rounds: int, threads: int) 
         assert outcome.files == count, outcome
 
     def our_restore() -> None:
-        outcome = restore(stores, KEY, {"inductor": target}, TRUST, threads=threads)
+        outcome = Restore(stores, KEY, {"inductor": target}, TRUST, threads=threads).run()
         assert outcome.files == count, outcome
 
     for _ in range(rounds):

@@ -12,7 +12,7 @@ from .console.output import console, print_json, print_warning, printable
 
 if TYPE_CHECKING:
     from ..compile_cache.key import CacheKey
-    from ..compile_cache.process.operations import Job
+    from ..compile_cache.process.job import Job
     from ..compile_cache.process.outcome import Outcome
     from ..settings import CompileCacheSettings
 
@@ -51,7 +51,7 @@ def info(engine: EngineOption = "vllm", as_json: JsonOption = False) -> None:
     """Show this environment's key, the local caches and what the store has for it."""
     from ..compile_cache.directories import ENGINES, directories_of
     from ..compile_cache.packs.scan import scan
-    from ..compile_cache.process.operations import open_store
+    from ..compile_cache.stores.opening import open_store
 
     settings = _settings()
     key = _key(engine, "")
@@ -103,8 +103,8 @@ def info(engine: EngineOption = "vllm", as_json: JsonOption = False) -> None:
 @app.command("list")
 def list_caches(as_json: JsonOption = False) -> None:
     """List what the store has: a line for each key, the last used first."""
-    from ..compile_cache.process.operations import open_store
     from ..compile_cache.space import mib
+    from ..compile_cache.stores.opening import open_store
 
     settings = _settings()
     keys: dict[str, list[Any]] = defaultdict(list)
@@ -175,9 +175,10 @@ def prune(
     as_json: JsonOption = False,
 ) -> None:
     """Delete from the store what the settings do not keep (keep_days, keep_keys, keep_bytes), and leftovers."""
-    from ..compile_cache.process.operations import open_store, policy_of
+    from ..compile_cache.process.operations import policy_of
     from ..compile_cache.retention import prune as prune_store
     from ..compile_cache.space import mib
+    from ..compile_cache.stores.opening import open_store
 
     settings = _settings()
     store, trust = open_store(settings)
@@ -200,8 +201,8 @@ def prune(
 def verify(as_json: JsonOption = False) -> None:
     """Read every byte of every pack; ends with status 1 when one is damaged, forged or not to be trusted."""
     from ..compile_cache.packs.verify import verify as verify_packs
-    from ..compile_cache.process.operations import open_store
     from ..compile_cache.space import mib
+    from ..compile_cache.stores.opening import open_store
 
     store, trust = open_store(_settings())
     found = list(verify_packs(store, trust))
@@ -228,7 +229,7 @@ def verify(as_json: JsonOption = False) -> None:
 @app.command()
 def explain(engine: EngineOption = "vllm", as_json: JsonOption = False) -> None:
     """Say what the cache was good for when an engine last started here, and why it was no hit."""
-    from ..compile_cache.explain import account
+    from ..compile_cache.verdict.explain import account
 
     value = account(engine, _settings(), _key(engine, ""))
     if as_json:
@@ -237,7 +238,7 @@ def explain(engine: EngineOption = "vllm", as_json: JsonOption = False) -> None:
     out = console()
     last = value["last"]
     if last is None:
-        out.print("no engine has told yet what the cache was good for here")
+        out.print("no engine has left a verdict on this node yet")
     else:
         out.print(f"{printable(last['scope'])}: {last['verdict'] or 'not judged'}, {_age(last['when'])} ago")
         for reason in last["reasons"]:
@@ -272,8 +273,8 @@ def _key(engine: str, scope: str) -> CacheKey:
 
 def _job(action: Any, engine: str, scope: str | None) -> Job:
     from ..compile_cache.directories import directories_of
-    from ..compile_cache.explain import last_key
-    from ..compile_cache.process.operations import Job
+    from ..compile_cache.process.job import Job
+    from ..compile_cache.verdict.explain import last_key
 
     settings = _settings()
     _check_engine(engine)

@@ -19,14 +19,15 @@ from typing import Any, Literal
 
 from ..errors import SettingsError
 from ..settings import CompileCacheSettings, load_settings
+from .cache_errors import CacheError, CacheOperationInterrupted, CacheValidationError
 from .directories import INDUCTOR, TRITON, default_inductor_directory, directories_of
-from .errors import CacheError, CacheOperationInterrupted, CacheValidationError
 from .key import CacheKey, environment_key
 from .packs.scan import scan
-from .process.operations import Job, open_store
+from .process.job import Job
 from .process.outcome import Outcome
 from .process.session import run_job
 from .space import Floor, mib, no_room_is_an_interruption
+from .stores.opening import open_store
 
 __all__ = [
     "CacheError",

@@ -1,4 +1,4 @@
-"""What is cached for each engine: directories, the variables that name them, and what in them must stay at home.
+"""What is cached for each engine: directories, the variables that name them, and which of their files are never shared.
 
 Read in vLLM 0.10 to 0.32, SGLang 0.5.9 to 0.5.23, torch 2.13, Triton 3.9, and the documentation of the rest.
 """
@@ -15,7 +15,7 @@ from fnmatch import translate
 from pathlib import Path
 
 STATE = ".engine_loader"
-"""Our own directory in a cache: locks, and what is being unpacked. Never packed."""
+"""This package's directory in a local cache: locks, notes, and files being unpacked. Never packed."""
 
 _ALWAYS_OUT = (
     f"{STATE}/*",
@@ -62,7 +62,7 @@ class CacheRoot:
         return Path(os.path.abspath(os.path.expanduser(value))) / self.below
 
     def takes(self, path: str) -> bool:
-        """Whether the file at ``path``, relative to the directory, belongs into a pack."""
+        """Whether the file at ``path``, relative to the directory, belongs in a pack."""
         if any(pattern.fullmatch(path) for pattern in _patterns((*_ALWAYS_OUT, *self.out))):
             return False
         return not self.only or any(pattern.fullmatch(path) for pattern in _patterns(self.only))
@@ -132,7 +132,7 @@ def directories_of(engine: str, environ: Mapping[str, str] | None = None) -> dic
 
 
 def default_inductor_directory() -> str:
-    """Where inductor keeps its cache when nobody says otherwise."""
+    """Where inductor keeps its cache by default."""
     try:
         user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
     except (KeyError, OSError):

@@ -26,7 +26,7 @@ class Gpu(NamedTuple):
 
 @cache
 def visible_gpus() -> list[Gpu]:
-    """The GPUs that CUDA_VISIBLE_DEVICES (or its ROCm sibling) leaves; empty where there are none."""
+    """The GPUs that CUDA_VISIBLE_DEVICES (or ROCm's variables) leaves visible; empty where there are none."""
     found = list(_nvidia_gpus())
     if found:
         return _filtered(found, os.environ.get("CUDA_VISIBLE_DEVICES"))

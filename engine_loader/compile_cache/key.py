@@ -17,7 +17,7 @@ import platform
 import re
 import shlex
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -209,8 +209,3 @@ def _version(*distributions: str) -> str:
 
 def _plain(text: str) -> str:
     return _NOT_IN_A_NAME.sub("-", text).strip("-") or "none"
-
-
-def describe(parts: Iterable[tuple[str, str]]) -> str:
-    """Parts for a person: ``torch 2.13.0, cuda 13.0``."""
-    return ", ".join(f"{name} {value}" for name, value in parts)

@@ -1,25 +1,20 @@
-"""What keeps a store small: packs put together, keys that nobody uses pruned, leftovers of dead writers deleted.
+"""Pruning: unused keys, replaced packs and leftovers of writers are deleted from a store.
 
-Nothing here needs a lock. A compaction names the packs that it replaces, and those go a grace time after it was seen,
-so that whoever had listed them can still read them.
+It needs no lock. A compaction names the packs that it replaces, and they are deleted a grace time after it, so that a
+restore that has listed them can still read them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import socket
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from .errors import CacheError
-from .key import CacheKey
-from .packs.manifest import Frame, Manifest, PackedFile
-from .packs.pack import Pack, compress_members, finish_pack, read_frame, read_manifest
-from .process.restore import effective_files, read_packs
-from .stores.store import Store, Stored
+from .cache_errors import CacheError
+from .packs.pack import read_manifest
+from .stores.interface import Store, Stored
 from .trust import Trust
 
 GRACE_S = 600.0
@@ -114,63 +109,3 @@ def _apply(policy: Policy, keys: dict[str, list[Stored]], now: float, delete: Ca
         kept_bytes -= sum(pack.size for pack in packs)
         for pack in packs:
             delete(pack, reason)
-
-
-def compact(store: Store, key: CacheKey, trust: Trust, *, level: int, more_than: int = 1) -> Pack | None:
-    """Put the packs of a key together into one, when there are more than ``more_than``; None when there is nothing to
-    do.
-
-    Frames are taken over as they are where all of their files still count; only packs whose caches lay at the same
-    places are put together (Triton's files name the place).
-
-    Raises:
-        CacheOperationInterrupted: no room.
-        OSError: the store fails.
-    """
-    groups: dict[tuple[tuple[str, str], ...], list[Pack]] = defaultdict(list)
-    for pack in read_packs(store, key, trust, []):
-        groups[tuple(sorted(pack.manifest.roots.items()))].append(pack)
-    packs = max(groups.values(), key=len, default=[])
-    gone = {name for pack in packs for name in pack.manifest.replaces}
-    packs = [pack for pack in packs if pack.stored.digest not in gone]
-    if len(packs) <= max(more_than, 1):
-        return None
-    wanted: dict[tuple[str, int], list[PackedFile]] = defaultdict(list)
-    for pack, file in effective_files(packs).values():
-        wanted[pack.stored.name, file.frame].append(file)
-    frames: list[Frame] = []
-    files: list[PackedFile] = []
-    position = 0
-    with store.upload(key.prefix) as upload:
-        for pack in packs:
-            in_frames: dict[int, int] = defaultdict(int)
-            for file in pack.manifest.files:
-                in_frames[file.frame] += 1
-            with store.open(pack.stored.name) as source:
-                for index, frame in enumerate(pack.manifest.frames):
-                    members = sorted(wanted.get((pack.stored.name, index), []), key=lambda file: file.offset)
-                    if not members:
-                        continue
-                    place = f"{store.description}/{pack.stored.name}"
-                    if len(members) == in_frames[index]:
-                        content, raw_size = source.read(frame.offset, frame.size), frame.raw_size
-                        if hashlib.sha256(content).hexdigest() != frame.sha256:
-                            raise CacheError(f"{place}: a frame is damaged: it is not put together with others")
-                    else:
-                        content, raw_size, members = compress_members(read_frame(source, frame, place), members, level)
-                    frames.append(Frame(position, len(content), raw_size, hashlib.sha256(content).hexdigest()))
-                    files += [file._replace(frame=len(frames) - 1) for file in members]
-                    position += len(content)
-                    upload.write(content)
-        # As old as the newest of those that it replaces: what was saved meanwhile is newer.
-        manifest = Manifest(
-            key=key,
-            created=max(pack.manifest.created for pack in packs),
-            files=tuple(files),
-            frames=tuple(frames),
-            host=socket.gethostname(),
-            roots=packs[0].manifest.roots,
-            factors={path: value for pack in reversed(packs) for path, value in pack.manifest.factors.items()},
-            replaces=tuple(sorted({pack.stored.digest for pack in packs} | gone)),
-        )
-        return finish_pack(upload, manifest, position, trust)

@@ -1,4 +1,4 @@
-"""Room on disks: looked at before an operation, and watched while it runs."""
+"""Free space on disks, checked before an operation and while it runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import CacheOperationInterrupted
+from .cache_errors import CacheOperationInterrupted
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -23,7 +23,11 @@ class Floor:
     setting: str
 
     def check(self, coming: int = 0) -> None:
-        """Raises CacheOperationInterrupted when ``coming`` more bytes would leave too little."""
+        """Check the free space for ``coming`` more bytes.
+
+        Raises:
+            CacheOperationInterrupted: they would leave too little.
+        """
         free = free_bytes(self.path)
         if free is not None and free - coming < self.bytes:
             raise CacheOperationInterrupted(
@@ -34,7 +38,7 @@ class Floor:
 
 
 def free_bytes(path: Path) -> int | None:
-    """What this user may still write where ``path`` is, or will be; None where nobody says."""
+    """Bytes that this user may still write at ``path``, which need not exist; None where they are not known."""
     while not path.exists() and path != path.parent:
         path = path.parent
     try:
@@ -46,7 +50,7 @@ def free_bytes(path: Path) -> int | None:
 
 @contextmanager
 def no_room_is_an_interruption(path: Path) -> Iterator[None]:
-    """A full disk ends an operation as an interruption that names the place."""
+    """Raise the OSError of a full disk as a CacheOperationInterrupted that names ``path``."""
     try:
         yield
     except OSError as error:
@@ -58,7 +62,7 @@ def no_room_is_an_interruption(path: Path) -> Iterator[None]:
 
 
 def mib(size: int) -> str:
-    """A size for a person."""
+    """A size in words: ``1.5 GiB``."""
     for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
         if size >= unit:
             return f"{size / unit:.1f} {name}"

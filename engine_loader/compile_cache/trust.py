@@ -1,7 +1,6 @@
-"""Whom a compile cache is taken from. Caches are code: whoever writes a pack runs code in every engine that restores
-it.
+"""Whose packs are taken. Caches are code: the writer of a pack runs code in every engine that restores it.
 
-With a key file, a pack counts when its HMAC-SHA256 is right, wherever it lies. Without one, it counts when nobody but
+With a key file, a pack counts when its HMAC-SHA256 is right, wherever it lies. Without one, it counts when only
 this user and root could have written it. docs/security.md states the model.
 """
 
@@ -14,7 +13,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import CacheValidationError
+from .cache_errors import CacheValidationError
 
 TAG_BYTES = 32
 _DOMAIN = b"engine_loader compile cache pack 1\0"
@@ -40,28 +39,28 @@ class Trust:
             return hashlib.sha256(_DOMAIN + content).digest()
         return hmac.digest(self.secret, _DOMAIN + content, "sha256")
 
-    def verify(self, content: bytes, tag: bytes, place: str) -> None:
-        """Raises CacheValidationError when the tag is not ours."""
+    def verify(self, content: bytes, tag: bytes, location: str) -> None:
+        """Raises CacheValidationError when the tag is not the one that ``sign`` makes."""
         if hmac.compare_digest(tag, self.sign(content)):
             return
         if self.secret is None:
             damaged = "it is damaged, or was signed with a key file: set compile_cache.key_file to the same one"
-            raise CacheValidationError(f"{place}: refused: its digest does not match: {damaged}")
+            raise CacheValidationError(f"{location}: refused: its digest does not match: {damaged}")
         unsigned = hmac.compare_digest(tag, Trust().sign(content))
         why = (
             "it was not signed"
             if unsigned
             else "its HMAC is not of this key file: forged, damaged, or made with another key"
         )
-        raise CacheValidationError(f"{place}: refused: {why}")
+        raise CacheValidationError(f"{location}: refused: {why}")
 
-    def check_place(self, path: Path, facts: os.stat_result | None = None) -> None:
+    def check_entry(self, path: Path, facts: os.stat_result | None = None) -> None:
         """Refuse a file or directory of a store that others may write, where only its owner vouches for it."""
         if self.secret is None and not self.anyone:
             check_private(path, facts)
 
     def check_store(self, directory: Path) -> None:
-        """As check_place, for the directory of a store and for all above it."""
+        """Refuse the directory of a store that others may write or replace, where only its owner vouches for it."""
         if self.secret is None and not self.anyone:
             check_private(directory)
             check_above(directory)
@@ -93,7 +92,7 @@ def load_trust(key_file: str | None, *, anyone: bool = False) -> Trust:
 
 
 def check_private(path: Path, facts: os.stat_result | None = None) -> None:
-    """Raises CacheValidationError when somebody but this user and root may write ``path``."""
+    """Raises CacheValidationError when other users than this one and root may write ``path``."""
     reason = _open_to_others(facts or os.stat(path))
     if reason:
         raise CacheValidationError(
@@ -104,7 +103,7 @@ def check_private(path: Path, facts: os.stat_result | None = None) -> None:
 
 
 def check_above(path: Path) -> None:
-    """Raises CacheValidationError when somebody else could put another directory in the place of ``path``."""
+    """Raises CacheValidationError when other users could replace the directory ``path`` by another."""
     for parent in path.resolve().parents:
         facts = os.stat(parent)
         if _open_to_others(facts) and not facts.st_mode & stat.S_ISVTX:

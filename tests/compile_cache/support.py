@@ -8,7 +8,7 @@ from engine_loader.compile_cache.directories import INDUCTOR, TRITON
 from engine_loader.compile_cache.key import CacheKey
 from engine_loader.compile_cache.packs.scan import scan
 from engine_loader.compile_cache.process.outcome import Outcome
-from engine_loader.compile_cache.process.restore import restore
+from engine_loader.compile_cache.process.restore import Restore
 from engine_loader.compile_cache.process.save import save
 from engine_loader.compile_cache.stores.filesystem import FilesystemStore
 from engine_loader.compile_cache.trust import Trust
@@ -41,7 +41,9 @@ class Machine:
         return save(self.store, key, self.directories, files, self.trust, threads=2, level=1, most_bytes=most_bytes)
 
     def restore(self, key: CacheKey = KEY, *, least_free_bytes: int = 0) -> Outcome:
-        return restore(self.store, key, self.directories, self.trust, threads=2, least_free_bytes=least_free_bytes)
+        return Restore(
+            self.store, key, self.directories, self.trust, threads=2, least_free_bytes=least_free_bytes
+        ).run()
 
     def content(self) -> dict[str, bytes]:
         """Path as in packs -> content, of everything in the local caches."""

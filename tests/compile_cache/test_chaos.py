@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
+from engine_loader.compile_cache.compaction import compact
 from engine_loader.compile_cache.key import CacheKey
+from engine_loader.compile_cache.packs.key_packs import read_packs
 from engine_loader.compile_cache.packs.verify import verify
-from engine_loader.compile_cache.process.restore import read_packs
-from engine_loader.compile_cache.retention import GRACE_S, Policy, compact, prune
+from engine_loader.compile_cache.retention import GRACE_S, Policy, prune
 from tests.compile_cache.support import SECRET, Machine, some_bytes
 
 PROCESSES = 16

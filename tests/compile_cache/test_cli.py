@@ -9,8 +9,9 @@ from typer.testing import CliRunner
 
 from engine_loader.cli import app
 from engine_loader.compile_cache.directories import STATE
-from engine_loader.compile_cache.explain import Verdict, note_verdict
 from engine_loader.compile_cache.key import environment_key
+from engine_loader.compile_cache.verdict.explain import note_verdict
+from engine_loader.compile_cache.verdict.judge import Verdict
 from tests.compile_cache.support import some_bytes
 
 
@@ -95,7 +96,7 @@ def test_prune_keeps_what_is_new(local: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_explain_tells_what_an_engine_found(local: Path) -> None:
-    assert "no engine has told" in run("explain", "--engine", "torch")
+    assert "no engine has left a verdict on this node yet" in run("explain", "--engine", "torch")
     key = environment_key({}, "llama_tp1")
     note_verdict(local / "inductor", key, Verdict("miss", ["VLLM_X was 1 when this cache was made, is 2 now"]))
     assert (local / "inductor" / STATE / "last.json").is_file()

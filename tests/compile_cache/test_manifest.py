@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine_loader.compile_cache.errors import CacheValidationError
+from engine_loader.compile_cache.cache_errors import CacheValidationError
 from engine_loader.compile_cache.packs.manifest import Frame, Manifest, PackedFile, unsafe_link, unsafe_path
 from engine_loader.compile_cache.packs.tar import padding
 from tests.compile_cache.support import KEY

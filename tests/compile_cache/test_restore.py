@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from engine_loader.compile_cache.errors import CacheOperationInterrupted
-from engine_loader.compile_cache.process.restore import restore
+from engine_loader.compile_cache.cache_errors import CacheOperationInterrupted
+from engine_loader.compile_cache.process.restore import Restore
 from tests.compile_cache.support import KEY, OTHER_KEY, Machine, some_bytes
 
 
@@ -144,7 +144,7 @@ def test_a_full_disk_ends_a_restore_before_it_begins(first: Machine, second: Mac
 def test_a_restore_that_is_given_up_leaves_nothing(first: Machine, second: Machine) -> None:
     first.save()
     with pytest.raises(CacheOperationInterrupted, match="given up"):
-        restore(first.store, KEY, second.directories, first.trust, threads=2, may_go_on=lambda: False)
+        Restore(first.store, KEY, second.directories, first.trust, threads=2, may_go_on=lambda: False).run()
     assert second.content() == {}
     assert not list(second.directories["inductor"].glob(".engine_loader/restore-*"))
 

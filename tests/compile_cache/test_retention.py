@@ -4,8 +4,9 @@ import os
 import time
 from pathlib import Path
 
+from engine_loader.compile_cache.compaction import compact
 from engine_loader.compile_cache.key import CacheKey
-from engine_loader.compile_cache.retention import GRACE_S, Policy, compact, prune
+from engine_loader.compile_cache.retention import GRACE_S, Policy, prune
 from tests.compile_cache.support import KEY, Machine, some_bytes
 
 KEEP_ALL = Policy(days=30, keys=100, bytes=1 << 40, unfinished_s=3600)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from engine_loader.compile_cache.process.operations import Job, perform
+from engine_loader.compile_cache.process.job import Job
+from engine_loader.compile_cache.process.operations import perform
 from engine_loader.compile_cache.process.session import Running, run_job
 from engine_loader.settings import CompileCacheSettings
 from tests.compile_cache.support import KEY, Machine, some_bytes

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import zstandard
 
-from engine_loader.compile_cache.errors import CacheValidationError
+from engine_loader.compile_cache.cache_errors import CacheValidationError
 from engine_loader.compile_cache.packs import pack as pack_module
 from engine_loader.compile_cache.packs.tar import header, padding
 from engine_loader.compile_cache.trust import Trust, load_trust
@@ -241,6 +241,23 @@ def test_a_frame_that_says_less_than_it_holds_is_no_bomb(second: Machine) -> Non
     outcome = second.restore()
     assert outcome.status == "refused"
     assert "would become" in outcome.messages[0]
+
+
+def test_no_file_of_a_refused_frame_stays(second: Machine) -> None:
+    """The archive's second file has another name than in the manifest; the first was written by then."""
+    content = b"hello"
+    archive = b"".join(
+        header(path, len(content), 1, 0o644) + content + bytes(padding(len(content)))
+        for path in ("inductor/a", "inductor/b")
+    )
+
+    def second_file(manifest: dict[str, Any]) -> None:
+        manifest["files"].append(["inductor/c", *manifest["files"][0][1:6], len(archive) // 2, ""])
+
+    forge(second, second_file, archive)
+    outcome = second.restore()
+    assert (outcome.status, outcome.files) == ("refused", 0)
+    assert second.content() == {}
 
 
 def test_a_bad_pack_does_not_keep_a_good_one_from_being_restored(first: Machine, second: Machine) -> None:

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from engine_loader.compile_cache.directories import directories_of
-from engine_loader.compile_cache.explain import account
 from engine_loader.compile_cache.key import CacheKey
-from engine_loader.compile_cache.process.operations import Job, perform
+from engine_loader.compile_cache.process.job import Job
+from engine_loader.compile_cache.process.operations import perform
 from engine_loader.compile_cache.process.outcome import Outcome
 from engine_loader.compile_cache.process.use import note_use
+from engine_loader.compile_cache.verdict.explain import account
 from engine_loader.engines.sglang.cache import key_factors
 from engine_loader.settings import CompileCacheSettings
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from ...compile_cache.errors import CacheError
-from ...compile_cache.process.operations import open_store
+from ...compile_cache.cache_errors import CacheError
 from ...compile_cache.space import mib
+from ...compile_cache.stores.opening import open_store
 from ...engines.common import torch_fixups
 from ...engines.vllm import fixups as vllm_fixups
 from ...settings import load_settings

@@ -1,4 +1,4 @@
-"""Compiled code that is not all there: what a linker leaves that was killed while it wrote.
+"""Compiled code that is cut short, as a linker leaves it that was killed while it wrote.
 
 Compilers that cache by a file's mere existence, as inductor does, load such a file again and again, and fail. Facts are
 those of the ELF-64 header (``e_shoff`` at 0x28, ``e_shentsize`` and ``e_shnum`` at 0x3A).

@@ -1,6 +1,4 @@
-"""What a pack says about itself: its key, its files, its frames. And every check of it, each with an error of its
-own.
-"""
+"""The manifest of a pack: its key, its files, its frames; and every check of it, each with an error of its own."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from ..errors import CacheValidationError
+from ..cache_errors import CacheValidationError
 from ..key import CacheKey
 from .tar import header, padding
 
@@ -106,17 +104,19 @@ class Manifest:
         return json.dumps(value, separators=(",", ":")).encode()
 
     @classmethod
-    def from_json(cls, text: bytes, place: str) -> Manifest:
+    def from_json(cls, text: bytes, location: str) -> Manifest:
         """Read and check.
 
         Raises:
-            CacheValidationError: it is not a manifest, or says something that no honest pack says; it begins with
-                ``place``.
+            CacheValidationError: it is not a manifest, or has values that no pack of ours has; the message begins with
+                ``location``.
         """
         try:
             value = json.loads(text)
             if value["format"] != FORMAT:
-                raise CacheValidationError(f"{place}: its format is {value['format']!r}, this version reads {FORMAT}")
+                raise CacheValidationError(
+                    f"{location}: its format is {value['format']!r}, this version reads {FORMAT}"
+                )
             manifest = cls(
                 key=CacheKey.from_json(value["key"]),
                 created=float(value["created"]),
@@ -129,53 +129,69 @@ class Manifest:
             )
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise CacheValidationError(
-                f"{place}: its manifest cannot be read: {type(error).__name__}: {error}"
+                f"{location}: its manifest cannot be read: {type(error).__name__}: {error}"
             ) from None
         if not math.isfinite(manifest.created):
-            raise CacheValidationError(f"{place}: its manifest cannot be read: it was made at {manifest.created}")
-        manifest.check(place)
+            raise CacheValidationError(f"{location}: its manifest cannot be read: it was made at {manifest.created}")
+        manifest.check(location)
         return manifest
 
-    def check(self, place: str) -> None:
-        """Refuse what could write where it must not, or more than it says."""
+    def check(self, location: str) -> None:
+        """Refuse paths that leave a cache, and sizes that the pack does not have.
+
+        Raises:
+            CacheValidationError: the message begins with ``location``.
+        """
         if len(self.files) > MOST_FILES or self.content_bytes > MOST_BYTES:
-            raise CacheValidationError(f"{place}: too large: {len(self.files)} files, {self.content_bytes} bytes")
+            raise CacheValidationError(f"{location}: too large: {len(self.files)} files, {self.content_bytes} bytes")
         seen: set[str] = set()
-        links: set[str] = set()
-        ends = [0] * len(self.frames)
         for file in self.files:
-            if reason := unsafe_path(file.path):
-                raise CacheValidationError(f"{place}: the path {file.path!r} is refused: {reason}")
+            if reason := _unsafe(file):
+                raise CacheValidationError(f"{location}: {reason}")
             if file.path in seen:
-                raise CacheValidationError(f"{place}: the path {file.path!r} is there twice")
+                raise CacheValidationError(f"{location}: the path {file.path!r} is there twice")
             seen.add(file.path)
-            if file.mode & ~0o777:
-                raise CacheValidationError(
-                    f"{place}: {file.path!r} has the mode {file.mode:o}: set-uid and the like are refused"
-                )
-            if file.link:
-                links.add(file.path)
-                if reason := unsafe_link(file.path, file.link):
-                    raise CacheValidationError(f"{place}: the link {file.path!r} -> {file.link!r} is refused: {reason}")
-                if file.size:
-                    raise CacheValidationError(f"{place}: the link {file.path!r} has a content")
-            if not 0 <= file.frame < len(self.frames) or file.offset != ends[file.frame]:
-                raise CacheValidationError(f"{place}: {file.path!r} does not lie where the file before it ends")
-            ends[file.frame] += len(file.head()) + file.size + padding(file.size)
-        for path in seen:
+        self._check_nesting(seen, location)
+        self._check_frames(location)
+
+    def _check_nesting(self, paths: set[str], location: str) -> None:
+        """Refuse files that lie below a file or a link."""
+        links = {file.path for file in self.files if file.link}
+        for path in paths:
             parts = path.split("/")
             for depth in range(1, len(parts)):
                 above = "/".join(parts[:depth])
-                if above in seen:
+                if above in paths:
                     kind = "link" if above in links else "file"
-                    raise CacheValidationError(f"{place}: {path!r} lies below {above!r}, which is a {kind}")
+                    raise CacheValidationError(f"{location}: {path!r} lies below {above!r}, which is a {kind}")
+
+    def _check_frames(self, location: str) -> None:
+        """Refuse gaps: files lie one behind another in their frames, and frames in the pack."""
+        ends = [0] * len(self.frames)
+        for file in self.files:
+            if not 0 <= file.frame < len(self.frames) or file.offset != ends[file.frame]:
+                raise CacheValidationError(f"{location}: {file.path!r} does not lie where the file before it ends")
+            ends[file.frame] += len(file.head()) + file.size + padding(file.size)
         position = 0
         for frame, end in zip(self.frames, ends, strict=True):
             if frame.raw_size != end or frame.offset != position:
                 raise CacheValidationError(
-                    f"{place}: the frame at byte {frame.offset} does not hold what its files need"
+                    f"{location}: the frame at byte {frame.offset} does not hold what its files need"
                 )
             position += frame.size
+
+
+def _unsafe(file: PackedFile) -> str | None:
+    """Why a file of a manifest is refused, or None."""
+    if reason := unsafe_path(file.path):
+        return f"the path {file.path!r} is refused: {reason}"
+    if file.mode & ~0o777:
+        return f"{file.path!r} has the mode {file.mode:o}: set-uid and the like are refused"
+    if file.link and (reason := unsafe_link(file.path, file.link)):
+        return f"the link {file.path!r} -> {file.link!r} is refused: {reason}"
+    if file.link and file.size:
+        return f"the link {file.path!r} has a content"
+    return None
 
 
 def unsafe_path(path: str) -> str | None:

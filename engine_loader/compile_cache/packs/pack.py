@@ -5,7 +5,7 @@
 Each frame holds whole files, so frames are made and unpacked by several threads, and a reader fetches only those that
 it needs. The manifest holds a digest of every frame, the tag is over the manifest, and the pack's name is the digest
 of the manifest: whoever vouches for the manifest vouches for every byte. Nothing is decompressed before its digest was
-found right. `zstd -d < pack | tar t` shows it to a person.
+found right. `zstd -d < pack | tar t` lists the files.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from typing import TypeVar
 
 import zstandard
 
-from ..errors import CacheOperationInterrupted, CacheValidationError
+from ..cache_errors import CacheOperationInterrupted, CacheValidationError
 from ..key import CacheKey
 from ..space import mib
-from ..stores.store import SUFFIX, Readable, Store, Stored, Upload
+from ..stores.interface import SUFFIX, Readable, Store, Stored, Upload
 from ..trust import TAG_BYTES, Trust
 from . import tar
 from .manifest import Frame, Manifest, PackedFile
@@ -96,7 +96,7 @@ def write_pack(
 
 
 def finish_pack(upload: Upload, manifest: Manifest, frames_bytes: int, trust: Trust) -> Pack:
-    """Write what follows the frames, and make the pack seen."""
+    """Write what follows the frames, and make the pack visible."""
     tail, digest = _tail(manifest, trust)
     upload.write(tail)
     name = f"{manifest.key.prefix}/{digest}{SUFFIX}"
@@ -193,37 +193,39 @@ def read_manifest(store: Store, stored: Stored, key_prefix: str, trust: Trust) -
         CacheValidationError: damaged, cut short, forged, unsigned, or of another key.
         OSError: the store fails, or the pack is gone.
     """
-    place = f"{store.description}/{stored.name}"
+    location = f"{store.description}/{stored.name}"
     with store.open(stored.name) as file:
-        text, tag, tail_offset = _read_tail(file, place)
-    trust.verify(text, tag, place)
+        text, tag, tail_offset = _read_tail(file, location)
+    trust.verify(text, tag, location)
     if hashlib.sha256(text).hexdigest() != stored.digest:
-        raise CacheValidationError(f"{place}: refused: its content does not match its name")
-    manifest = Manifest.from_json(decompress(text, _content_size(text, place, _MOST_MANIFEST_BYTES), place), place)
+        raise CacheValidationError(f"{location}: refused: its content does not match its name")
+    manifest = Manifest.from_json(
+        decompress(text, _content_size(text, location, _MOST_MANIFEST_BYTES), location), location
+    )
     if manifest.key.prefix != key_prefix:
-        raise CacheValidationError(f"{place}: refused: it is a pack of another key, {manifest.key.prefix}")
-    _check_end(store, stored, manifest, tail_offset, place)
+        raise CacheValidationError(f"{location}: refused: it is a pack of another key, {manifest.key.prefix}")
+    _check_end(store, stored, manifest, tail_offset, location)
     return Pack(stored, manifest)
 
 
-def _read_tail(file: Readable, place: str) -> tuple[bytes, bytes, int]:
+def _read_tail(file: Readable, location: str) -> tuple[bytes, bytes, int]:
     """The compressed manifest, its tag, and where what follows the frames ends."""
     if file.size < _TRAILER.size + _SKIPPABLE.size:
-        raise CacheValidationError(f"{place}: refused: it is cut short ({file.size} bytes)")
+        raise CacheValidationError(f"{location}: refused: it is cut short ({file.size} bytes)")
     guess = min(file.size, 64 << 10)  # most manifests come with the first read
     end = file.read(file.size - guess, guess)
     tag, length, magic = _TRAILER.unpack(end[-_TRAILER.size :])
     begin = file.size - _TRAILER.size - length - _SKIPPABLE.size
     if magic != _MAGIC or length > _MOST_MANIFEST_BYTES or begin < 0:
-        raise CacheValidationError(f"{place}: refused: it is no pack, or is cut short")
+        raise CacheValidationError(f"{location}: refused: it is no pack, or is cut short")
     wanted = file.size - begin
     whole = end[-wanted:] if wanted <= guess else file.read(begin, wanted - guess) + end
     if _SKIPPABLE.unpack(whole[: _SKIPPABLE.size]) != (_SKIPPABLE_MAGIC, length + _TRAILER.size):
-        raise CacheValidationError(f"{place}: refused: the frame of its manifest is damaged")
+        raise CacheValidationError(f"{location}: refused: the frame of its manifest is damaged")
     return whole[_SKIPPABLE.size : -_TRAILER.size], tag, begin
 
 
-def _check_end(store: Store, stored: Stored, manifest: Manifest, tail_offset: int, place: str) -> None:
+def _check_end(store: Store, stored: Stored, manifest: Manifest, tail_offset: int, location: str) -> None:
     """Between the last frame and the manifest stands the end of the archive, and nothing else."""
     frames_end = manifest.frames[-1].offset + manifest.frames[-1].size if manifest.frames else 0
     between = tail_offset - frames_end
@@ -232,44 +234,48 @@ def _check_end(store: Store, stored: Stored, manifest: Manifest, tail_offset: in
             if file.read(frames_end, between) == zstandard.ZstdCompressor().compress(tar.END):
                 return
             content = file.read(frames_end, between)
-        if decompress(content, len(tar.END), place) == tar.END:  # another version of zstd made it
+        if decompress(content, len(tar.END), location) == tar.END:  # another version of zstd made it
             return
-    raise CacheValidationError(f"{place}: refused: there is something in it that its manifest does not name")
+    raise CacheValidationError(f"{location}: refused: there is something in it that its manifest does not name")
 
 
-def read_frame(file: Readable, frame: Frame, place: str) -> bytes:
+def read_frame(file: Readable, frame: Frame, location: str) -> bytes:
     """A frame's content, verified before it is decompressed."""
     content = file.read(frame.offset, frame.size)
     if hashlib.sha256(content).hexdigest() != frame.sha256:
-        raise CacheValidationError(f"{place}: refused: the frame at byte {frame.offset} is damaged or was changed")
-    return decompress(content, frame.raw_size, place)
+        raise CacheValidationError(f"{location}: refused: the frame at byte {frame.offset} is damaged or was changed")
+    return decompress(content, frame.raw_size, location)
 
 
-def decompress(content: bytes, size: int, place: str) -> bytes:
-    """Exactly ``size`` bytes, or CacheValidationError: a frame that says less than it holds is a bomb."""
+def decompress(content: bytes, size: int, location: str) -> bytes:
+    """Decompress ``content`` to exactly ``size`` bytes.
+
+    Raises:
+        CacheValidationError: it holds another size (as a decompression bomb does), or is damaged.
+    """
     try:
-        if _content_size(content, place, size) != size:
-            raise CacheValidationError(f"{place}: refused: a frame holds another size than the manifest says")
+        if _content_size(content, location, size) != size:
+            raise CacheValidationError(f"{location}: refused: a frame holds another size than the manifest says")
         result = _local.decompressor().decompress(content, max_output_size=size, allow_extra_data=False)
     except zstandard.ZstdError as error:
-        raise CacheValidationError(f"{place}: refused: a frame cannot be decompressed: {error}") from None
+        raise CacheValidationError(f"{location}: refused: a frame cannot be decompressed: {error}") from None
     if len(result) != size:
-        raise CacheValidationError(f"{place}: refused: a frame holds another size than the manifest says")
+        raise CacheValidationError(f"{location}: refused: a frame holds another size than the manifest says")
     return result
 
 
-def _content_size(content: bytes, place: str, most: int) -> int:
+def _content_size(content: bytes, location: str, most: int) -> int:
     try:
         size = zstandard.get_frame_parameters(content).content_size
     except zstandard.ZstdError as error:
-        raise CacheValidationError(f"{place}: refused: a frame cannot be decompressed: {error}") from None
+        raise CacheValidationError(f"{location}: refused: a frame cannot be decompressed: {error}") from None
     if size > most:
-        raise CacheValidationError(f"{place}: refused: a frame of {len(content)} bytes would become {size} bytes")
+        raise CacheValidationError(f"{location}: refused: a frame of {len(content)} bytes would become {size} bytes")
     return size
 
 
 class _PerThread(threading.local):
-    """Contexts of zstd are costly to make, and not to be shared between threads."""
+    """zstd's contexts, one of each kind a thread: they are slow to make, and must not be shared between threads."""
 
     def compressor(self, level: int) -> zstandard.ZstdCompressor:
         made: dict[int, zstandard.ZstdCompressor] = self.__dict__.setdefault("made", {})

@@ -17,11 +17,9 @@ def is_group_file(path: str) -> bool:
 
 
 def relocated(content: bytes, old: Mapping[str, str], new: Mapping[str, Path]) -> bytes:
-    """The content with every path below a cache's old root below its new one; as it is when it is not what we know."""
-    # The deepest root first: one cache may lie in another.
-    moves = sorted(
-        ((path.rstrip("/"), str(new[name])) for name, path in old.items() if name in new and path), key=len_of_first
-    )
+    """The content with every path below a cache's old root below its new one; unchanged where it is not JSON."""
+    moves = [(path.rstrip("/"), str(new[name])) for name, path in old.items() if name in new and path]
+    moves.sort(key=lambda move: len(move[0]), reverse=True)  # the deepest first: one cache may lie in another
     moves = [(source, target) for source, target in moves if source != target]
     if not moves:
         return content
@@ -30,11 +28,6 @@ def relocated(content: bytes, old: Mapping[str, str], new: Mapping[str, Path]) -
     except ValueError:
         return content
     return json.dumps(_moved(value, moves)).encode()
-
-
-def len_of_first(move: tuple[str, str]) -> int:
-    """Sorts longer paths first."""
-    return -len(move[0])
 
 
 def _moved(value: Any, moves: list[tuple[str, str]]) -> Any:

@@ -18,7 +18,7 @@ class LocalFile(NamedTuple):
     Attributes:
         path: as in packs, "<root>/<path below it>".
         local: where it is.
-        ctime_ns: when it came there, whatever its mtime says.
+        ctime_ns: when it was put there, which its mtime need not say.
         link: the target if it is a symbolic link, else empty.
     """
 
@@ -32,7 +32,7 @@ class LocalFile(NamedTuple):
 
 
 def scan(roots: Iterable[CacheRoot], directories: Mapping[str, Path]) -> list[LocalFile]:
-    """All files that may be packed, sorted by path. What vanishes meanwhile was temporary."""
+    """All files that may be packed, sorted by path. Files that are deleted meanwhile are left out."""
     found: list[LocalFile] = []
     for root in roots:
         if root.name in directories:

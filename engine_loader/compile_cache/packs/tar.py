@@ -1,7 +1,7 @@
 """The head of one file in a tar archive (PAX, with nanoseconds), the same bytes for the same facts.
 
-So that `zstd -d < pack | tar t` works for a person, while a reader need not *parse* headers: it makes the header that
-the manifest calls for and compares.
+`zstd -d < pack | tar t` works by these headers. Readers of this package do not *parse* them: they make the header that
+the manifest calls for, and compare.
 """
 
 from __future__ import annotations

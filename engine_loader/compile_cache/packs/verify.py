@@ -1,12 +1,12 @@
-"""Reads every byte of packs, and says which are not what they should be."""
+"""Reads every byte of packs, and reports which are damaged, forged or not trusted."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..errors import CacheError, CacheValidationError
-from ..stores.store import Store, Stored
+from ..cache_errors import CacheError, CacheValidationError
+from ..stores.interface import Store, Stored
 from ..trust import Trust
 from .pack import read_frame, read_manifest
 
@@ -26,15 +26,15 @@ def verify(store: Store, trust: Trust, prefix: str = "") -> Iterator[Verified]:
     for stored in store.list(prefix):
         try:
             pack = read_manifest(store, stored, stored.key_prefix, trust)
-            place = f"{store.description}/{stored.name}"
+            location = f"{store.description}/{stored.name}"
             with store.open(stored.name) as file:
                 for index, frame in enumerate(pack.manifest.frames):
-                    content = read_frame(file, frame, place)
+                    content = read_frame(file, frame, location)
                     for member in (member for member in pack.manifest.files if member.frame == index):
                         head = member.head()
                         if content[member.offset : member.offset + len(head)] != head:
                             raise CacheValidationError(
-                                f"{place}: the archive and the manifest differ at {member.path!r}"
+                                f"{location}: the archive and the manifest differ at {member.path!r}"
                             )
             yield Verified(stored, None, len(pack.manifest.files), pack.manifest.content_bytes)
         except FileNotFoundError:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..directories import STATE
-from .restore import STAGING
+from ..unpacking.staging import STAGING
 from .use import NOTES
 
 

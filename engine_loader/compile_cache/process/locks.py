@@ -1,4 +1,4 @@
-"""Locks between the processes of one node: they end with their process, however that ends."""
+"""Locks between the processes of one node. The kernel releases a lock when its process ends, however that ends."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class NodeLock:
         self._descriptor = -1
 
     def acquire(self, timeout_s: float, *, shared: bool = False) -> bool:
-        """Whether it was taken within ``timeout_s`` seconds (0: at once or not)."""
+        """Take the lock within ``timeout_s`` seconds (0: without waiting); whether it was taken."""
         make_private(self.path.parent)
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         deadline = time.monotonic() + timeout_s
@@ -36,9 +36,7 @@ class NodeLock:
                 if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EINTR):
                     os.close(descriptor)
                     if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                        return (
-                            True  # a file system without locks: everybody goes on, which costs work and breaks nothing
-                        )
+                        return True  # a file system without locks: processes repeat each other's work, which is safe
                     raise
                 if time.monotonic() >= deadline:
                     os.close(descriptor)
@@ -49,7 +47,7 @@ class NodeLock:
                 return True
 
     def release(self) -> None:
-        """Give it back, also for children that were forked while it was held."""
+        """Release the lock, also for children that were forked while it was held."""
         if self._descriptor >= 0:
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
             os.close(self._descriptor)
@@ -58,7 +56,7 @@ class NodeLock:
 
 @contextmanager
 def held(directory: Path, name: str, timeout_s: float) -> Iterator[bool]:
-    """Hold the lock for a block; the value says whether it was taken."""
+    """Hold a lock for a block; the value is whether it was taken."""
     lock = NodeLock(directory, name)
     taken = lock.acquire(timeout_s)
     try:

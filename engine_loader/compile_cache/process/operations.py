@@ -1,102 +1,42 @@
-"""The two operations as engines and commands ask for them: from settings and a job to an outcome, with no exception
-that is expected.
+"""Restore and save as engines and commands call them: settings and a job in, an outcome out. Expected failures are
+outcomes, not exceptions.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
 
 from ...settings import CompileCacheSettings
-from ...sources.object_store.url import is_object_url
-from ..directories import ENGINES, VLLM_MODEL_INFOS, CacheRoot
-from ..errors import CacheError, CacheOperationInterrupted, CacheValidationError
-from ..explain import judge, nearest_key, note_verdict
-from ..key import CacheKey
-from ..packs.pack import Pack, read_manifest
+from ..cache_errors import CacheError, CacheOperationInterrupted, CacheValidationError
+from ..compaction import compact
+from ..packs.key_packs import read_packs
+from ..packs.pack import Pack
 from ..packs.scan import LocalFile, scan
-from ..retention import Policy, compact, prune
-from ..stores.filesystem import FilesystemStore
-from ..stores.store import Store
-from ..trust import Trust, load_trust
+from ..retention import Policy, prune
+from ..stores.interface import Store
+from ..stores.opening import open_store
+from ..trust import Trust
+from ..verdict.explain import nearest_in_store, note_verdict
+from ..verdict.judge import judge
+from .job import Job
 from .leftovers import clear_leftovers
 from .locks import held
 from .outcome import Outcome
-from .restore import read_packs, restore
+from .restore import Restore
 from .save import factors_of, not_in, save
 from .use import noted_uses
 
 _SETTLE_S = 1.0
 _LONGEST_SETTLE_S = 20.0
-_CLOCK_SLACK_NS = 20_000_000  # a file's times come from a coarser clock than ours
-_MOST_KEYS_COMPARED = 50
+_CLOCK_SLACK_NS = 20_000_000  # a file's times come from a coarser clock than time.time_ns()
 SAVE_LOCK = "save"
 
 
-@dataclass(frozen=True)
-class Job:
-    """What is to be done, in a form that another process can be given.
-
-    Attributes:
-        engine: a key of directories.ENGINES.
-        model_infos: only vLLM's descriptions of models, instead of everything else.
-        directories: name of a cache -> where it is here.
-        since_ns: a save takes files that came after this time (nanoseconds since the epoch), and those in directories
-            that the engine noted as in use; 0: all.
-        settle: wait until nobody writes into the caches any more.
-        background: with the lowest priority.
-    """
-
-    action: Literal["restore", "save"]
-    engine: str
-    key: CacheKey
-    directories: Mapping[str, str]
-    model_infos: bool = False
-    since_ns: int = 0
-    settle: bool = False
-    background: bool = False
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"key": self.key.to_json()}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Job:
-        return cls(**{**value, "key": CacheKey.from_json(value["key"])})
-
-    def roots(self) -> tuple[CacheRoot, ...]:
-        return (VLLM_MODEL_INFOS,) if self.model_infos else ENGINES[self.engine]
-
-    def paths(self) -> dict[str, Path]:
-        names = {root.name for root in self.roots()}
-        return {name: Path(path) for name, path in self.directories.items() if name in names}
-
-    def home(self) -> Path:
-        """The cache whose state directory holds the locks."""
-        return next(iter(self.paths().values()))
-
-
-def open_store(settings: CompileCacheSettings) -> tuple[Store, Trust]:
-    """The store of the settings.
-
-    Raises:
-        CacheValidationError: the key file is not what it should be, or the store is one of objects and cannot be had.
-    """
-    trust = load_trust(settings.key_file, anyone=settings.trust == "anyone")
-    if is_object_url(settings.directory):
-        from ..stores.objects import ObjectCacheStore
-
-        return ObjectCacheStore(settings.directory, trust, settings.work_directory), trust
-    return FilesystemStore(settings.directory, trust, int(settings.min_store_free_bytes)), trust
-
-
 def perform(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], bool] = lambda: True) -> Outcome:
-    """Do it; whatever fails is in the outcome."""
+    """Carry out a job; failures are in the outcome."""
     began = time.monotonic()
     if not settings.enabled:
         return Outcome("off")
@@ -107,7 +47,7 @@ def perform(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], bo
 
 
 def _attempt(work: Callable[[], Outcome], settings: CompileCacheSettings) -> Outcome:
-    """What comes of ``work``, expected failures included."""
+    """The outcome of ``work``, expected failures included."""
     try:
         return work()
     except CacheOperationInterrupted as error:
@@ -135,7 +75,7 @@ def _restore(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], b
     paths = job.paths()
     for directory in paths.values():
         clear_leftovers(directory, settings.unfinished_timeout_s)
-    outcome = restore(
+    outcome = Restore(
         store,
         job.key,
         paths,
@@ -143,7 +83,7 @@ def _restore(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], b
         threads=threads_of(settings),
         least_free_bytes=int(settings.min_local_free_bytes),
         may_go_on=may_go_on,
-    )
+    ).run()
     if outcome.in_place and not settings.read_only:
         for stored in store.list(job.key.prefix):
             store.mark_used(stored.name)
@@ -185,11 +125,11 @@ def _save(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], bool
                 level=settings.compression_level,
                 most_bytes=int(settings.max_pack_bytes),
             )
-            # A store that fails is no reason to keep what the cache was good for to oneself.
+            # A failing store must not hide the verdict.
             outcome = _attempt(write, settings)
             if not outcome.failed:
                 _tidy(store, job, settings, trust, packs, outcome)
-        if uses:  # an engine ran; whoever saves by hand asks no such question
+        if uses:  # an engine ran; a save by hand has no verdict
             outcome.verdict, outcome.reasons = verdict.result, verdict.reasons
             note_verdict(job.home(), job.key, verdict)
         return outcome
@@ -198,7 +138,7 @@ def _save(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], bool
 def _tidy(
     store: Store, job: Job, settings: CompileCacheSettings, trust: Trust, packs: list[Pack], outcome: Outcome
 ) -> None:
-    """What a saver does for the store while it is there. Failing at it is no failure of the save."""
+    """Compact and prune after a save. A failure here is not a failure of the save."""
     try:
         if len(packs) + 1 > settings.compact_packs:
             compact(store, job.key, trust, level=settings.compression_level, more_than=settings.compact_packs)
@@ -208,14 +148,14 @@ def _tidy(
 
 
 def _is_ours(file: LocalFile, since_ns: int, directories: tuple[str, ...]) -> bool:
-    """Whether it came since the engine started, or lies where the engine said that it uses it."""
+    """Whether a file is newer than the engine's start, or lies in a directory that a rank noted as in use."""
     if file.ctime_ns >= since_ns - _CLOCK_SLACK_NS:
         return True
     return any(file.local.startswith(f"{directory.rstrip('/')}/") for directory in directories)
 
 
 def _settle(job: Job) -> None:
-    """Wait until nothing was written for a second: the ranks of a node are not ready at the same instant."""
+    """Wait until no file was written for a second: the ranks of a node are ready at different times."""
     deadline = time.monotonic() + _LONGEST_SETTLE_S
     while time.monotonic() < deadline:
         latest = max((file.ctime_ns for file in scan(job.roots(), job.paths())), default=0)
@@ -229,18 +169,3 @@ def _too_many_saves(store: Store, settings: CompileCacheSettings) -> bool:
     now = time.time()
     under_way = [item for item in store.unfinished() if now - item.modified < settings.unfinished_timeout_s]
     return len(under_way) >= settings.max_concurrent_saves
-
-
-def nearest_in_store(store: Store, key: CacheKey, trust: Trust) -> list[str]:
-    """How ``key`` differs from the nearest one that has packs: a line for each part."""
-    others: dict[str, CacheKey] = {}
-    for stored in sorted(store.list(), key=lambda item: item.modified, reverse=True):
-        if stored.key_prefix in others or len(others) >= _MOST_KEYS_COMPARED:
-            continue
-        try:
-            others[stored.key_prefix] = read_manifest(store, stored, stored.key_prefix, trust).manifest.key
-        except (OSError, CacheValidationError):
-            continue
-    names = {name for name, _ in key.parts}
-    alike = [other for other in others.values() if len(names & {name for name, _ in other.parts}) * 2 > len(names)]
-    return nearest_key(key, alike)

@@ -1,4 +1,4 @@
-"""What became of a restore or a save, for logs, commands and other processes."""
+"""The outcome of a restore or a save, for logs, commands and other processes."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ class Outcome:
     """How an operation ended.
 
     Attributes:
-        status: "complete": everything was already in place; "nothing": there was nothing to restore or save;
-            "refused": only packs that are not to be trusted were there.
+        status: "complete": the local caches or the store had everything; "nothing": there was nothing to restore
+            or save; "refused": the store had only packs that are not trusted.
         files: restored or saved.
         bytes: of their content.
         pack_bytes: read from or written to the store.
         packs: read or written.
         seconds: that it took.
-        verdict: what the cache was good for ("hit", "partial", "miss"); empty where nobody looked.
+        verdict: "hit", "partial" or "miss" (verdict/judge.py); empty where it was not judged.
         reasons: why it was no hit, a line each.
-        messages: what a person should know, a warning each.
-        notes: what a person may like to know.
+        messages: logged as a warning each.
+        notes: logged as information.
     """
 
     status: Status
@@ -39,12 +39,12 @@ class Outcome:
 
     @property
     def in_place(self) -> bool:
-        """Whether a cache is there that an engine can use."""
+        """Whether the local caches hold what the store has."""
         return self.status in ("restored", "complete")
 
     @property
     def failed(self) -> bool:
-        """Whether it did not come to its end."""
+        """Whether it was refused, interrupted or failed."""
         return self.status in ("refused", "interrupted", "failed")
 
     def to_json(self) -> dict[str, Any]:

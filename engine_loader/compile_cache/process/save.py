@@ -14,15 +14,15 @@ from typing import Any
 
 from ..key import CacheKey
 from ..packs.elf import is_cut_short
+from ..packs.key_packs import effective_files, read_packs
 from ..packs.manifest import Frame, Manifest, PackedFile, unsafe_link, unsafe_path
 from ..packs.pack import LARGEST_FILE_BYTES, Pack, write_pack
 from ..packs.relocate import is_group_file
 from ..packs.scan import LocalFile
 from ..space import mib
-from ..stores.store import Store
+from ..stores.interface import Store
 from ..trust import Trust
 from .outcome import Outcome
-from .restore import effective_files, read_packs
 
 FACTORS = "cache_key_factors.json"
 _MOST_FACTORS_BYTES = 256 << 10

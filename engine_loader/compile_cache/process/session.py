@@ -1,6 +1,6 @@
-"""A restore or a save beside the engine: started, waited for with a time-out, and told about in the log.
+"""A restore or a save beside the engine: started, waited for with a time-out, and logged.
 
-Nothing here raises, and nothing waits for longer than it was told to.
+No function here raises, and none waits for longer than its time-out.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path
 
 from ...settings import CompileCacheSettings
 from ..space import mib
+from .job import Job
 from .locks import NodeLock
-from .operations import Job
 from .outcome import Outcome
 
 logger = logging.getLogger(__name__)
@@ -36,9 +36,9 @@ class Running:
     Args:
         job: what to do.
         settings: how.
-        timeout_s: after this it is given up and the process killed.
+        timeout_s: seconds until the operation is given up and its process killed.
         then: called with the outcome, in a thread of this process.
-        lock: held as long as it runs. It is taken before this returns where it is free; else the operation waits for
+        lock: held while the operation runs. A free lock is taken by the constructor; else the operation waits for
             it.
     """
 
@@ -82,14 +82,14 @@ class Running:
 
 
 def run_job(job: Job, timeout_s: float) -> Outcome:
-    """Do a job in a process of its own; one that hangs is killed after ``timeout_s`` seconds.
+    """Carry out a job in a process of its own, which is killed after ``timeout_s`` seconds.
 
-    They talk by files, and nothing waits for the end of a pipe: an engine that forks its workers meanwhile hands them
-    the ends of all pipes that are open, and then they never close.
+    Job and outcome are files, not pipes: an engine that forks its workers meanwhile hands them the ends of all open
+    pipes, which then never close.
     """
     work = job.settings.get("work_directory")
-    place = work if work and os.access(work, os.W_OK | os.X_OK) else None
-    with tempfile.TemporaryDirectory(prefix="compile-cache-", dir=place, ignore_cleanup_errors=True) as directory:
+    parent = work if work and os.access(work, os.W_OK | os.X_OK) else None
+    with tempfile.TemporaryDirectory(prefix="compile-cache-", dir=parent, ignore_cleanup_errors=True) as directory:
         files = [Path(directory, name) for name in ("job", "outcome", "errors")]
         files[0].write_text(json.dumps(job.to_json()))
         paths = [_PACKAGE_PARENT, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
@@ -116,7 +116,7 @@ def run_job(job: Job, timeout_s: float) -> Outcome:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM, so that it cleans up, then SIGKILL. One that hangs in the kernel is left behind."""
+    """Send SIGTERM, so that it cleans up, then SIGKILL. A process that hangs in the kernel is not waited for."""
     process.terminate()
     try:
         process.wait(_KILL_GRACE_S)
@@ -124,19 +124,19 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.kill()
 
 
-def tell_restore(log: logging.Logger, job: Job, where: str, outcome: Outcome) -> None:
-    """One line about a restore, and a warning for each thing that a person should know."""
-    place = f"{where} ({job.key.short})"
+def log_restore(log: logging.Logger, job: Job, where: str, outcome: Outcome) -> None:
+    """Log one line about a restore, and a warning for each of its messages."""
+    source = f"{where} ({job.key.short})"
     if outcome.status == "restored":
         log.info(
             "compile cache: restored %d files, %s, in %.1f s from %s",
             outcome.files,
             mib(outcome.bytes),
             outcome.seconds,
-            place,
+            source,
         )
     elif outcome.status == "complete":
-        log.info("compile cache: everything that %s has is in place already", place)
+        log.info("compile cache: everything that %s has is in place already", source)
     elif outcome.status == "nothing":
         log.info(
             "compile cache: %s has nothing yet for %s; what this engine compiles will be saved", where, job.key.prefix
@@ -146,8 +146,8 @@ def tell_restore(log: logging.Logger, job: Job, where: str, outcome: Outcome) ->
     _warn(log, outcome, "this engine starts without it")
 
 
-def tell_save(log: logging.Logger, job: Job, where: str, outcome: Outcome) -> None:
-    """One line about what the cache was good for, one about the save."""
+def log_save(log: logging.Logger, job: Job, where: str, outcome: Outcome) -> None:
+    """Log one line with the verdict and one about the save, and a warning for each of its messages."""
     if outcome.verdict:
         log.info("compile cache: %s%s", outcome.verdict, "".join(f"; {reason}" for reason in outcome.reasons))
     if outcome.status == "saved":

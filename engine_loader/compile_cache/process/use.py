@@ -40,7 +40,7 @@ class Use:
 
 
 def note_use(root: Path, rank: str, directories: Iterable[str], factors: Mapping[str, Any]) -> None:
-    """Leave a note in the cache ``root``."""
+    """Write the note of a rank into the cache ``root``."""
     notes = root / STATE / NOTES
     make_private(notes)
     text = json.dumps({"rank": rank, "directories": sorted(directories), "factors": factors}, default=str)
@@ -50,7 +50,7 @@ def note_use(root: Path, rank: str, directories: Iterable[str], factors: Mapping
 
 
 def noted_uses(root: Path, since_ns: int) -> list[Use]:
-    """The notes that were left in the cache ``root`` after ``since_ns``."""
+    """The notes written into the cache ``root`` since ``since_ns`` (nanoseconds since the epoch)."""
     found = []
     for path in sorted((root / STATE / NOTES).glob("*.json")):
         with suppress(OSError, ValueError, KeyError, TypeError):

@@ -19,7 +19,8 @@ from types import FrameType
 from typing import Any
 
 from ...settings import CompileCacheSettings
-from .operations import Job, perform
+from .job import Job
+from .operations import perform
 
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
 _IDLE_CLASS = 3 << 13
@@ -49,13 +50,13 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 
 def main(job: Path, result: Path) -> int:
-    """Do the job in one file, write the outcome to the other."""
+    """Carry out the job in the file ``job`` and write its outcome to ``result``; the exit status."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         outcome = run(job.read_text())
     except KeyboardInterrupt:
         return 130
-    with suppress(FileNotFoundError):  # nobody waits for it any more
+    with suppress(FileNotFoundError):  # the process that waited has given up
         result.write_text(json.dumps(outcome))
     return 0
 

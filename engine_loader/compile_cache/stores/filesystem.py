@@ -13,7 +13,7 @@ from pathlib import Path
 from ...machine import sync_directory
 from ..space import Floor, no_room_is_an_interruption
 from ..trust import Trust, make_private
-from .store import SUFFIX, Stored
+from .interface import SUFFIX, Stored
 
 UNFINISHED = ".unfinished-"
 _MOST_READ_BYTES = 1 << 30
@@ -24,7 +24,8 @@ _USE_RESOLUTION_S = 3600.0
 class FilesystemStore:
     """Packs as files below ``directory``.
 
-    A pack is written beside its place under a name that readers pass over, synced, and linked to its content hash.
+    A pack is written in its key's directory under a name that readers pass over, synced, and renamed to its content
+    hash.
 
     Args:
         directory: of the store; made when something is saved.
@@ -49,13 +50,13 @@ class FilesystemStore:
         path = self.directory / name
         self._trust.check_store(self.directory)
         for parent in reversed(list(_between(self.directory, path))):
-            self._trust.check_place(parent)
+            self._trust.check_entry(parent)
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             facts = os.fstat(descriptor)
             if not stat.S_ISREG(facts.st_mode):
                 raise OSError(f"{path} is not a regular file")
-            self._trust.check_place(path, facts)
+            self._trust.check_entry(path, facts)
             yield _File(descriptor, facts.st_size, path)
         finally:
             os.close(descriptor)
@@ -77,14 +78,14 @@ class FilesystemStore:
 
     def _begin(self, path: Path) -> _Upload:
         for _ in range(_TRIES):
-            with suppress(FileNotFoundError):  # somebody removed the directory as empty in between
+            with suppress(FileNotFoundError):  # another process deleted the directory, empty then
                 make_private(path.parent)
                 return _Upload(path, self._floor)
-        raise OSError(f"{path.parent}: is removed again and again")
+        raise OSError(f"{path.parent}: was deleted by other processes each time it was made")
 
     def mark_used(self, name: str) -> None:
         path = self.directory / name
-        with suppress(OSError):  # a store that is read-only has no account of use
+        with suppress(OSError):  # a read-only store keeps no times of use
             if time.time() - path.stat().st_mtime > _USE_RESOLUTION_S:
                 os.utime(path)
 
@@ -92,16 +93,14 @@ class FilesystemStore:
         path = self.directory / name
         path.unlink(missing_ok=True)
         for parent in _between(self.directory, path):
-            with suppress(OSError):  # there is something left in it
+            with suppress(OSError):  # it is not empty
                 parent.rmdir()
 
     def make_room(self, coming: int) -> None:
         self._floor.check(coming)
 
     def _scan(self, prefix: str) -> Iterator[Stored]:
-        """Three levels: environment, scope, pack. What vanishes meanwhile was deleted by somebody, and is passed
-        over.
-        """
+        """Entries three levels below: environment, scope, pack. Entries that are deleted meanwhile are passed over."""
         scopes = [self.directory / prefix] if prefix else self._directories(self.directory, 2)
         for scope in scopes:
             try:

@@ -17,10 +17,10 @@ from ...errors import CheckpointError
 from ...sources.object_store.client import ObjectStoreOptions, condition_of, make_client
 from ...sources.object_store.failures import object_failure
 from ...sources.object_store.url import parse_object_url
-from ..errors import CacheValidationError
+from ..cache_errors import CacheValidationError
 from ..space import no_room_is_an_interruption
 from ..trust import Trust
-from .store import SUFFIX, Stored
+from .interface import SUFFIX, Stored
 
 if TYPE_CHECKING:
     from obstore import GetOptions, ObjectMeta
@@ -33,9 +33,9 @@ _WHOLE_BYTES = 64 << 20
 class ObjectCacheStore:
     """Packs as objects below ``url``.
 
-    A pack is written to a temporary file, and put under its content hash when it is complete. Nothing is ever written
-    in place, so it does no harm where the server ignores that a put must not replace anything. Retention counts from
-    the upload: that a pack is in use cannot be noted without writing it again.
+    A pack is written to a temporary file, and put under its content hash when it is complete. No object
+    is changed, so a server that ignores the condition of a put (that the name is free) does no harm. Retention counts
+    from the upload: a use cannot be noted without writing the pack again.
 
     Args:
         url: of a prefix.
@@ -43,8 +43,8 @@ class ObjectCacheStore:
         work_directory: for the temporary file; None: the temporary directory.
 
     Raises:
-        CacheValidationError: packs are not signed, and not everyone is trusted: who may write to a bucket is not seen
-            here; or obstore is not installed.
+        CacheValidationError: packs are not signed and trust is not "anyone" (who may write to a bucket cannot be
+            checked), or obstore is not installed.
     """
 
     def __init__(self, url: str, trust: Trust, work_directory: str | None = None) -> None:
@@ -54,12 +54,12 @@ class ObjectCacheStore:
                 "sign packs with compile_cache.key_file, or allow it with compile_cache.trust=anyone"
             )
         try:
-            place = parse_object_url(url)
-            self._store = make_client(place, ObjectStoreOptions())
+            location = parse_object_url(url)
+            self._store = make_client(location, ObjectStoreOptions())
         except CheckpointError as error:
             raise CacheValidationError(f"compile_cache.directory: {error}") from None
         self.description = url.rstrip("/")
-        self._prefix = f"{place.key}/" if place.key else ""
+        self._prefix = f"{location.key}/" if location.key else ""
         self._work_directory = work_directory
 
     def list(self, prefix: str = "") -> Iterable[Stored]:
@@ -75,10 +75,10 @@ class ObjectCacheStore:
     def open(self, name: str) -> Iterator[_Object]:
         import obstore
 
-        place = f"{self.description}/{name}"
-        with _errors_of(place, "open the pack"):
+        location = f"{self.description}/{name}"
+        with _errors_of(location, "open the pack"):
             meta = obstore.head(self._store, self._prefix + name)
-        yield _Object(self._store, place, self._prefix + name, meta)
+        yield _Object(self._store, location, self._prefix + name, meta)
 
     @contextmanager
     def upload(self, prefix: str) -> Iterator[_Upload]:
@@ -104,7 +104,7 @@ class ObjectCacheStore:
             return
 
     def unfinished(self) -> Iterator[Stored]:
-        # What was not put as a whole is not seen. Parts of an upload that broke off are the bucket's lifecycle's.
+        # Parts of an upload that broke off are not listed; the bucket's lifecycle rules delete them.
         return iter(())
 
     def make_room(self, coming: int) -> None:
@@ -142,9 +142,9 @@ class ObjectCacheStore:
 
 
 class _Object:
-    def __init__(self, store: ObjectStore, place: str, key: str, meta: ObjectMeta) -> None:
+    def __init__(self, store: ObjectStore, location: str, key: str, meta: ObjectMeta) -> None:
         self.size = meta["size"]
-        self._store, self._place, self._key = store, place, key
+        self._store, self._location, self._key = store, location, key
         self._if_match = condition_of(meta["e_tag"])
 
     def read(self, offset: int, size: int) -> bytes:
@@ -153,10 +153,10 @@ class _Object:
         if not size:
             return b""
         options: GetOptions = {"range": (offset, offset + size), "if_match": self._if_match}
-        with _errors_of(self._place, "read the pack"):
+        with _errors_of(self._location, "read the pack"):
             content = bytes(obstore.get(self._store, self._key, options=options).bytes())
         if len(content) != size:
-            raise OSError(f"{self._place} ends before byte {offset + size}")
+            raise OSError(f"{self._location} ends before byte {offset + size}")
         return content
 
 
@@ -181,12 +181,12 @@ class _Upload:
 
 
 @contextmanager
-def _errors_of(place: str, doing: str) -> Iterator[None]:
-    """Failures of a request become OSErrors, which is what the cache expects of a store."""
+def _errors_of(location: str, doing: str) -> Iterator[None]:
+    """Raise failures of a request as OSErrors, as ``interface.Store`` promises."""
     from obstore.exceptions import BaseError
 
     try:
         yield
     except (BaseError, FileNotFoundError, ValueError) as error:
-        failure = object_failure(error, doing, place)
-        raise OSError(failure.errno or errno.EIO, failure.message, place) from error
+        failure = object_failure(error, doing, location)
+        raise OSError(failure.errno or errno.EIO, failure.message, location) from error

@@ -17,9 +17,9 @@ from typing import Any
 
 from ...compile_cache.directories import directories_of
 from ...compile_cache.key import CacheKey, short_hash
+from ...compile_cache.process.job import Job
 from ...compile_cache.process.locks import NodeLock
-from ...compile_cache.process.operations import Job
-from ...compile_cache.process.session import Running, tell_restore, tell_save
+from ...compile_cache.process.session import Running, log_restore, log_save
 from ...settings import CompileCacheSettings, load_settings
 
 RESTORE_LOCK = "restore"
@@ -53,7 +53,7 @@ class NodeSession:
             job,
             settings,
             settings.restore_timeout_s,
-            then=functools.partial(tell_restore, log, job, settings.directory),
+            then=functools.partial(log_restore, log, job, settings.directory),
             lock=lock,
         )
         os.environ[STARTED] = str(self.since_ns)
@@ -79,7 +79,7 @@ def scope_of(settings: CompileCacheSettings, model: str, revision: str | None, s
 def start_save(engine: str, key: CacheKey, settings: CompileCacheSettings, since_ns: int, log: logging.Logger) -> None:
     """In the background, with the lowest priority. It also finds out what the cache was good for."""
     job = Job("save", engine, key, cache_directories(engine), since_ns=since_ns, settle=True, background=True)
-    Running(job, settings, settings.save_timeout_s, then=functools.partial(tell_save, log, job, settings.directory))
+    Running(job, settings, settings.save_timeout_s, then=functools.partial(log_save, log, job, settings.directory))
 
 
 def wait_for_node(engine: str, settings: CompileCacheSettings, began_ns: int) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 from ...compile_cache.directories import VLLM_MODEL_INFOS, directories_of
 from ...compile_cache.key import CacheKey, environment_key, module_version, python_version
-from ...compile_cache.process.operations import Job
+from ...compile_cache.process.job import Job
 from ...compile_cache.process.session import Running, run_job
 from ...compile_cache.process.use import note_use
 from ...settings import CompileCacheSettings

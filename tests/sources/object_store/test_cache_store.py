@@ -6,12 +6,15 @@ from uuid import uuid4
 
 import pytest
 
-from engine_loader.compile_cache.errors import CacheValidationError
-from engine_loader.compile_cache.process.operations import Job, open_store, perform
+from engine_loader.compile_cache.cache_errors import CacheValidationError
+from engine_loader.compile_cache.compaction import compact
+from engine_loader.compile_cache.process.job import Job
+from engine_loader.compile_cache.process.operations import perform
 from engine_loader.compile_cache.process.session import run_job
-from engine_loader.compile_cache.retention import Policy, compact, prune
+from engine_loader.compile_cache.retention import Policy, prune
 from engine_loader.compile_cache.stores import objects as object_store
 from engine_loader.compile_cache.stores.objects import ObjectCacheStore
+from engine_loader.compile_cache.stores.opening import open_store
 from engine_loader.compile_cache.trust import Trust
 from engine_loader.settings import CompileCacheSettings
 from tests.cli.running import invoke

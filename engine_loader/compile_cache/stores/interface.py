@@ -1,7 +1,8 @@
-"""What a store of packs is: a few verbs that a file system and an object store both have.
+"""What a store of packs does: a few verbs that file systems and object stores both have. See ``filesystem`` for an
+example.
 
-A name is "<environment>_<hash>/<scope>/<content hash>.tar.zst". What is under a name never changes. A put is seen as a
-whole or not at all.
+A name is "<environment>_<hash>/<scope>/<content hash>.tar.zst". What is under a name never changes. A pack
+is visible as a whole or not at all.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class Stored:
     Attributes:
         name: where it is in the store.
         size: bytes.
-        modified: when it came there, seconds since the epoch.
+        modified: when it was written, or last used where the store keeps that; seconds since the epoch.
     """
 
     name: str
@@ -49,37 +50,41 @@ class Readable(Protocol):
 
 
 class Upload(Protocol):
-    """A pack that is being written, and that nobody sees."""
+    """A pack that is being written, and that readers do not see."""
 
     def write(self, content: bytes) -> None:
-        """Append."""
+        """Append ``content``."""
 
     def commit(self, name: str) -> None:
-        """Make it seen under ``name``; where that exists, it has the same content, and stays."""
+        """Make the pack visible under ``name``. Where that exists, its content is the same, and either stays."""
 
 
 class Store(Protocol):
-    """Errors of the storage are OSErrors; what is not to be trusted is a CacheValidationError."""
+    """A store of packs. Errors of the storage are OSErrors; what is not trusted is a CacheValidationError."""
 
     description: str
 
     def list(self, prefix: str = "") -> Iterable[Stored]:
-        """All packs below ``prefix``, a key's or none; nothing when there is nothing."""
+        """All packs below ``prefix`` (a key's; empty: of all keys). A store that does not exist has none."""
 
     def open(self, name: str) -> AbstractContextManager[Readable]:
         """Open a pack for reading."""
 
     def upload(self, prefix: str) -> AbstractContextManager[Upload]:
-        """Begin a pack of the key with ``prefix``. What was not committed at the end is gone."""
+        """Begin a pack of the key with ``prefix``. Without a commit, what was written is deleted at the end."""
 
     def mark_used(self, name: str) -> None:
-        """Note that a pack is in use, where the store can: retention counts from there. Never fails."""
+        """Note that a pack is in use, where the store can: retention counts from then. Raises nothing."""
 
     def delete(self, name: str) -> None:
-        """Delete a pack; one that is not there is no error."""
+        """Delete a pack. A pack that does not exist is no error."""
 
     def unfinished(self) -> Iterator[Stored]:
-        """What writers left that died, or are still writing."""
+        """Files of writers that are still writing, or that ended before a commit."""
 
     def make_room(self, coming: int) -> None:
-        """Raises CacheOperationInterrupted when ``coming`` bytes do not fit."""
+        """Check the room for ``coming`` bytes.
+
+        Raises:
+            CacheOperationInterrupted: they do not fit.
+        """

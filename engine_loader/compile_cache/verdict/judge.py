@@ -1,24 +1,15 @@
-"""Did the cache help? And where it did not: which fact differs between the machine that made it and this one."""
+"""The verdict: whether a restored cache served, and where it did not, which facts differ from when it was made."""
 
 from __future__ import annotations
 
-import json
-import os
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from ..settings import CompileCacheSettings
+from ..packs.pack import Pack
+from ..packs.scan import LocalFile
 from .compiled import Compiler, piece_of
-from .directories import STATE, directories_of
-from .key import CacheKey
-from .packs.pack import Pack
-from .packs.scan import LocalFile
-from .trust import make_private
 
-_LAST = "last.json"
 _MOST_LINES = 12
 _MOST_NAMES = 3
 _SHOWN_CHARS = 80
@@ -27,7 +18,7 @@ _NOT_A_REASON = {"env.VLLM_CACHE_ROOT"}
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a restored cache was good for.
+    """Whether a restored cache served.
 
     Attributes:
         result: "hit": nothing was compiled; "partial": something was, beside what the cache has; "miss": the engine
@@ -46,10 +37,10 @@ def judge(packs: list[Pack], new: Iterable[LocalFile], factors: Mapping[str, Any
     Args:
         packs: what was in the store for the key when the engine started.
         new: files that came since, and that no pack has.
-        factors: name -> what the engine's keys are made of, as far as it is known: the engine's
+        factors: name -> what the engine's keys are made of, as far as known: the engine's
             `cache_key_factors.json` files among ``new``, by their paths, and what its ranks noted.
     """
-    # Diagnoses and kernels' sources come with a hit, too: compiled is what has code in it.
+    # A hit writes diagnoses and sources of kernels, too: only files with compiled code count.
     made = _by_compiler(file.path for file in new)
     if not packs:
         return Verdict("miss", ["the store had nothing for this environment and scope"]) if made else Verdict("")
@@ -59,7 +50,7 @@ def judge(packs: list[Pack], new: Iterable[LocalFile], factors: Mapping[str, Any
     missed = {compiler for compiler in {**made, **had} if _is_missed(compiler, made, had)}
     is_miss = any(compiler.whole for compiler in missed) or missed >= had.keys()
     another_key = {compiler for compiler in missed if compiler.whole}
-    lines = [_told(compiler, found, had) for compiler, found in made.items() if compiler not in another_key]
+    lines = [_line_about(compiler, found, had) for compiler, found in made.items() if compiler not in another_key]
     differences: list[str] = []
     if another_key or any(not compiler.whole for compiler in made):
         old = [item for pack in packs for item in pack.manifest.factors.items()]
@@ -88,16 +79,16 @@ def _by_compiler(paths: Iterable[str]) -> dict[Compiler, _Found]:
 
 
 def _is_missed(compiler: Compiler, made: Mapping[Compiler, _Found], had: Mapping[Compiler, _Found]) -> bool:
-    """Whether what the cache has of a compiler did not serve. Where pieces have keys of their own, paths do not say
-    which of them were used: as many new ones as old are taken as instead of them.
+    """Whether what the cache has of a compiler did not serve. Where each piece has a key, paths do not show which were
+    used: as many new pieces as old ones count as their replacement.
     """
     new = made.get(compiler, _Found()).keys.keys()
     old = had.get(compiler, _Found()).keys.keys()
     return bool(new - old) if compiler.whole else bool(new) and len(new) >= len(old)
 
 
-def _told(compiler: Compiler, made: _Found, had: Mapping[Compiler, _Found]) -> str:
-    """A line about what was compiled, and whether the cache has the like."""
+def _line_about(compiler: Compiler, made: _Found, had: Mapping[Compiler, _Found]) -> str:
+    """A line about what was compiled, and what the cache has of that kind."""
     if compiler.whole:
         return f"{made.files} files were compiled that the cache did not have"
     names = sorted({name for name in made.keys.values() if name})
@@ -122,7 +113,7 @@ def _differences(old: list[tuple[str, Any]], new: Mapping[str, Any]) -> Iterator
     """The fewest differences between what is new and anything that the cache has."""
     shown: set[str] = set()
     for path, here in new.items():
-        before = [flat for place, value in old if _same_part(place, path) and (flat := _flat(value)) is not None]
+        before = [flat for other, value in old if _same_part(other, path) and (flat := _flat(value)) is not None]
         flat_here = _flat(here)
         if not before or flat_here is None:
             continue
@@ -167,56 +158,3 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any] | None:
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}…"
-
-
-def nearest_key(key: CacheKey, others: Iterable[CacheKey]) -> list[str]:
-    """How ``key`` differs from the most similar of ``others``; nothing when there is none, or one that is the same."""
-    differences = [key.differs_from(other) for other in others]
-    nearest = min(differences, key=len, default=[])
-    return [f"{name} was {there} when the nearest cache was made, is {here} now" for name, here, there in nearest]
-
-
-def note_verdict(root: Path, key: CacheKey, verdict: Verdict) -> None:
-    """Keep what was found out in the cache ``root``, for `engine-loader compile-cache explain`."""
-    make_private(root / STATE)
-    value = {"key": key.to_json(), "when": time.time(), "verdict": verdict.result, "reasons": verdict.reasons}
-    unfinished = root / STATE / f"{_LAST}.{os.getpid()}.tmp"
-    unfinished.write_text(json.dumps(value))
-    unfinished.replace(root / STATE / _LAST)
-
-
-def last_key(root: Path) -> CacheKey | None:
-    """The key that an engine used last here."""
-    last = _last(root)
-    return None if last is None else CacheKey.from_json(last["key"])
-
-
-def account(engine: str, settings: CompileCacheSettings, key: CacheKey) -> dict[str, Any]:
-    """What `explain` shows: the last verdict here, and how the nearest key in the store differs from this
-    environment.
-    """
-    from .process.operations import nearest_in_store, open_store
-
-    last = _last(next(iter(directories_of(engine).values())))
-    store, trust = open_store(settings)
-    here = key if last is None else CacheKey(key.parts, CacheKey.from_json(last["key"]).scope)
-    if last is not None:
-        last = {
-            "scope": last["key"]["scope"],
-            "verdict": last["verdict"],
-            "reasons": last["reasons"],
-            "when": last["when"],
-        }
-    differences = nearest_in_store(store, here, trust)
-    if last is None:  # no scope is known to compare
-        differences = [line for line in differences if not line.startswith("scope ")]
-    return {"last": last, "environment": differences, "hash": key.hash}
-
-
-def _last(root: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads((root / STATE / _LAST).read_text())
-        CacheKey.from_json(value["key"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return dict(value)

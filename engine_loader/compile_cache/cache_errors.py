@@ -1,4 +1,4 @@
-"""What can go wrong with a compile cache. None of it may stop an engine; all of it is told to a person."""
+"""What can go wrong with a compile cache. No error here may stop an engine; each is logged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class CacheError(EngineLoaderError):
 
 
 class CacheValidationError(CacheError):
-    """A pack, a store or a path is not what it should be: damaged, forged, of another key, or open to others."""
+    """A pack, a store or a path is refused: damaged, forged, of another key, or writable by other users."""
 
 
 class CacheOperationInterrupted(CacheError):

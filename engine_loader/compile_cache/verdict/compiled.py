@@ -1,7 +1,7 @@
-"""Which files of a cache are compiled code, and which piece of it each belongs to: told by their paths alone.
+"""Which files of a cache are compiled code, and which piece of code each belongs to, by their paths alone.
 
-What compilers keep looks alike wherever an engine has them keep it, so one table serves all engines; what an engine
-keeps under keys of its own stands before it. Read in torch 2.13, Triton 3.7, SGLang 0.5.10 to 0.5.23 (its JIT and CuTe
+Compilers name their files alike in whatever directory an engine sets, so one table serves all engines; what an engine
+keeps under keys of its own stands first. Read in torch 2.13, Triton 3.7, SGLang 0.5.10 to 0.5.23 (its JIT and CuTe
 caches), apache-tvm-ffi 0.1.11, vLLM 0.10 to 0.32; FlashInfer, DeepGEMM and TileLang as their documentation has it.
 Not judged: what CuTe DSL and Helion keep by themselves.
 """
@@ -15,13 +15,13 @@ from functools import cached_property
 
 @dataclass(frozen=True)
 class Compiler:
-    """Something that compiles, and keeps what it made.
+    """A compiler that keeps its output in files.
 
     Attributes:
-        one, many: what it makes, for a person.
-        paths: an expression for the paths of its files in packs, from where it says something. Its group ``key`` tells
-            one piece from another, ``name`` is what a person knows it by.
-        whole: an engine uses one key at a time, which stands for the model. Else each piece has one.
+        one, many: its output in words, singular and plural.
+        paths: a regular expression for the end of its files' paths in packs. The group ``key`` identifies a piece, the
+            group ``name`` is its readable name.
+        whole: True where one key stands for a whole model; False where each piece of code has a key.
     """
 
     one: str
@@ -36,7 +36,7 @@ class Compiler:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one or more files of a cache are parts of; ``name`` may be empty."""
+    """A piece of compiled code, kept in one or more files; ``name`` may be empty."""
 
     compiler: Compiler
     key: str
@@ -50,7 +50,7 @@ _VLLM = Compiler(
     whole=True,
 )
 COMPILERS = (
-    _VLLM,  # also inductor's and Triton's, for vLLM has them keep theirs there
+    _VLLM,  # with inductor's and Triton's files: vLLM sets their directories below its own
     Compiler("graph of inductor", "graphs of inductor", r"fxgraph/[^/]+/(?P<key>[^/]+)/[^/]+"),
     Compiler("C++ kernel of inductor", "C++ kernels of inductor", r"[^/]{2}/(?P<key>c[a-z2-7]{40,})(?:\.main)?\.so"),
     Compiler(
@@ -71,11 +71,11 @@ COMPILERS = (
     Compiler("kernel of CUDA's driver", "kernels of CUDA's driver", r"[0-9a-f]/[0-9a-f]/(?P<key>[0-9a-f]{14,})"),
     Compiler("other library", "other libraries", r"(?P<key>.+)\.so"),
 )
-"""The first that knows a path has it."""
+"""A path belongs to the first whose expression matches."""
 
 
 def piece_of(path: str) -> Piece | None:
-    """What the file at ``path`` (as in packs) is a part of; None where it is no compiled code."""
+    """The piece that the file at ``path`` (as in packs) belongs to; None where it is not compiled code."""
     for compiler in COMPILERS:
         found = compiler.pattern.fullmatch(path)
         if found:

@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 
-from engine_loader.compile_cache.explain import Verdict, judge, nearest_key
 from engine_loader.compile_cache.key import CacheKey
 from engine_loader.compile_cache.packs.manifest import Manifest, PackedFile
 from engine_loader.compile_cache.packs.pack import Pack
 from engine_loader.compile_cache.packs.scan import LocalFile
-from engine_loader.compile_cache.stores.store import Stored
+from engine_loader.compile_cache.stores.interface import Stored
+from engine_loader.compile_cache.verdict.explain import nearest_key
+from engine_loader.compile_cache.verdict.judge import Verdict, judge
 from tests.compile_cache.support import KEY
 
 AOT = "vllm/torch_compile_cache/torch_aot_compile"

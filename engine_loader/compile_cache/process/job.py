@@ -1,0 +1,54 @@
+"""What a restore or a save is to do, in a form that can be given to another process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..directories import ENGINES, VLLM_MODEL_INFOS, CacheRoot
+from ..key import CacheKey
+
+
+@dataclass(frozen=True)
+class Job:
+    """A restore or a save, in a form that can be given to another process.
+
+    Attributes:
+        engine: a key of directories.ENGINES.
+        model_infos: only vLLM's descriptions of models, instead of everything else.
+        directories: name of a cache -> where it is here.
+        since_ns: a save takes files that came after this time (nanoseconds since the epoch), and those in directories
+            that the engine noted as in use; 0: all.
+        settle: wait until no process writes into the caches any more.
+        background: with the lowest priority.
+    """
+
+    action: Literal["restore", "save"]
+    engine: str
+    key: CacheKey
+    directories: Mapping[str, str]
+    model_infos: bool = False
+    since_ns: int = 0
+    settle: bool = False
+    background: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"key": self.key.to_json()}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Job:
+        return cls(**{**value, "key": CacheKey.from_json(value["key"])})
+
+    def roots(self) -> tuple[CacheRoot, ...]:
+        return (VLLM_MODEL_INFOS,) if self.model_infos else ENGINES[self.engine]
+
+    def paths(self) -> dict[str, Path]:
+        names = {root.name for root in self.roots()}
+        return {name: Path(path) for name, path in self.directories.items() if name in names}
+
+    def home(self) -> Path:
+        """The cache whose state directory holds the locks."""
+        return next(iter(self.paths().values()))

@@ -1,0 +1,23 @@
+"""Which store the settings name. A new kind of store is chosen here; ``interface`` says what it must do."""
+
+from __future__ import annotations
+
+from ...settings import CompileCacheSettings
+from ...sources.object_store.url import is_object_url
+from ..trust import Trust, load_trust
+from .filesystem import FilesystemStore
+from .interface import Store
+
+
+def open_store(settings: CompileCacheSettings) -> tuple[Store, Trust]:
+    """The store of the settings.
+
+    Raises:
+        CacheValidationError: the key file is refused, or an object store is not available or not trusted.
+    """
+    trust = load_trust(settings.key_file, anyone=settings.trust == "anyone")
+    if is_object_url(settings.directory):
+        from .objects import ObjectCacheStore
+
+        return ObjectCacheStore(settings.directory, trust, settings.work_directory), trust
+    return FilesystemStore(settings.directory, trust, int(settings.min_store_free_bytes)), trust

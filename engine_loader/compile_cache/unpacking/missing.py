@@ -1,0 +1,69 @@
+"""Which files of a key's packs are missing in the local caches."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..packs.key_packs import effective_files
+from ..packs.manifest import Frame, PackedFile
+from ..packs.pack import Pack
+
+
+@dataclass
+class MissingFiles:
+    """Files that are missing, by pack and frame.
+
+    Attributes:
+        files: name of a pack -> index of a frame -> the missing files in it.
+        packs: name of a pack -> the pack.
+        count: of files.
+        bytes: of their content.
+    """
+
+    files: dict[str, dict[int, list[PackedFile]]] = field(default_factory=dict)
+    packs: dict[str, Pack] = field(default_factory=dict)
+    count: int = 0
+    bytes: int = 0
+
+    def add(self, pack: Pack, file: PackedFile) -> None:
+        """Count a file of ``pack`` as missing."""
+        name = pack.stored.name
+        self.packs[name] = pack
+        self.files.setdefault(name, defaultdict(list))[file.frame].append(file)
+        self.count += 1
+        self.bytes += file.size
+
+    def roots(self) -> list[str]:
+        """Names of the caches in which files are missing."""
+        return sorted({file.root for frames in self.files.values() for files in frames.values() for file in files})
+
+    def below(self, roots: Collection[str]) -> MissingFiles:
+        """The missing files of the caches ``roots`` only."""
+        left = MissingFiles()
+        for name, frames in self.files.items():
+            for file in (file for files in frames.values() for file in files if file.root in roots):
+                left.add(self.packs[name], file)
+        return left
+
+    def frames(self) -> list[tuple[Pack, Frame, list[PackedFile]]]:
+        """Frames with their missing files, the largest first, so that all threads end at about one time."""
+        found = [
+            (self.packs[name], self.packs[name].manifest.frames[index], files)
+            for name, frames in self.files.items()
+            for index, files in frames.items()
+        ]
+        return sorted(found, key=lambda item: item[1].raw_size, reverse=True)
+
+
+def missing_files(packs: list[Pack], directories: Mapping[str, Path]) -> MissingFiles:
+    """The files of ``packs`` that do not exist in ``directories`` (name of a cache -> its directory)."""
+    missing = MissingFiles()
+    for pack, file in effective_files(packs).values():
+        root = directories.get(file.root)
+        if root is not None and not os.path.lexists(root / file.path.partition("/")[2]):
+            missing.add(pack, file)
+    return missing
