@@ -1,4 +1,4 @@
-"""The compile cache's hooks, as far as all engines share them: one restore and one save for an engine on a node.
+"""The compile cache's hooks, the part that all engines share: one restore and one save for an engine on a node.
 
 The process that starts the others of its node begins the restore, and those that compile wait for it. Nothing here
 waits for longer than compile_cache.restore_timeout_s; ``quietly`` turns exceptions into warnings.

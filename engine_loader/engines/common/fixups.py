@@ -1,8 +1,8 @@
 """Faults of known versions that keep a restored cache from being used, repaired at run time.
 
 Each fix-up is guarded by the version and by the very lines that it replaces: where those are not there, nothing is
-touched. The same changes are patch files in `patches/`, for those who prefer to patch. `compile_cache.fixups` switches
-them off, `engine-loader doctor` lists them.
+changed. The same changes are patch files in `patches/`. The setting `compile_cache.fixups` switches fix-ups off,
+`engine-loader doctor` lists them.
 """
 
 from __future__ import annotations

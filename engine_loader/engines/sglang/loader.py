@@ -29,7 +29,7 @@ from ...loading.weights import check_weights
 from ...replacing import wrap, wrapped_in_thread
 from ...settings import LoaderSettings, load_settings
 from ..common.mode import plan_mode
-from ..common.names import told_of_misfits
+from ..common.names import explaining_misfits
 from ..common.options import split_options
 from ..common.reading import Weights, prepare_memory, read_weights
 from ..common.sharded import files_of_rank, fill_state
@@ -125,7 +125,7 @@ class B10ModelLoader(DefaultModelLoader):
         with ExitStack() as stack:
             if self._starting:  # SGLang does not say what an update is
                 directory = self._directory_of(self._model_config)
-                stack.enter_context(told_of_misfits(model, directory, self._reader_settings))
+                stack.enter_context(explaining_misfits(model, directory, self._reader_settings))
             if directly:
                 stack.enter_context(self._loading_directly(model))
             DefaultModelLoader.load_weights_and_postprocess(model, weights, target_device)

@@ -26,7 +26,7 @@ from ...plugin import LOAD_FORMAT
 from ...replacing import wrapped_in_thread
 from ...settings import load_settings
 from ..common.mode import obstacle_to_direct, plan_mode
-from ..common.names import told_of_misfits
+from ..common.names import explaining_misfits
 from ..common.options import split_options
 from ..common.reading import Weights, prepare_memory, read_weights
 from ..common.weights_uri import has_weights, is_training_checkpoint, weights_at
@@ -101,7 +101,7 @@ class B10ModelLoader(DefaultModelLoader):
         directory = replaced[1] if replaced else getattr(model_config, "model_weights", None) or model_config.model
         files = files_of_this_rank(directory, self._reader_settings)
         if files is None:
-            with told_of_misfits(model, directory, self._reader_settings):
+            with explaining_misfits(model, directory, self._reader_settings):
                 super().load_weights(model, model_config)
             return
         tie_as_saved(model, model_config, files, self._reader_settings)
