@@ -1,4 +1,4 @@
-"""Patches of installed engines: found by the installed version, applied and taken back only where every line fits.
+"""Patches of installed engines: found by the installed version, applied and reverted only where every line fits.
 
 A patch is a unified diff in patches/ with a line ``For: DISTRIBUTION VERSIONS``. Its paths begin with the name of the
 package that it changes.
@@ -32,16 +32,17 @@ Lines = tuple[str, ...]
 
 
 class PatchError(EngineLoaderError):
-    """A patch is not known, or what is installed is not what it changes."""
+    """A patch is not known, or the installed files are not those that it was made for."""
 
 
 @dataclass(frozen=True)
 class Hunk:
-    """Lines that are replaced, with those around them.
+    """Consecutive lines of a file that a patch replaces, with the unchanged lines around them.
 
     Attributes:
-        line: where they begin, counted from 1.
-        old, new: before and after.
+        line: number of the first line, counted from 1.
+        old: the lines before the change.
+        new: the lines after it.
     """
 
     line: int
@@ -49,6 +50,7 @@ class Hunk:
     new: Lines
 
     def reversed(self) -> Hunk:
+        """The hunk that takes this one back."""
         return Hunk(self.line, self.new, self.old)
 
 
@@ -65,11 +67,11 @@ class Patch:
     """One file of patches/.
 
     Attributes:
-        name: its file's, without the suffix.
-        title: what it does, in a line.
-        distribution: what it changes.
-        versions: of which.
-        files: how.
+        name: name of the file in patches/, without the suffix.
+        title: what the patch does, in a line.
+        distribution: name of the distribution that it changes.
+        versions: versions of the distribution that it is for.
+        files: the changes.
     """
 
     name: str
@@ -80,18 +82,18 @@ class Patch:
 
     @cached_property
     def installed(self) -> str | None:
-        """The version that is installed here, if one is."""
+        """The installed version of the distribution; None if it is not installed."""
         try:
             return version(self.distribution) if self._site is not None else None
         except PackageNotFoundError:
             return None
 
     def fits(self, version: str) -> bool:
-        """Whether it is for this version."""
+        """True if the patch is for this version of the distribution."""
         return self.versions.contains(version, prereleases=True)
 
     def state(self) -> State:
-        """How what is installed stands to it."""
+        """Whether the installed distribution is one that the patch is for, and whether it is applied there."""
         if self.installed is None:
             return "not installed"
         if not self.fits(self.installed):
@@ -102,13 +104,13 @@ class Patch:
         return "applied" if states == {"applied"} else "can be applied"
 
     def apply(self, *, dry_run: bool = False) -> list[Path]:
-        """Change the files that are not changed yet; each gets a copy beside it first.
+        """Change the files that are not changed yet; each is copied to a file beside it first.
 
         Args:
-            dry_run: find out everything, and write nothing.
+            dry_run: check everything, and write nothing.
 
         Returns:
-            What was changed, or would be.
+            The files that were changed, or with ``dry_run`` would be.
 
         Raises:
             PatchError: the version is another, or a line is not as expected; then nothing was written.
@@ -135,13 +137,13 @@ class Patch:
         return [path for path, _ in changes]
 
     def revert(self, *, dry_run: bool = False) -> list[Path]:
-        """Take the changes back.
+        """Revert the changes, and delete the copies that ``apply`` made.
 
         Args:
-            dry_run: find out everything, and write nothing.
+            dry_run: check everything, and write nothing.
 
         Returns:
-            What was changed, or would be.
+            The files that were changed, or with ``dry_run`` would be.
 
         Raises:
             PatchError: the version is another, or a file was changed since; then nothing was written.
@@ -170,7 +172,11 @@ class Patch:
         return [path for path, _ in changes]
 
     def path_of(self, file: FilePatch) -> Path:
-        """Where the file is installed."""
+        """The installed file.
+
+        Raises:
+            PatchError: the distribution is not installed.
+        """
         if self._site is None:
             raise PatchError(f"{self.distribution} is not installed here")
         return self._site / file.path
@@ -199,15 +205,15 @@ class Patch:
 
 
 def all_patches() -> list[Patch]:
-    """Every patch that this package brings, by name."""
+    """All patches of this package, sorted by name."""
     return [read_patch(path) for path in sorted(DIRECTORY.glob("*.patch"))]
 
 
 def patch_named(name: str) -> Patch:
-    """The patch of a name.
+    """The patch with this name, with or without the suffix ``.patch``.
 
     Raises:
-        PatchError: there is none.
+        PatchError: there is no such patch.
     """
     known = {patch.name: patch for patch in all_patches()}
     try:
@@ -217,10 +223,10 @@ def patch_named(name: str) -> Patch:
 
 
 def read_patch(path: Path) -> Patch:
-    """A patch from its file.
+    """Parse a patch file.
 
     Raises:
-        PatchError: it is not one.
+        PatchError: the file is no unified diff, or lacks the line ``For: DISTRIBUTION VERSIONS``.
     """
     text = path.read_text()
     found = _FOR.search(text)
@@ -251,7 +257,7 @@ def _hunks(lines: Sequence[str]) -> Iterator[Hunk]:
 
 
 def _changed(path: Path, hunks: Sequence[Hunk]) -> str | None:
-    """The file's text with the changes; None where a line of them is not there, or there more than once."""
+    """The file's text with the changes; None if a hunk's lines are not in it, or are in it more than once."""
     try:
         lines = _read(path).splitlines(keepends=True)
     except FileNotFoundError:
@@ -273,7 +279,7 @@ def _read(path: Path) -> str:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write beside and rename, so that nobody imports half a file. The new file keeps the old one's mode."""
+    """Write a file beside and rename it, so that no process imports half a file. The file's mode stays."""
     descriptor, unfinished = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
         with os.fdopen(descriptor, "w", newline="") as file:

@@ -39,11 +39,11 @@ _ADAPTERS = {
     "sglang.srt.managers.scheduler": f"{_SGLANG_CACHE}:register_scheduler",
     "torch._inductor.codecache": "engine_loader.engines.common.torch_fixups",
 }
-"""Module of an engine -> the adapter whose ``register()``, or the function behind the colon, runs once that module is
-there.
+"""Module of an engine or of torch -> the adapter whose ``register()``, or the function behind the colon, is called once
+that module is imported.
 """
 failures: dict[str, str] = {}
-"""Adapter -> why it could not be registered in this process."""
+"""Adapter -> the error with which its registration failed in this process."""
 
 
 def register() -> None:
@@ -59,8 +59,8 @@ def register() -> None:
 
 
 def _name_triton_directory() -> None:
-    """Name Triton's own default: where nobody does, inductor points Triton elsewhere in mid-process, and its cache is
-    not found again.
+    """Set TRITON_CACHE_DIR, if it is not set, to Triton's own default: else inductor points Triton to another directory
+    in mid-process, and the next start does not find the cache.
     """
     home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
     os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(home, ".triton", "cache"))
@@ -89,8 +89,10 @@ def _run(adapter: str) -> None:
 
 
 class _AfterImport:
-    """A finder of ``sys.meta_path`` that calls ``then`` once after ``module`` was imported. (wrapt has this too;
-    importing it alone takes longer than we may, and importlib.abc, for its base class, a third as long as all else.)
+    """A finder of ``sys.meta_path`` that calls ``then`` once, after ``module`` was imported.
+
+    wrapt has such hooks, but importing it takes longer than all of ``register``; importlib.abc, which has the base
+    class of finders, a third as long.
     """
 
     def __init__(self, module: str, then: Callable[[], None]) -> None:

@@ -10,11 +10,12 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "engine_loader"
 
-BASE = {"errors", "failures", "garbage", "settings", "machine"}
+BASE = {"errors", "failures", "garbage", "replacing", "settings", "machine"}
 STEPS: dict[str, set[str]] = {
     "errors": set(),
     "failures": {"errors"},
     "garbage": set(),
+    "replacing": set(),
     "settings": {"errors", "formats"},
     "machine": {"errors"},
     "formats": {"errors", "failures", "garbage"},

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine_loader.engines.common import adapter
+from engine_loader.engines.common import mode, reading
 from engine_loader.errors import SettingsError
 from engine_loader.loading import safetensors_store as reader
 from engine_loader.settings import LoaderSettings, load_settings
@@ -59,8 +59,8 @@ def plan(
         made.free, made.wrong = free, wrong
         return made
 
-    monkeypatch.setattr(adapter, "CudaDevices", devices)
-    return adapter.plan_mode(load_settings(options).settings.loader, model)
+    monkeypatch.setattr(mode, "CudaDevices", devices)
+    return mode.plan_mode(load_settings(options).settings.loader, model)
 
 
 def test_a_model_on_a_gpu_is_handed_tensors_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +123,7 @@ def test_an_engine_is_handed_tensors_in_the_devices_memory(
     settings = load_settings(options_for(standin)).settings.loader
     log = logging.getLogger("engine_loader.test")
     with caplog.at_level(logging.INFO):
-        weights = adapter.read_weights(
+        weights = reading.read_weights(
             [str(tmp_path / "model.safetensors")], settings, log=log, show_progress=False, device=CUDA
         )
         names = set()
@@ -149,7 +149,7 @@ def test_without_a_device_they_are_in_cpu_memory(
     note = "handed over in CPU memory: stream_device is cpu"
     with caplog.at_level(logging.INFO):
         files = [str(tmp_path / "model.safetensors")]
-        weights = dict(adapter.read_weights(files, settings, log=log, show_progress=False, note=note))
+        weights = dict(reading.read_weights(files, settings, log=log, show_progress=False, note=note))
     assert devices.number_of(weights["a"]) is None and devices.peak_bytes == 0
     assert note in caplog.text
 
@@ -164,7 +164,7 @@ def test_vllm_fills_a_model_from_tensors_on_the_device(
 
     model = make_model(arch, tmp_path)
     (expected,) = load_state(model, "auto")
-    monkeypatch.setattr(vllm, "plan_mode", lambda settings, model: adapter.LoadPlan(False, None, CUDA))
+    monkeypatch.setattr(vllm, "plan_mode", lambda settings, model: mode.LoadPlan(False, None, CUDA))
     (state,) = load_state(model, "b10_3fs", options_for(standin))
     assert differences(expected, state) == []
     assert devices.peak_bytes > 0

@@ -59,9 +59,10 @@ class Engine:
         class WorkerWrapperBase:
             def __init__(self, vllm_config: Any) -> None:
                 self.vllm_config = vllm_config
+                self.worker = Worker()
 
             def init_device(self) -> None:
-                self.worker = Worker()
+                """The worker is there already, as in vLLM."""
 
         self.Executor, self.EngineCore, self.WorkerWrapperBase = Executor, EngineCore, WorkerWrapperBase
 
@@ -120,6 +121,21 @@ def test_a_follower_without_an_engine_process_waits_and_saves_itself(engine: Eng
     assert wrapper.worker.compile_or_warm_up_model() == 1.5
     assert [event.partition(" ")[0] for event in events[:4]] == ["executor", "restored", "memory", "warm-up"]
     wait_for(lambda: any(event.startswith("saved") for event in events))
+
+
+def test_a_follower_whose_device_is_initialised_again_saves_once(engine: Engine, events: list[str]) -> None:
+    settings = config(node_rank_within_dp=1, tensor_parallel_size=2)
+    engine.Executor(settings)
+    wrapper = engine.WorkerWrapperBase(settings)
+    wrapper.init_device()
+    wrapper.init_device()
+    wrapper.worker.compile_or_warm_up_model()
+    wait_for(lambda: any(event.startswith("saved") for event in events))
+    time.sleep(0.5)
+    assert [event for event in events if event.startswith(("warm-up", "saved"))] == [
+        "warm-up",
+        f"saved {scope_of(events)}",
+    ]
 
 
 def test_a_worker_on_a_node_of_its_own_restores_and_saves(engine: Engine, events: list[str]) -> None:

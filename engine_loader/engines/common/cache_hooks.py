@@ -1,7 +1,7 @@
-"""What the hooks of the compile cache share: one restore and one save for an engine on a node; nothing gets out.
+"""The compile cache's hooks, the part that all engines share: one restore and one save for an engine on a node.
 
 The process that starts the others of its node begins the restore, and those that compile wait for it. Nothing here
-waits for longer than compile_cache.restore_timeout_s.
+waits for longer than compile_cache.restore_timeout_s; ``quietly`` turns exceptions into warnings.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from ...settings import CompileCacheSettings, load_settings
 
 RESTORE_LOCK = "restore"
 STARTED = "_ENGINE_LOADER_CACHE_STARTED_NS"
-"""Tells the workers that a process of their node has begun the restore, and when. (No setting: the prefix differs.)"""
+"""Environment variable for the workers: when a process of their node began the restore (ns since the epoch).
+
+Not a setting: those begin with ENGINE_LOADER_.
+"""
 _SLACK_S = 5.0
 _SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 
@@ -34,9 +37,9 @@ class NodeSession:
 
     Args:
         engine: a key of directories.ENGINES.
-        key: of the engine.
-        settings: of the cache.
-        log: where to tell of it.
+        key: the engine's key in the compile cache.
+        settings: those of the compile cache.
+        log: the engine's logger.
     """
 
     def __init__(self, engine: str, key: CacheKey, settings: CompileCacheSettings, log: logging.Logger) -> None:
@@ -59,17 +62,24 @@ class NodeSession:
         os.environ[STARTED] = str(self.since_ns)
 
     def wait(self) -> None:
-        """Return when the restore is done, or given up."""
+        """Return when the restore has ended, or when the time for it is over, which is logged as a warning."""
         if self._running.result(_time_left(self.settings, self.since_ns)) is None:
             self._log.warning("compile cache: the restore does not end; this engine starts without it")
 
     def save(self) -> None:
-        """Begin to save what was compiled."""
+        """Start to save, in the background, what was compiled since the restore began."""
         start_save(self.engine, self.key, self.settings, self.since_ns, self._log)
 
 
 def scope_of(settings: CompileCacheSettings, model: str, revision: str | None, sizes: Mapping[str, int]) -> str:
-    """The scope of an engine's key: the setting, or else its model and its parallel layout (kind -> size)."""
+    """The scope of an engine's key: the setting ``scope``, or the model and the parallel layout.
+
+    Args:
+        settings: those of the compile cache.
+        model: path or name of the model.
+        revision: the model's revision.
+        sizes: kind of parallelism -> number of ranks.
+    """
     if settings.scope is not None:
         return settings.scope
     layout = "_".join(f"{name}{size}" for name, size in sizes.items())
@@ -77,45 +87,45 @@ def scope_of(settings: CompileCacheSettings, model: str, revision: str | None, s
 
 
 def start_save(engine: str, key: CacheKey, settings: CompileCacheSettings, since_ns: int, log: logging.Logger) -> None:
-    """In the background, with the lowest priority. It also finds out what the cache was good for."""
+    """Start a save in the background, with the lowest priority. It also settles the verdict of the restore."""
     job = Job("save", engine, key, cache_directories(engine), since_ns=since_ns, settle=True, background=True)
     Running(job, settings, settings.save_timeout_s, then=functools.partial(log_save, log, job, settings.directory))
 
 
 def wait_for_node(engine: str, settings: CompileCacheSettings, began_ns: int) -> None:
-    """Return when no process of this node restores."""
+    """Return when no process of this node restores, or when the time for the restore is over."""
     lock = NodeLock(next(iter(directories_of(engine).values())), RESTORE_LOCK)
     if lock.acquire(_time_left(settings, began_ns), shared=True):
         lock.release()
 
 
 def restore_began_ns() -> int | None:
-    """When a process of this node began the restore; None where none did."""
+    """When a process of this node began the restore, in ns since the epoch; None if none did."""
     began = os.environ.get(STARTED)
     return None if began is None else int(began)
 
 
 def cache_settings() -> CompileCacheSettings:
-    """As they are now.
+    """The settings of the compile cache, read anew.
 
     Raises:
-        SettingsError: one is wrong.
+        SettingsError: a value is wrong, or a key unknown.
     """
     return load_settings().settings.compile_cache
 
 
 def cache_directories(engine: str) -> dict[str, str]:
-    """Name of a cache -> where it is here, for a job."""
+    """Name of a cache directory of the engine -> its path on this node, as a job takes them."""
     return {name: str(path) for name, path in directories_of(engine).items()}
 
 
 def without_secrets(factors: Mapping[str, Any]) -> dict[str, Any]:
-    """What may be kept of ``factors`` for a person: those whose names do not sound like a secret."""
+    """``factors`` without those whose names suggest a secret (KEY, TOKEN, ...): the rest may be stored and shown."""
     return {name: value for name, value in factors.items() if not _SECRET.search(name)}
 
 
 def quietly(log: logging.Logger, action: Callable[..., Any], *args: Any) -> Any:
-    """What ``action`` returns; None when it fails, which is a warning and no more."""
+    """Return what ``action`` returns; None if it raises, which is logged as a warning."""
     try:
         return action(*args)
     except Exception as error:
@@ -130,5 +140,5 @@ def quietly(log: logging.Logger, action: Callable[..., Any], *args: Any) -> Any:
 
 
 def _time_left(settings: CompileCacheSettings, began_ns: int) -> float:
-    """Seconds."""
+    """Seconds that are left of the time for a restore."""
     return max(0.0, settings.restore_timeout_s + _SLACK_S - (time.time_ns() - began_ns) / 1e9)

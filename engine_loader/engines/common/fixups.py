@@ -1,8 +1,8 @@
-"""Faults of known versions that keep a restored cache from being used, mended at run time.
+"""Faults of known versions that keep a restored cache from being used, repaired at run time.
 
 Each fix-up is guarded by the version and by the very lines that it replaces: where those are not there, nothing is
-touched. The same changes are patch files in `patches/`, for those who prefer to patch. `compile_cache.fixups` switches
-them off, `engine-loader doctor` lists them.
+changed. The same changes are patch files in `patches/`. The setting `compile_cache.fixups` switches fix-ups off,
+`engine-loader doctor` lists them.
 """
 
 from __future__ import annotations
@@ -20,22 +20,20 @@ from ...settings import load_settings
 
 logger = logging.getLogger("vllm.engine_loader")
 
-APPLIED = "_engine_loader_fixup"
-
 
 @dataclass(frozen=True)
 class Fixup:
     """A change of one function of an engine, or of a library that it compiles with.
 
     Attributes:
-        name: for people.
-        distribution: that has the fault, as it is installed.
-        module: the change is made after it was imported.
-        first, last: the versions (major, minor) that have the fault.
-        upstream: the lines that the change replaces, as they are there.
-        why: what goes wrong with them.
+        name: as `engine-loader doctor` shows it.
+        distribution: the installed distribution that has the fault.
+        module: the module that is changed, after it was imported.
+        first, last: the first and the last version (major, minor) that have the fault.
+        upstream: the lines of the module's source that the change replaces.
+        why: what goes wrong with these lines.
         patch: the file in `patches/` with the same change.
-        apply: makes the change in the imported module.
+        apply: makes the change in the imported module; a second call does nothing.
     """
 
     name: str
@@ -49,7 +47,7 @@ class Fixup:
     apply: Callable[[Any], None]
 
     def state(self) -> str:
-        """Whether it is needed by what is installed: "needed", or why not. Imports nothing of it."""
+        """Return "needed", or why the installed version does not need it. The distribution is not imported."""
         name = self.distribution
         try:
             installed = _release(version(name))
@@ -70,7 +68,7 @@ class Fixup:
 
 
 def apply_needed(fixups: Iterable[Fixup], module: Any) -> None:
-    """Make those changes in the imported ``module`` that the installed version needs."""
+    """Make the changes in the imported ``module`` that the installed version needs; none if the setting is off."""
     if not load_settings().settings.compile_cache.fixups:
         return
     for fixup in fixups:

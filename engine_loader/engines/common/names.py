@@ -1,4 +1,4 @@
-"""Names of a training checkpoint that are not the model's: what there is, what is wanted, and what would mend it."""
+"""Names of a training checkpoint that are not the model's: an error with both, and the ``key_mapping`` that helps."""
 
 from __future__ import annotations
 
@@ -26,12 +26,15 @@ _LAYER_DEPTH = 3
 
 
 @contextmanager
-def told_of_misfits(model: torch.nn.Module, weights: str, settings: LoaderSettings) -> Iterator[None]:
-    """Within, what an engine raises because a training checkpoint has other names than the model is told as that.
+def explaining_misfits(model: torch.nn.Module, weights: str, settings: LoaderSettings) -> Iterator[None]:
+    """While the block runs, turn an engine's error into one that shows the checkpoint's names and the model's.
+
+    An engine raises whatever error it comes to when a training checkpoint has other names than the model. Other errors
+    are left as they are.
 
     Args:
-        model: which is being loaded.
-        weights: where its weights are; nothing is done when it is no training checkpoint.
+        model: the model that is being loaded.
+        weights: path of its weights; where this is no training checkpoint, errors are left as they are.
         settings: how to read.
 
     Raises:
@@ -76,7 +79,7 @@ def suggest_mapping(names: Sequence[str], model: torch.nn.Module) -> dict[str, s
 
 
 class _Fits:
-    """Whether a name could be one of the model's, as far as that can be told: layers below are named otherwise."""
+    """Called with a name: true if the model has it, or has a layer of that name's. Engines rename what layers hold."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.parameters = [name for name, _ in model.named_parameters()]

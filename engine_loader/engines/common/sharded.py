@@ -23,7 +23,7 @@ def files_of_rank(
     Args:
         directory: the model's.
         settings: how to read.
-        place: says which rank of how many this is; not called where there is nothing of the kind.
+        place: returns this process's rank and the number of ranks; called only for a sharded_state checkpoint.
 
     Raises:
         CheckpointError: it is one of another parallel layout, or the settings say that it is one and it is not.
@@ -61,7 +61,7 @@ def fill_state(
         weights: name and tensor.
         directory: for messages.
         hint: what to do when they do not fit.
-        log: where to tell of conversions.
+        log: gets a warning for each tensor that is converted, or fills only a part of its parameter.
 
     Raises:
         CheckpointError: a tensor does not belong to the model or is too large for it, or some are missing.

@@ -1,17 +1,18 @@
-"""torch's faults that keep a restored cache from being used; see fixups.py."""
+"""Fix-ups (fixups.py) of torch: faults that keep a restored cache from being used."""
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
+from collections.abc import Callable
 from typing import Any
 
-from .fixups import APPLIED, Fixup, apply_needed
+from ...replacing import wrap
+from .fixups import Fixup, apply_needed
 
 
 def register() -> None:
-    """Apply what is needed to `torch._inductor.codecache`, which was imported."""
+    """Apply the fix-ups that `torch._inductor.codecache`, just imported, needs."""
     from torch._inductor import codecache
 
     apply_needed(FIXUPS, codecache)
@@ -23,13 +24,9 @@ def _no_header_for_what_is_compiled(codecache: Any) -> None:
     `load_async` writes a kernel's source, then asks for the header, then compiles if there is no library of the
     source's name. Without a header, as without cpp_cache_precompile_headers, it would compile the same, only slower.
     """
-    write, precompile = codecache.write, codecache._precompile_header
-    if getattr(write, APPLIED, False):
-        return
     current = threading.local()
 
-    @functools.wraps(write)
-    def write_and_look(*args: Any, **options: Any) -> Any:
+    def write_and_look(write: Callable[..., Any], *args: Any, **options: Any) -> Any:
         basename, path = write(*args, **options)
         source = str(path)
         if source.endswith(".cpp"):
@@ -37,13 +34,11 @@ def _no_header_for_what_is_compiled(codecache: Any) -> None:
             current.compiled = not source.endswith(".optimized.cpp") and os.path.exists(source[: -len("cpp")] + "so")
         return basename, path
 
-    @functools.wraps(precompile)
-    def precompile_if_needed(*args: Any, **options: Any) -> str:
+    def precompile_if_needed(precompile: Callable[..., Any], *args: Any, **options: Any) -> str:
         return "" if getattr(current, "compiled", False) else str(precompile(*args, **options))
 
-    setattr(write_and_look, APPLIED, True)
-    codecache.write = write_and_look
-    codecache._precompile_header = precompile_if_needed
+    wrap(codecache, "write", write_and_look)
+    wrap(codecache, "_precompile_header", precompile_if_needed)
 
 
 FIXUPS = (

@@ -3,12 +3,12 @@
 - The process that starts the others of its node (``Engine._launch_subprocesses``) begins the restore, beside their
   start and their imports.
 - Each scheduler, one a rank, waits for it in ``init_model_worker``: within, kernels are compiled and graphs captured.
-  On nodes other than the first, the first scheduler saves behind it, for nobody there sees the warm-up.
+  On nodes other than the first, where no process sees the warm-up, the first scheduler saves behind it.
 - On the first node, ``_wait_and_warmup`` sends the server its first requests; when they were answered, the save starts.
   An ``Engine`` without a server saves when it has been made, a server of several processes when its schedulers are up.
 - Schedulers that something else has started restore and save by themselves.
 
-Nothing here lets an exception out, but for the check of the load format.
+No hook raises an exception of its own, but for the check of the load format.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 from ...compile_cache.directories import directories_of
 from ...compile_cache.key import CacheKey, environment_key, module_version
 from ...compile_cache.process.use import note_use
+from ...replacing import is_wrapped, wrap
 from ...settings import CompileCacheSettings
 from ..common.cache_hooks import (
     NodeSession,
@@ -36,7 +37,6 @@ from ..common.cache_hooks import (
     wait_for_node,
     without_secrets,
 )
-from ..common.hooks import is_wrapped, wrap
 from .format import check
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ def _start(server_args: Any) -> NodeSession | None:
 
 
 def _check_hooks() -> None:
-    """Say which of the hooks are not in force: without them the cache is not restored in time, or not saved."""
+    """Log an error for each hook that is not in force: without it the cache is not restored in time, or not saved."""
     for module, path in ((_SCHEDULER, "Scheduler.init_model_worker"), (_SERVER, "_wait_and_warmup")):
         if module in sys.modules and not _in_force(module, path):
             logger.error(
@@ -144,7 +144,7 @@ def _in_force(module: str, path: str) -> bool:
 
 
 def _wait(server_args: Any) -> bool:
-    """Return when the node's restore is done. True: nobody else on this node began it."""
+    """Return when the node's restore is done; True if no other process of this node began one, so that this one did."""
     settings = cache_settings()
     if not settings.enabled:
         return False
@@ -166,15 +166,15 @@ def _save(server_args: Any) -> None:
 
 
 def _note_use(scheduler: Any) -> None:
-    """Note that a rank ran, and what its kernels depend on: SGLang has no key that says it."""
+    """Record that a rank ran, and the options that its kernels depend on: SGLang has no key made of them."""
     if cache_settings().enabled:
-        place = (getattr(scheduler, name, None) or 0 for name in ("tp_rank", "pp_rank", "dp_rank"))
-        rank = "rank_" + "_".join(map(str, place))
-        note_use(directories_of(_ENGINE)[_ENGINE], rank, (), key_factors(scheduler.server_args))
+        ranks = (getattr(scheduler, name, None) or 0 for name in ("tp_rank", "pp_rank", "dp_rank"))
+        label = "rank_" + "_".join(map(str, ranks))
+        note_use(directories_of(_ENGINE)[_ENGINE], label, (), key_factors(scheduler.server_args))
 
 
 def key_factors(server_args: Any) -> dict[str, Any]:
-    """The options and variables that may decide what is compiled; for a person who wonders about a miss."""
+    """The options and variables that may decide which kernels are compiled, to explain a miss."""
     names = getattr(type(server_args), "__struct_fields__", None) or vars(server_args)
     options = {name: getattr(server_args, name) for name in names if _SHAPES_KERNELS.search(name)}
     environment = {name: value for name, value in os.environ.items() if _KERNEL_VARIABLE.match(name)}
@@ -185,7 +185,7 @@ def key_factors(server_args: Any) -> dict[str, Any]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it is a number, a switch, a word, or a list of such: no document that may hold anything."""
+    """True for a number, a bool, None, a printable string without braces, or a list of these; False for a document."""
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
     return (
@@ -196,12 +196,12 @@ def _is_plain(value: Any) -> bool:
 
 
 def _saves_for_its_node(scheduler: Any) -> bool:
-    """Whether this is the first scheduler of a node on which no server runs."""
+    """True for the first scheduler of a node other than the first, on which no server runs."""
     arguments = scheduler.server_args
     return bool(arguments.node_rank) and getattr(scheduler, "gpu_id", 0) == getattr(arguments, "base_gpu_id", 0)
 
 
 def _is_up(http_server: Any) -> bool:
-    """Whether the server answered its first requests."""
+    """True if the server has answered its first requests."""
     manager = getattr(http_server._global_state, "tokenizer_manager", None)
     return getattr(getattr(manager, "server_status", None), "name", None) == "Up"

@@ -1,6 +1,7 @@
-"""SGLang: makes the load format known, and checks at the start that it is.
+"""SGLang: makes the load format known, and checks at the start that it is in force.
 
-None of this imports a loader of SGLang, or torch: it runs in every process before arguments are parsed.
+This runs in every process before arguments are parsed, so it imports neither torch nor a loader of SGLang: the loader
+class, which needs both, is imported when a configuration asks for it.
 """
 
 from __future__ import annotations
@@ -11,15 +12,14 @@ from typing import Any
 from ...compile_cache.key import module_version
 from ...errors import SettingsError
 from ...plugin import LOAD_FORMAT, failures
-from ..common.hooks import wrap
+from ...replacing import wrap
+from .refusals import refuse_quantization, refuse_weight_cache
 
 logger = logging.getLogger(__name__)
 
-_OWN_LOADERS = ("auto-round-int8", "bitsandbytes", "gguf")
-
 
 def register_choice() -> None:
-    """Add the format to those that the command line takes."""
+    """Add the format to the choices of SGLang's option --load-format."""
     from sglang.srt import server_args
 
     if LOAD_FORMAT not in server_args.LOAD_FORMAT_CHOICES:
@@ -27,32 +27,33 @@ def register_choice() -> None:
 
 
 def register_load_config() -> None:
-    """Have SGLang's configuration hold our loader's class where the format's name is given: that is how SGLang takes
-    loaders that it does not know.
-    """
+    """Have SGLang's LoadConfig hold the loader class in place of the format's name: SGLang makes loaders of classes."""
     from sglang.srt.configs.load_config import LoadConfig
 
     def around(original: Any, self: Any) -> None:
         if not isinstance(self.load_format, str) or self.load_format.lower() != LOAD_FORMAT:
             original(self)
             return
-        _refuse_weight_cache(self)
+        refuse_weight_cache(self)
         self.load_format = _loader_class()
 
     wrap(LoadConfig, "_verify_load_format", around)
 
 
 def check(server_args: Any) -> None:
-    """Check that the format is in force and can serve, when it is asked for: here, before any process is started.
+    """Check that the format, where it is asked for, is in force and can serve. Called before SGLang starts processes.
+
+    Args:
+        server_args: SGLang's ServerArgs.
 
     Raises:
-        SettingsError: it is not, or cannot; it says why, as far as is known.
+        SettingsError: the format is not in force, or cannot serve; the message says why, as far as is known.
     """
     asked = (server_args.load_format, getattr(server_args, "speculative_draft_load_format", None))
     if LOAD_FORMAT not in asked:
         return
     if server_args.load_format == LOAD_FORMAT:
-        _refuse_weight_cache(server_args)
+        refuse_weight_cache(server_args)
         refuse_quantization(server_args)
     from sglang.srt.configs.load_config import LoadConfig
 
@@ -64,36 +65,6 @@ def check(server_args: Any) -> None:
         raise _not_in_force(f"{type(error).__name__}: {error}") from error
     if given is not _loader_class():
         raise _not_in_force(f"SGLang makes {given!r} of it, not engine_loader's class")
-
-
-def refuse_quantization(config: Any) -> None:
-    """Refuse what SGLang has a loader of its own for, as far as its configuration of a server or of a model says so.
-
-    Raises:
-        SettingsError: it is so.
-    """
-    if getattr(config, "modelopt_quant", None):
-        raise bypassed("quantises the model by ModelOpt while it loads it")
-    quantization = getattr(config, "quantization", None)
-    if quantization in _OWN_LOADERS:
-        raise bypassed(f"has a loader of its own for the quantisation {quantization}")
-
-
-def bypassed(what: str) -> SettingsError:
-    """An error that says what SGLang does past this package's loader, and what to do."""
-    return SettingsError(
-        f"--load-format {LOAD_FORMAT} cannot serve here: SGLang {what}. "
-        "Start with --load-format auto, or serve a checkpoint that is quantised already"
-    )
-
-
-def _refuse_weight_cache(config: Any) -> None:
-    mode = getattr(config, "weight_cache_mode", "off")
-    if mode != "off":
-        raise SettingsError(
-            f"--load-format {LOAD_FORMAT} and --weight-cache-mode {mode} exclude each other: the weight cache has a "
-            "loader of its own. Leave one of them out"
-        )
 
 
 def _loader_class() -> Any:

@@ -1,9 +1,9 @@
 """SGLang: the loader class behind ``--load-format b10_3fs``.
 
-It is SGLang's own DefaultModelLoader, told that the format is "safetensors", with the iterators over safetensors files
-exchanged. So whatever the default loader does around the reading (download, revisions, the choice of files by the
-index, secondary weights and prefixes, multi-token-prediction layers of drafts, work after loading) stays the engine's,
-in every version. Read in SGLang 0.5.9 to 0.5.23.
+The class extends SGLang's DefaultModelLoader, gives it "safetensors" as the format, and replaces the iterators over
+safetensors files while they are called. Whatever the default loader does around the reading (download, revisions, the
+choice of files by the index, secondary weights and prefixes, multi-token-prediction layers of drafts, work after
+loading) stays SGLang's, in every version. Read in SGLang 0.5.9 to 0.5.23.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import copy
 import inspect
 import logging
 import os
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,27 +26,28 @@ from ...errors import CheckpointError
 from ...formats.sharded_state import ShardRank
 from ...loading.direct.load import DirectLoad
 from ...loading.weights import check_weights
-from ...settings import load_settings
-from ..common.adapter import Weights, plan_mode, prepare_memory, read_weights, split_options
-from ..common.hooks import wrap
-from ..common.names import told_of_misfits
+from ...replacing import wrap, wrapped_in_thread
+from ...settings import LoaderSettings, load_settings
+from ..common.mode import plan_mode
+from ..common.names import explaining_misfits
+from ..common.options import split_options
+from ..common.reading import Weights, prepare_memory, read_weights
 from ..common.sharded import files_of_rank, fill_state
 from ..common.weights_uri import is_training_checkpoint, weights_at
-from .format import bypassed, refuse_quantization
+from .refusals import bypassed, refuse_model
 
 logger = logging.getLogger(__name__)
 
 _ITERATORS = ("buffered_multi_thread_safetensors_weights_iterator", "safetensors_weights_iterator")
-_exchange = threading.RLock()
 
 
 @dataclass
 class _FirstLoad:
-    """What this process loaded first: update_weights_from_disk tells its loader neither options nor what is served.
+    """What this process loaded first: update_weights_from_disk gives its loader neither options nor the served model.
 
     Attributes:
-        options: of --model-loader-extra-config.
-        model: the model that is served, as its path was given.
+        options: this package's keys of --model-loader-extra-config.
+        model: path of the model that is served, as it was given.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -58,7 +58,7 @@ _first = _FirstLoad()
 
 
 def register() -> None:
-    """Let SGLang's other loaders stand a load format that is ours."""
+    """Have SGLang's own loaders accept a LoadConfig whose format is this loader class, or refuse it with what to do."""
 
     def around(original: Any, self: Any, load_config: Any, *args: Any, **options: Any) -> None:
         if load_config.load_format is B10ModelLoader:
@@ -96,9 +96,9 @@ class B10ModelLoader(DefaultModelLoader):
         Raises:
             SettingsError: SGLang would quantise the model while it loads it, past this loader.
         """
-        _refuse(model_config)
+        refuse_model(model_config)
         _first.model = _first.model or model_config.model_path
-        self._shards = files_of_rank(self._directory_of(model_config), self._reader_settings, _place)
+        self._shards = _files_of_rank(self._directory_of(model_config), self._reader_settings)
         self._model_config = model_config
         self._starting = True
         try:
@@ -124,16 +124,18 @@ class B10ModelLoader(DefaultModelLoader):
             return
         with ExitStack() as stack:
             if self._starting:  # SGLang does not say what an update is
-                place = self._directory_of(self._model_config)
-                stack.enter_context(told_of_misfits(model, place, self._reader_settings))
+                directory = self._directory_of(self._model_config)
+                stack.enter_context(explaining_misfits(model, directory, self._reader_settings))
             if directly:
                 stack.enter_context(self._loading_directly(model))
             DefaultModelLoader.load_weights_and_postprocess(model, weights, target_device)
 
     def _fill_state(self, model: Any, target_device: Any) -> None:
-        """As SGLang's ShardedStateLoader: the state of such a checkpoint is one that is prepared for its kernels."""
+        """Load a sharded_state checkpoint as SGLang's ShardedStateLoader: its tensors are prepared for the kernels, so
+        the model is prepared first and filled then.
+        """
         assert self._shards is not None
-        with _without_loading(model):
+        with wrapped_in_thread(model, "load_weights", _take_no_weights):
             DefaultModelLoader.load_weights_and_postprocess(model, iter(()), target_device)
         state = sglang_loader.ShardedStateLoader._filter_subtensors(model.state_dict())
         directory = os.path.dirname(self._shards[0])
@@ -145,10 +147,9 @@ class B10ModelLoader(DefaultModelLoader):
 
     @contextmanager
     def _loading_directly(self, model: Any) -> Iterator[None]:
-        """Within, the model's ``load_weights`` is in direct mode; what SGLang does behind it is not."""
-        original = model.load_weights
+        """While the block runs, the model's ``load_weights`` is in direct mode; what SGLang does behind it is not."""
 
-        def load_weights(*args: Any, **options: Any) -> Any:
+        def load_weights(original: Callable[..., Any], *args: Any, **options: Any) -> Any:
             load = DirectLoad(model)
             with load as self._direct:
                 try:
@@ -160,14 +161,11 @@ class B10ModelLoader(DefaultModelLoader):
                 raise ValueError("SGLang took none of the weights: their names are not the model's")
             return result
 
-        model.load_weights = load_weights
-        try:
+        with wrapped_in_thread(model, "load_weights", load_weights):
             yield
-        finally:
-            del model.load_weights
 
     def _get_weights_iterator(self, source: Any, **options: Any) -> Weights:
-        if not self._starting and files_of_rank(source.model_or_path, self._reader_settings, _place) is not None:
+        if not self._starting and _files_of_rank(source.model_or_path, self._reader_settings) is not None:
             raise CheckpointError(
                 "weights in place are taken from an original checkpoint, and this is a sharded_state one",
                 file=source.model_or_path,
@@ -178,18 +176,13 @@ class B10ModelLoader(DefaultModelLoader):
             return self._weights_at(source, uri.rstrip("/"))
         if is_training_checkpoint(source.model_or_path, self._reader_settings):
             return self._weights_at(source, source.model_or_path)
-        with _exchange:
-            originals = {name: getattr(sglang_loader, name) for name in _ITERATORS}
+        with ExitStack() as stack:
             for name in _ITERATORS:
-                setattr(sglang_loader, name, self._weights)
-            try:
-                return super()._get_weights_iterator(source, **options)  # type: ignore[no-any-return]
-            finally:
-                for name, original in originals.items():
-                    setattr(sglang_loader, name, original)
+                stack.enter_context(wrapped_in_thread(sglang_loader, name, self._iterate))
+            return super()._get_weights_iterator(source, **options)  # type: ignore[no-any-return]
 
     def _weights_at(self, source: Any, uri: str) -> Weights:
-        """What SGLang's own method gives for a source, read from ``uri``."""
+        """What SGLang's ``_get_weights_iterator`` returns for a source, but with the weights at ``uri``."""
         patterns = getattr(source, "allow_patterns_overrides", None)  # of newer versions
         weights = self._weights(weights_at(uri, self._reader_settings, patterns=patterns))
         if self.load_config.draft_model_idx is not None:
@@ -197,11 +190,15 @@ class B10ModelLoader(DefaultModelLoader):
             return filtered  # type: ignore[no-any-return]
         return ((source.prefix + name, tensor) for name, tensor in weights)
 
-    def _weights(self, weights: list[str] | str, *_args: Any, **_options: Any) -> Weights:
-        """What stands in for SGLang's iterators. (Their arguments say how to read; that is for our settings.)"""
+    def _iterate(self, _original: Callable[..., Weights], files: list[str], *_args: Any, **_options: Any) -> Weights:
+        """Called instead of SGLang's iterators, whose other arguments say how to read: here the settings do."""
+        return self._weights(files)
+
+    def _weights(self, weights: list[str] | str) -> Weights:
+        """(name, tensor) of safetensors files, or of the training checkpoint in a directory."""
         if not self._starting:
-            # What is wrong with new weights shall be found before the old ones are touched: to roll back, SGLang would
-            # read the new ones again.
+            # Faults of new weights are found before the old ones are touched: to roll back, SGLang would read the new
+            # ones again.
             check_weights(weights, self._reader_settings)
         return self._read(weights)
 
@@ -212,18 +209,20 @@ class B10ModelLoader(DefaultModelLoader):
         )
 
 
-@contextmanager
-def _without_loading(model: Any) -> Iterator[None]:
-    """Within, the model takes no weights."""
-    model.load_weights = lambda *_args, **_options: None
-    try:
-        yield
-    finally:
-        del model.load_weights
+def _take_no_weights(*_args: Any, **_options: Any) -> None:
+    """Called instead of a model's ``load_weights`` while SGLang only prepares the model for its kernels."""
 
 
-def _place() -> tuple[ShardRank, int]:
-    """Which rank of how many this is. (SGLang's layout has no place for pipeline stages.)"""
+def _files_of_rank(directory: str, settings: LoaderSettings) -> list[str] | None:
+    return files_of_rank(directory, settings, _rank_of_process)
+
+
+def _rank_of_process() -> tuple[ShardRank, int]:
+    """This process's rank, and the number of ranks, in SGLang's layout of sharded_state checkpoints.
+
+    Raises:
+        CheckpointError: SGLang runs with pipeline parallelism, which that layout has no names for.
+    """
     from sglang.srt.distributed.parallel_state import get_pp_group, get_tp_group
 
     if get_pp_group().world_size > 1:
@@ -241,16 +240,3 @@ def _masked(load_config: Any) -> Any:
     masked.load_format = LoadFormat.SAFETENSORS
     masked.model_loader_extra_config = {}
     return masked
-
-
-def _refuse(model_config: Any) -> None:
-    """Refuse what SGLang has a loader of its own for, which would read the weights in its own way.
-
-    Raises:
-        SettingsError: it is so.
-    """
-    refuse_quantization(model_config)
-    quantization = getattr(model_config, "quantization", None)
-    modelopt = ("modelopt", "modelopt_fp8", "modelopt_fp4", "modelopt_mixed")
-    if quantization in modelopt and not model_config._is_already_quantized():
-        raise bypassed("quantises the model by ModelOpt while it loads it")

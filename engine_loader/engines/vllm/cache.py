@@ -7,7 +7,7 @@
 - API process: ``_LazyRegisteredModel.inspect_model_cls`` restores vLLM's descriptions of models, which saves it a
   process.
 
-Nothing here lets an exception out, and nothing waits for longer than compile_cache.restore_timeout_s.
+No hook raises an exception of its own, and none waits for longer than compile_cache.restore_timeout_s.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ...compile_cache.key import CacheKey, environment_key, module_version, pyth
 from ...compile_cache.process.job import Job
 from ...compile_cache.process.session import Running, run_job
 from ...compile_cache.process.use import note_use
+from ...replacing import wrap
 from ...settings import CompileCacheSettings
 from ..common.cache_hooks import (
     NodeSession,
@@ -36,7 +37,6 @@ from ..common.cache_hooks import (
     wait_for_node,
     without_secrets,
 )
-from ..common.hooks import wrap
 
 # Below vLLM's own logger, so that it is shown in vLLM's way and at vLLM's level.
 logger = logging.getLogger("vllm.engine_loader")
@@ -64,7 +64,7 @@ def key_of(vllm_config: Any, settings: CompileCacheSettings) -> CacheKey:
 
 
 def model_infos_key() -> CacheKey:
-    """vLLM checks a description against the model's source itself; it holds on any machine."""
+    """The key of the descriptions of models. They hold on any machine: vLLM checks each against the model's source."""
     return CacheKey((("vllm", module_version("vllm")), ("python", python_version())), "model-infos")
 
 
@@ -138,9 +138,7 @@ def _start(vllm_config: Any) -> NodeSession | None:
 
 
 def _watch(worker: Any, vllm_config: Any, session: NodeSession | None) -> None:
-    """Wrap the methods of a worker that compile: before them the restore is waited for, after the last one there is
-    something to save.
-    """
+    """Wrap the methods of a worker that compile: each waits for the restore first, and the last one saves behind it."""
     settings = cache_settings()
     if not settings.enabled:
         return
@@ -148,36 +146,32 @@ def _watch(worker: Any, vllm_config: Any, session: NodeSession | None) -> None:
     wait = session.wait if session is not None else functools.partial(wait_for_node, _ENGINE, settings, began_ns)
     saves = session is not None or _is_follower(vllm_config, worker)
 
-    def wrapped(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def method(*args: Any, **options: Any) -> Any:
-            _quietly(wait)
-            result = original(*args, **options)
-            if name == _WORKER_METHODS[-1]:
-                _quietly(_note_use, vllm_config)
-                if saves:
-                    _quietly(start_save, _ENGINE, key, settings, began_ns, logger)
-            return result
-
-        return method
-
     key = session.key if session is not None else key_of(vllm_config, settings) if saves else None
+
+    def around(name: str, original: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        _quietly(wait)
+        result = original(*args, **options)
+        if name == _WORKER_METHODS[-1]:
+            _quietly(_note_use, vllm_config)
+            if saves:
+                _quietly(start_save, _ENGINE, key, settings, began_ns, logger)
+        return result
+
     for name in _WORKER_METHODS:
-        original = getattr(worker, name, None)
-        if original is not None:
-            setattr(worker, name, wrapped(name, original))
+        if getattr(worker, name, None) is not None:
+            wrap(worker, name, functools.partial(around, name))
 
 
 def _is_follower(vllm_config: Any, worker: Any) -> bool:
-    """Whether this is the worker that saves for a node without an engine process."""
+    """True if this worker saves for a node that has no engine process: the first worker of a follower node."""
     parallel = vllm_config.parallel_config
     node = getattr(parallel, "node_rank_within_dp", None) or getattr(parallel, "node_rank", 0)
     return bool(node) and getattr(worker, "local_rank", 0) == 0
 
 
 def _note_use(vllm_config: Any) -> None:
-    """Note which of vLLM's directories this rank uses, so that they are saved also when nothing in them is new, and
-    what is in vLLM's key.
+    """Record this rank's directories of vLLM's cache, which are saved even if nothing in them is new, and the factors
+    of vLLM's key.
     """
     root = directories_of("vllm")["vllm"]
     config, parallel = vllm_config.compilation_config, vllm_config.parallel_config
@@ -189,7 +183,7 @@ def _note_use(vllm_config: Any) -> None:
 
 
 def key_factors(vllm_config: Any) -> dict[str, Any]:
-    """What vLLM's own keys are made of, in so far as it can be told by name; for a person who wonders about a miss."""
+    """The variables, hashes of configurations and model path that go into vLLM's own keys, to explain a miss."""
     from vllm import envs
 
     factors = getattr(envs, "compile_factors", None)
@@ -203,7 +197,11 @@ def key_factors(vllm_config: Any) -> dict[str, Any]:
 
 
 def _restore_model_info(model: Any) -> Path | None:
-    """The file of a description that is not there, after it was looked for in the store; else None."""
+    """Restore the description of a model from the store, if vLLM's file with it does not exist.
+
+    Returns:
+        The path of the file if it is still missing; None if it exists now, or if the compile cache is switched off.
+    """
     path = Path(model._get_cache_dir(), model._get_cache_filename())
     if path.exists():
         return None

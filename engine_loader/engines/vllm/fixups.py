@@ -1,15 +1,16 @@
-"""vLLM's faults that keep a restored cache from being used; see fixups.py."""
+"""Fix-ups (common/fixups.py) of vLLM: faults that keep a restored cache from being used."""
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
-from ..common.fixups import APPLIED, Fixup, apply_needed
+from ...replacing import wrap, wrapped_in_thread
+from ..common.fixups import Fixup, apply_needed
 
 
 def register() -> None:
-    """Apply what is needed to `vllm.compilation.decorators`, which was imported."""
+    """Apply the fix-ups that `vllm.compilation.decorators`, just imported, needs."""
     from vllm.compilation import decorators
 
     apply_needed(FIXUPS, decorators)
@@ -17,31 +18,19 @@ def register() -> None:
 
 def _finalize_only_where_it_can(decorators: Any) -> None:
     """Give functions that are complete as they were loaded a `finalize_loading` that does nothing."""
-    original = decorators._try_load_aot_compiled_fn
-    if getattr(original, APPLIED, False):
-        return
 
-    @functools.wraps(original)
-    def try_load(*args: Any, **options: Any) -> Any:
-        compiler = decorators.torch.compiler
-        load = compiler.load_compiled_function
+    def load_and_complete(load: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        loaded = load(*args, **options)
+        compiled = loaded._artifacts.compiled_fn
+        if not hasattr(compiled, "finalize_loading"):
+            compiled.finalize_loading = lambda _config: None
+        return loaded
 
-        @functools.wraps(load)
-        def load_and_complete(*load_args: Any, **load_options: Any) -> Any:
-            loaded = load(*load_args, **load_options)
-            compiled = loaded._artifacts.compiled_fn
-            if not hasattr(compiled, "finalize_loading"):
-                compiled.finalize_loading = lambda _config: None
-            return loaded
-
-        compiler.load_compiled_function = load_and_complete
-        try:
+    def try_load(original: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        with wrapped_in_thread(decorators.torch.compiler, "load_compiled_function", load_and_complete):
             return original(*args, **options)
-        finally:
-            compiler.load_compiled_function = load
 
-    setattr(try_load, APPLIED, True)
-    decorators._try_load_aot_compiled_fn = try_load
+    wrap(decorators, "_try_load_aot_compiled_fn", try_load)
 
 
 FIXUPS = (

@@ -1,9 +1,9 @@
 """vLLM: the loader class behind ``--load-format b10_3fs``.
 
-It is vLLM's own DefaultModelLoader, told that the format is "safetensors", with one thing exchanged: the iterator over
-safetensors files. So whatever the default loader does around the reading (download, revisions, ignore patterns,
-secondary weights and prefixes, filters, weight tracking, reloading) stays the engine's, in every version. Read in vLLM
-0.10.1 to 0.32.
+The class extends vLLM's DefaultModelLoader, gives it "safetensors" as the format, and replaces the iterator over
+safetensors files while it is called. Whatever the default loader does around the reading (download, revisions, ignore
+patterns, secondary weights and prefixes, filters, weight tracking, reloading) stays vLLM's, in every version. Read in
+vLLM 0.10.1 to 0.32.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,9 +23,12 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from ...loading.direct.dry_run import Explanation
 from ...loading.direct.load import DirectLoad
 from ...plugin import LOAD_FORMAT
+from ...replacing import wrapped_in_thread
 from ...settings import load_settings
-from ..common.adapter import Weights, obstacle_to_direct, plan_mode, prepare_memory, read_weights, split_options
-from ..common.names import told_of_misfits
+from ..common.mode import obstacle_to_direct, plan_mode
+from ..common.names import explaining_misfits
+from ..common.options import split_options
+from ..common.reading import Weights, prepare_memory, read_weights
 from ..common.weights_uri import has_weights, is_training_checkpoint, weights_at
 from .sharded import files_of_this_rank, fill_state, tie_as_saved
 
@@ -36,7 +38,6 @@ logger = logging.getLogger("vllm.engine_loader")
 _ENGINE_KEYS = frozenset({"enable_weights_track"})
 """Keys of --model-loader-extra-config that vLLM's default loader takes and that mean something with this reader."""
 _ITERATOR = "safetensors_weights_iterator"
-_exchange = threading.RLock()
 
 
 def register() -> None:
@@ -76,9 +77,9 @@ class B10ModelLoader(DefaultModelLoader):
         self._replaced: tuple[str, str] | None = None
 
     def download_model(self, model_config: Any) -> None:
-        """Fetch a hub model's weights, where they are what will be loaded."""
-        here = self._replacement(model_config) is None
-        if here and not is_training_checkpoint(model_config.model, self._reader_settings):
+        """Download a hub model's weights, unless others are loaded in their place (the setting ``weights_uri``)."""
+        own = self._replacement(model_config) is None
+        if own and not is_training_checkpoint(model_config.model, self._reader_settings):
             super().download_model(model_config)
 
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
@@ -95,21 +96,21 @@ class B10ModelLoader(DefaultModelLoader):
         self._load_directly(model, model_config, DirectLoad(model, expects=_expects(model)))
 
     def _fill(self, model: torch.nn.Module, model_config: Any) -> None:
-        """Have the engine's code put the weights into the model."""
+        """Fill the model: by vLLM's ``load_weights``, or by its state dict if the checkpoint is a sharded_state one."""
         replaced = self._replacement(model_config)
         directory = replaced[1] if replaced else getattr(model_config, "model_weights", None) or model_config.model
         files = files_of_this_rank(directory, self._reader_settings)
         if files is None:
-            with told_of_misfits(model, directory, self._reader_settings):
+            with explaining_misfits(model, directory, self._reader_settings):
                 super().load_weights(model, model_config)
             return
         tie_as_saved(model, model_config, files, self._reader_settings)
-        weights = self._weights(default_loader.safetensors_weights_iterator)(files, self.load_config.use_tqdm_on_load)
+        weights = self._read(files, show_progress=self.load_config.use_tqdm_on_load)
         with torch.no_grad():
             fill_state(model, weights, directory)
 
     def explain(self, model: torch.nn.Module, model_config: Any) -> Explanation:
-        """What ``load_weights`` would read of which tensor, in direct mode. The model is not filled."""
+        """Find out what ``load_weights`` would read of each tensor in direct mode, without filling the model."""
         explanation = Explanation(self._reader_settings)
         explanation.obstacle = obstacle_to_direct(model, self._reader_settings)
         load = DirectLoad(model, expects=_expects(model), observer=explanation, execute=False)
@@ -129,7 +130,7 @@ class B10ModelLoader(DefaultModelLoader):
         return super().get_all_weights(model_config, model)  # type: ignore[no-any-return]
 
     def _replacement(self, model_config: Any) -> tuple[str, str] | None:
-        """The model's directory, and the weights_uri from which its weights come instead, if so."""
+        """The model's directory, and the ``weights_uri`` that its weights are read from instead; else None."""
         uri = self._reader_settings.weights_uri
         if uri is None or (getattr(model_config, "runner_type", None) == "draft" and has_weights(model_config.model)):
             return None  # a draft model is another model, unless its weights are among those of the one that it serves
@@ -140,58 +141,54 @@ class B10ModelLoader(DefaultModelLoader):
             return self._weights_at(source, self._replaced[1])
         if is_training_checkpoint(source.model_or_path, self._reader_settings):
             return self._weights_at(source, source.model_or_path)
-        with _exchange:
-            original = getattr(default_loader, _ITERATOR)
-            setattr(default_loader, _ITERATOR, self._weights(original))
-            try:
-                return super()._get_weights_iterator(source)  # type: ignore[no-any-return]
-            finally:
-                setattr(default_loader, _ITERATOR, original)
+        with wrapped_in_thread(default_loader, _ITERATOR, self._weights):
+            return super()._get_weights_iterator(source)  # type: ignore[no-any-return]
 
     def _weights_at(self, source: Any, uri: str) -> Weights:
-        """What vLLM's own method gives for a source, read from ``uri``."""
+        """What vLLM's ``_get_weights_iterator`` returns for a source, but with the weights at ``uri``."""
         # Both attributes are of newer versions.
         subfolder, patterns = getattr(source, "subfolder", None), getattr(source, "allow_patterns_overrides", None)
         files = weights_at(uri, self._reader_settings, subfolder=subfolder, patterns=patterns)
         if not self.counter_before_loading_weights:
             self.counter_before_loading_weights = time.perf_counter()
-        weights = self._weights(getattr(default_loader, _ITERATOR))(
-            files, self.load_config.use_tqdm_on_load, local_expert_ids=getattr(self, "local_expert_ids", None)
-        )
+        skip = _skip_experts(getattr(self, "local_expert_ids", None))
+        weights = self._read(files, show_progress=self.load_config.use_tqdm_on_load, skip=skip)
         return ((source.prefix + name, tensor) for name, tensor in weights)
 
-    def _weights(self, original: Callable[..., Weights]) -> Callable[..., Weights]:
-        """What stands in for vLLM's iterator, with its arguments."""
+    def _weights(
+        self,
+        original: Callable[..., Weights],
+        files: list[str] | str,
+        use_tqdm_on_load: bool,
+        strategy: str | None = None,
+        *args: Any,
+        local_expert_ids: set[int] | None = None,
+        **options: Any,
+    ) -> Weights:
+        """Called instead of vLLM's iterator over safetensors files (``original``), with its arguments."""
+        if strategy == "torchao":
+            # These files hold flattened tensor subclasses that only vLLM's iterator puts together again.
+            logger.warning("%s: torchao checkpoints are read by vLLM's own reader", LOAD_FORMAT)
+            return original(files, use_tqdm_on_load, strategy, *args, local_expert_ids=local_expert_ids, **options)
+        return self._read(files, show_progress=use_tqdm_on_load, skip=_skip_experts(local_expert_ids))
 
-        def weights(
-            files: list[str] | str,
-            use_tqdm_on_load: bool,
-            strategy: str | None = None,
-            *args: Any,
-            local_expert_ids: set[int] | None = None,
-            **options: Any,
-        ) -> Weights:
-            if strategy == "torchao":
-                # These files hold flattened tensor subclasses that only vLLM's iterator puts together again.
-                logger.warning("%s: torchao checkpoints are read by vLLM's own reader", LOAD_FORMAT)
-                return original(files, use_tqdm_on_load, strategy, *args, local_expert_ids=local_expert_ids, **options)
-            return read_weights(
-                files,
-                self._reader_settings,
-                log=logger,
-                show_progress=use_tqdm_on_load,
-                skip=_skip_experts(local_expert_ids),
-                note=self._note,
-                direct=self._direct,
-                device=self._device,
-            )
-
-        return weights
+    def _read(
+        self, weights: list[str] | str, *, show_progress: bool, skip: Callable[[str], bool] | None = None
+    ) -> Weights:
+        return read_weights(
+            weights,
+            self._reader_settings,
+            log=logger,
+            show_progress=show_progress,
+            skip=skip,
+            note=self._note,
+            direct=self._direct,
+            device=self._device,
+        )
 
 
 def _expects(model: torch.nn.Module) -> Callable[[str], bool]:
-    """Whether a tensor, by its name in the checkpoint, is of a layer of this pipeline stage, as far as that can be
-    told."""
+    """A function that is false for the checkpoint's name of a tensor whose layer belongs to another pipeline stage."""
     from vllm.model_executor.models import utils
 
     # Not by its is_pp_missing_parameter, which remembers models by their ids, also when they are gone.
@@ -209,7 +206,7 @@ def _skip_experts(local_expert_ids: set[int] | None) -> Callable[[str], bool] | 
 
 
 def _show_warnings() -> None:
-    """Show what this package logs in vLLM's way: vLLM sets up its own logger only."""
+    """Give this package's logger the handlers and level of vLLM's: vLLM sets up only its own logger."""
     ours, theirs = logging.getLogger("engine_loader"), logging.getLogger("vllm")
     if not ours.handlers:
         ours.handlers = list(theirs.handlers)

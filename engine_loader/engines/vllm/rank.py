@@ -1,8 +1,8 @@
 """vLLM: any rank's model in this process, on the CPU, without the other ranks.
 
 torch's "fake" process groups answer every collective with nothing, which is enough to build a model and to load its
-weights: no loader of vLLM asks other ranks for anything. So one process can explain, prepare or test what each rank of
-    many does.
+weights: no loader of vLLM asks other ranks for anything. So one process can explain, prepare or test the load of every
+rank.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
 
 from ...errors import SettingsError
+from ...replacing import replaced
 
 _ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_HOST_IP": "127.0.0.1"}
 
@@ -28,11 +28,12 @@ class Rank:
     """One rank of a parallel layout.
 
     Attributes:
-        rank: within one replica of the model: pipeline stage times tensor-parallel size plus tensor-parallel rank.
-        expert_parallel: the experts are spread over the tensor-parallel ranks, each whole.
+        tensor_parallel_size, pipeline_parallel_size: the layout of one replica of the model.
+        rank: number within the replica: pipeline stage times tensor-parallel size plus tensor-parallel rank.
+        expert_parallel: whole experts are spread over the tensor-parallel ranks, instead of slices of every expert.
 
     Raises:
-        SettingsError: there is no such rank.
+        SettingsError: ``rank`` is negative, or not below the number of ranks.
     """
 
     tensor_parallel_size: int = 1
@@ -46,7 +47,7 @@ class Rank:
 
     @property
     def world_size(self) -> int:
-        """Ranks of one replica."""
+        """How many ranks one replica has."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
 
@@ -55,9 +56,9 @@ class RankModel:
     """A rank's model, its weights not yet loaded.
 
     Attributes:
-        module: the model.
-        config: vLLM's configuration of it.
-        loader: vLLM's loader for its load format.
+        module: the model, initialised.
+        config: vLLM's configuration (VllmConfig) for this rank.
+        loader: vLLM's loader for the load format.
     """
 
     module: torch.nn.Module
@@ -65,7 +66,7 @@ class RankModel:
     loader: Any = field(repr=False)
 
     def load(self) -> None:
-        """Load the weights as the engine does, without its next step, which packs them for its kernels."""
+        """Load the weights as vLLM does, but do not pack them for its kernels, which is vLLM's next step."""
         self.loader.load_weights(self.module, self.config.model_config)
 
 
@@ -78,16 +79,16 @@ def rank_model(
     extra_config: Mapping[str, Any] | None = None,
     **engine_args: Any,
 ) -> Iterator[RankModel]:
-    """The initialised model of one rank; within, vLLM believes that it is that rank.
+    """The initialised model of one rank; while the block runs, vLLM takes this process for that rank.
 
-    Memory is set aside, not touched: a rank's parameters take none before they are written.
+    Parameters are allocated and not written: they take no physical memory before weights are loaded.
 
     Args:
-        model: a directory.
-        rank: which rank.
-        load_format: vLLM's.
-        extra_config: for the loader.
-        engine_args: more of vLLM's EngineArgs.
+        model: directory of the model.
+        rank: the layout and the rank in it.
+        load_format: vLLM's option --load-format.
+        extra_config: vLLM's option --model-loader-extra-config.
+        engine_args: further fields of vLLM's EngineArgs.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -100,8 +101,8 @@ def rank_model(
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     load_general_plugins()
-    # vLLM asks a process of its own, 8-10 s, what a model class can do, lest it initialise a device here.
-    with mock.patch.object(registry, "_run_in_subprocess", lambda inspect: inspect()):
+    # vLLM inspects a model class in a process of its own (8-10 s), lest it initialise a device here.
+    with replaced(registry, "_run_in_subprocess", lambda inspect: inspect()):
         config = EngineArgs(
             model=os.fspath(model),
             load_format=load_format,
@@ -113,7 +114,7 @@ def rank_model(
             enforce_eager=True,
             **engine_args,
         ).create_engine_config()
-    with set_current_vllm_config(config), playing(rank):
+    with set_current_vllm_config(config), process_groups_of(rank):
         loader = get_model_loader(config.load_config)
         with set_default_torch_dtype(config.model_config.dtype), torch.device("cpu"):
             module = initialize_model(vllm_config=config, model_config=config.model_config)
@@ -121,8 +122,8 @@ def rank_model(
 
 
 @contextmanager
-def playing(rank: Rank) -> Iterator[None]:
-    """Within, vLLM's process groups are those of one rank, with nobody behind the others."""
+def process_groups_of(rank: Rank) -> Iterator[None]:
+    """While the block runs, vLLM's process groups are those of ``rank``, with no processes for the other ranks."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
     from vllm.distributed import parallel_state
 
@@ -142,10 +143,10 @@ def playing(rank: Rank) -> Iterator[None]:
 
     _leave_groups()
     with ExitStack() as stack:
-        stack.callback(setattr, sys, "excepthook", sys.excepthook)  # torch puts "[rank0]: " before every line, for ever
-        stack.enter_context(mock.patch.object(torch.distributed, "new_group", fake_group))
-        stack.enter_context(mock.patch.object(parallel_state, "init_model_parallel_group", group))
-        stack.enter_context(mock.patch.object(parallel_state, "_node_count", lambda *_: 1))
+        stack.callback(setattr, sys, "excepthook", sys.excepthook)  # torch has it print "[rank0]: " before every line
+        stack.enter_context(replaced(torch.distributed, "new_group", fake_group))
+        stack.enter_context(replaced(parallel_state, "init_model_parallel_group", group))
+        stack.enter_context(replaced(parallel_state, "_node_count", lambda *_: 1))
         torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank.rank, world_size=rank.world_size)
         stack.callback(_leave_groups)
         parallel_state.init_distributed_environment(rank.world_size, rank.rank, "env://", rank.rank, "fake")

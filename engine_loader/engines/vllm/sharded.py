@@ -40,7 +40,7 @@ def files_of_this_rank(directory: str, settings: LoaderSettings) -> list[str] | 
 
 
 def _place() -> tuple[ShardRank, int]:
-    """Which rank of how many this is."""
+    """This process's rank, and the number of ranks."""
     from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
     stages = get_pp_group()
@@ -100,12 +100,12 @@ def reshard(
     Nothing appears in ``out`` before all is written.
 
     Args:
-        model: a directory.
-        out: made here; must not hold anything.
-        layout: the sizes; its rank does not matter.
-        max_file_bytes: a rank's files are cut at this size.
-        step: is told each rank as it begins.
-        engine_args: more of vLLM's EngineArgs.
+        model: directory of the model.
+        out: directory that is made; must not exist, or be empty.
+        layout: the sizes of the layout; its rank does not matter.
+        max_file_bytes: a rank's tensors are spread over files of up to this size; None: one file a rank.
+        step: called with the name of each step (a rank, the other files) as it begins.
+        engine_args: further fields of vLLM's EngineArgs.
 
     Raises:
         CheckpointError: ``out`` is not empty, or the model is itself a sharded_state checkpoint.

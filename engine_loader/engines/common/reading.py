@@ -1,0 +1,70 @@
+"""Reading weights for an engine: the stream of tensors with its log line, and the memory where they will go."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from ...loading.direct.load import DirectLoad
+from ...loading.weights import stream_weights
+from ...plugin import LOAD_FORMAT
+from ...settings import LoaderSettings
+from ...transfer.memory.huge_pages import ask_for_huge_pages
+
+Weights = Iterator[tuple[str, torch.Tensor]]
+
+
+def prepare_memory(model: torch.nn.Module) -> None:
+    """Ask for huge pages under the model's parameters and buffers, whoever copies the weights there."""
+    ask_for_huge_pages(itertools.chain(model.parameters(), model.buffers()))
+
+
+def read_weights(
+    weights: Sequence[str] | str,
+    settings: LoaderSettings,
+    *,
+    log: logging.Logger,
+    show_progress: bool = True,
+    skip: Callable[[str], bool] | None = None,
+    note: str | None = None,
+    direct: DirectLoad | None = None,
+    device: torch.device | None = None,
+) -> Weights:
+    """Yield (name, tensor) as ``loading.weights.stream_weights``, and log its account of the load.
+
+    The first rank logs it at level INFO, the others at level DEBUG; only the first shows progress.
+
+    Args:
+        weights: the paths of safetensors files, or the directory of a training checkpoint.
+        settings: how to read.
+        log: the engine's logger.
+        show_progress: show a bar.
+        skip: a tensor for whose name it is true is not read.
+        note: a remark for the log line.
+        direct: the load in direct mode of which this is a part.
+        device: where streamed tensors are put; None: in the CPU's memory.
+
+    Raises:
+        CheckpointError: a file, a header or the index is wrong, or bytes could not be read.
+        SettingsError: GPUDirect Storage was asked for and cannot be used.
+    """
+    first = _is_first_rank()
+    return stream_weights(
+        weights,
+        settings,
+        skip=skip,
+        show_progress=show_progress and first,
+        tell=functools.partial(log.log, logging.INFO if first else logging.DEBUG, "%s: %s", LOAD_FORMAT),
+        note=note,
+        direct=direct,
+        device=device,
+    )
+
+
+def _is_first_rank() -> bool:
+    """True for rank 0 of torch.distributed, and where torch.distributed is not initialised."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
