@@ -6,6 +6,7 @@ python -m benchmarks.checkpoints DIR --gib 3 --files 6
 import argparse
 import json
 import os
+import shutil
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -130,6 +131,17 @@ def make_checkpoint(
         tensors = [(f"tensor.{number:05}", side) for number in range(count)]
     _write_files(directory, tensors, files)
     return directory
+
+
+def kept_checkpoint(directory: Path, gib: float, files: int) -> Path:
+    """The checkpoint of an earlier run in ``directory``, or a new one, which gets its name when it is complete."""
+    path = directory / f"llama-{gib:g}gib-{files}files"
+    if not path.exists():
+        unfinished = path.with_suffix(".partial")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        make_checkpoint(unfinished, int(gib * GIB), files)
+        unfinished.rename(path)
+    return path
 
 
 def _write_files(directory: Path, tensors: list[tuple[str, Shape]], files: int) -> None:

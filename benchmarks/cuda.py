@@ -30,8 +30,9 @@ from typing import Any, Protocol
 
 import torch
 
-from benchmarks.checkpoints import GIB, make_checkpoint
-from engine_loader.bench import contenders, page_cache, report
+from benchmarks.arguments import parser_of
+from benchmarks.checkpoints import GIB, kept_checkpoint
+from engine_loader.bench import contenders, page_cache, tables
 from engine_loader.bench.contenders import Contender, Targets, stopwatch
 from engine_loader.bench.workload import Workload
 from engine_loader.loading.streaming.gds import obstacle_to_gds
@@ -95,10 +96,10 @@ def main() -> None:
     device = torch.device(arguments.device)
     if device.type == "cpu":
         print("**A rehearsal, on the CPU: these figures say nothing about a GPU.**\n")
-    path = _checkpoint(arguments.dir, arguments.gib)
+    path = kept_checkpoint(arguments.dir, arguments.gib, 6)
     workload = Workload.of(path)
-    print(f"Machine: {_gpu(device)}{report.machine_line(report.describe_machine(workload))}.\n")
-    print(f"Checkpoint: {report.workload_line(workload)}. Medians of {arguments.rounds} interleaved rounds.")
+    print(f"Machine: {_gpu(device)}{tables.machine_line(tables.describe_machine(workload))}.\n")
+    print(f"Checkpoint: {tables.workload_line(workload)}. Medians of {arguments.rounds} interleaved rounds.")
     print(
         f"Other loaders run in processes of their own, and are stopped after {arguments.deadline:g} s without an end.\n"
     )
@@ -112,9 +113,7 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    default = Path(tempfile.gettempdir()) / "engine-loader-benchmark"
-    parser.add_argument("--dir", type=Path, default=default, help="where the checkpoint is kept (default: %(default)s)")
+    parser = parser_of(__doc__)
     parser.add_argument("--gib", type=float, default=6.0, help="its size (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="how often each is measured (default: %(default)s)")
     parser.add_argument("--only", type=re.compile, default="", metavar="REGEX", help="these contenders, and the limits")
@@ -125,16 +124,6 @@ def _arguments() -> argparse.Namespace:
     sources = ("cache", "tmpfs", "disk")
     parser.add_argument("--sources", nargs="+", choices=sources, default=list(sources), help="default: all")
     return parser.parse_args()
-
-
-def _checkpoint(directory: Path, gib: float) -> Path:
-    path = directory / f"llama-{gib:g}gib-6files"
-    if not path.exists():
-        unfinished = path.with_suffix(".partial")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        make_checkpoint(unfinished, int(gib * GIB), 6)
-        unfinished.rename(path)
-    return path
 
 
 @contextmanager

@@ -7,13 +7,11 @@ before, the files lie in the page cache; every way is checked once, bit for bit,
 measured without forcing the files to disk, and they are deleted at once.
 """
 
-import argparse
 import os
 import platform
 import shutil
 import statistics
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -32,6 +30,7 @@ from engine_loader.dcp import SerializationFormat
 from engine_loader.formats.safetensors import TensorInfo
 from engine_loader.machine import cpu_model, mount_of, usable_cpus
 
+from .arguments import parser_of
 from .checkpoints import GIB
 
 TENSORS = 199
@@ -143,9 +142,7 @@ def resident_bytes(*, peak: bool) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    default = Path(tempfile.gettempdir()) / "engine-loader-benchmark"
-    parser.add_argument("--dir", type=Path, default=default, help="where checkpoints are kept (default: %(default)s)")
+    parser = parser_of(__doc__)
     parser.add_argument("--gib", type=float, default=2.27, help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=11, help="default: %(default)s")
     parser.add_argument("--files", type=int, nargs="+", default=[1, 4], help="to measure with (default: 1 4)")

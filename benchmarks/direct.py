@@ -8,14 +8,12 @@ ones; what does a rank of tensor-parallel 4 read, by each choice of the cost mod
 medians. The checkpoints are made once and reused.
 """
 
-import argparse
 import ctypes
 import gc
 import json
 import logging
 import os
 import sys
-import tempfile
 import threading
 import time
 from collections import deque
@@ -33,6 +31,7 @@ os.environ.setdefault("RUNAI_STREAMER_LOG_LEVEL", "ERROR")
 
 import torch
 
+from benchmarks.arguments import parser_of
 from benchmarks.checkpoints import GIB, _write_files, make_checkpoint
 from engine_loader.bench import page_cache
 from engine_loader.bench.rounds import back_free_memory
@@ -323,11 +322,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    default = Path(tempfile.gettempdir()) / "engine-loader-benchmark-direct"
-    parser.add_argument(
-        "--dir", type=Path, default=default, help="where the checkpoints are kept (default: %(default)s)"
-    )
+    parser = parser_of(__doc__, "engine-loader-benchmark-direct")
     parser.add_argument("--gib", type=float, default=3.0)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", choices=["llama", "many", "cost"], nargs="*", default=["llama", "many", "cost"])

@@ -6,18 +6,16 @@ An engine's own load_weights is such a thread. Two Python threads of preadv into
 Rounds are interleaved; figures are medians.
 """
 
-import argparse
 import multiprocessing
 import statistics
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-from benchmarks.read import _checkpoint
+from benchmarks.arguments import parser_of
+from benchmarks.checkpoints import kept_checkpoint
 from engine_loader import open_checkpoint
 from engine_loader.bench.plain_reads import read_plainly
 from engine_loader.bench.workload import Parameters, Workload
@@ -63,12 +61,10 @@ def _spin_process(end: threading.Event, ready: threading.Event) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    default = Path(tempfile.gettempdir()) / "engine-loader-benchmark"
-    parser.add_argument("--dir", type=Path, default=default, help="where the checkpoint is kept (default: %(default)s)")
+    parser = parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=7, help="default: %(default)s")
     arguments = parser.parse_args()
-    workload = Workload.of(_checkpoint(arguments.dir, 3.0, 6))
+    workload = Workload.of(kept_checkpoint(arguments.dir, 3.0, 6))
     parameters = Parameters(workload.tensors)
     parameters.poison()
     targets = parameters.tensors

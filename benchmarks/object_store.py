@@ -7,12 +7,10 @@ CPUs. The limit is what sockets give: ranges received straight into the tensors,
 interleaved, memory was touched before; every way is checked once, bit for bit, into poisoned memory.
 """
 
-import argparse
 import os
 import platform
 import socket
 import sys
-import tempfile
 import warnings
 from collections import deque
 from collections.abc import Callable
@@ -38,6 +36,7 @@ from engine_loader.bench.workload import Workload
 from engine_loader.formats.safetensors import TensorInfo
 from engine_loader.machine import cpu_model, usable_cpus
 
+from .arguments import parser_of
 from .checkpoints import GIB
 from .dcp import Tensors, make_tensors, measure, plain_workload
 from .static_server import serving
@@ -136,9 +135,7 @@ def theirs(url: str, targets: Tensors) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    default = Path(tempfile.gettempdir()) / "engine-loader-benchmark"
-    parser.add_argument("--dir", type=Path, default=default, help="where checkpoints are kept (default: %(default)s)")
+    parser = parser_of(__doc__)
     parser.add_argument("--gib", type=float, default=2.27, help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=9, help="default: %(default)s")
     arguments = parser.parse_args()

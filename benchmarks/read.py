@@ -12,15 +12,14 @@ little.
 import argparse
 import json
 import re
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.checkpoints import GIB, make_checkpoint
-from engine_loader.bench import contenders, report
+from benchmarks.arguments import parser_of
+from benchmarks.checkpoints import kept_checkpoint
+from engine_loader.bench import contenders, tables
 from engine_loader.bench.contenders import Contender
 from engine_loader.bench.rounds import Benchmark, Measurement, Scenario, check_memory, count_runs
 from engine_loader.bench.workload import Workload
@@ -34,18 +33,18 @@ THREADS = (1, 2, 4, 8, 16)
 
 def main() -> None:
     arguments = _arguments()
-    path = _checkpoint(arguments.dir, arguments.gib, arguments.files)
+    path = kept_checkpoint(arguments.dir, arguments.gib, arguments.files)
     workload = Workload.of(path)
     warning = check_memory(workload, memory().available)
-    machine = report.describe_machine(workload)
+    machine = tables.describe_machine(workload)
     scenarios = [SCENARIOS[name] for name in arguments.scenarios]
     chosen = {
         scenario: [c for c in _contenders(scenario) if re.search(arguments.only, c.name)] for scenario in scenarios
     }
     measurements = _measure(workload, chosen, arguments.rounds, arguments.patience)
-    print(f"Machine: {report.machine_line(machine)}.\n")
-    print(f"Checkpoint: {report.workload_line(workload)}. Medians of {arguments.rounds} interleaved rounds.\n")
-    print("\n".join(map(report.markdown, measurements)))
+    print(f"Machine: {tables.machine_line(machine)}.\n")
+    print(f"Checkpoint: {tables.workload_line(workload)}. Medians of {arguments.rounds} interleaved rounds.\n")
+    print("\n".join(map(tables.markdown, measurements)))
     if warning:
         print(f"**Note:** {warning}")
     if arguments.json:
@@ -54,9 +53,7 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    default = Path(tempfile.gettempdir()) / "engine-loader-benchmark"
-    parser.add_argument("--dir", type=Path, default=default, help="where the checkpoint is kept (default: %(default)s)")
+    parser = parser_of(__doc__)
     parser.add_argument("--gib", type=float, default=3.0, help="its size (default: %(default)s)")
     parser.add_argument("--files", type=int, default=6, help="its shards (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="how often each is measured (default: %(default)s)")
@@ -73,17 +70,6 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every round's figure to FILE")
     return parser.parse_args()
-
-
-def _checkpoint(directory: Path, gib: float, files: int) -> Path:
-    """The checkpoint of an earlier run, or a new one; one that was not finished never has the final name."""
-    path = directory / f"llama-{gib:g}gib-{files}files"
-    if not path.exists():
-        unfinished = path.with_suffix(".partial")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        make_checkpoint(unfinished, int(gib * GIB), files)
-        unfinished.rename(path)
-    return path
 
 
 def _measure(

@@ -5,18 +5,17 @@
 The time of plain reads of the same files into one buffer is taken off; the rest is divided by the number of tensors.
 """
 
-import argparse
 import json
 import statistics
 import struct
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from benchmarks.arguments import parser_of
 from engine_loader import open_checkpoint
 from engine_loader.bench.plain_reads import read_plainly
 from engine_loader.bench.workload import Workload
@@ -43,9 +42,7 @@ def write(directory: Path, tensors: int, files: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    default = Path(tempfile.gettempdir()) / "engine-loader-benchmark"
-    parser.add_argument("--dir", type=Path, default=default, help="where the checkpoint is kept (default: %(default)s)")
+    parser = parser_of(__doc__)
     parser.add_argument("--tensors", type=int, default=100_000, help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     arguments = parser.parse_args()

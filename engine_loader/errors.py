@@ -1,6 +1,6 @@
 """The exceptions of this package.
 
-Every error says what happened, to which file and byte, and what to do about it.
+Every error says what happened, to which file and byte, and what to do.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ _MOST_CANDIDATES = 500
 
 
 class EngineLoaderError(Exception):
-    """Base of everything that this package raises on purpose."""
+    """Base class of the exceptions of this package."""
 
 
 class SettingsError(EngineLoaderError, ValueError):
-    """A setting is unknown or has a bad value; the message names where it came from."""
+    """A setting is unknown or has a bad value; the message names the file and line, or the variable, that sets it."""
 
 
 class CheckpointError(EngineLoaderError):
     """A checkpoint cannot be read as asked.
 
     Attributes:
-        message: what is wrong, without the place.
+        message: what is wrong, without file and offset.
         file: the file concerned, if there is one.
         offset: the byte offset in that file, if there is one.
         hint: what the reader of the message can do.
@@ -46,31 +46,31 @@ class CheckpointError(EngineLoaderError):
         super().__init__(self._text())
 
     def _text(self) -> str:
-        place = "" if self.file is None else f"{_printable(self.file)}: "
+        prefix = "" if self.file is None else f"{_printable(self.file)}: "
         if self.offset is not None:
-            place = f"{place}at byte {self.offset}: "
+            prefix = f"{prefix}at byte {self.offset}: "
         hint = "" if self.hint is None else f" ({self.hint})"
-        return f"{place}{self.message}{hint}"
+        return f"{prefix}{self.message}{hint}"
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Engines send exceptions between processes; the default would call the constructor with the text alone.
+        # Engines send exceptions between processes; by default, pickle would call the constructor with the text alone.
         return (_rebuild, (type(self), self.message, self.file, self.offset, self.hint), self.__dict__)
 
 
 class TransferError(CheckpointError):
-    """Bytes could not be moved: an IO error, a deadline, a file that changed. ``errno`` holds the cause, if any."""
+    """Bytes could not be read: an I/O error, a deadline, a file that changed. ``errno`` is the cause, or None."""
 
     errno: int | None = None
 
 
 class TransferCancelled(TransferError):
-    """A transfer was cancelled by its owner; its destinations hold unspecified bytes."""
+    """A transfer was cancelled by its owner; the destinations hold unspecified bytes."""
 
 
 class TensorNotFoundError(CheckpointError, KeyError):
-    """A tensor was asked for that the checkpoint does not have."""
+    """The checkpoint has no tensor of the requested name."""
 
-    # KeyError prints the repr of its argument; ours is a sentence.
+    # KeyError's text is the repr of its argument; this message is a sentence.
     __str__ = CheckpointError.__str__
 
     @classmethod
@@ -88,10 +88,10 @@ def _rebuild(
 
 
 def _candidates(name: str, names: Iterable[str]) -> list[str]:
-    """Those of ``names`` that begin and end most like ``name``: comparing it with all of them would take seconds."""
+    """The ``names`` with the longest common beginning and end with ``name``. Comparing all names would take seconds."""
 
     def alike(other: str) -> int:
-        # Character by character is what is wanted here.
+        # A common prefix of characters, not of parts of a path.
         begin = os.path.commonprefix([name, other])  # noqa: RUF071
         end = os.path.commonprefix([name[::-1], other[::-1]])  # noqa: RUF071
         return len(begin) + len(end)
@@ -100,5 +100,5 @@ def _candidates(name: str, names: Iterable[str]) -> list[str]:
 
 
 def _printable(path: str) -> str:
-    # A path may hold bytes that are not text (surrogate escapes), or line breaks; a log must not fail or break on them.
+    # A path can hold bytes that are not text (surrogate escapes), or line breaks, which must not break a log.
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in path)

@@ -1,4 +1,4 @@
-"""Which failures of a read are worth another try, and how one that is not is told to a person."""
+"""Which failures of a read are retried, and the errors for failures that are not."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 from .errors import TransferError
 
 RETRYABLE = frozenset({errno.EINTR, errno.EAGAIN, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO})
-"""Errors that may pass. EIO and ESTALE do on network file systems (a server that fails over)."""
+"""Errors that can be temporary. EIO and ESTALE are on network file systems (a server that fails over)."""
 
 _HINTS = {
     errno.EIO: "the storage reports an error: look at the kernel log, the disk's health or the mount",
@@ -33,12 +33,12 @@ _HINTS = {
 
 
 def errno_hint(code: int | None) -> str | None:
-    """What a person can do about an errno, where we know."""
+    """What a person can do about an errno; None if there is no advice for it."""
     return None if code is None else _HINTS.get(code)
 
 
 def io_error(path: str, offset: int | None, code: int | None, *, tries: int = 1, doing: str = "read") -> TransferError:
-    """The error for a system call on ``path`` that failed for good with errno ``code`` after ``tries`` tries."""
+    """The error for a system call on ``path`` that failed with errno ``code`` and is not tried again."""
     name = errno.errorcode.get(code, str(code)) if code else "unknown error"
     text = os.strerror(code) if code else "unknown error"
     after = f" after {tries} tries" if tries > 1 else ""
@@ -48,12 +48,12 @@ def io_error(path: str, offset: int | None, code: int | None, *, tries: int = 1,
 
 
 def end_of_file(path: str, offset: int, size: int) -> TransferError:
-    """The error for a file that ends before the size it had when it was opened."""
+    """The error for a file that became shorter than the ``size`` that it had when it was opened."""
     return TransferError(
         f"the file ended here while it was being read; it had {size} bytes when it was opened",
         file=path,
         offset=offset,
-        hint="was it cut short or replaced meanwhile? copy it again, and load when nothing writes to it",
+        hint="was the file cut short or replaced meanwhile? copy it again, and load when nothing writes to it",
     )
 
 

@@ -1,4 +1,4 @@
-"""Python's garbage collection, kept away while very many objects are made."""
+"""Switches Python's garbage collection off while very many objects are made."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Headers and metadata become very many objects, and none of them garbage: in a process as large as an engine's,
-    looking for some time and again takes several times as long as reading them."""
+    """Switch garbage collection off while the block runs.
+
+    Reading headers and metadata makes very many objects, and none of them is garbage. In a process with as many objects
+    as an engine's, the collections would take several times as long as the reading.
+    """
     before = gc.isenabled()
     gc.disable()
     try:

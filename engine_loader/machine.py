@@ -1,4 +1,4 @@
-"""What this machine, or container, gives the process: CPUs, memory, file systems."""
+"""Resources of this machine or container that the process can use: CPUs, memory, file systems."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Mount:
     """A mounted file system.
 
     Attributes:
-        point: where it is mounted.
-        kind: its type, e.g. "ext4", "nfs4", "fuse.juicefs".
+        point: the path of the mount point.
+        kind: the type of the file system, e.g. "ext4", "nfs4", "fuse.juicefs".
         source: the device or the server's export.
         options: of the mount, e.g. {"ro", "relatime"}.
     """
@@ -38,8 +38,8 @@ class Memory:
 
     Attributes:
         total: of the machine.
-        available: what this process can still get without swapping, its cgroup's limit counted.
-        limit: of its cgroup; None where there is none.
+        available: what this process can still allocate without swapping, within the limit of its cgroup.
+        limit: of the process's cgroup; None: there is no limit.
     """
 
     total: int
@@ -49,12 +49,12 @@ class Memory:
 
 @dataclass(frozen=True)
 class CpuTime:
-    """Seconds of CPU time up to some moment.
+    """Seconds of CPU time since the machine was started.
 
     Attributes:
-        total: of all CPUs, idle or not.
-        busy: of all CPUs, with someone's work.
-        own: of this process.
+        total: of all CPUs, busy and idle.
+        busy: of all CPUs, busy with any process.
+        own: of this process and its children that have ended.
     """
 
     total: float
@@ -68,7 +68,7 @@ class CpuTime:
 
 
 def cpu_model(proc: Path = _PROC) -> str:
-    """The processor's name, as the kernel has it."""
+    """The name of the processor in /proc/cpuinfo."""
     found = re.search(r"^(?:model name|Model|cpu model)\s*:\s*(.+)$", _text(proc / "cpuinfo"), re.MULTILINE)
     return found[1].strip() if found else "unknown processor"
 
@@ -79,13 +79,13 @@ def usable_cpus() -> int:
 
 
 def cgroup_cpus(proc: Path = _PROC) -> float | None:
-    """The CPU time per second that the cgroup may use; None where there is no quota."""
+    """The CPU time per second that the cgroup may use; None: there is no quota."""
     quotas = [_cpu_max(group) for group in _groups("cpu", proc)]
     return min((quota for quota in quotas if quota is not None), default=None)
 
 
 def cpu_time(proc: Path = _PROC) -> CpuTime:
-    """What the CPUs of the machine have done since it was started, and this process with its ended children."""
+    """The CPU time of the machine and of this process up to now."""
     fields = [int(field) for field in _text(proc / "stat").partition("\n")[0].split()[1:9]] or [0] * 8
     _, _, _, idle, waiting, *_ = fields
     tick_s = 1 / os.sysconf("SC_CLK_TCK")
@@ -93,7 +93,7 @@ def cpu_time(proc: Path = _PROC) -> CpuTime:
 
 
 def memory(proc: Path = _PROC) -> Memory:
-    """The machine's memory and what is left of it."""
+    """The memory of the machine, and the part that this process can still allocate."""
     sizes = {key: int(kib) << 10 for key, kib in re.findall(r"^(\w+):\s+(\d+) kB$", _text(proc / "meminfo"), re.M)}
     available = sizes.get("MemAvailable", sizes.get("MemFree", 0))
     limit: int | None = None
@@ -102,7 +102,7 @@ def memory(proc: Path = _PROC) -> Memory:
         if here is None or here >= _NO_LIMIT:
             continue
         used = _first_number(group, "memory.current", "memory.usage_in_bytes") or 0
-        # The page cache counts as used, but is given up when memory is asked for.
+        # The page cache counts as used, but the kernel frees it when processes need memory.
         cached = re.search(r"^(?:total_)?inactive_file (\d+)$", _text(group / "memory.stat"), re.M)
         available = min(available, max(0, here - used + (int(cached[1]) if cached else 0)))
         limit = here if limit is None else min(limit, here)
@@ -123,12 +123,12 @@ def mounts(proc: Path = _PROC) -> list[Mount]:
 
 
 def mount_of(path: str | os.PathLike[str], proc: Path = _PROC) -> Mount | None:
-    """The mount that ``path``, or the nearest of its parents that exists, lies on."""
+    """The mount that holds ``path``, or the nearest of its parents that exists; None if no mount is known."""
     real = os.path.realpath(path)
     best: Mount | None = None
     for mount in mounts(proc):
         inside = real == mount.point or real.startswith(mount.point.rstrip("/") + "/")
-        # Of two mounts at one point, the later one is seen.
+        # Of two mounts at one point, the later one is visible.
         if inside and (best is None or len(mount.point) >= len(best.point)):
             best = mount
     return best
@@ -143,7 +143,7 @@ def _groups(controller: str, proc: Path) -> Iterator[Path]:
             continue
         root = Path(mount.point)
         group = root / _own_group(controller if mount.kind == "cgroup" else "", proc).lstrip("/")
-        # In a container, the path may be the host's: then only the root is seen.
+        # In a container, the path can be that of the host: then only the root is visible.
         group = group if group.is_dir() else root
         yield group
         while group != root and root in group.parents:
@@ -184,8 +184,10 @@ def _unescaped(path: str) -> str:
 
 
 def sync_directory(path: str | os.PathLike[str]) -> None:
-    """Force a directory's entries to permanent storage, so that a power failure takes no new name away; where its file
-    system can: some of the network cannot."""
+    """Write a directory's entries to permanent storage, so that new names survive a power failure.
+
+    Errors are ignored: some network file systems cannot sync a directory.
+    """
     with suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:

@@ -1,4 +1,4 @@
-"""Measures how fast a checkpoint's bytes reach parameters: by plain reads (the limit), by us, by other loaders.
+"""Measures how fast a checkpoint is read into parameters by plain reads (the limit), this package and other loaders.
 
-``engine-loader bench read`` and ``benchmarks/read.py`` are two doors to it.
+``engine-loader bench read`` and ``benchmarks/read.py`` run these measurements.
 """

@@ -1,6 +1,6 @@
-"""Who is measured. Each fills the same parameters with the same tensors, in the fastest way that its users are offered.
+"""The ways of reading that are measured. Each fills the same parameters, in the fastest way that its package documents.
 
-Opening the files and reading the headers counts, as it does in an engine; importing does not.
+The time to open the files and to read the headers counts, as in an engine; the time of imports does not.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ _CPU = torch.device("cpu")
 
 
 class Stopwatch:
-    """When the contender that runs now had read the headers and began with tensors; contenders run one at a time.
+    """The moment at which the running contender has read the headers and begins to read tensors.
 
     Attributes:
-        began: by time.perf_counter; None: it has not begun, or does not tell.
+        began: by time.perf_counter; None: the contender has not begun to read tensors, or does not report it.
     """
 
     began: float | None = None
 
     def reading_begins(self) -> None:
-        """From here on tensors are read."""
+        """Record that the reading of tensors begins now. Contenders run one at a time."""
         self.began = time.perf_counter()
 
 
@@ -50,11 +50,11 @@ class Contender:
     """One way of reading.
 
     Attributes:
-        name: as in the table.
-        kind: "plain" reads are the limit, "ours" is this package, "peer" what users could pick instead.
-        load: fills the targets; may return what a reader of the table should know about how it was done.
-        version: of the package measured.
-        fills: whether the bytes end up in the targets; where not, there is nothing to verify.
+        name: for the table of results.
+        kind: "plain": a plain read, as the limit; "ours": this package; "peer": another loader.
+        load: fills the targets; may return a description of how it read, for the table of results.
+        version: of the measured package.
+        fills: True if the bytes are written to the targets; otherwise they cannot be verified.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Contender:
 
 
 def plain(threads: int, *, huge_pages: bool = False) -> Contender:
-    """``preadv`` on this many threads; ``huge_pages``: into memory for which huge pages are asked first."""
+    """``preadv`` on this many threads; ``huge_pages``: huge pages are requested for the targets first."""
 
     def load(workload: Workload, targets: Targets) -> None:
         if huge_pages:
@@ -77,13 +77,14 @@ def plain(threads: int, *, huge_pages: bool = False) -> Contender:
 
 
 def dd() -> list[Contender]:
-    """``dd iflag=direct``, where it is installed; it bypasses the page cache, so it belongs to cold reads only."""
-    found = shutil.which("dd") is not None
-    return [Contender("dd iflag=direct", "plain", lambda workload, _: read_with_dd(workload), fills=False)] * found
+    """``dd iflag=direct``, if it is installed. It bypasses the page cache, so it is a limit for cold reads only."""
+    if shutil.which("dd") is None:
+        return []
+    return [Contender("dd iflag=direct", "plain", lambda workload, _: read_with_dd(workload), fills=False)]
 
 
 def ours(**options: Any) -> list[Contender]:
-    """``load_into``, and ``tensors()`` with a copy of each; ``options`` are those of open_checkpoint."""
+    """``load_into``, and ``tensors()`` followed by a copy of each tensor; ``options`` are passed to open_checkpoint."""
     suffix = "".join(f", {name}={value}" for name, value in options.items())
     return [
         Contender(f"engine_loader load_into{suffix}", "ours", partial(_load_into, options), __version__),
@@ -92,7 +93,7 @@ def ours(**options: Any) -> list[Contender]:
 
 
 def ours_with_huge_pages() -> Contender:
-    """``tensors()`` with a copy of each into memory for which huge pages were asked, as the engines' adapters do."""
+    """``tensors()`` with a copy of each tensor into memory for which huge pages are requested, as in the adapters."""
 
     def load(workload: Workload, targets: Targets) -> str:
         ask_for_huge_pages(targets.values())
@@ -102,7 +103,7 @@ def ours_with_huge_pages() -> Contender:
 
 
 def installed_peers(device: torch.device = _CPU) -> list[Contender]:
-    """Those of the other loaders that are installed; ``device``: where they put tensors, if they can."""
+    """The other loaders that are installed; ``device``: the device for tensors of those that can choose one."""
     peers = {
         "safetensors": ("safetensors", _safetensors),
         "fastsafetensors": ("fastsafetensors", _fastsafetensors),
@@ -143,7 +144,7 @@ def _safetensors(device: torch.device, workload: Workload, targets: Targets) -> 
     stopwatch.reading_begins()
     for path in workload.files:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            # In file order where this version can tell it; its keys() are sorted by name.
+            # offset_keys(), in newer versions, is in file order; keys() is sorted by name.
             names = file.offset_keys() if hasattr(file, "offset_keys") else file.keys()
             _copy(((name, file.get_tensor(name)) for name in names if name in targets), targets)
 
@@ -152,8 +153,8 @@ def _fastsafetensors(device: torch.device, workload: Workload, targets: Targets)
     from fastsafetensors import SingleGroup
     from fastsafetensors.parallel_loader import ParallelLoader
 
-    # Tensors are copied at once, so they may be borrowed, unless the copy is under way when they are given back; older
-    # versions always clone them.
+    # Tensors are copied immediately, so they can be borrowed, except on a device, where the copy can still run when
+    # they are given back. Older versions always clone them.
     borrowed = {"borrowed_tensors": True, "accumulate_resident": False}
     options: dict[str, Any] = {"nogds": True, "use_tqdm_on_load": False, "device": str(device)}
     options |= borrowed if device.type == "cpu" and _accepts(ParallelLoader, "borrowed_tensors") else {}
@@ -170,7 +171,7 @@ def _runai(device: torch.device, workload: Workload, targets: Targets) -> None:
     from runai_model_streamer import SafetensorsStreamer
 
     with SafetensorsStreamer() as streamer:
-        # As above. To a device, it reads by itself only for several ranks together, and torch copies.
+        # Tensors are borrowed, as above. It reads to a device only for several ranks together, so torch copies here.
         borrowed = {"owned": False} if _accepts(streamer.stream_files, "owned") else {}
         stopwatch.reading_begins()
         streamer.stream_files(list(workload.files), device="cpu", **borrowed)
@@ -196,7 +197,7 @@ def _accepts(function: Any, name: str) -> bool:
     parameters = inspect.signature(function).parameters
     if name in parameters or not inspect.isclass(function):
         return name in parameters
-    # A constructor that hands its keywords on to its base.
+    # The constructor passes its keywords to that of a base class.
     return any(name in inspect.signature(base).parameters for base in function.__mro__[1:-1])
 
 

@@ -1,4 +1,4 @@
-"""What of some files lies in the kernel's page cache, and how to put it there or drop it."""
+"""Fills the kernel's page cache with files, drops files from it, and says which share of files it holds."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _CHUNK_BYTES = 8 << 20
 
 
 def drop(paths: Iterable[str]) -> None:
-    """Ask the kernel to forget the files' pages (POSIX_FADV_DONTNEED); pages that someone has mapped stay."""
+    """Ask the kernel to drop the files' pages (POSIX_FADV_DONTNEED); pages that a process has mapped stay."""
     for path in paths:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            # Pages that were not written back yet cannot be dropped.
+            # Pages that are not written to the disk yet cannot be dropped.
             os.fsync(fd)
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
@@ -23,7 +23,7 @@ def drop(paths: Iterable[str]) -> None:
 
 
 def warm(paths: Iterable[str]) -> None:
-    """Read the files once, so that they lie in the page cache where there is room."""
+    """Read the files once, so that the page cache holds them if there is enough memory."""
     buffer = bytearray(_CHUNK_BYTES)
     for path in paths:
         with open(path, "rb", buffering=0) as file:
@@ -32,7 +32,7 @@ def warm(paths: Iterable[str]) -> None:
 
 
 def resident_share(paths: Iterable[str]) -> float:
-    """The share (0 to 1) of the files that the page cache holds, by samples; 0 where the kernel does not tell."""
+    """The share (0 to 1) of the files that the page cache holds, by samples; 0 if the kernel does not report it."""
     held = total = 0.0
     for path in paths:
         with open(path, "rb") as file:

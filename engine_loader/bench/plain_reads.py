@@ -1,4 +1,4 @@
-"""The limit: the kernel copying the bytes straight into the parameters, with nothing around it."""
+"""Plain reads, which are the limit: the kernel copies the bytes directly into the parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from ..failures import end_of_file
 from .workload import Workload
 
-# Large enough that Python's part does not count, small enough that the threads end together.
+# Large enough that the time of Python code is negligible, small enough that the threads end at about one time.
 _READ_BYTES = 8 << 20
 _MOST_BUFFERS = 1000
 _DD_BLOCK = "16M"
@@ -41,7 +41,7 @@ def read_plainly(workload: Workload, targets: Mapping[str, torch.Tensor], thread
         for worker in workers:
             worker.join()
     finally:
-        # Also on Ctrl-C: no thread may write into memory that is given back, or read a closed descriptor.
+        # Also on Ctrl-C: no thread may write into memory that is freed, or read from a closed descriptor.
         reads.clear()
         for worker in workers:
             worker.join()
@@ -52,7 +52,7 @@ def read_plainly(workload: Workload, targets: Mapping[str, torch.Tensor], thread
 
 
 def read_with_dd(workload: Workload) -> None:
-    """Read every file by ``dd iflag=direct`` and throw the bytes away: what the disk gives one reader."""
+    """Read every file by ``dd iflag=direct`` and discard the bytes: the speed of the disk for one reader."""
     for path in workload.files:
         command = ["dd", f"if={path}", "of=/dev/null", f"bs={_DD_BLOCK}", "iflag=direct", "status=none"]
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)

@@ -1,4 +1,4 @@
-"""Runs contenders in interleaved rounds, so that what else the machine does hits all of them alike."""
+"""Runs contenders in interleaved rounds, so that other work of the machine slows all of them about equally."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _RESIDENT_SHARE = 0.01
 _MUCH_OF_THE_MACHINE = 0.1
 _LOOK_S = 0.5
 Progress = Callable[[str], None]
-"""Is told what runs now, before every run."""
+"""A function that is called before every run, with the name of the run."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Scenario:
     """The conditions of a measurement.
 
     Attributes:
-        fresh: the parameters were not touched before, so that their pages are made while they are read into.
-        cold: the files do not lie in the page cache.
+        fresh: the parameters were not touched before, so that the kernel makes their pages during the read.
+        cold: the page cache does not hold the files.
     """
 
     fresh: bool = False
@@ -46,13 +46,15 @@ class Scenario:
 
 @dataclass
 class Result:
-    """What one contender achieved.
+    """The times of one contender.
 
     Attributes:
+        contender: the measured way of reading.
+        nbytes: bytes that it reads in a round.
         seconds: of every round.
-        verified: whether its bytes were compared with the files; None where there are none.
-        error: why there is no figure, if there is none.
-        how: what it says about how it read.
+        verified: whether its bytes were equal to those of the files; None: its bytes were not compared.
+        error: why there are no times; None: there are.
+        how: the contender's description of how it read.
     """
 
     contender: Contender
@@ -69,7 +71,7 @@ class Result:
 
     @property
     def median(self) -> float:
-        """GB/s; 0 where there is no figure."""
+        """The median of the rates in GB/s; 0 if there are none."""
         return statistics.median(self.rates) if self.seconds else 0.0
 
 
@@ -78,7 +80,7 @@ class Measurement:
     """The results under one scenario, in the order of the contenders.
 
     Attributes:
-        warnings: what makes the figures mean less than they seem to.
+        warnings: conditions that make the figures less reliable.
         others_share: the share of the machine's CPU time that other processes took during a run, the median.
     """
 
@@ -95,12 +97,12 @@ class Measurement:
         return max(plain, key=lambda result: result.median, default=None)
 
     def of_limit(self, result: Result) -> float | None:
-        """A result's share of the limit."""
+        """A result's median as a share of the limit's; None if one of them has no times."""
         limit = self.limit
         return result.median / limit.median if limit is not None and result.seconds else None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The measurement as values for JSON."""
         return {
             "scenario": {"title": self.scenario.title, "cold": self.scenario.cold, "fresh": self.scenario.fresh},
             "rounds": self.rounds,
@@ -130,9 +132,9 @@ class Benchmark:
 
     Args:
         workload: what is loaded.
-        contenders: who loads it.
-        progress: is told what runs.
-        patience_s: how long every run may wait for the other processes of the machine to become quiet.
+        contenders: the ways of reading to measure.
+        progress: called before every run, with the name of the run.
+        patience_s: the most seconds that every run waits for other processes of the machine to become idle.
     """
 
     def __init__(
@@ -146,7 +148,7 @@ class Benchmark:
         self._errors: dict[str, str] = {}
 
     def verify(self) -> None:
-        """Let every contender load once into poisoned memory and compare all bytes; who fails is not measured.
+        """Let every contender load once into poisoned memory and compare all bytes. One that fails is not measured.
 
         Raises:
             EngineLoaderError: this package loaded wrong bytes, or could not load.
@@ -165,7 +167,7 @@ class Benchmark:
                 self._errors[contender.name] = error
 
     def measure(self, scenario: Scenario, rounds: int, contenders: Sequence[Contender] | None = None) -> Measurement:
-        """Run the contenders (all, or these of them) that passed, ``rounds`` times in turns."""
+        """Run all contenders, or these of them, ``rounds`` times in turns; those that failed ``verify`` are skipped."""
         contenders = self._contenders if contenders is None else contenders
         results = {contender.name: self._blank(contender) for contender in contenders}
         measurement = Measurement(scenario, rounds, list(results.values()))
@@ -187,7 +189,8 @@ class Benchmark:
         measurement.others_share = statistics.median(others) if others else 0.0
         if measurement.others_share > _MUCH_OF_THE_MACHINE:
             measurement.warnings.append(
-                f"other processes took {measurement.others_share:.0%} of the CPUs meanwhile; measure when it is quiet"
+                f"other processes took {measurement.others_share:.0%} of the CPUs during the runs: "
+                "measure when the machine is idle"
             )
         return measurement
 
@@ -202,14 +205,14 @@ class Benchmark:
             return
         page_cache.drop(self._workload.files)
         share = page_cache.resident_share(self._workload.files)
-        if share > _RESIDENT_SHARE and not measurement.warnings:  # said once
+        if share > _RESIDENT_SHARE and not measurement.warnings:  # warn once
             measurement.warnings.append(
                 f"{share:.0%} of the files stayed in the page cache, so these are not cold reads: "
-                "is this a tmpfs, or does someone have the files mapped?"
+                "is this a tmpfs, or has a process mapped the files?"
             )
 
     def _run(self, contender: Contender, parameters: Parameters, result: Result) -> str | None:
-        """Time one load; the reason when it failed. Our own failures are raised."""
+        """Time one load. Returns the reason if a peer failed; errors of this package are raised."""
         began = time.perf_counter()
         try:
             how = contender.load(self._workload, parameters.tensors)
@@ -225,16 +228,16 @@ class Benchmark:
 
 
 def back_free_memory(nbytes: int) -> None:
-    """Take and touch so much memory, in huge pages where there are some, and give it back.
+    """Allocate and touch this much memory, in huge pages if there are some, and free it.
 
-    The host of a virtual machine may take free pages back (free page reporting); to get one again costs many times what
-    making it costs, and hits who comes first. So everyone finds pages that the host has given already.
+    The host of a virtual machine can take free pages away (free page reporting). The first process that touches such a
+    page waits much longer for it. After this call, the guest has the pages, so all contenders wait equally long.
     """
     with mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         with suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)
-        for place in range(0, nbytes, mmap.PAGESIZE):
-            memory[place] = 1
+        for offset in range(0, nbytes, mmap.PAGESIZE):
+            memory[offset] = 1
 
 
 def _wait_for_quiet(patience_s: float) -> None:
@@ -247,7 +250,7 @@ def _wait_for_quiet(patience_s: float) -> None:
 
 
 def _turns(contenders: Sequence[Contender], rounds: int) -> Iterator[Contender]:
-    """Every contender once a round, each round beginning with the next one."""
+    """Every contender once a round; each round begins with the next contender."""
     for number in range(rounds):
         first = number % max(1, len(contenders))
         yield from contenders[first:]
@@ -260,21 +263,21 @@ def _difference(expected: Mapping[str, int], got: Mapping[str, int]) -> str | No
 
 
 def count_runs(contenders: Sequence[Contender], rounds: int) -> int:
-    """How often a benchmark of them tells its progress of a step: one verification, and ``rounds``."""
+    """How often a benchmark of these contenders calls its ``progress``."""
     return 1 + len(contenders) * (1 + rounds)
 
 
 def memory_needed(workload: Workload) -> int:
-    """Bytes that a benchmark takes at most: the parameters, and the largest file twice, which some peers hold."""
+    """The most bytes that a benchmark allocates: the parameters, and the largest file twice (some peers need that)."""
     largest = max(sum(info.nbytes for info in workload.tensors if info.file == file) for file in workload.files)
     return workload.nbytes + 2 * largest
 
 
 def check_memory(workload: Workload, available: int) -> str | None:
-    """A warning when the page cache will be short beside the benchmark's own memory.
+    """A warning if the page cache cannot hold the files beside the benchmark's memory; None if it can.
 
     Raises:
-        EngineLoaderError: the benchmark itself does not fit.
+        EngineLoaderError: there is not enough memory for the benchmark.
     """
     needed = memory_needed(workload)
     if needed > available:

@@ -1,4 +1,4 @@
-"""What is loaded: the tensors of a checkpoint, and memory for them like a model's parameters."""
+"""The tensors of a checkpoint that are loaded, and memory for them like a model's parameters."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _POISON = b"\xa5" * (1 << 20)
 
 @dataclass(frozen=True)
 class Workload:
-    """What every contender loads.
+    """The tensors that every contender loads.
 
     Attributes:
-        path: for open_checkpoint.
-        files: the files, in order.
-        tensors: the tensors, in file order.
+        path: the checkpoint, for open_checkpoint.
+        files: paths, in the order of reading.
+        tensors: in file order.
     """
 
     path: PathLike | Sequence[PathLike]
@@ -57,38 +57,38 @@ class Workload:
         return sum(info.nbytes for info in self.tensors)
 
     def checksums(self) -> dict[str, int]:
-        """The CRC of every tensor's bytes, read from the files in the plainest way."""
+        """The CRC of every tensor's bytes, by name, read from the files by pread."""
         with ThreadPoolExecutor(usable_cpus()) as threads:
             sums = threads.map(_file_checksum, self.tensors)
             return {info.name: checksum for info, checksum in zip(self.tensors, sums, strict=True)}
 
 
 class Parameters:
-    """Memory for the tensors of a workload, by name; not touched before it is first written to."""
+    """Memory for the tensors of a workload, by name. Its pages are made when they are first written."""
 
     def __init__(self, infos: Sequence[TensorInfo]) -> None:
         self._infos = {info.name: info for info in infos}
-        self._places: dict[str, int] = {}
+        self._offsets: dict[str, int] = {}
         end = 0
         for info in infos:
-            self._places[info.name] = end + _INTO_PAGE_BYTES
+            self._offsets[info.name] = end + _INTO_PAGE_BYTES
             end = -(-(end + _INTO_PAGE_BYTES + info.nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE
         self._memory = mmap.mmap(-1, max(end, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.tensors = {info.name: self._tensor(info) for info in infos}
 
     def poison(self) -> None:
-        """Fill the memory with bytes that no one loads; this touches every page."""
+        """Fill the memory with a pattern that differs from the files; this touches every page."""
         for begin in range(0, len(self._memory), len(_POISON)):
             end = min(begin + len(_POISON), len(self._memory))
             self._memory[begin:end] = _POISON[: end - begin]
 
     def checksums(self) -> dict[str, int]:
-        """The CRC of every tensor's bytes."""
+        """The CRC of every tensor's bytes in this memory, by name."""
         view = memoryview(self._memory)
 
         def checksum(info: TensorInfo) -> int:
-            place = self._places[info.name]
-            return zlib.crc32(view[place : place + info.nbytes])
+            offset = self._offsets[info.name]
+            return zlib.crc32(view[offset : offset + info.nbytes])
 
         with ThreadPoolExecutor(usable_cpus()) as threads:
             return dict(zip(self._infos, threads.map(checksum, self._infos.values()), strict=True))
@@ -97,8 +97,8 @@ class Parameters:
         dtype, shape = torch_dtype(info.dtype), torch_shape(info.dtype, info.shape)
         if not info.nbytes:
             return torch.empty(shape, dtype=dtype)
-        count, place = info.nbytes // dtype.itemsize, self._places[info.name]
-        return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=place).view(shape)
+        count, offset = info.nbytes // dtype.itemsize, self._offsets[info.name]
+        return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=offset).view(shape)
 
 
 def _file_checksum(info: TensorInfo) -> int:

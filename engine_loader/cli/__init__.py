@@ -1,4 +1,4 @@
-"""The command ``engine-loader``. One file per command; what takes long to import is imported when a command runs."""
+"""The command ``engine-loader``. One file per command; slow imports happen when a command runs."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _BAD_SETTINGS_STATUS = 2
 
 
 class _Commands(TyperGroup):
-    """Turns what this package raises on purpose into one message and an exit status."""
+    """Turns EngineLoaderError into one message and an exit status."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except EngineLoaderError as error:
             print_error(str(error))
-            # Bad settings end like bad options of the command line.
+            # The status of bad settings is that of bad options of the command line.
             raise typer.Exit(_BAD_SETTINGS_STATUS if isinstance(error, SettingsError) else 1) from None
 
 
@@ -48,15 +48,15 @@ def main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Look into checkpoints, settings and machines, and measure how fast weights can be read.
+    """Inspect checkpoints, settings and machines, and measure how fast weights are read.
 
     Start here:
 
     ```shell
-    engine-loader doctor                 # does everything here fit together?
-    engine-loader inspect --check MODEL  # is this checkpoint sound?
-    engine-loader bench read MODEL       # how fast does it load here?
-    engine-loader settings               # what is set, and where?
+    engine-loader doctor                 # check this machine and its software
+    engine-loader inspect --check MODEL  # check a checkpoint
+    engine-loader bench read MODEL       # measure how fast it loads on this machine
+    engine-loader settings               # each setting, and where it was set
     ```
     """
 

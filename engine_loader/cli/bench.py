@@ -1,4 +1,4 @@
-"""``engine-loader bench``: how fast a checkpoint's bytes reach parameters on this machine."""
+"""``engine-loader bench``: measures how fast a checkpoint is read into parameters on this machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import typer
 
 from ..errors import EngineLoaderError
 from .console.interrupts import prompt_interrupt
-from .console.output import console, print_json, print_warning, printable, progress_bar
+from .console.output import console, print_json, print_warning, printable, progress_bar, table
 
 if TYPE_CHECKING:
     from ..bench.contenders import Contender
@@ -29,29 +29,32 @@ def bench() -> None:
 def read(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A model's directory, or one .safetensors file.")],
     *,
-    rounds: Annotated[int, typer.Option(min=1, max=10_000, help="How often each is measured.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, max=10_000, help="How often each way of reading is measured.")] = 5,
     cold: Annotated[
         bool, typer.Option("--cold", help="Drop these files from the page cache (posix_fadvise) before every run.")
     ] = False,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Read into memory that was not touched before, as an engine's start does.")
+        bool,
+        typer.Option("--fresh", help="Read into memory that was not touched before, as at the start of an engine."),
     ] = False,
-    files: Annotated[int | None, typer.Option(min=1, help="Take only so many files of the checkpoint.")] = None,
+    files: Annotated[
+        int | None, typer.Option(min=1, help="Read only the first files of the checkpoint, this many.")
+    ] = None,
     threads: Annotated[
         str | None,
         typer.Option(metavar="N,N,…", help="Threads of the plain reads. Default: 1, 2, 4, … 2 x CPUs, up to 16."),
     ] = None,
-    peers: Annotated[bool, typer.Option(help="Measure the other loaders that are installed, too.")] = True,
+    peers: Annotated[bool, typer.Option(help="Also measure the other loaders that are installed.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure the reading of a checkpoint into parameters on the CPU.
+    """Measure how fast a checkpoint is read into parameters in CPU memory.
 
-    Beside this package, plain preadv reads on several threads show what the kernel and the storage give (the limit),
-    and safetensors, fastsafetensors and the Run:ai Model Streamer, where installed, what users could pick instead. Each
-    loads once before, and every byte of that is compared with the files. Rounds are interleaved; figures are medians.
+    This package is compared with plain preadv reads on several threads (the limit of the kernel and the storage), and
+    with safetensors, fastsafetensors and the Run:ai Model Streamer if they are installed. Each loads the checkpoint
+    once before it is measured, and every byte is compared with the files. Rounds are interleaved; figures are medians.
 
-    With --cold, the files are dropped from the kernel's page cache before every run; caches of a storage server, a
-    hypervisor or a disk are not. Nothing is written.
+    --cold drops the files from the kernel's page cache before every run, but not from caches of a storage server, a
+    hypervisor or a disk. Nothing is written.
 
     **Examples**
 
@@ -61,7 +64,7 @@ def read(
     engine-loader bench read --cold --files 2 --no-peers /mnt/3fs/models/llama
     ```
     """
-    from ..bench import contenders, report
+    from ..bench import contenders, tables
     from ..bench import rounds as measuring
     from ..bench.workload import Workload
     from ..machine import memory
@@ -72,7 +75,7 @@ def read(
     warning = measuring.check_memory(workload, memory().available)
     if warning:
         print_warning(warning)
-    machine = report.describe_machine(workload)
+    machine = tables.describe_machine(workload)
     chosen = [contenders.plain(number) for number in _thread_counts(threads)]
     chosen += [contenders.plain(number, huge_pages=True) for number in _thread_counts(threads) if fresh]
     chosen += contenders.ours()
@@ -88,7 +91,7 @@ def read(
         }
         print_json({"checkpoint": checkpoint, "machine": machine, **measurement.as_dict()})
     else:
-        _print(measurement, report.workload_line(workload), report.machine_line(machine))
+        _print(measurement, tables.workload_line(workload), tables.machine_line(machine))
     _fail_on_wrong_bytes(measurement)
 
 
@@ -119,20 +122,17 @@ def _thread_counts(given: str | None) -> list[int]:
 
 
 def _print(measurement: Measurement, workload: str, machine: str) -> None:
-    from rich.table import Table
     from rich.text import Text
 
-    from ..bench import report
+    from ..bench import tables
 
     out = console()
     out.print(Text(f"{workload}; {measurement.scenario.title}; medians of {measurement.rounds} rounds"), soft_wrap=True)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for number, column in enumerate(report.COLUMNS):
-        table.add_column(column, justify="right" if number else "left", overflow="fold")
-    for result, row in zip(measurement.results, report.rows(measurement), strict=True):
-        table.add_row(*map(printable, row), style=_STYLES[result.contender.kind] if result.error is None else "red")
-    out.print(table)
-    for line in report.ways(measurement):
+    shown = table(tables.COLUMNS, [], right=range(1, len(tables.COLUMNS)))
+    for result, row in zip(measurement.results, tables.rows(measurement), strict=True):
+        shown.add_row(*map(printable, row), style=_STYLES[result.contender.kind] if result.error is None else "red")
+    out.print(shown)
+    for line in tables.ways(measurement):
         out.print(Text(line, "dim"), soft_wrap=True)
     out.print(Text(machine, "dim"), soft_wrap=True)
     for warning in measurement.warnings:

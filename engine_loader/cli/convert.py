@@ -1,4 +1,4 @@
-"""``engine-loader convert``: a training checkpoint as a Hugging Face one, or the other way round."""
+"""``engine-loader convert``: converts training checkpoints to Hugging Face checkpoints, and back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Kind(StrEnum):
-    """What can be asked for; the last one is explained."""
+    """Values of --to; for the last one, the command refuses and names ``engine-loader reshard``."""
 
     SAFETENSORS = "safetensors"
     DCP = "dcp"
@@ -29,7 +29,7 @@ class Items(StrEnum):
 
 
 class Dtype(StrEnum):
-    """Types of weights that engines serve."""
+    """Element types of weights that engines serve."""
 
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
@@ -43,7 +43,7 @@ def convert(
             metavar="SRC", help="A directory or prefix (also s3://…) with a training checkpoint or safetensors."
         ),
     ],
-    destination: Annotated[str, typer.Argument(metavar="DST", help="Where to write; new or empty.")],
+    destination: Annotated[str, typer.Argument(metavar="DST", help="The directory to write; new or empty.")],
     *,
     to: Annotated[
         Kind,
@@ -57,20 +57,23 @@ def convert(
         ),
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Convert floating-point tensors of 16 bits and more.")] = None,
-    max_shard_size: Annotated[str, typer.Option(help="The size at which safetensors files are cut.")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help="The largest size of a safetensors file.")] = "5GB",
     optimizer_state: Annotated[
-        bool, typer.Option("--optimizer-state", help="Keep the optimizer's; to dcp also all that is no tensor.")
+        bool,
+        typer.Option(
+            "--optimizer-state", help="Also convert the optimizer's state, and to dcp the items that are not tensors."
+        ),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint that is in DST.")] = False,
 ) -> None:
     """Convert between training checkpoints (torch.distributed.checkpoint) and Hugging Face safetensors.
 
-    Tensors are streamed: memory for what is read ahead and one tensor is enough. DST is complete or not there, also
-    after Ctrl-C; config.json, the tokenizer and what else lies beside the weights is copied along. vLLM serves a
-    training checkpoint as it is (`--load-format b10_3fs`): convert one to hand it on.
+    Tensors are streamed: this needs memory for one tensor and for what is read ahead. DST appears only when it is
+    complete, also after Ctrl-C. config.json, the tokenizer and the other files beside the weights are copied. vLLM
+    serves a training checkpoint without conversion (`--load-format b10_3fs`).
 
-    A sharded_state checkpoint is made by `engine-loader reshard`, from what this writes or from a training checkpoint
-    with its config.json; there is no way back from one.
+    `engine-loader reshard` makes a sharded_state checkpoint from a converted one, or from a training checkpoint with a
+    config.json. A sharded_state checkpoint cannot be converted back.
 
     **Examples**
 
@@ -111,7 +114,7 @@ def convert(
 
 
 def _mapping(text: str | None) -> Any:
-    """Checked as the setting of that name."""
+    """The value of --key-mapping, checked like the setting ``key_mapping``."""
     if text is None:
         return None
     from ..settings import load_settings
@@ -127,9 +130,9 @@ def _bytes(text: str) -> int:
     try:
         nbytes = int(TypeAdapter(ByteSize).validate_python(text))
     except ValidationError as error:
-        raise SettingsError(f"--max-shard-size: {text!r} is no size, as 5GB or 512MiB is") from error
+        raise SettingsError(f"--max-shard-size: {text!r} is not a size like 5GB or 512MiB") from error
     if nbytes < 1:
-        raise SettingsError(f"--max-shard-size: {text!r} is too small")
+        raise SettingsError(f"--max-shard-size: {text!r} is less than one byte")
     return nbytes
 
 

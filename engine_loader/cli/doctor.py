@@ -1,4 +1,4 @@
-"""``engine-loader doctor``: does everything fit together on this machine?"""
+"""``engine-loader doctor``: checks versions, settings, engines, file systems and the machine."""
 
 from __future__ import annotations
 
@@ -20,20 +20,18 @@ _MARKS = {"ok": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "bold
 
 def doctor(
     paths: Annotated[
-        list[str] | None, typer.Argument(metavar="[PATH]...", help="Models whose files and file systems to look at.")
+        list[str] | None, typer.Argument(metavar="[PATH]...", help="Models whose files and file systems are checked.")
     ] = None,
     *,
     quick: Annotated[
         bool,
-        typer.Option(
-            "--quick", help="Leave out what takes seconds: starting engines' plugins, reading back a tensor, GPUs."
-        ),
+        typer.Option("--quick", help="Skip checks that take seconds: engines' plugins, reading back a tensor, GPUs."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Check versions, engines, plugins, sources, cache directories and the machine, and say how to mend what is wrong.
+    """Check versions, engines, plugins, sources, cache directories and the machine, and say how to repair each problem.
 
-    ✓ is well; ! may be slow or fail; ✗ will not work. The status is 1 if anything is ✗.
+    ✓: no problem; !: may be slow or fail; ✗: will not work. The exit status is 1 if there is a ✗.
 
     **Examples**
 
@@ -57,30 +55,30 @@ def doctor(
         summary = {status: counts[status] for status in _MARKS}
         print_json({"findings": [asdict(finding) for finding in findings], "summary": summary})
     else:
-        console().print(f"\n{counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} to mend")
+        console().print(f"\n{counts['ok']} ok, {counts['warn']} to check, {counts['fail']} to repair")
     if counts["fail"]:
         raise typer.Exit(1)
 
 
 def _findings(paths: list[str], *, quick: bool, quiet: bool) -> Iterator[Finding]:
-    from .diagnosis import caches, compile_cache, engines, gpus, machine, software, sources
+    from .diagnosis import cache_directories, cache_sharing, engine_plugins, file_systems, gpus, resources, software
 
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("versions", software.check_versions),
         ("settings", software.check_settings),
         ("the native engine", software.check_native_engine),
-        ("engines; this takes some seconds", lambda: engines.check_engines(start=not quick)),
+        ("engines; this takes some seconds", lambda: engine_plugins.check_engines(start=not quick)),
         *([] if quick else [("sources", software.check_reading)]),
         *([] if quick else [("GPUs", gpus.check_gpus)]),
-        ("3FS", sources.check_3fs),
-        ("file systems", lambda: sources.check_paths(paths)),
-        ("cache directories", caches.check_caches),
-        ("the compile cache", compile_cache.check_compile_cache),
-        ("the machine", machine.check_machine),
+        ("3FS", file_systems.check_3fs),
+        ("file systems", lambda: file_systems.check_paths(paths)),
+        ("cache directories", cache_directories.check_caches),
+        ("the compile cache", cache_sharing.check_compile_cache),
+        ("the machine", resources.check_machine),
     ]
     err = console(stderr=True)
     for what, check in checks:
-        with nullcontext() if quiet or not err.is_terminal else err.status(f"looking at {what}"):
+        with nullcontext() if quiet or not err.is_terminal else err.status(f"checking {what}"):
             yield from _checked(what, check)
 
 
@@ -91,8 +89,8 @@ def _checked(what: str, check: Callable[[], Iterator[Finding]]) -> list[Finding]
     try:
         return list(check())
     except SettingsError:
-        # What is wrong with them was said by the check of the settings.
-        return [Finding("software", what, "warn", "not looked at: the settings cannot be read", "mend the settings")]
+        # The check of the settings reports what is wrong with the settings.
+        return [Finding("software", what, "warn", "not checked: the settings cannot be read", "repair the settings")]
 
 
 def _print(finding: Finding) -> None:
@@ -101,7 +99,7 @@ def _print(finding: Finding) -> None:
     mark, style = _MARKS[finding.status]
     text = Text.assemble((f"  {mark} ", style), (printable(finding.name), "bold"), f": {printable(finding.value)}")
     console().print(text, soft_wrap=True)
-    if finding.mend:
+    if finding.repair:
         console().print(
-            Text(f"    → {printable(finding.mend)}", style if finding.status != "ok" else "dim"), soft_wrap=True
+            Text(f"    → {printable(finding.repair)}", style if finding.status != "ok" else "dim"), soft_wrap=True
         )

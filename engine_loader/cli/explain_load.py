@@ -1,16 +1,13 @@
-"""``engine-loader explain-load``: what one rank would read of a checkpoint, and why."""
+"""``engine-loader explain-load``: the bytes that one rank would read of a checkpoint, and why."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console.output import console, print_json, print_warning, printable
+from .console.engine_output import quiet_engine
+from .console.output import console, print_json, print_warning, printable, table
 
 if TYPE_CHECKING:
     from ..engines.vllm.rank import Rank
@@ -25,16 +22,18 @@ def explain_load(
     tensor_parallel_size: Annotated[int, typer.Option("--tensor-parallel-size", "-tp", min=1)] = 1,
     pipeline_parallel_size: Annotated[int, typer.Option("--pipeline-parallel-size", "-pp", min=1)] = 1,
     expert_parallel: Annotated[
-        bool, typer.Option("--enable-expert-parallel", help="Whole experts, spread over the ranks.")
+        bool, typer.Option("--enable-expert-parallel", help="Each rank has whole experts, some of all.")
     ] = False,
-    rank: Annotated[int, typer.Option(min=0, help="Which rank, of tensor- times pipeline-parallel size.")] = 0,
-    tensors: Annotated[bool, typer.Option("--tensors", help="Tell of every tensor.")] = False,
+    rank: Annotated[
+        int, typer.Option(min=0, help="Which of the ranks: 0 to tensor- times pipeline-parallel size - 1.")
+    ] = 0,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what one rank of vLLM reads of a checkpoint: by kind of layer, what is in the files, kept and read.
+    """Show what one rank of vLLM reads of a checkpoint: for each kind of layer, bytes in the files, kept and read.
 
-    vLLM's own model is built in this process as that rank, and its own code runs over tensors without data. Needs
-    vLLM, no GPU; little memory, for the parameters are never filled.
+    vLLM's model of that rank is built in this process, and vLLM's own code loads tensors without data into it. This
+    needs vLLM, but no GPU, and little memory, because the parameters are never filled.
 
     **Examples**
 
@@ -64,31 +63,8 @@ def _explain(model: str, rank: Rank) -> Explanation:
         return explanation
 
 
-@contextlib.contextmanager
-def quiet_engine() -> Iterator[None]:
-    """Keep what vLLM says off stdout; turn its absence and its refusals into one message.
-
-    Raises:
-        EngineLoaderError: vLLM is not installed, or does not take the model.
-    """
-    from ..errors import EngineLoaderError
-
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    except ImportError as error:
-        raise EngineLoaderError(f"vLLM cannot be imported here: {error}") from error
-    except EngineLoaderError:
-        raise
-    except Exception as error:  # an engine's code raises whatever it likes
-        raise EngineLoaderError(f"vLLM does not take this model: {error}") from error
-
-
 def _print(explanation: Explanation, *, tensors: bool) -> None:
     from ..report.load import human_bytes
-    from .inspect import _table
 
     out = console()
     rows = [
@@ -105,7 +81,7 @@ def _print(explanation: Explanation, *, tensors: bool) -> None:
         for kind, row in explanation.totals().items()
     ]
     columns = ("kind", "tensors", "not read", "in files", "kept", "read", "read/kept", "reads")
-    out.print(_table(columns, rows, right=tuple(range(1, 8))))
+    out.print(table(columns, rows, right=tuple(range(1, 8))))
     out.print()
     for text in sorted(set(explanation.places.values())):
         out.print(f"files are read {text}", soft_wrap=True)
@@ -114,11 +90,11 @@ def _print(explanation: Explanation, *, tensors: bool) -> None:
     if as_data:
         out.print()
         shown = [(printable(p.info.name), human_bytes(p.read_bytes), ", ".join(p.why)) for p in as_data[:_SHOWN]]
-        out.print(_table((f"{len(as_data)} needed as data", "read", "for"), shown, right=(1,)))
+        out.print(table((f"{len(as_data)} needed as data", "read", "for"), shown, right=(1,)))
     if tensors:
         out.print()
         listed = [_tensor_row(plan) for plan in plans]
-        out.print(_table(("tensor", "in files", "kept", "read", "reads", "how"), listed, right=(1, 2, 3, 4)))
+        out.print(table(("tensor", "in files", "kept", "read", "reads", "how"), listed, right=(1, 2, 3, 4)))
     if explanation.obstacle:
         print_warning(f"mode auto streams this model: {explanation.obstacle}")
 

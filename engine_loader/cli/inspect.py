@@ -1,4 +1,4 @@
-"""``engine-loader inspect``: what is in a checkpoint, and whether it is sound."""
+"""``engine-loader inspect``: shows the contents of a checkpoint, and checks it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console.output import console, print_json, print_warning, printable
+from .console.output import console, print_json, print_warning, printable, table
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from ..errors import CheckpointError
     from ..formats.safetensors import Header, TensorInfo
     from .inspection.survey import Survey
@@ -32,16 +30,16 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     check: Annotated[
         bool,
-        typer.Option("--check", help="Check every header, and the index against the files; report all that is wrong."),
+        typer.Option("--check", help="Check every header, and the index against the files; report every problem."),
     ] = False,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
 ) -> None:
     """Show a checkpoint's files, tensors, element types and bytes. Only headers are read.
 
-    A training's checkpoint (torch.distributed.checkpoint) is shown by the names of the training; --check compares each
+    A training checkpoint (torch.distributed.checkpoint) is shown with the names of the training; --check compares each
     stored tensor with the metadata.
 
-    With --check, every problem is listed, and the status is 1 if there is any.
+    With --check, every problem is listed, and the exit status is 1 if there is one.
 
     **Examples**
 
@@ -137,21 +135,21 @@ def _print(found: Survey, *, tensors: bool) -> None:
         shown = [*(_file_row(header) for header in found.headers[:_FILES_SHOWN])]
         more = len(found.headers) - len(shown)
         shown += [(f"… and {more} more files (--json lists them)", "", "")] if more > 0 else []
-        out.print(_table(("file", "tensors" if found.whole is None else "parts of tensors", "size"), shown))
+        out.print(table(("file", "tensors" if found.whole is None else "parts of tensors", "size"), shown))
         rows = [(dtype, f"{count:,}", human_bytes(nbytes)) for dtype, count, nbytes in _dtypes(infos)]
         total = ("all", f"{len(infos):,}", human_bytes(sum(info.nbytes for info in infos)))
         out.print()
-        out.print(_table(("dtype", "tensors", "size"), [*rows, total] if len(rows) != 1 else rows))
+        out.print(table(("dtype", "tensors", "size"), [*rows, total] if len(rows) != 1 else rows))
         listed = infos if tensors else _largest(infos)
         out.print()
         heading = "tensor" if tensors else f"largest {len(listed)} tensors"
-        out.print(_table((heading, "shape", "dtype", "size"), map(_tensor_row, listed), right=(3,)))
+        out.print(table((heading, "shape", "dtype", "size"), map(_tensor_row, listed), right=(3,)))
     if found.other_items:
         names = ", ".join(map(printable, found.other_items[:_OTHERS_SHOWN]))
         end = ", …" if len(found.other_items) > _OTHERS_SHOWN else ""
         out.print()
         count = len(found.other_items)
-        said = "1 item is no tensor" if count == 1 else f"{count:,} items are no tensors"
+        said = "1 item is not a tensor" if count == 1 else f"{count:,} items are not tensors"
         out.print(f"{said}: {names}{end}", soft_wrap=True, markup=False)
 
 
@@ -187,14 +185,3 @@ def _tensor_row(info: TensorInfo) -> tuple[str, str, str, str]:
     from ..report.load import human_bytes
 
     return printable(info.name), " × ".join(map(str, info.shape)) or "scalar", info.dtype, human_bytes(info.nbytes)
-
-
-def _table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]], right: tuple[int, ...] = (1, 2)) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number in right else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table

@@ -1,9 +1,10 @@
-"""``engine-loader patch``: changes of installed engines that have no place for plugins, or a fault."""
+"""``engine-loader patch``: patches installed engines that cannot load plugins, or that have a known fault."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,15 +13,17 @@ from ..errors import EngineLoaderError
 from ..patching import BACKUP_SUFFIX, Patch, all_patches, patch_named
 from .console.output import console, printable
 
-app = typer.Typer(no_args_is_help=True, help="Patch installed engines that have no place for plugins, or a fault.")
-Name = Annotated[str, typer.Argument(metavar="NAME", help="As `engine-loader patch list` shows it.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be changed, and change nothing.")]
+app = typer.Typer(
+    no_args_is_help=True, help="Patch installed engines that cannot load plugins, or that have a known fault."
+)
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A name that `engine-loader patch list` shows.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="List the files that would change, and change nothing.")]
 _FITS = ("can be applied", "applied", "differs")
 
 
 @app.command("list")
 def list_patches() -> None:
-    """Show every patch, what it is for, and how what is installed here stands to it."""
+    """List the patches: purpose, versions, and whether each is applied to the installed engine."""
     out = console()
     for patch in all_patches():
         out.print(f"{patch.name}: {patch.title}", soft_wrap=True)
@@ -30,25 +33,27 @@ def list_patches() -> None:
 
 @app.command()
 def check(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]…", help="Default: all that fit.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]…", help="Default: all for the installed versions.")
+    ] = None,
 ) -> None:
-    """Say of each patch that fits the installed versions whether it is applied. Status 1: a file is not as expected."""
+    """Print whether each patch for the installed versions is applied. Exit status 1: a file has unexpected content."""
     patches = [patch_named(name) for name in names] if names else _fitting()
     out = console()
     for patch in patches:
         out.print(f"{patch.name}: {patch.state()}", soft_wrap=True)
     if not patches:
-        out.print("no patch is for what is installed here")
+        out.print("there is no patch for the installed versions")
     if any(patch.state() == "differs" for patch in patches):
         raise typer.Exit(1)
 
 
 @app.command()
 def apply(name: Name, dry_run: DryRun = False) -> None:
-    """Apply a patch to what is installed here.
+    """Apply a patch to the installed engine.
 
-    Nothing is written unless every line is as expected; each file is copied beside itself first. Installing the engine
-    again undoes it.
+    Nothing is written unless all lines that the patch replaces are as expected. Before a file is changed, it is copied
+    to a backup beside it. Installing the engine again also removes the patch.
 
     **Example**
 
@@ -61,24 +66,27 @@ def apply(name: Name, dry_run: DryRun = False) -> None:
     patch = patch_named(name)
     with _writing(patch):
         changed = patch.apply(dry_run=dry_run)
-    for path in changed:
-        console().print(f"{'would change' if dry_run else 'changed'} {printable(str(path))}", soft_wrap=True)
+    _print_paths("would change" if dry_run else "changed", changed)
     if not changed:
         console().print(f"{patch.name} is applied already")
     elif not dry_run:
-        console().print(f"the files as they were are beside them, with {BACKUP_SUFFIX} at the end", soft_wrap=True)
+        console().print(f"the backups are beside the files, with {BACKUP_SUFFIX} at the end", soft_wrap=True)
 
 
 @app.command()
 def revert(name: Name, dry_run: DryRun = False) -> None:
-    """Take a patch back."""
+    """Remove a patch from the installed engine, and the backups of its files."""
     patch = patch_named(name)
     with _writing(patch):
         changed = patch.revert(dry_run=dry_run)
-    for path in changed:
-        console().print(f"{'would restore' if dry_run else 'restored'} {printable(str(path))}", soft_wrap=True)
+    _print_paths("would restore" if dry_run else "restored", changed)
     if not changed:
         console().print(f"{patch.name} is not applied")
+
+
+def _print_paths(done: str, paths: Iterable[Path]) -> None:
+    for path in paths:
+        console().print(f"{done} {printable(str(path))}", soft_wrap=True)
 
 
 def _fitting() -> list[Patch]:
@@ -87,10 +95,8 @@ def _fitting() -> list[Patch]:
 
 @contextmanager
 def _writing(patch: Patch) -> Iterator[None]:
-    """Turn a file that cannot be written into one message."""
+    """Turn an OSError into one message."""
     try:
         yield
     except OSError as error:
-        raise EngineLoaderError(
-            f"{error}: can you write where {patch.distribution} is installed? Run this as whoever installed it"
-        ) from error
+        raise EngineLoaderError(f"{error}: run this command as the user who installed {patch.distribution}") from error

@@ -1,4 +1,4 @@
-"""``engine-loader reshard``: a checkpoint in which every rank finds its own parameters."""
+"""``engine-loader reshard``: writes a checkpoint with separate files for every rank."""
 
 from __future__ import annotations
 
@@ -7,27 +7,29 @@ from typing import Annotated
 
 import typer
 
+from .console.engine_output import quiet_engine
 from .console.output import console, printable, progress_bar
-from .explain_load import quiet_engine
 
 
 def reshard(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The model's directory.")],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="Where to write; new or empty.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The directory to write; new or empty.")],
     *,
     tensor_parallel_size: Annotated[int, typer.Option("--tensor-parallel-size", "-tp", min=1)],
     pipeline_parallel_size: Annotated[int, typer.Option("--pipeline-parallel-size", "-pp", min=1)] = 1,
     expert_parallel: Annotated[
-        bool, typer.Option("--enable-expert-parallel", help="Whole experts, spread over the ranks.")
+        bool, typer.Option("--enable-expert-parallel", help="Each rank has whole experts, some of all.")
     ] = False,
-    dtype: Annotated[str, typer.Option(help="The element type that will be served, as vLLM's --dtype.")] = "auto",
-    max_file_gib: Annotated[float, typer.Option(min=0.001, help="A rank's files are cut at this size.")] = 5.0,
+    dtype: Annotated[str, typer.Option(help="The element type of the parameters, as for vLLM's --dtype.")] = "auto",
+    max_file_gib: Annotated[
+        float, typer.Option(min=0.001, help="The most GiB in a file; a rank has as many files as needed.")
+    ] = 5.0,
 ) -> None:
-    """Write a sharded_state checkpoint, the one that vLLM's save_sharded_state writes, for one parallel layout.
+    """Write a sharded_state checkpoint for one parallel layout, in the format of vLLM's save_sharded_state.
 
-    It needs vLLM, no GPU, and memory for one rank's parameters. Serve it with `--load-format b10_3fs` (or vLLM's
-    sharded_state) and the same sizes. b10_3fs reads from an ordinary checkpoint little more than each rank keeps; this
-    saves the rest.
+    This needs vLLM and memory for one rank's parameters, but no GPU. Serve the checkpoint with `--load-format b10_3fs`
+    (or vLLM's sharded_state) and the same parallel sizes. From an ordinary checkpoint, b10_3fs reads little more than
+    each rank keeps; from this one it reads exactly that.
 
     **Example**
 

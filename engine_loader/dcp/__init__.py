@@ -1,6 +1,6 @@
-"""torch.distributed.checkpoint (DCP) storages: the classes of torch and of s3torchconnector, faster and safer.
+"""Storages for torch.distributed.checkpoint (DCP), with the interfaces of torch's and s3torchconnector's classes.
 
-The S3 classes need the extra ``s3``, and say so when they are made without it.
+The S3 classes need the extra ``s3``; without it, their constructors raise CheckpointError.
 """
 
 from __future__ import annotations

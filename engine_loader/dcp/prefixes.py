@@ -1,4 +1,4 @@
-"""Where in a checkpoint's prefix each rank's objects go: object stores scale with the number of prefixes in use."""
+"""Chooses the names of each rank's objects. The throughput of an object store grows with the number of prefixes."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ _DIGITS = "0123456789abcdef"
 
 
 class S3PrefixStrategyBase(ABC):
-    """Names the objects of a rank: what ``generate_prefix`` returns, and then "0.distcp", "1.distcp", …"""
+    """Names the objects of a rank: the result of ``generate_prefix``, followed by "0.distcp", "1.distcp", …"""
 
     def __call__(self, rank: int) -> str:
         return self.generate_prefix(rank)
 
     @abstractmethod
     def generate_prefix(self, rank: int) -> str:
-        """What the names of this rank's objects begin with, below the checkpoint. It must differ between ranks."""
+        """The prefix of the names of this rank's objects, relative to the checkpoint. It must differ between ranks."""
 
 
 class DefaultPrefixStrategy(S3PrefixStrategyBase):
-    """``__3_`` for rank 3: all objects side by side, named as in a directory."""
+    """``__3_`` for rank 3: the names that FileSystemWriter gives to files."""
 
     def generate_prefix(self, rank: int) -> str:
         return _file_prefix(rank)
 
 
 class NumericPrefixStrategy(S3PrefixStrategyBase):
-    """A number before each name, its last digit first, so that the first characters differ between ranks.
+    """Puts a number before each name, last digit first, so that the first characters of names differ between ranks.
 
     Rank 3 of base 2 writes to ``1100000000/__3_``, in epoch 5 to ``1100000000/epoch_5/__3_``.
 
     Args:
         base: of the number, 2 to 16.
-        epoch_num: a further part of the prefix; None: there is none.
-        min_prefix_length: at least so many digits, filled up with zeros.
-        prefix_count: how many different numbers; None: one for each rank of the process group, 1 without one.
+        epoch_num: adds ``epoch_N/`` to the prefix; None: adds nothing.
+        min_prefix_length: the least number of digits; zeros are added.
+        prefix_count: how many different numbers; None: one for each rank of the process group, 1 without a group.
 
     Raises:
         ValueError: an argument is out of its range, or not an integer.
@@ -51,11 +51,11 @@ class NumericPrefixStrategy(S3PrefixStrategyBase):
         prefix_count: int | None = None,
     ) -> None:
         if not _is_integer(base) or not 2 <= base <= len(_DIGITS):
-            raise ValueError(f"base is {base!r}; it takes an integer of 2 to {len(_DIGITS)}")
+            raise ValueError(f"base is {base!r}; it must be an integer of 2 to {len(_DIGITS)}")
         if not _is_integer(min_prefix_length) or min_prefix_length < 1:
-            raise ValueError(f"min_prefix_length is {min_prefix_length!r}; it takes an integer of at least 1")
+            raise ValueError(f"min_prefix_length is {min_prefix_length!r}; it must be an integer of at least 1")
         if prefix_count is not None and (not _is_integer(prefix_count) or prefix_count < 1):
-            raise ValueError(f"prefix_count is {prefix_count!r}; it takes an integer of at least 1, or None")
+            raise ValueError(f"prefix_count is {prefix_count!r}; it must be an integer of at least 1, or None")
         self.base = base
         self.epoch_num = _checked_epoch(epoch_num)
         self.min_prefix_len = min_prefix_length
@@ -86,21 +86,21 @@ class HexPrefixStrategy(NumericPrefixStrategy):
 
 
 class RoundRobinPrefixStrategy(S3PrefixStrategyBase):
-    """Prefixes of the user's own, given to the ranks in turn.
+    """Gives the prefixes of a list to the ranks in turn.
 
     Args:
         user_prefixes: without slashes at their ends, e.g. ``["a", "b"]``: rank 2 writes to ``a/__2_``.
-        epoch_num: a further part of the prefix; None: there is none.
+        epoch_num: adds ``epoch_N/`` to the prefix; None: adds nothing.
 
     Raises:
-        ValueError: there are no prefixes, one is no string, or ``epoch_num`` is not an integer.
+        ValueError: there are no prefixes, a prefix is not a string, or ``epoch_num`` is not an integer.
     """
 
     def __init__(self, user_prefixes: Sequence[str], epoch_num: int | None = None) -> None:
         if isinstance(user_prefixes, str) or not all(isinstance(prefix, str) for prefix in user_prefixes):
-            raise ValueError(f"user_prefixes is {user_prefixes!r}; it takes a list of strings")
+            raise ValueError(f"user_prefixes is {user_prefixes!r}; it must be a list of strings")
         if not user_prefixes:
-            raise ValueError("user_prefixes is empty; it takes at least one prefix")
+            raise ValueError("user_prefixes is empty; give at least one prefix")
         self.user_prefixes = list(user_prefixes)
         self.epoch_num = _checked_epoch(epoch_num)
 
@@ -119,7 +119,7 @@ def _epoch_part(epoch: int | None) -> str:
 
 def _checked_epoch(epoch: int | None) -> int | None:
     if epoch is not None and not _is_integer(epoch):
-        raise ValueError(f"epoch_num is {epoch!r}; it takes an integer, or None")
+        raise ValueError(f"epoch_num is {epoch!r}; it must be an integer, or None")
     return epoch
 
 
@@ -128,8 +128,8 @@ def _is_integer(value: object) -> bool:
 
 
 def _world_size() -> int:
-    there_is_one = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if there_is_one else 1
+    has_group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if has_group else 1
 
 
 def _digits_needed(base: int, count: int) -> int:

@@ -1,4 +1,4 @@
-"""Reads DCP checkpoints: the metadata safely, the tensors straight into their targets."""
+"""Reads DCP checkpoints: the metadata without running what it names, the tensors directly into their targets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..transfer.protocol import Transfer
 
 _FIRST_GROUP_BYTES, _GROUP_BYTES = 32 << 20, 2 << 30
 _BESIDE_BYTES = 256 << 20
-"""So much of a group is read into memory of its own, to be copied (CUDA, another element type)."""
+"""The most bytes of a group that are read into separate memory and then copied (CUDA, another element type)."""
 _LOCATED_AT_ONCE = 4096
 _GROUPS_IN_FLIGHT = 2
 _Wanted: TypeAlias = tuple[ReadItem, _StorageInfo, torch.Size | None]
@@ -33,23 +33,24 @@ _Reading: TypeAlias = tuple[ReadItem, torch.Tensor, Part]
 
 
 class FileSystemReader(torch_filesystem.FileSystemReader):
-    """Takes the place of ``torch.distributed.checkpoint.FileSystemReader`` in ``dcp.load``.
+    """Replaces ``torch.distributed.checkpoint.FileSystemReader`` in ``dcp.load``.
 
-    Tensors, of ``torch.save`` and safetensors items alike, are read by several native threads, only the bytes that the
-    plan wants, and straight into the state dict where that is plain CPU memory of the stored element type. What is not
-    (CUDA, another type, transforms) is read beside it and copied.
+    Several native threads read tensors, both of ``torch.save`` and of safetensors items. They read only the bytes that
+    the plan needs, directly into the tensors of the state dict that are in CPU memory and of the stored element type.
+    Other tensors (CUDA, another element type, transforms) are read into separate memory and copied.
 
-    ``.metadata`` is read without running what it names. Items that are not tensors are handed to the planner, which
-    unpickles them, only after ``torch.load(weights_only=True)`` took them.
+    ``.metadata`` is read without running what it names. The planner unpickles items that are not tensors only after
+    ``torch.load(weights_only=True)`` has accepted them.
 
     Args:
         path: the checkpoint's directory.
-        _extension_registry: of the transforms that items were written with.
-        trust_pickles: also hand over items that ``weights_only`` refuses; whoever wrote them can then run code here.
+        _extension_registry: has the transforms with which the items were written.
+        trust_pickles: also unpickle items that ``weights_only`` refuses: the author of the checkpoint can then run code
+            here.
         options: settings of the loader by name, e.g. ``threads=8`` (see ``engine-loader settings``).
 
     Raises (when it loads; ``dcp.load`` may wrap it in its CheckpointException):
-        CheckpointError: a file is missing, cut short or damaged, or metadata and files do not fit each other.
+        CheckpointError: a file is missing, cut short or damaged, or metadata and files contradict each other.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
         """The checkpoint's metadata.
 
         Raises:
-            CheckpointError: it is missing or wrong, or names what no checkpoint needs; nothing was run.
+            CheckpointError: the metadata is missing or wrong, or names what no checkpoint needs; nothing was run.
         """
         path = os.fspath(self._get_metadata_path(kwargs.get("rank")))
         with self._files() as files:
@@ -85,7 +86,7 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
         """Carry out a plan.
 
         Raises:
-            CheckpointError: it cannot be carried out; the state dict then holds unspecified values.
+            CheckpointError: an item cannot be read; the state dict then holds unspecified values.
         """
         with self._files() as files:
             tensors: list[tuple[ReadItem, _StorageInfo]] = []
@@ -106,12 +107,12 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
         return future
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Keep what the metadata says, so that files can be compared with it."""
+        """Keep the metadata of the tensors, with which the files are compared."""
         super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
         self._tensors = metadata.state_dict_metadata
 
     def _chunk_sizes(self, item: ReadItem) -> torch.Size | None:
-        """The sizes of the chunk that an item is read from, by the metadata."""
+        """The sizes, in the metadata, of the chunk that an item is read from; None if there is no such chunk."""
         index = item.storage_index
         entry = self._tensors.get(index.fqn)
         if not isinstance(entry, TensorStorageMetadata):
@@ -128,7 +129,7 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
         return DcpFiles(self._source(), os.fspath(self.path), self._settings)
 
     def _source(self) -> Source:
-        """Where the checkpoint's files are opened from."""
+        """The source that opens the checkpoint's files."""
         return make_source(self._settings.backend, None, self._settings)
 
     def _info(self, item: ReadItem) -> _StorageInfo:
@@ -136,7 +137,7 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
             return cast(_StorageInfo, self.storage_data[item.storage_index])
         except KeyError:
             raise CheckpointError(
-                f"the metadata does not say where {item.storage_index.fqn!r} at {item.storage_index.offset} lies",
+                f"the metadata does not say in which file {item.storage_index.fqn!r} at {item.storage_index.offset} is",
                 file=os.fspath(self.path),
             ) from None
 
@@ -175,30 +176,30 @@ def _check_pickle(content: bytes, item: ReadItem, files: DcpFiles, info: _Storag
 
 
 def _read_tensors(files: DcpFiles, items: Sequence[_Wanted], planner: LoadPlanner) -> None:
-    """Read tensors in groups, of which one is planned while the one before it is read.
+    """Read tensors in groups: while one group is read, the next group is planned.
 
-    Where they lie is read for many groups ahead: such a read would have to wait for the group that is being read.
+    The locations of tensors are read for many groups ahead, because each of these reads waits for the groups in flight.
     """
-    flying: deque[tuple[Transfer | None, list[_Reading]]] = deque()
+    in_flight: deque[tuple[Transfer | None, list[_Reading]]] = deque()
     try:
         for group in _groups(files, items, planner):
-            flying.append((files.submit([part for _, _, part in group]), group))
-            if len(flying) >= _GROUPS_IN_FLIGHT:
-                _land(*flying[0], planner)
-                flying.popleft()
-        while flying:
-            _land(*flying[0], planner)
-            flying.popleft()
+            in_flight.append((files.submit([part for _, _, part in group]), group))
+            if len(in_flight) >= _GROUPS_IN_FLIGHT:
+                _land(*in_flight[0], planner)
+                in_flight.popleft()
+        while in_flight:
+            _land(*in_flight[0], planner)
+            in_flight.popleft()
     except BaseException:
-        for transfer, _ in flying:
+        for transfer, _ in in_flight:
             if transfer is not None:
                 transfer.cancel()
         raise
 
 
 def _groups(files: DcpFiles, items: Sequence[_Wanted], planner: LoadPlanner) -> Iterator[list[_Reading]]:
-    """What is read together: little at first, so that something is read soon, then more and more; of what is read
-    beside its targets, never more than ``_BESIDE_BYTES``."""
+    """Groups of tensors that are read together: small groups first, so that reading begins soon, then larger ones. At
+    most ``_BESIDE_BYTES`` of a group are read into separate memory."""
     enough = _FIRST_GROUP_BYTES
     for begin in range(0, len(items), _LOCATED_AT_ONCE):
         batch = items[begin : begin + _LOCATED_AT_ONCE]
@@ -222,7 +223,7 @@ def _groups(files: DcpFiles, items: Sequence[_Wanted], planner: LoadPlanner) -> 
 
 
 def _reading(files: DcpFiles, wanted: _Wanted, stored: StoredTensor | None, planner: LoadPlanner) -> _Reading | None:
-    """What is to be read of an item; None where the stock way has read it."""
+    """What must be read for an item; None if the item was read whole, by torch, because its layout is unknown."""
     item, info, sizes = wanted
     if stored is None:
         name = item.storage_index.fqn
@@ -231,7 +232,7 @@ def _reading(files: DcpFiles, wanted: _Wanted, stored: StoredTensor | None, plan
         return None
     if sizes is not None and stored.shape != sizes:
         raise CheckpointError(
-            f"{stored.name!r} is {list(stored.shape)} in the file, but {list(sizes)} by the metadata",
+            f"{stored.name!r} is {list(stored.shape)} in the file, but {list(sizes)} in the metadata",
             file=_path(files, info),
             offset=info.offset,
             hint="metadata and files are of different saves: copy the checkpoint again",
@@ -249,7 +250,7 @@ def _land(transfer: Transfer | None, group: Sequence[_Reading], planner: LoadPla
 
 
 def _copy(files: DcpFiles, item: ReadItem, info: _StorageInfo, tensor: torch.Tensor, planner: LoadPlanner) -> None:
-    """The stock way: from a whole item in memory."""
+    """Copy the part that the plan needs of a whole item in memory into its target."""
     target = planner.resolve_tensor(item).detach()
     for dim, (begin, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=False)):
         if dim >= tensor.dim() or begin + length > tensor.shape[dim]:
@@ -257,7 +258,8 @@ def _copy(files: DcpFiles, item: ReadItem, info: _StorageInfo, tensor: torch.Ten
         tensor = tensor.narrow(dim, begin, length)
     if tensor.shape != target.shape:
         raise CheckpointError(
-            f"{item.storage_index.fqn!r}: {list(tensor.shape)} of the checkpoint is to go to {list(target.shape)}",
+            f"{item.storage_index.fqn!r}: {list(tensor.shape)} of the checkpoint does not fit the target's "
+            f"{list(target.shape)}",
             file=_path(files, info),
             offset=info.offset,
         )

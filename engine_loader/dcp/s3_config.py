@@ -1,4 +1,4 @@
-"""How S3 is reached by the classes of torch.distributed.checkpoint, in the terms of s3torchconnector."""
+"""Options of the S3 client of this package's DCP classes, with the names that s3torchconnector gives them."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from ..sources.object_store.client import ObjectStoreOptions
 from ..sources.registry import object_store_options
 
 MIN_PART_BYTES = 5 << 20
-"""S3 takes no smaller parts of an upload, but for the last."""
+"""The least that S3 allows for a part of an upload, except for the last part."""
 _MAX_PART_BYTES = 5 << 30
 _MAX_RANGE_BYTES = 1 << 30
-# AWS's guideline is one request in flight for each 85 to 90 MB/s; so 10 Gbit/s are 16.
+# AWS recommends one request in flight for each 85 to 90 MB/s: 16 requests for 10 Gbit/s.
 _GBPS_PER_REQUEST = 0.625
 _MAX_REQUESTS = 256
 
 
 @dataclass(frozen=True)
 class S3ClientConfig:
-    """Options of the client. Without one, the loader's settings hold (``object_store_…``, ``max_tries``).
+    """Options of the client. Classes that get no config use the loader's settings (``object_store_…``, ``max_tries``).
 
     Attributes:
-        throughput_target_gbps: Gbit/s to aim for: decides how many requests are in flight at once, 16 for 10.
-        part_size: bytes of a part that is uploaded, and of the largest range that is asked for at once (up to 1 GiB).
-            Larger parts are taken where an object would have more than 10,000.
+        throughput_target_gbps: Gbit/s; decides how many requests are in flight at once, e.g. 16 for 10 Gbit/s.
+        part_size: bytes of a part that is uploaded, and of the longest range that is requested (up to 1 GiB). An object
+            that would have more than 10,000 parts gets larger parts.
         unsigned: send requests without signature, for public buckets.
-        force_path_style: ``https://host/bucket/key``. This is the default anyway; it overrides
+        force_path_style: ``https://host/bucket/key``, the default of the settings; True overrides
             ``object_store_virtual_host``.
         max_attempts: how often a request is tried.
-        profile: the AWS profile whose keys are used, whatever the environment says.
-        endpoint_url: the server's address; None: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, or AWS's own.
+        profile: the AWS profile whose keys are used; it overrides keys of the environment.
+        endpoint_url: the server's address; None: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, or the endpoint of AWS.
 
     Raises:
         ValueError: a value is out of its range.
@@ -57,7 +57,7 @@ class S3ClientConfig:
             raise ValueError(f"max_attempts is {self.max_attempts}; it must be 1 to 100")
 
     def as_options(self) -> dict[str, Any]:
-        """The loader's settings that these are."""
+        """The loader's settings, by name, to which these options correspond."""
         requests = math.ceil(self.throughput_target_gbps / _GBPS_PER_REQUEST)
         options: dict[str, Any] = {
             "object_store_requests": min(requests, _MAX_REQUESTS),
@@ -75,12 +75,12 @@ class S3ClientConfig:
 
 @dataclass(frozen=True)
 class S3Setup:
-    """What follows from region, config and options.
+    """The settings that result from region, config and options.
 
     Attributes:
-        settings: how to read.
-        client: how the store is reached.
-        part_bytes: the smallest part of an upload.
+        settings: of the loader, for reading.
+        client: options of the object store's client.
+        part_bytes: the least size of a part of an upload, except for the last part.
     """
 
     settings: LoaderSettings
@@ -89,13 +89,13 @@ class S3Setup:
 
     @classmethod
     def of(cls, region: str | None, config: S3ClientConfig | None, options: Mapping[str, Any]) -> S3Setup:
-        """From the arguments of a class; ``options`` go before ``config``, and both before the environment.
+        """The setup for the arguments of a class; ``options`` override ``config``, and both override the environment.
 
         Raises:
             SettingsError: an option is unknown or has a bad value.
         """
         configured = {} if config is None else config.as_options()
-        # None sets nothing.
+        # A setting of None is ignored.
         settings = load_settings(
             {"object_store_region": region or None, **configured, **options}, extra_origin="the arguments"
         ).settings.loader

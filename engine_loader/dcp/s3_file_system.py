@@ -1,4 +1,4 @@
-"""S3 (and Google Cloud Storage, and Azure) as a file system of torch.distributed.checkpoint."""
+"""S3, Google Cloud Storage and Azure as a file system of torch.distributed.checkpoint."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 _DELETE_TRIES = 3
 _LONGEST_PAUSE_S = 5.0
-# An estimate of an object's size may be this much too small.
+# The estimate of an object's size may be a tenth too small.
 _MOST_PLANNED_PARTS = MAX_PARTS * 9 // 10
 
 
@@ -38,14 +38,14 @@ class S3FileSystem(FileSystemBase):
     """Objects below URLs: ``s3://bucket/key``, and ``gs://`` and ``az://`` (whose region is not used).
 
     Args:
-        region: of the buckets; "" takes the environment's.
-        s3_client: an obstore ``ObjectStore`` to use for every path, in place of clients made here.
-        s3client_config: how the store is reached.
+        region: of the buckets; "": the region of the environment.
+        s3_client: an obstore ``ObjectStore`` for every path; None: a client is made for each bucket.
+        s3client_config: options of the clients; None: the loader's settings.
         options: settings of the loader by name, e.g. ``object_store_requests=32``.
 
     Raises:
         CheckpointError: obstore is not installed; from each method: a path is no such URL, access is denied, or the
-            server cannot be reached or fails. Nothing is passed over in silence.
+            server cannot be reached or fails.
         SettingsError: an option is unknown or has a bad value.
     """
 
@@ -67,15 +67,15 @@ class S3FileSystem(FileSystemBase):
     ) -> Iterator[io.BufferedIOBase]:
         """A stream to read ("rb") or to write ("wb") an object.
 
-        What is written is published when the block ends, and not at all when an exception ends it.
+        A written object is published when the block ends, and not if an exception ends the block.
 
         Args:
             path: URL of the object.
             mode: "rb" or "wb".
-            expected_bytes: about how large an object that is written becomes: parts are as large as that needs.
+            expected_bytes: an estimate of the size of a written object, from which the size of the parts follows.
 
         Raises:
-            ValueError: another mode.
+            ValueError: ``mode`` is neither of these.
         """
         if mode not in ("rb", "wb"):
             raise ValueError(f"mode is {mode!r}; objects are opened by 'rb' (to read) or 'wb' (to write)")
@@ -97,14 +97,14 @@ class S3FileSystem(FileSystemBase):
         """The URL of a checkpoint, without slashes at its end.
 
         Raises:
-            CheckpointError: it is none.
+            CheckpointError: ``path`` is not a URL of an object store.
         """
         text = os.fspath(path)
         parse_object_url(text)
         return text.rstrip("/")
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
-        """Copy an object within its bucket, on the server, and delete the old one, in three tries.
+        """Copy an object within its bucket, on the server, and delete the old object, with up to three tries.
 
         Raises:
             ValueError: the buckets differ.
@@ -115,7 +115,7 @@ class S3FileSystem(FileSystemBase):
         new_url, _ = self._object(new_path)
         if (url.scheme, url.bucket) != (new_url.scheme, new_url.bucket):
             raise ValueError(f"{os.fspath(path)} cannot be renamed to {os.fspath(new_path)}: the buckets differ")
-        with _told("copy the object", path):
+        with _clear_errors("copy the object", path):
             obstore.copy(store, url.key, new_url.key)
         for tried in range(1, _DELETE_TRIES + 1):
             try:
@@ -128,11 +128,11 @@ class S3FileSystem(FileSystemBase):
                 time.sleep(random.uniform(0, min(_LONGEST_PAUSE_S, 2.0**tried)))
 
     def mkdir(self, path: str | os.PathLike[str]) -> None:
-        """Nothing: prefixes need not be made."""
+        """Do nothing: object stores have no directories."""
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether this is a URL of an object store."""
+        """True if this is a URL of an object store."""
         try:
             parse_object_url(os.fspath(checkpoint_id))
         except CheckpointError:
@@ -140,15 +140,15 @@ class S3FileSystem(FileSystemBase):
         return True
 
     def exists(self, path: str | os.PathLike[str]) -> bool:
-        """Whether there is an object (by HEAD).
+        """True if there is an object (by HEAD).
 
         Raises:
-            CheckpointError: the server does not say.
+            CheckpointError: the server refuses the request, or fails.
         """
         import obstore
 
         url, store = self._object(path)
-        with _told("look for the object", path):
+        with _clear_errors("look for the object", path):
             try:
                 obstore.head(store, url.key)
             except FileNotFoundError:
@@ -156,24 +156,24 @@ class S3FileSystem(FileSystemBase):
         return True
 
     def rm_file(self, path: str | os.PathLike[str]) -> None:
-        """Delete an object; S3 does not say whether there was one.
+        """Delete an object. S3 reports no error if there is no object.
 
         Raises:
-            CheckpointError: it cannot be deleted.
+            CheckpointError: the object cannot be deleted.
         """
         import obstore
 
         url, store = self._object(path)
-        with _told("delete the object", path):
+        with _clear_errors("delete the object", path):
             obstore.delete(store, url.key)
 
     def ls(self, path: str | os.PathLike[str]) -> list[str]:
-        """URLs of the objects right below a prefix, sorted; empty where there is none."""
+        """URLs of the objects directly below a prefix, sorted; empty if there is none."""
         text = os.fspath(path)
         return [self.concat_path(text, name) for name in self.source().names(text)]
 
     def source(self) -> ObjectStoreSource:
-        """What objects are read from; it keeps one view of each listing."""
+        """A source for reading objects; it lists each prefix once and keeps the listing."""
         return ObjectStoreSource(stores=self.stores)
 
     def _object(self, path: str | os.PathLike[str]) -> tuple[ObjectUrl, ObjectStore]:
@@ -186,8 +186,8 @@ class S3FileSystem(FileSystemBase):
 
 
 @contextmanager
-def _told(doing: str, path: str | os.PathLike[str]) -> Iterator[None]:
-    """Failures of the client become errors that say what to do."""
+def _clear_errors(doing: str, path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn exceptions of the client into errors that say what to do."""
     from obstore.exceptions import BaseError
 
     try:

@@ -1,4 +1,4 @@
-"""DCP checkpoints in S3: the reader and the writer of directories, over objects."""
+"""Reads and writes DCP checkpoints in S3: the reader and the writer of directories, on objects."""
 
 from __future__ import annotations
 
@@ -11,47 +11,58 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch.distributed.checkpoint._extension import ExtensionRegistry
-from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import WriteItem
 
 from ..sources.object_store.source import ObjectStoreSource
+from .file_layout import is_tensor, tensor_nbytes
 from .prefixes import DefaultPrefixStrategy, S3PrefixStrategyBase
 from .reader import FileSystemReader
 from .s3_config import S3ClientConfig
 from .s3_file_system import S3FileSystem
-from .writer import FileSystemWriter, nbytes_of
+from .writer import FileSystemWriter
 
-# torch.save puts about so much around a tensor.
+# torch.save adds about so many bytes to a tensor.
 _ITEM_BYTES = 4 << 10
 _DELETES_AT_ONCE = 16
 
 
 @dataclass
 class StorageMetadata:
-    """What each rank is told by the coordinator.
+    """The storage data that the coordinator adds to each rank's plan.
 
     Attributes:
-        prefix: what the names of its objects begin with.
+        prefix: of the names of the rank's objects.
     """
 
     prefix: str
 
 
-class S3StorageReader(FileSystemReader):
-    """Loads a checkpoint from S3 in ``dcp.load``; everything else is as with FileSystemReader.
+class _ObjectStorage:
+    """What the reader and the writer share."""
 
-    Only the bytes that the plan wants are asked for, in ranges of up to ``part_size``, several at once.
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """True if this is a URL of an object store."""
+        return S3FileSystem.validate_checkpoint_id(checkpoint_id)
+
+
+class S3StorageReader(_ObjectStorage, FileSystemReader):
+    """Loads a checkpoint from S3 in ``dcp.load``. See FileSystemReader for what it reads and how.
+
+    Only the bytes that the plan needs are requested, in ranges of up to ``part_size``, several at once.
 
     Args:
-        region: the bucket's; "" takes the environment's.
+        region: of the bucket; "": the region of the environment.
         path: URL of the checkpoint: ``s3://bucket/prefix``, also ``gs://`` and ``az://``.
-        s3client_config: how the store is reached; None: by the loader's settings.
-        _extension_registry: of the transforms that items were written with.
-        trust_pickles: also hand over items that ``weights_only`` refuses; whoever wrote them can then run code here.
-        options: settings of the loader by name, e.g. ``object_store_requests=32``; they go before the config.
+        s3client_config: options of the client; None: the loader's settings.
+        _extension_registry: has the transforms with which the items were written.
+        trust_pickles: also unpickle items that ``weights_only`` refuses: the author of the checkpoint can then run code
+            here.
+        options: settings of the loader by name, e.g. ``object_store_requests=32``; they override ``s3client_config``.
 
     Raises:
         CheckpointError: obstore is not installed, or ``path`` is no such URL; (when it loads) an object is missing,
-            cut short or damaged, was replaced while it was read, or cannot be had.
+            cut short or damaged, was replaced while it was read, or is not available.
     """
 
     def __init__(
@@ -70,28 +81,23 @@ class S3StorageReader(FileSystemReader):
         self.path = fs.init_path(path)
         self._settings = fs.setup.settings
 
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether this is a URL of an object store."""
-        return S3FileSystem.validate_checkpoint_id(checkpoint_id)
-
     def _source(self) -> ObjectStoreSource:
         return self.fs.source()
 
 
-class S3StorageWriter(FileSystemWriter):
-    """Saves a checkpoint to S3 in ``dcp.save`` and ``dcp.async_save``; otherwise as FileSystemWriter.
+class S3StorageWriter(_ObjectStorage, FileSystemWriter):
+    """Saves a checkpoint to S3 in ``dcp.save`` and ``dcp.async_save``. See FileSystemWriter for the rest.
 
-    Objects are uploaded in parts while they are written. Over a checkpoint that is there, new objects get names of
-    their own, ``.metadata`` is replaced when all of them are complete, and the old ones are deleted last: a crash
+    Objects are uploaded in parts while they are written. If there is a checkpoint at ``path``, the new objects get
+    other names, ``.metadata`` is replaced when all of them are complete, and the old objects are deleted last: a crash
     leaves the old checkpoint or the new one.
 
     Args:
-        region: the bucket's; "" takes the environment's.
+        region: of the bucket; "": the region of the environment.
         path: URL of the checkpoint: ``s3://bucket/prefix``, also ``gs://`` and ``az://``.
-        s3client_config: how the store is reached; None: by the loader's settings.
-        prefix_strategy: names each rank's objects; None: as in a directory.
-        kwargs: those of FileSystemWriter, but for ``sync_files``: an object that is there is stored.
+        s3client_config: options of the client; None: the loader's settings.
+        prefix_strategy: chooses the names of each rank's objects; None: DefaultPrefixStrategy.
+        kwargs: of FileSystemWriter, without ``sync_files``: an object that was uploaded is on permanent storage.
 
     Raises:
         CheckpointError: obstore is not installed, or ``path`` is no such URL; (when it saves) there is a checkpoint
@@ -113,25 +119,19 @@ class S3StorageWriter(FileSystemWriter):
         self.path = fs.init_path(path)
         self.prefix_strategy = prefix_strategy or DefaultPrefixStrategy()
 
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether this is a URL of an object store."""
-        return S3FileSystem.validate_checkpoint_id(checkpoint_id)
-
     def _storage_data(self, rank: int) -> StorageMetadata:
         return StorageMetadata(self.prefix_strategy(rank))
 
     def _create(self, name: str, items: Sequence[WriteItem]) -> AbstractContextManager[io.IOBase]:
-        tensors = [item for item in items if item.type != WriteItemType.BYTE_IO]
-        expected = sum(map(nbytes_of, tensors)) + _ITEM_BYTES * len(items)
+        expected = sum(map(tensor_nbytes, filter(is_tensor, items))) + _ITEM_BYTES * len(items)
         return self.fs.create_stream(self.fs.concat_path(self.path, name), "wb", expected_bytes=expected)
 
     def _names_in(self, directory: str) -> Sequence[str]:
-        place = self.fs.concat_path(self.path, directory) if directory else os.fspath(self.path)
-        return [os.path.basename(url) for url in self.fs.ls(place)]
+        prefix = self.fs.concat_path(self.path, directory) if directory else os.fspath(self.path)
+        return [os.path.basename(url) for url in self.fs.ls(prefix)]
 
     def _publish(self, metadata: bytes, path: str | os.PathLike[str]) -> None:
-        # An object is replaced at once; a draft would only have to be copied.
+        # An upload replaces an object atomically: no temporary name is needed.
         with self.fs.create_stream(path, "wb") as stream:
             stream.write(metadata)
 

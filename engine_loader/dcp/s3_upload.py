@@ -1,4 +1,4 @@
-"""An object that is written as a stream: in parts while it grows, and there at once when it is complete."""
+"""Uploads an object that is written as a stream: in parts while it grows, published atomically when it is complete."""
 
 from __future__ import annotations
 
@@ -18,29 +18,30 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 MAX_PARTS = 10_000
-"""Of an upload, by S3."""
+"""The most parts that S3 allows for an upload."""
 _LOOK_S = 0.2
 
 
 class _Abandoned(Exception):
-    """Makes the client give up an upload, with the parts that have arrived."""
+    """Makes the client cancel an upload and delete the parts that have arrived."""
 
 
 class ObjectUpload(io.BufferedIOBase):
-    """A writable stream whose object is published by ``close``, and by the end of a ``with`` that no exception left.
+    """A writable stream. ``close``, or the end of a ``with`` block without an exception, publishes the object.
 
-    Anything else abandons it: an exception, ``abandon``, or that the stream is forgotten; then an object that was
-    there before stays as it is. What fits one part goes up by one request, the rest in parts, several at once.
+    An exception in the block, ``abandon`` and garbage collection of an open stream cancel the upload: an object of the
+    same name stays unchanged. Content that fits one part is sent by one request, longer content in parts, several at
+    once.
 
     Args:
-        store: the client of its bucket.
-        key: in the bucket.
-        path: for messages.
+        store: the client of the bucket.
+        key: of the object, in the bucket.
+        path: URL of the object, for messages.
         part_bytes: bytes of a part.
-        parts_at_once: parts in flight; with what is filled and what waits, two more are in memory.
+        parts_at_once: parts in flight. Two more parts are in memory: one is being filled, and one waits.
 
     Raises:
-        CheckpointError: (when written to, or closed) the server refuses or fails; nothing was published.
+        CheckpointError: (from ``write`` and ``close``) the server refuses or fails; nothing was published.
     """
 
     def __init__(self, store: ObjectStore, key: str, path: str, *, part_bytes: int, parts_at_once: int) -> None:
@@ -84,7 +85,7 @@ class ObjectUpload(io.BufferedIOBase):
             self._end()
 
     def abandon(self) -> None:
-        """Publish nothing; parts that have arrived are deleted. Safe to call twice, and after ``close``."""
+        """Cancel the upload; parts that have arrived are deleted. Does nothing after ``close`` or ``abandon``."""
         if self.closed:
             return
         self._abandoned = True
@@ -103,11 +104,11 @@ class ObjectUpload(io.BufferedIOBase):
             return
         self.abandon()
         if isinstance(error, Exception) and not isinstance(error, CheckpointError):
-            # torch.save tells of a write that failed only that its file has not the right length.
+            # After a write that failed, torch.save raises only that the file has the wrong length.
             self._check()
 
     def __del__(self) -> None:
-        # A stream of io's closes itself when it is forgotten: that would publish what is not complete.
+        # io's streams call close() when they are garbage: that would publish an object that is not complete.
         if hasattr(self, "_failure"):
             self.abandon()
 
@@ -125,7 +126,7 @@ class ObjectUpload(io.BufferedIOBase):
         self._check()
 
     def _hand_over(self, part: bytearray | None) -> None:
-        """Give a part to the thread that uploads, waiting for its turn."""
+        """Give a part to the upload thread; blocks while another part waits."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._send, args=(self._parts(),), name="engine-loader-upload")
             self._thread.daemon = True
@@ -146,7 +147,7 @@ class ObjectUpload(io.BufferedIOBase):
             yield part
         if self._next_part() is not None:
             raise CheckpointError(
-                f"the object gets more than {MAX_PARTS} parts of {self._part_bytes} bytes",
+                f"the object would have more than {MAX_PARTS} parts of {self._part_bytes} bytes",
                 file=self._path,
                 hint="raise part_size of S3ClientConfig, or write more files (thread_count)",
             )
@@ -160,7 +161,7 @@ class ObjectUpload(io.BufferedIOBase):
         raise _Abandoned
 
     def _send(self, content: bytearray | Iterator[bytearray]) -> None:
-        """Upload, in one request or in parts; a failure is kept for whoever writes."""
+        """Upload, in one request or in parts. A failure is kept, and ``_check`` raises it in the writing thread."""
         import obstore
 
         try:
@@ -176,7 +177,7 @@ class ObjectUpload(io.BufferedIOBase):
             self._failure = error
 
     def _check(self) -> None:
-        """Raise what the upload failed with."""
+        """Raise the error with which the upload failed, if it failed."""
         error = self._failure
         if error is None:
             return

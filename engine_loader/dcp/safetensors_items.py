@@ -1,4 +1,4 @@
-"""A safetensors file of a DCP checkpoint, written as a stream: the header from the plan, then tensor after tensor."""
+"""The header and the tensors of a safetensors file of a DCP checkpoint, which is written as a stream."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _HF_DCP_VERSION = "1.0"
 
 
 def write_header(stream: io.BufferedIOBase, items: Sequence[WriteItem]) -> list[tuple[WriteItem, int, int]]:
-    """Write the header of a file with these tensors, whose names differ.
+    """Write the header of a file that holds these tensors. Their names must differ.
 
     Returns:
-        (item, offset in the file, bytes) of each, in the order in which the tensors are to follow.
+        (item, offset in the file, bytes) of each tensor, in the order in which the tensors must be written.
 
     Raises:
-        CheckpointError: safetensors has no name for an element type, or the header gets too long.
+        CheckpointError: safetensors has no name for an element type, or the header is longer than the format allows.
     """
     begin = stream.tell()
-    # Wide elements first: so each tensor lies at a multiple of its element's size.
+    # Wide elements first, so that the offset of each tensor is a multiple of its element's size.
     ordered = sorted(items, key=lambda item: -_dtype(item).itemsize)
     entries: dict[str, Any] = {}
-    places: list[tuple[WriteItem, int, int]] = []
+    locations: list[tuple[WriteItem, int, int]] = []
     sharding: dict[str, dict[str, list[int]]] = {}
     end = 0
     for item in ordered:
@@ -47,7 +47,7 @@ def write_header(stream: io.BufferedIOBase, items: Sequence[WriteItem]) -> list[
         shape = list(data.chunk.sizes)
         entries[item.index.fqn] = {"dtype": name, "shape": shape, "data_offsets": [end, end + nbytes]}
         sharding[item.index.fqn] = {"saved_offsets": list(data.chunk.offsets)}
-        places.append((item, end, nbytes))
+        locations.append((item, end, nbytes))
         end += nbytes
     metadata = {"DCP_SHARDING_INFO": json.dumps(sharding), "DCP_VERSION": _HF_DCP_VERSION, "format": "pt"}
     text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":"), ensure_ascii=False).encode()
@@ -56,11 +56,11 @@ def write_header(stream: io.BufferedIOBase, items: Sequence[WriteItem]) -> list[
         raise CheckpointError("too many tensors for one safetensors file", hint="use more threads or files")
     stream.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
     first = begin + LENGTH_BYTES + len(text)
-    return [(item, first + offset, nbytes) for item, offset, nbytes in places]
+    return [(item, first + offset, nbytes) for item, offset, nbytes in locations]
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a CPU tensor's elements, in order; without a copy where it is contiguous."""
+    """The bytes of a CPU tensor's elements, in order; a contiguous tensor is not copied."""
     plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
     return plain.reshape(-1).view(torch.uint8).numpy().data
 

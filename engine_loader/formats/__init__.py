@@ -1,1 +1,1 @@
-"""What the bytes mean. Parsers take bytes and give checked descriptions; they do no IO."""
+"""File formats of checkpoints. Parsers take bytes and return checked descriptions; they do no I/O."""

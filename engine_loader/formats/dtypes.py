@@ -1,6 +1,6 @@
-"""The element types of safetensors and what torch makes of them.
+"""The element types of safetensors, and the torch dtype for each.
 
-The list is that of the safetensors 0.8 format. torch is imported only when a torch dtype is asked for.
+The list is that of the safetensors 0.8 format. torch is imported only by ``torch_dtype``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _TORCH_NAMES = {
     "BOOL": "bool",
     # torch packs two 4-bit numbers into an element of a byte, along the last dimension.
     "F4": "float4_e2m1fn_x2",
-    # torch has no 6-bit number: the packed bytes are handed out.
+    # torch has no 6-bit type: tensors of packed bytes are handed out.
     "F6_E2M3": "uint8",
     "F6_E3M2": "uint8",
     "U8": "uint8",
@@ -72,14 +72,15 @@ def torch_dtype(dtype: str) -> torch.dtype:
     """The torch dtype in which tensors of the safetensors type ``dtype`` are handed out.
 
     Raises:
-        CheckpointError: this torch is too old to have it.
+        CheckpointError: the installed torch is too old to have the dtype.
     """
     import torch
 
     found = getattr(torch, _TORCH_NAMES[dtype], None)
     if found is None:
         raise CheckpointError(
-            f"torch {torch.__version__} has no dtype for {dtype}", hint=f"a torch with torch.{_TORCH_NAMES[dtype]} has"
+            f"torch {torch.__version__} has no dtype for {dtype}",
+            hint=f"install a torch that has torch.{_TORCH_NAMES[dtype]}",
         )
     return found  # type: ignore[no-any-return]
 
@@ -87,7 +88,7 @@ def torch_dtype(dtype: str) -> torch.dtype:
 def torch_shape(dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of the torch tensor for a header's ``dtype`` and ``shape``.
 
-    It differs for types smaller than a byte only: their last dimension counts whole bytes (F4: a pair of numbers each).
+    Only types smaller than a byte have another shape in torch: the last dimension counts bytes (F4: pairs of numbers).
 
     Raises:
         CheckpointError: a row of the last dimension is not a whole number of bytes, so no tensor has this shape.

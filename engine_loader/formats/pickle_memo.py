@@ -1,15 +1,16 @@
-"""Finds out, before a pickle is read, whether it numbers its objects beyond all reason.
+"""Checks, before a pickle is read, that the numbers that it gives to objects (its memo) are not too high.
 
-Python's unpickler keeps an array of as many places as the highest number that a pickle gives to an object, so that ten
-bytes of it can take all of a machine's memory. Opcodes are those of protocols 0 to 5 (``pickletools``).
+Python's unpickler allocates an array with one entry for every number up to the highest that a pickle gives to an
+object: a pickle of ten bytes can take all memory of a machine. Opcodes are those of protocols 0 to 5
+(``pickletools``).
 """
 
 from __future__ import annotations
 
 import re
 
-# Opcodes with arguments of 0, then of 1, 4, 2 and 8 bytes, but for the end and for those that number objects. A run of
-# those without arguments is one step.
+# Opcodes with arguments of 0, then of 1, 4, 2 and 8 bytes, without the opcode that ends a pickle and those that number
+# objects. A run of opcodes without arguments is one step of the expression.
 _BARE = rb"[(012NQRabdelostu)\]}\x81\x85-\x89\x8f-\x94\x97\x98]*+"
 _FIXED = re.compile(rb"(?:" + _BARE + rb"(?:[Khq\x80\x82].|[Jj\x84].{4}|[M\x83]..|[G\x95].{8}))*+" + _BARE, re.DOTALL)
 _COUNTS = dict.fromkeys(b"UC\x8c\x8a", 1) | dict.fromkeys(b"TBX\x8b", 4) | dict.fromkeys(b"\x8d\x8e\x96", 8)
@@ -18,32 +19,32 @@ _STOP, _PUT, _LONG_PUT = b".pr"
 
 
 def check_memo(content: bytes) -> None:
-    """Refuse a pickle that numbers an object higher than it has bytes.
+    """Refuse a pickle that gives an object a higher number than the pickle has bytes.
 
     Raises:
-        ValueError: it does, or is no pickle.
+        ValueError: a number is too high, or the content is not a pickle.
     """
-    place = 0
+    at = 0
     while True:
-        fixed = _FIXED.match(content, place)
-        assert fixed is not None  # it matches nothing, too
-        place = fixed.end()
-        code = content[place] if place < len(content) else -1
-        begin = place + 1
+        fixed = _FIXED.match(content, at)
+        assert fixed is not None  # the expression also matches the empty string
+        at = fixed.end()
+        code = content[at] if at < len(content) else -1
+        begin = at + 1
         if code == _STOP:
             return
         if code in _COUNTS:
             size = _COUNTS[code]
-            place = begin + size + int.from_bytes(content[begin : begin + size], "little")
+            at = begin + size + int.from_bytes(content[begin : begin + size], "little")
         elif code == _LONG_PUT:
             _check(int.from_bytes(content[begin : begin + 4], "little"), content)
-            place = begin + 4
+            at = begin + 4
         elif code in _LINES:
-            place = begin
+            at = begin
             for _ in range(_LINES[code]):
-                place = content.index(b"\n", place) + 1
+                at = content.index(b"\n", at) + 1
             if code == _PUT:
-                _check(int(content[begin : place - 1]), content)
+                _check(int(content[begin : at - 1]), content)
         else:
             raise ValueError("it ends too early" if code < 0 else f"it has the unknown opcode {code}")
 

@@ -38,15 +38,15 @@ _COPY_AGAIN = "the file is damaged or was not written completely: copy or downlo
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor lies.
+    """The type, the shape and the location of one tensor.
 
     Attributes:
         name: as in the header.
-        dtype: the safetensors name of its element type, e.g. "BF16".
+        dtype: the safetensors name of the element type, e.g. "BF16".
         shape: as in the header.
-        file: the path of the file that holds it.
-        offset: of its first byte, from the start of the file.
-        nbytes: its length.
+        file: the path of the file that holds the tensor.
+        offset: of the tensor's first byte, from the start of the file.
+        nbytes: the tensor's length in bytes.
     """
 
     name: str
@@ -57,10 +57,10 @@ class TensorInfo:
     nbytes: int
 
     def as_torch(self) -> tuple[torch.dtype, tuple[int, ...]]:
-        """The element type and the shape of the torch tensor that it becomes.
+        """The element type and the shape of the torch tensor for this tensor.
 
         Raises:
-            CheckpointError: torch has no tensor like it.
+            CheckpointError: torch has no such element type, or the shape is not a whole number of bytes.
         """
         try:
             return torch_dtype(self.dtype), torch_shape(self.dtype, self.shape)
@@ -83,7 +83,7 @@ def header_length(prefix: bytes, file_bytes: int, file: str) -> int:
     """The length of the JSON, checked against the file, from the file's first 8 bytes.
 
     Raises:
-        CheckpointError: the file is too short for a header, or the length cannot be true.
+        CheckpointError: the file is too short for a header, or the length is more than the file or the format allows.
     """
     if file_bytes == 0:
         raise CheckpointError("the file is empty", file=file, hint=_COPY_AGAIN)
@@ -109,7 +109,7 @@ def parse_header(text: bytes, file_bytes: int, file: str) -> Header:
     """Check the JSON ``text`` of a header against a file of ``file_bytes`` bytes.
 
     Raises:
-        CheckpointError: anything is wrong with it; the message says what, and for which tensor.
+        CheckpointError: the header breaks a rule of the format; the message says which rule, and for which tensor.
     """
     entries = _parse_json(text, file)
     metadata = _metadata(entries.pop("__metadata__", None), file)
@@ -151,8 +151,10 @@ def _parse_json(text: bytes, file: str) -> dict[str, Any]:
 
 
 def _parse_plain(text: str) -> dict[str, Any] | None:
-    """A header as programs write it, by the decoder's C code alone, which is many times as fast; None where it takes a
-    closer look to see whether a key comes twice, or what a number is."""
+    """The object of a header as programs usually write it, parsed by the decoder's C code alone (many times as fast).
+
+    None where that code cannot tell whether a key stands twice or whether a number is an integer.
+    """
     if "-" in text and _NEGATIVE.search(text):
         return None
     if len(text.split(None, 1)) > 1 and _BLANK_BEFORE_COLON.search(text):
@@ -163,8 +165,9 @@ def _parse_plain(text: str) -> dict[str, Any] | None:
     for name, entry in parsed.items():
         if not isinstance(entry, dict) or (len(entry) != _ENTRY_KEYS and name != "__metadata__"):
             return None
-    # A colon follows its key at once, here. A quote within a text has a backslash before it, and those of the keys have
-    # none, as long as no text ends in one. So where there are as many as keys, none was dropped, and none is deeper.
+    # From here on, a colon follows its key without a blank. A quote within a string has a backslash before it, and a
+    # quote that ends a key has none, as long as no string ends in a backslash. So if there are as many `":` as keys,
+    # the decoder dropped no key that stood twice, and no object is nested deeper.
     if '\\\\"' in text:
         return None
     keys = text.count('":') - text.count('\\":')
@@ -181,7 +184,7 @@ def _unique(pairs: list[tuple[str, Any]], file: str) -> dict[str, Any]:
 
 
 def _integer(digits: str) -> int | float:
-    # What no 64-bit integer can be, -0 included, is a float to the reference implementation; no size is one.
+    # The reference implementation takes what no 64-bit integer can be, -0 included, for a float; a size is no float.
     return int(digits) if len(digits) <= 20 and not digits.startswith("-") else _finite(digits)
 
 
@@ -197,7 +200,7 @@ def _no_number(constant: str) -> NoReturn:
 
 
 def _check_text(parsed: Any) -> None:
-    """Refuse escapes of half a character (lone surrogates), which Python lets pass."""
+    """Refuse escapes of half a character (lone surrogates), which Python's decoder accepts."""
     try:
         json.dumps(parsed, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -207,8 +210,11 @@ def _check_text(parsed: Any) -> None:
 def _metadata(value: Any, file: str) -> Mapping[str, str]:
     if value is None:
         return {}
-    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise CheckpointError("__metadata__ is not an object of strings", file=file)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"__metadata__ is not an object of strings: {_short(value)}", file=file)
+    for key, text in value.items():
+        if not isinstance(text, str):
+            raise CheckpointError(f"{_short(key)} in __metadata__ is not a string: {_short(text)}", file=file)
     return value
 
 
@@ -216,18 +222,18 @@ def _tensor(name: str, entry: Any, data_start: int, file: str) -> TensorInfo:
     try:
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (KeyError, TypeError):
-        raise CheckpointError(
-            f"the entry of {_short(name)} has not got dtype, shape and data_offsets", file=file
-        ) from None
+        raise _bad_entry(name, entry, file) from None
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise CheckpointError(
             f"{_short(name)} has the unknown dtype {_short(dtype)}", file=file, hint=f"known: {', '.join(DTYPE_BITS)}"
         )
     if not _naturals(shape):
         raise CheckpointError(f"the shape of {_short(name)} is not a list of sizes: {_short(shape)}", file=file)
-    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+    if not _naturals(offsets) or len(offsets) != 2:
         raise CheckpointError(f"the data_offsets of {_short(name)} are not [begin, end]: {_short(offsets)}", file=file)
     begin, end = offsets
+    if begin > end:
+        raise CheckpointError(f"the data_offsets of {_short(name)} end before they begin: {offsets}", file=file)
     nbytes = _expected_bytes(name, dtype, shape, file)
     if end - begin != nbytes:
         raise CheckpointError(
@@ -237,6 +243,14 @@ def _tensor(name: str, entry: Any, data_start: int, file: str) -> TensorInfo:
             offset=data_start + begin,
         )
     return TensorInfo(name, dtype, tuple(shape), file, data_start + begin, nbytes)
+
+
+def _bad_entry(name: str, entry: Any, file: str) -> CheckpointError:
+    """The error for an entry that is not an object with the three fields of a tensor."""
+    if not isinstance(entry, dict):
+        return CheckpointError(f"the entry of {_short(name)} is not an object: {_short(entry)}", file=file)
+    missing = [field for field in ("dtype", "shape", "data_offsets") if field not in entry]
+    return CheckpointError(f"the entry of {_short(name)} has no {' and no '.join(missing)}", file=file)
 
 
 def _expected_bytes(name: str, dtype: str, shape: list[int], file: str) -> int:
@@ -282,17 +296,17 @@ def _naturals(value: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    """What stands in a header, for a message: it can be megabytes long, and nested deeper than str() can go."""
+    """The text of a header's value for a message. A value can have megabytes, and be nested deeper than str() goes."""
     return _SHORT.repr(value)
 
 
 def _what_it_is(prefix: bytes) -> str | None:
-    """What a file that is no safetensors file may be, by its first bytes."""
+    """What a file that is not in the safetensors format probably is, by its first bytes; None: unknown."""
     if prefix.startswith(b"version "):
         return "this is a git-lfs pointer, not the file itself: run `git lfs pull`"
     if prefix.startswith(b"PK\3\4"):
         return "this is a zip file, perhaps a .pt checkpoint: convert it to safetensors"
-    # A length of a true header has zeros in it; the text of a page has none.
+    # The length of a valid header has zero bytes in it; text has none.
     if prefix.lstrip().startswith((b"<", b"{")) and 0 not in prefix[:LENGTH_BYTES]:
         return "this is a text file, perhaps an error page of a download: download it again"
     return None

@@ -1,5 +1,5 @@
-"""Names of the files of a sharded_state checkpoint: for every rank its own part of the model's state, as vLLM's
-save_sharded_state writes it."""
+"""File names of a sharded_state checkpoint: every rank's part of the model's state, as save_sharded_state of vLLM
+writes it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from ..errors import CheckpointError
 
 TENSOR_PATTERN = "model-rank-{rank}-part-{part}.safetensors"
 PIPELINE_PATTERN = "model-pp-{pp_rank}-tp-{tp_rank}-part-{part}.safetensors"
-"""vLLM's patterns: of tensor parallelism alone, and with pipeline parallelism."""
+"""Patterns of vLLM: with tensor parallelism alone, and with pipeline parallelism."""
+_ONE_LAYOUT = "a sharded_state checkpoint fits one parallel layout only: engine-loader reshard writes another"
 _FIELDS = {"rank", "tp_rank", "pp_rank", "part"}
 
 
 @dataclass(frozen=True, order=True)
 class ShardRank:
-    """Whose part of the state a file holds: pipeline stage, and tensor-parallel rank within it."""
+    """The rank whose part of the state a file holds: pipeline stage, and tensor-parallel rank within the stage."""
 
     pp_rank: int = 0
     tp_rank: int = 0
@@ -28,10 +29,10 @@ class ShardRank:
 
 
 def check_pattern(pattern: str) -> str:
-    """The pattern, when it is one.
+    """Check a pattern of file names, and return it.
 
     Raises:
-        ValueError: a field is unknown, or it cannot tell parts or ranks apart.
+        ValueError: a field is unknown, ``{part}`` is missing, or the pattern has a directory.
     """
     fields = [name for _, name, _, _ in string.Formatter().parse(pattern) if name is not None]
     unknown = sorted(set(fields) - _FIELDS)
@@ -40,16 +41,16 @@ def check_pattern(pattern: str) -> str:
     if "part" not in fields:
         raise ValueError("it does not have {part}")
     if "/" in pattern:
-        raise ValueError("it is the name of a file, without a directory")
+        raise ValueError("it must be the name of a file, without a directory")
     return pattern
 
 
 def shards_by_rank(names: Iterable[str], pattern: str | None = None) -> dict[ShardRank, list[str]]:
-    """The files of each rank among ``names``, by their parts; empty where this is no sharded_state checkpoint.
+    """The files of each rank among ``names``, in the order of their parts; empty if no name fits a pattern.
 
     Args:
-        names: what is in a directory.
-        pattern: of the files' names; None: vLLM's.
+        names: the names of the files in a directory.
+        pattern: of the files' names; None: the patterns of vLLM.
     """
     for candidate in (pattern,) if pattern else (TENSOR_PATTERN, PIPELINE_PATTERN):
         expression = _expression(candidate)
@@ -70,20 +71,23 @@ def shards_of(shards: dict[ShardRank, list[str]], rank: ShardRank, ranks: int | 
     """The files of one rank.
 
     Args:
-        shards: as ``shards_by_rank`` found them.
-        rank: whose.
-        ranks: how many there must be in all, if known.
+        shards: the result of ``shards_by_rank``.
+        rank: the rank whose files are returned.
+        ranks: the number of ranks that the checkpoint must have; None: any.
         directory: for messages.
 
     Raises:
-        CheckpointError: it has none, there are others than asked for, or a part is missing.
+        CheckpointError: the checkpoint has another number of ranks, or no files of this rank.
     """
-    if rank not in shards or (ranks is not None and len(shards) != ranks):
-        wanted = "" if ranks is None else f" of {ranks}"
+    if ranks is not None and len(shards) != ranks:
         raise CheckpointError(
-            f"there are files of {len(shards)} ranks, and {rank}{wanted} is asked for",
+            f"there are files of {len(shards)} ranks, and {rank} of {ranks} is asked for",
             file=directory,
-            hint="a sharded_state checkpoint fits one parallel layout only: engine-loader reshard writes another",
+            hint=_ONE_LAYOUT,
+        )
+    if rank not in shards:
+        raise CheckpointError(
+            f"there are files of {len(shards)} ranks, but none of {rank}", file=directory, hint=_ONE_LAYOUT
         )
     return shards[rank]
 

@@ -1,9 +1,9 @@
-"""Where the bytes of one tensor lie in what ``torch.save`` made of it, without unpickling anything into being.
+"""Finds the bytes of one tensor in an item that ``torch.save`` wrote, without making the objects of its pickle.
 
-That is a zip whose records are stored as they are: ``data.pkl`` says element type, shape and strides, ``data/0`` holds
-the bytes. Both ends of it are enough to see that. What is not the plain case (several storages, compression,
-big-endian, subclasses) is left to ``torch.load``. Facts are those of torch 2.13 (``torch/serialization.py`` and
-``torch/_utils.py``).
+An item is a zip archive whose records are not compressed: ``data.pkl`` has element type, shape and strides, ``data/0``
+has the bytes. The first and the last bytes of the item are enough to find them. Other items (several storages,
+compression, big-endian, subclasses) are left to ``torch.load``. Facts are those of torch 2.13
+(``torch/serialization.py`` and ``torch/_utils.py``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from .pickle_memo import check_memo
 
 ENDS_BYTES = 2 << 10
-"""So much of either end is needed; torch 2.13 takes 768 and 720 bytes."""
+"""Bytes that are needed of the beginning and of the end of an item; torch 2.13 takes 768 and 720 bytes."""
 ZIP_MAGIC = b"PK\x03\x04"
 _END = struct.Struct("<4s4H2LH")
 _END_64 = struct.Struct("<4sQ2H2L4Q")
@@ -51,13 +51,13 @@ _ITEM_BYTES |= dict.fromkeys(
 
 
 class TensorLayout(NamedTuple):
-    """Where a tensor's elements lie.
+    """The type and the location of a tensor's elements.
 
     Attributes:
-        dtype: the name of its torch dtype, e.g. "bfloat16".
-        shape: its sizes.
+        dtype: the name of the torch dtype, e.g. "bfloat16".
+        shape: the sizes of the tensor.
         strides: in elements.
-        offset: of its first element, in bytes from the start of the item.
+        offset: of the first element, in bytes from the start of the item.
     """
 
     dtype: str
@@ -67,19 +67,19 @@ class TensorLayout(NamedTuple):
 
 
 def item_layout(head: bytes, tail: bytes, length: int) -> TensorLayout | None:
-    """The layout of the tensor in an item, or None where only ``torch.load`` can tell.
+    """The layout of the tensor in an item, or None for an item that only ``torch.load`` can read.
 
     Args:
-        head: the item's first bytes, ``ENDS_BYTES`` of them or all.
-        tail: its last ones.
-        length: of the item.
+        head: the item's first ``ENDS_BYTES`` bytes, or all bytes of a shorter item.
+        tail: the item's last ``ENDS_BYTES`` bytes, or all bytes of a shorter item.
+        length: bytes of the item.
     """
     alike = _seen.get(length)
     if alike is not None and alike.is_like(head, tail):
         return alike.layout
     try:
         layout, alike = _layout(head, tail, length)
-    # Whatever is odd here (IndexError, UnpicklingError, struct.error, …) is for torch.load to judge.
+    # An item that raises here (IndexError, UnpicklingError, struct.error, …) is left to torch.load and its errors.
     except Exception:
         return None
     if alike is not None:
@@ -90,14 +90,14 @@ def item_layout(head: bytes, tail: bytes, length: int) -> TensorLayout | None:
 
 
 class _Alike(NamedTuple):
-    """All that the layout of an item follows from, so that the next one of its length needs no more than a comparison:
-    the layers of a model are alike.
+    """The bytes that decide the layout of an item. The layers of a model have equal ones: the layout of a further item
+    of the same length is found by comparing these bytes.
 
     Attributes:
         layout: of the item.
-        head: what comes before the tensor's bytes.
-        tail_bytes: so much of the item's end was seen.
-        tail: from the directory of the zip on, without the checksums in it: (begin, end, bytes there).
+        head: the bytes before the tensor's bytes.
+        tail_bytes: the length of the item's end that was looked at.
+        tail: the end from the zip's directory on, without the directory's checksums: (begin, end, bytes) of each run.
     """
 
     layout: TensorLayout
@@ -106,10 +106,10 @@ class _Alike(NamedTuple):
     tail: tuple[tuple[int, int, bytes], ...]
 
     def is_like(self, head: bytes, tail: bytes) -> bool:
-        """Whether another item of this length has the same layout."""
+        """True if an item of the same length, with these ends, has the same layout."""
         if len(tail) != self.tail_bytes or not head.startswith(self.head):
             return False
-        return all(tail[begin:end] == there for begin, end, there in self.tail)
+        return all(tail[begin:end] == known for begin, end, known in self.tail)
 
 
 _seen: dict[int, _Alike] = {}
@@ -117,7 +117,8 @@ _MOST_SEEN = 256
 
 
 class _Pickled(NamedTuple):
-    """What ``data.pkl`` says: the record that holds the bytes, the tensor's layout in it, and how much it needs."""
+    """The content of ``data.pkl``: the name of the record with the bytes, the tensor's layout in that record, and the
+    bytes that the tensor needs of the record."""
 
     record: str
     layout: TensorLayout
@@ -132,22 +133,23 @@ def _layout(head: bytes, tail: bytes, length: int) -> tuple[TensorLayout | None,
     if len(content) != nbytes or (order_bytes is not None and head[order_at : order_at + order_bytes] != b"little"):
         return None, None
     pickled = _pickled(content)
-    ((name, (place, nbytes)),) = records.items()
+    ((name, (begin, nbytes)),) = records.items()
     if pickled is None or name != pickled.record or pickled.nbytes > nbytes:
         return None, None
     dtype, shape, strides, offset = pickled.layout
-    layout = TensorLayout(dtype, shape, strides, place + offset)
-    # Where all that was looked at comes before the tensor's bytes, and these end beyond the head.
-    if not max(pickle_at + len(content), order_at + (order_bytes or 0)) <= place <= len(head) <= place + nbytes:
+    layout = TensorLayout(dtype, shape, strides, begin + offset)
+    # A comparison can replace this function if all records that were looked at come before the tensor's bytes, and the
+    # tensor's bytes end after the head.
+    if not max(pickle_at + len(content), order_at + (order_bytes or 0)) <= begin <= len(head) <= begin + nbytes:
         return layout, None
     begins = [directory, *(at + _CHECKSUM_BYTES for at in checksums)]
     tail_parts = tuple(
-        (begin, end, tail[begin:end]) for begin, end in zip(begins, [*checksums, len(tail)], strict=True)
+        (first, end, tail[first:end]) for first, end in zip(begins, [*checksums, len(tail)], strict=True)
     )
-    return layout, _Alike(layout, head[:place], len(tail), tail_parts)
+    return layout, _Alike(layout, head[:begin], len(tail), tail_parts)
 
 
-@lru_cache(maxsize=256)  # the layers of a model are alike
+@lru_cache(maxsize=256)  # the layers of a model have equal pickles
 def _pickled(content: bytes) -> _Pickled | None:
     check_memo(content)
     tensor = _Unpickler(io.BytesIO(content)).load()
@@ -161,8 +163,12 @@ def _pickled(content: bytes) -> _Pickled | None:
 
 
 def _records(head: bytes, tail: bytes, length: int) -> tuple[dict[str, tuple[int, int]], int, list[int]]:
-    """Where the records that are needed lie, by their names in the archive: (offset, length); of those whose header is
-    in ``head``. And where in ``tail`` the directory begins, and the checksum of each of its entries lies."""
+    """(records, directory, checksums) of a zip archive.
+
+    records: (offset, length) in the item, by the name in the archive, of the needed records with a header in ``head``.
+    directory: the offset in ``tail`` where the archive's directory begins.
+    checksums: the offset in ``tail`` of the checksum of each entry of the directory.
+    """
     skipped = length - len(tail)
     end = _END.unpack(tail[-_END.size :])
     if end[0] != b"PK\x05\x06" or end[-1]:
@@ -172,26 +178,26 @@ def _records(head: bytes, tail: bytes, length: int) -> tuple[dict[str, tuple[int
     if where == _FULL and big >= 0:
         fields = _END_64.unpack_from(tail, big)
         count, where = fields[7], fields[9]
-    place = where - skipped
-    if place < 0:
-        raise ValueError("the directory is longer than it is with one tensor")
+    directory = entry = where - skipped
+    if directory < 0:
+        raise ValueError("the directory is longer than that of an item with one tensor")
     records = {}
-    directory, checksums = place, []
+    checksums = []
     for _ in range(count):
         signature, flags, method, packed, nbytes, name_bytes, extra_bytes, comment_bytes, at = _ENTRY.unpack_from(
-            tail, place
+            tail, entry
         )
-        checksums.append(place + _CHECKSUM_AT)
-        name_at = place + _ENTRY.size
+        checksums.append(entry + _CHECKSUM_AT)
+        name_at = entry + _ENTRY.size
         extra_at = name_at + name_bytes
-        place = extra_at + extra_bytes + comment_bytes
+        entry = extra_at + extra_bytes + comment_bytes
         name = tail[name_at:extra_at].decode().partition("/")[2]
         if name not in _NEEDED and not name.startswith("data/"):
             continue
         if _FULL in (packed, nbytes, at):
             packed, nbytes, at = _wide(tail[extra_at : extra_at + extra_bytes], nbytes, packed, at)
         if at + _LOCAL.size > len(head):
-            continue  # what comes after the bytes is not needed
+            continue  # records after the tensor's bytes are not needed
         local_signature, local_method, local_name_bytes, local_extra_bytes = _LOCAL.unpack_from(head, at)
         begin = at + _LOCAL.size + local_name_bytes + local_extra_bytes
         stored = signature == b"PK\x01\x02" and local_signature == ZIP_MAGIC and method == local_method == 0
@@ -202,7 +208,7 @@ def _records(head: bytes, tail: bytes, length: int) -> tuple[dict[str, tuple[int
 
 
 def _wide(extra: bytes, nbytes: int, packed: int, at: int) -> tuple[int, int, int]:
-    """(packed size, size, offset), those that need it from the entry's 64-bit field."""
+    """(packed size, size, offset) of an entry; values that do not fit 32 bits come from the entry's 64-bit field."""
     numbers = [nbytes, packed, at]
     while _FULL in numbers and len(extra) >= 4:
         kind, size = struct.unpack_from("<2H", extra)
@@ -216,7 +222,7 @@ def _wide(extra: bytes, nbytes: int, packed: int, at: int) -> tuple[int, int, in
 
 @dataclass(frozen=True, slots=True)
 class _Storage:
-    """What a persistent id says; ``dtype`` is None for untyped bytes."""
+    """The storage that a persistent id describes; ``dtype`` is None for untyped bytes."""
 
     key: str
     dtype: str | None
@@ -224,13 +230,13 @@ class _Storage:
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """A name that stands for an element type."""
+    """An element type that the pickle names; ``dtype`` is None for untyped bytes."""
 
     dtype: str | None
 
 
 class _Tensor:
-    """Stands for ``torch._utils._rebuild_tensor_v2`` and ``_v3``: keeps what they are called with."""
+    """Stands in for ``torch._utils._rebuild_tensor_v2`` and ``_v3``, and keeps the arguments of the call."""
 
     __slots__ = ("dtype", "first", "key", "shape", "strides")
 
@@ -248,16 +254,16 @@ class _Tensor:
 
     # No pickle sets attributes of this class or its objects.
     def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("a state")
+        raise pickle.UnpicklingError("it sets a state where torch sets none")
 
 
 class _Hooks:
-    """Stands for the OrderedDict of hooks, which is empty."""
+    """Stands in for the OrderedDict of hooks, which is empty."""
 
     __slots__ = ()
 
     def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("a state")
+        raise pickle.UnpicklingError("it sets a state where torch sets none")
 
 
 _FUNCTIONS: dict[tuple[str, str], Any] = {

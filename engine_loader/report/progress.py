@@ -6,25 +6,25 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-# vLLM's own format: one line per update, so that a container's log stays readable.
+# vLLM's format: one line per update, so that a container's log stays readable.
 _BAR_FORMAT = "{desc}: {percentage:3.0f}% Completed | {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]\n"
 _SECONDS_BETWEEN_LINES = 1.0
 
 
 class Progress(Protocol):
-    """Is told of bytes."""
+    """Counts the bytes of a load."""
 
     def update(self, nbytes: float, /) -> object:
-        """Count ``nbytes`` more."""
+        """Add ``nbytes`` to the bytes that are done."""
         ...
 
     def close(self) -> object:
-        """Finish the bar."""
+        """End the progress."""
         ...
 
 
 def byte_progress(total_bytes: int, description: str, *, shown: bool) -> Progress:
-    """A bar over ``total_bytes``; silent when it is not to be shown."""
+    """A progress bar of ``total_bytes`` bytes; it prints nothing if ``shown`` is False."""
     return tqdm(
         total=total_bytes,
         desc=description,

@@ -1,7 +1,7 @@
 """An emulator of 3FS's user-space I/O: libhf3fs_api_shared.so over pread.
 
-It is for trying and testing the 3FS path without a cluster: strict where the real library is, and with faults, a
-latency and a link of some bandwidth on demand (options in emulator.h, ways to set them in options.c).
+It serves to try and test the 3FS path without a cluster. It is as strict as the real library, and can simulate faults,
+latency and a limited bandwidth (options in emulator.h; options.c reads them).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..errors import EngineLoaderError
 LIBRARY_NAME = "libhf3fs_api_shared.so"
 _SOURCES = ("options.c", "files.c", "buffers.c", "rings.c", "daemon.c")
 _FLAGS = ("-std=gnu11", "-O2", "-g", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra")
-# The real name, so that whatever needs the real library is satisfied; never unloaded, as its threads may still run.
+# The soname of the real library, for programs that link to it; never unloaded, because its threads can still run.
 _LINK_FLAGS = (f"-Wl,-soname,{LIBRARY_NAME}", "-Wl,-z,nodelete")
 
 
@@ -26,10 +26,10 @@ class EmulatorBuildError(EngineLoaderError):
 
 
 def build_emulator(directory: str | os.PathLike[str]) -> Path:
-    """Compile the emulator into ``directory`` (made if it is missing); returns the library's path.
+    """Compile the emulator into ``directory``, which is made if it is missing, and return the library's path.
 
     Raises:
-        EmulatorBuildError: there is no C compiler, or it failed.
+        EmulatorBuildError: there is no C compiler, or the compiler failed.
     """
     compiler = _find_compiler()
     library = Path(directory).absolute() / LIBRARY_NAME

@@ -1,4 +1,4 @@
-/* The daemon: threads that carry IOs out, the link they share, faults on demand, and completions batch by batch. */
+/* The daemon: threads that carry IOs out, the bandwidth that they share, simulated faults, and completions by batch. */
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
@@ -9,7 +9,7 @@
 
 #include "emulator.h"
 
-enum { SHUFFLED = 4 }; /* the next IO is any of so many */
+enum { SHUFFLED = 4 }; /* the next IO is a random one of this many */
 
 static bool every(int64_t number, int64_t n) { return n > 0 && number % n == 0; }
 
@@ -102,7 +102,7 @@ static void complete(struct io *io) {
 }
 
 void forget_hung(struct ring *ring) {
-    ring->busy++; /* the last one must not take the ring with it */
+    ring->busy++; /* the last IO of a ring must not free the ring here */
     for (struct io **at = &emulator.hung; *at != NULL;) {
         struct io *io = *at;
         if (io->ring != ring) {
@@ -127,7 +127,7 @@ static uint64_t wanted_length(const struct io *io) {
     return length;
 }
 
-/* Put the file's own pages where the client looks; returns how many bytes that could be done for. */
+/* Map pages of the file into the client's buffer; returns the number of bytes for which that was possible. */
 static uint64_t map_pages(const struct io *io, uint64_t length) {
     const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
     const uint64_t whole = length / page * page;
@@ -137,7 +137,7 @@ static uint64_t map_pages(const struct io *io, uint64_t length) {
     return mapped == MAP_FAILED ? 0 : whole;
 }
 
-/* As a NIC does, but for what lies at the edges of pages. */
+/* Without CPU time, as from a NIC, except for parts of pages at the edges. */
 static int64_t read_by_dma(const struct io *io, uint64_t length) {
     struct stat status;
     if (fstat(io->file->dup_fd, &status) != 0) return -errno;
@@ -145,7 +145,7 @@ static int64_t read_by_dma(const struct io *io, uint64_t length) {
     if (io->offset >= size) return 0;
     if (length > size - io->offset) length = size - io->offset;
     uint64_t done = map_pages(io, length);
-    if (done < length) { /* pages that were mapped before are not to be written to */
+    if (done < length) { /* mapped pages of the file must not be written to */
         const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), first = (uintptr_t)(io->client + done) / page * page;
         const uint64_t last = ((uintptr_t)io->client + length + page - 1) / page * page;
         const int flags = MAP_PRIVATE | MAP_FIXED | MAP_ANONYMOUS;
@@ -176,7 +176,7 @@ static int64_t read_file(const struct io *io, uint64_t length) {
 static void carry_out(struct io *io) {
     const struct options *options = &emulator.options;
     io->carried_out = true;
-    if (io->result < 0) return; /* refused from the start */
+    if (io->result < 0) return; /* refused when it was prepared */
     if (every(io->number, options->error_every)) {
         io->result = -options->error;
         emulator.counters.errors++;

@@ -1,4 +1,4 @@
-/* What the parts of the emulator share. One mutex guards all of it. */
+/* Types and functions of all files of the emulator. One mutex guards the whole state. */
 #ifndef EMULATOR_H
 #define EMULATOR_H
 
@@ -9,10 +9,10 @@
 
 #include "hf3fs_abi.h"
 
-/* Options; all are numbers but the mount. `*_every` = n picks every n-th one; 0: none. */
+/* Options: numbers, except for the mount. `*_every` = n selects every n-th IO, prep or buffer; 0: none. */
 struct options {
     int64_t latency_us;   /* of each IO */
-    int64_t jitter_us;    /* up to so much is added to the latency */
+    int64_t jitter_us;    /* at most this is added to the latency of an IO */
     int64_t bandwidth;    /* bytes per second of the link that all IOs of the process share; 0: no limit */
     int64_t threads;      /* of the daemon */
     int64_t eager_every;  /* preps that start IOs before they are submitted */
@@ -27,14 +27,14 @@ struct options {
     int64_t late_ms;
     int64_t full_every;   /* preps that find the ring full before it is */
     int64_t buffer_every; /* buffers that cannot be registered: EACCES for every IO into them */
-    int64_t dead;         /* the daemon is gone: nothing completes any more */
-    int64_t die_after;    /* the daemon dies after so many IOs */
+    int64_t dead;         /* the daemon has ended: no IO completes any more */
+    int64_t die_after;    /* the daemon ends after this many IOs */
     int64_t iov_error;    /* errno of iovcreate */
     int64_t ior_error;    /* errno of iorcreate */
     int64_t register_error;
     int64_t seed;
-    int64_t dma;          /* bytes come as a NIC's do, at no cost of CPU: pages are mapped where that can be */
-    char mount[PATH_MAX]; /* what is taken for 3FS: this directory and all below it */
+    int64_t dma;          /* bytes arrive without CPU time, as from a NIC: pages are mapped where that is possible */
+    char mount[PATH_MAX]; /* the directory that is treated as the mount of 3FS */
 };
 
 struct counters {
@@ -43,7 +43,7 @@ struct counters {
     int64_t max_in_flight; /* since the last reset */
 };
 
-/* A buffer as the daemon sees it: a mapping of its own, so that a late read hurts nobody after the client unmapped its. */
+/* The daemon's mapping of a buffer, separate so that a late read is harmless after the client unmapped the buffer. */
 struct buffer {
     struct buffer *next;
     uint8_t id[16];
@@ -73,7 +73,7 @@ struct io {
     struct registered *file;
     struct buffer *buffer;
     size_t buffer_offset, offset;
-    uint8_t *client; /* the client's own view of the buffer */
+    uint8_t *client; /* the address in the client's mapping */
     uint64_t length;
     const void *userdata;
     int slot;
@@ -105,9 +105,9 @@ struct emulator {
     struct buffer *buffers;
     struct registered **files;
     int max_files;
-    struct io *ready, **ready_end; /* to be carried out */
-    struct io *hung;               /* never completed, until their ring is destroyed */
-    struct io **due;               /* heap: wait for their time */
+    struct io *ready, **ready_end; /* IOs for the daemon's threads */
+    struct io *hung;               /* IOs that never complete; freed with their ring */
+    struct io **due;               /* IOs that complete later: a heap by due_ns */
     int due_count, due_capacity;
     int64_t link_free_ns;
     uint64_t random;

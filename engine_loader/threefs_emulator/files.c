@@ -61,7 +61,7 @@ static int register_fd(int fd) {
     if (emulator.options.register_error != 0) return (int)emulator.options.register_error;
     if (fd >= emulator.max_files) return EBADF;
     if (emulator.files[fd] != NULL) return EINVAL;
-    const int dup_fd = dup(fd); /* inherited by programs that are started, as in the real library */
+    const int dup_fd = dup(fd); /* without O_CLOEXEC: inherited by child programs, as in the real library */
     if (dup_fd < 0) return errno;
     if (dup_fd >= emulator.max_files || emulator.files[dup_fd] != NULL) {
         close(dup_fd);

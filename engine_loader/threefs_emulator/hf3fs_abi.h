@@ -78,7 +78,7 @@ HF3FS_API int hf3fs_wait_for_ios(const struct hf3fs_ior *ior, struct hf3fs_cqe *
 HF3FS_API int hf3fs_hardlink(const char *target, const char *link_name);
 HF3FS_API int hf3fs_punchhole(int fd, int n, const size_t *start, const size_t *end, size_t flags);
 
-/* The emulator's own. */
+/* Functions that only the emulator has. */
 HF3FS_API int hf3fs_emulator_configure(const char *options); /* 0, or -EINVAL: an unknown option */
 HF3FS_API int64_t hf3fs_emulator_count(const char *what);    /* -1: there is no such counter */
 

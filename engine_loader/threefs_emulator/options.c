@@ -140,7 +140,7 @@ uint64_t random_below(uint64_t limit) {
     return limit == 0 ? 0 : x % limit;
 }
 
-/* A rule of the real thing was broken where the real thing would not say so: the tests look at the counter. */
+/* The client broke a rule of the real library that the real library does not report: tests check the counter. */
 void violation(const char *what) {
     emulator.counters.violations++;
     fprintf(stderr, "3FS emulator: %s\n", what);
@@ -154,7 +154,7 @@ static void init_work(void) {
     pthread_condattr_destroy(&attributes);
 }
 
-/* Threads, rings and IOs stay with the parent; registrations are in the child's memory, too, as in the real library. */
+/* After fork, the parent has threads, rings and IOs; registrations also exist in the child, as in the real library. */
 static void in_child(void) {
     pthread_mutex_init(&emulator.lock, NULL);
     init_work();

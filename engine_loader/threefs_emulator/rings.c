@@ -33,7 +33,7 @@ int hf3fs_iorcreate4(struct hf3fs_ior *ior, const char *mount, int entries, bool
     ring->queued_end = &ring->queued;
     ring->slot_taken = calloc((size_t)entries, sizeof *ring->slot_taken);
     ring->cqes = calloc((size_t)entries, sizeof *ring->cqes);
-    pthread_cond_init(&ring->completed, NULL); /* CLOCK_REALTIME, as wait_for_ios wants */
+    pthread_cond_init(&ring->completed, NULL); /* CLOCK_REALTIME, as wait_for_ios needs */
     ring->next = emulator.rings;
     emulator.rings = ring;
     emulator.counters.rings++;
@@ -168,7 +168,7 @@ int hf3fs_prep_io(const struct hf3fs_ior *ior, const struct hf3fs_iov *iov, bool
     if (is_here(ring)) {
         if (atomic_exchange(&ring->preparing, 1) != 0) violation("two threads prepare IOs on one ring");
         unlock();
-        lock(); /* gives another thread that should not be here the time to show itself */
+        lock(); /* time in which a concurrent call by another thread, which is not allowed, is detected */
         result = prepare(ring, iov, address - base, fd, offset, length, userdata);
         atomic_store(&ring->preparing, 0);
     }

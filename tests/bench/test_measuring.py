@@ -143,7 +143,7 @@ class TestRounds:
         patient = Benchmark(Workload.of(model), [contender], lambda step: None, patience_s=0.001)
         (warning,) = patient.measure(Scenario(), 1).warnings
         assert looks
-        assert warning == "other processes took 100% of the CPUs meanwhile; measure when it is quiet"
+        assert warning == "other processes took 100% of the CPUs during the runs: measure when the machine is idle"
         looks.clear()
         Benchmark(Workload.of(model), [contender], lambda step: None).measure(Scenario(), 1)
         assert looks == []

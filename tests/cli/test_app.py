@@ -124,7 +124,7 @@ def test_ctrl_c_ends_a_benchmark_with_130(when: str, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_ends_the_doctor_while_an_engine_starts() -> None:
-    status, output = on_terminal(["doctor"], interrupt_at="looking at engines")
+    status, output = on_terminal(["doctor"], interrupt_at="checking engines")
     assert status == 130
     assert "Traceback" not in output
 

@@ -55,8 +55,8 @@ def test_shards_have_the_size_that_is_asked_for(tmp_path: Path) -> None:
         ),
         (["--key-mapping", "{nothing}"], 2, "--key-mapping: key_mapping = '{nothing}': this is no valid JSON"),
         (["--key-mapping", "no:such"], 2, "key_mapping: the module 'no' of 'no:such' cannot be imported"),
-        (["--max-shard-size", "many"], 2, "--max-shard-size: 'many' is no size"),
-        (["--max-shard-size", "0"], 2, "--max-shard-size: '0' is too small"),
+        (["--max-shard-size", "many"], 2, "--max-shard-size: 'many' is not a size like 5GB"),
+        (["--max-shard-size", "0"], 2, "--max-shard-size: '0' is less than one byte"),
         (["--to", "gguf"], 2, "'gguf' is not one of"),
     ],
 )

@@ -1,4 +1,4 @@
-"""``engine-loader doctor``: every finding was looked at, and what is wrong comes with how to mend it."""
+"""``engine-loader doctor``: every finding was looked at, and what is wrong comes with how to repair it."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from engine_loader.cli.diagnosis import caches, engines, machine, software, sources
+from engine_loader.cli.diagnosis import cache_directories, engine_plugins, file_systems, resources, software
 from engine_loader.cli.diagnosis.finding import Finding
 from engine_loader.errors import TransferError
 from engine_loader.machine import Memory, Mount
@@ -40,10 +40,10 @@ class TestReport:
     def test_as_json_every_finding_has_all_its_fields_and_what_is_not_well_says_how_to_mend_it(self) -> None:
         found = json.loads(invoke("doctor", "--quick", "--json").stdout)
         for finding in found["findings"]:
-            assert set(finding) == {"area", "name", "status", "value", "mend"}
+            assert set(finding) == {"area", "name", "status", "value", "repair"}
             assert finding["status"] in ("ok", "warn", "fail")
             assert finding["value"]
-            assert finding["status"] == "ok" or finding["mend"]
+            assert finding["status"] == "ok" or finding["repair"]
         statuses = [finding["status"] for finding in found["findings"]]
         assert found["summary"] == {status: statuses.count(status) for status in ("ok", "warn", "fail")}
         areas = {finding["area"] for finding in found["findings"]}
@@ -54,7 +54,7 @@ class TestReport:
         assert "✓ python: " in output
         assert "✗ settings: ENGINE_LOADER_LOADER__THREADS: loader.threads = '0'" in output
         assert "    → engine-loader settings shows them all" in output
-        assert " 1 to mend" in output.splitlines()[-1]
+        assert " 1 to repair" in output.splitlines()[-1]
 
     def test_the_status_is_1_when_anything_fails(self) -> None:
         assert run("doctor", "--quick", env={"VLLM_PLUGINS": ""}).returncode == 1
@@ -89,8 +89,8 @@ class TestSoftware:
         monkeypatch.setattr(software.shutil, "which", lambda name: None)
         finding = only(software.check_native_engine())
         assert finding.status == "warn"
-        assert finding.value == "the native engine was not built; the pure-Python one serves instead"
-        assert "apt-get install g++" in finding.mend
+        assert finding.value == "the native engine was not built; the pure-Python engine is used instead"
+        assert "apt-get install g++" in finding.repair
 
     def test_an_installed_package_of_another_version_is_noticed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(software, "installed_version", lambda *names: "0.0.1")
@@ -106,8 +106,8 @@ class TestEngines:
         assert finding["status"] == "fail"
         assert repr(value) in finding["value"]
         # What is proposed is what vLLM would let through.
-        if "VLLM_PLUGINS=" in finding["mend"]:
-            assert "b10_3fs" in finding["mend"].partition("VLLM_PLUGINS=")[2].split(",")
+        if "VLLM_PLUGINS=" in finding["repair"]:
+            assert "b10_3fs" in finding["repair"].partition("VLLM_PLUGINS=")[2].split(",")
 
     @pytest.mark.parametrize("value", ["b10_3fs", "other,b10_3fs", None])
     def test_vllm_plugins_that_let_ours_through_are_no_finding(self, value: str | None) -> None:
@@ -116,13 +116,13 @@ class TestEngines:
     def test_sglang_strips_names_and_takes_an_empty_value_for_all(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for value, kept_out in (("", False), (" b10_3fs , x", False), ("x", True)):
             monkeypatch.setenv("SGLANG_PLUGINS", value)
-            assert bool(engines._filter(engines._SGLANG)) is kept_out, value
+            assert bool(engine_plugins._filter(engine_plugins._SGLANG)) is kept_out, value
 
     def test_a_missing_entry_point_is_a_failure(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(engines, "entry_points", lambda **_: EntryPoints())
-        finding = engines._entry_point(engines._VLLM)
+        monkeypatch.setattr(engine_plugins, "entry_points", lambda **_: EntryPoints())
+        finding = engine_plugins._entry_point(engine_plugins._VLLM)
         assert finding.status == "fail"
-        assert finding.mend.startswith("pip install engine-loader")
+        assert finding.repair.startswith("pip install engine-loader")
 
     @pytest.mark.parametrize(
         ("values", "expected"),
@@ -136,8 +136,8 @@ class TestEngines:
         self, values: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         entries = EntryPoints(EntryPoint("b10_3fs", value, "vllm.general_plugins") for value in values)
-        monkeypatch.setattr(engines, "entry_points", lambda **_: entries)
-        assert engines._entry_point(engines._VLLM).status == expected
+        monkeypatch.setattr(engine_plugins, "entry_points", lambda **_: entries)
+        assert engine_plugins._entry_point(engine_plugins._VLLM).status == expected
 
     @pytest.mark.parametrize(
         ("version", "expected"), [("0.10.0", "fail"), ("0.10.1", "ok"), ("0.32.0+cpu", "ok"), ("1.0", "ok")]
@@ -145,38 +145,40 @@ class TestEngines:
     def test_versions_that_have_no_plugins_yet(
         self, version: str, expected: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(engines, "installed_version", lambda *names: version)
-        assert engines._version_finding(engines._VLLM).status == expected
+        monkeypatch.setattr(engine_plugins, "installed_version", lambda *names: version)
+        assert engine_plugins._version_finding(engine_plugins._VLLM).status == expected
 
     def test_a_version_without_plugins_that_a_patch_gives_them_is_told_its_name(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(engines, "installed_version", lambda *names: "0.5.10")
-        patch = engines._patch_of(engines._SGLANG)
+        monkeypatch.setattr(engine_plugins, "installed_version", lambda *names: "0.5.10")
+        patch = engine_plugins._patch_of(engine_plugins._SGLANG)
         assert patch is not None
-        finding = engines._version_finding(engines._SGLANG, patch)
-        assert (finding.status, finding.mend.partition(",")[0]) == (
+        finding = engine_plugins._version_finding(engine_plugins._SGLANG, patch)
+        assert (finding.status, finding.repair.partition(",")[0]) == (
             "fail",
             "engine-loader patch apply sglang-0.5.10-plugin",
         )
         monkeypatch.setattr(type(patch), "state", lambda self: "applied")
-        assert engines._version_finding(engines._SGLANG, patch).status == "ok"
-        monkeypatch.setattr(engines, "installed_version", lambda *names: "0.5.11")
-        assert engines._patch_of(engines._SGLANG) is None
+        assert engine_plugins._version_finding(engine_plugins._SGLANG, patch).status == "ok"
+        monkeypatch.setattr(engine_plugins, "installed_version", lambda *names: "0.5.11")
+        assert engine_plugins._patch_of(engine_plugins._SGLANG) is None
 
     def test_no_engine_at_all_is_a_warning(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(engines, "find_spec", lambda name: None)
-        assert only(engines.check_engines()).status == "warn"
+        monkeypatch.setattr(engine_plugins, "find_spec", lambda name: None)
+        assert only(engine_plugins.check_engines()).status == "warn"
 
     def test_a_plugin_that_does_not_register_is_a_failure_with_the_engines_reason(self) -> None:
         probe = "raise ValueError('Load format `b10_3fs` is not supported')"
-        finding = engines._run_plugins(SimpleNamespace(name="vLLM", module="vllm", load="def load(): ...", probe=probe))  # type: ignore[arg-type]
+        finding = engine_plugins._run_plugins(
+            SimpleNamespace(name="vLLM", module="vllm", load="def load(): ...", probe=probe)
+        )  # type: ignore[arg-type]
         assert finding.status == "fail"
         assert finding.value == "not registered: ValueError: Load format `b10_3fs` is not supported"
 
     @pytest.mark.engine
     def test_the_real_engine_takes_the_format(self) -> None:
-        found = {finding.name: finding for finding in engines.check_engines()}
+        found = {finding.name: finding for finding in engine_plugins.check_engines()}
         finding = found["vLLM --load-format b10_3fs"]
         assert finding.status == "ok", finding
         assert finding.value.startswith("registered: engine_loader.engines.vllm.loader.")
@@ -189,14 +191,14 @@ class TestSources:
         assert "1 file, 1.00 MiB, all can be opened" in found[str(tmp_path)]["value"]
         assert found[f"direct IO on {tmp_path}"]["value"] == (
             "works"
-            if sources._read_directly(str(tmp_path / "model.safetensors")) is None
+            if file_systems._read_directly(str(tmp_path / "model.safetensors")) is None
             else "not needed: a tmpfs is memory"
         )
 
     def test_a_directory_without_weights_is_told_by_its_file_system(self, tmp_path: Path) -> None:
         finding = diagnose(tmp_path)[str(tmp_path)]
         assert finding["status"] == "ok"
-        assert "no weights right here" in finding["value"]
+        assert "no weights directly in this directory" in finding["value"]
 
     def test_a_path_that_is_not_there(self, tmp_path: Path) -> None:
         finding = diagnose(tmp_path / "missing")[str(tmp_path / "missing")]
@@ -204,8 +206,8 @@ class TestSources:
         assert "[ENOENT]" in finding["value"]
 
     def test_direct_io_that_is_refused_is_a_warning(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(sources, "_read_directly", lambda file: 22)
-        finding = sources._direct("/x", "/x/model.safetensors", Mount("/x", "fuse.thing", "s", frozenset()))
+        monkeypatch.setattr(file_systems, "_read_directly", lambda file: 22)
+        finding = file_systems._direct("/x", "/x/model.safetensors", Mount("/x", "fuse.thing", "s", frozenset()))
         assert (finding.status, finding.value) == ("warn", "refused with EINVAL")
 
     def test_a_3fs_library_that_is_none(self, tmp_path: Path) -> None:
@@ -223,7 +225,7 @@ class TestCaches:
         return home
 
     def env(self, home: Path, **more: str) -> dict[str, str | None]:
-        names = [cache.variable for cache in caches._CACHES] + ["XDG_CACHE_HOME", "TRITON_HOME"]
+        names = [cache.variable for cache in cache_directories._CACHES] + ["XDG_CACHE_HOME", "TRITON_HOME"]
         return {**dict.fromkeys(names), "HOME": str(home), **more}
 
     def test_defaults_resolve_as_in_the_programs_themselves(self, home: Path) -> None:
@@ -264,7 +266,7 @@ class TestCaches:
         finding = diagnose(env=self.env(home, VLLM_CACHE_ROOT="/proc/engine-loader"))["VLLM_CACHE_ROOT"]
         assert finding["status"] == "fail"
         assert "cannot write" in finding["value"]
-        assert "set VLLM_CACHE_ROOT to a directory" in finding["mend"]
+        assert "set VLLM_CACHE_ROOT to a directory" in finding["repair"]
 
     def test_a_file_where_a_directory_is_meant(self, home: Path) -> None:
         (home / "file").touch()
@@ -278,36 +280,38 @@ class TestCaches:
         assert list(home.iterdir()) == []
 
     def test_a_nearly_full_disk_a_network_and_noexec(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        cache = next(cache for cache in caches._CACHES if cache.variable == "VLLM_CACHE_ROOT")
+        cache = next(cache for cache in cache_directories._CACHES if cache.variable == "VLLM_CACHE_ROOT")
         monkeypatch.setenv("VLLM_CACHE_ROOT", str(home))
-        monkeypatch.setattr(caches, "mount_of", lambda path: Mount("/", "ext4", "disk", frozenset({"noexec"})))
-        assert caches._check(cache).status == "fail"
-        monkeypatch.setattr(caches, "mount_of", lambda path: Mount("/", "nfs4", "server:/", frozenset()))
-        assert caches._check(cache).status == "warn"
-        assert "local disk" in caches._check(cache).mend
-        monkeypatch.setattr(caches, "mount_of", lambda path: Mount("/", "ext4", "disk", frozenset()))
-        monkeypatch.setattr(caches, "_FEW_BYTES", 1 << 62)
-        assert "nearly full" in caches._check(cache).value
+        monkeypatch.setattr(
+            cache_directories, "mount_of", lambda path: Mount("/", "ext4", "disk", frozenset({"noexec"}))
+        )
+        assert cache_directories._check(cache).status == "fail"
+        monkeypatch.setattr(cache_directories, "mount_of", lambda path: Mount("/", "nfs4", "server:/", frozenset()))
+        assert cache_directories._check(cache).status == "warn"
+        assert "local disk" in cache_directories._check(cache).repair
+        monkeypatch.setattr(cache_directories, "mount_of", lambda path: Mount("/", "ext4", "disk", frozenset()))
+        monkeypatch.setattr(cache_directories, "_FEW_BYTES", 1 << 62)
+        assert "nearly full" in cache_directories._check(cache).value
 
     def test_a_user_without_a_name_gets_torchs_own_directory(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def getuser() -> str:
             raise KeyError("uid not found")
 
-        monkeypatch.setattr(caches.getpass, "getuser", getuser)
-        assert caches._inductor().endswith(f"/torchinductor_uid_{os.getuid()}")
+        monkeypatch.setattr(cache_directories.getpass, "getuser", getuser)
+        assert cache_directories._inductor().endswith(f"/torchinductor_uid_{os.getuid()}")
 
 
 class TestMachine:
     def test_a_quota_below_the_cpus_is_a_warning(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(machine, "usable_cpus", lambda: 64)
-        monkeypatch.setattr(machine, "cgroup_cpus", lambda: 2.5)
-        finding = machine._cpus()
+        monkeypatch.setattr(resources, "usable_cpus", lambda: 64)
+        monkeypatch.setattr(resources, "cgroup_cpus", lambda: 2.5)
+        finding = resources._cpus()
         assert finding.status == "warn"
         assert "cgroup quota 2.5" in finding.value
 
     def test_little_memory_is_a_warning(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(machine, "memory", lambda: Memory(64 << 30, 1 << 30, 4 << 30))
-        finding = machine._memory()
+        monkeypatch.setattr(resources, "memory", lambda: Memory(64 << 30, 1 << 30, 4 << 30))
+        finding = resources._memory()
         assert finding.status == "warn"
         assert finding.value == "1.00 GiB available of 64.0 GiB, cgroup limit 4.00 GiB"
 
@@ -315,22 +319,22 @@ class TestMachine:
         before = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
         try:
-            finding = machine._descriptors()
+            finding = resources._descriptors()
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, before)
         assert finding.status == "warn"
         assert finding.value.startswith("256 at once, ")
-        assert "ulimit -n" in finding.mend
+        assert "ulimit -n" in finding.repair
 
     @pytest.mark.parametrize(
         ("text", "expected"), [("always [madvise] never", "ok"), ("always madvise [never]", "warn")]
     )
     def test_huge_pages(self, text: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "enabled").write_text(text)
-        monkeypatch.setattr(machine, "_HUGE_PAGES", tmp_path / "enabled")
-        assert machine._huge_pages().status == expected
+        monkeypatch.setattr(resources, "_HUGE_PAGES", tmp_path / "enabled")
+        assert resources._huge_pages().status == expected
 
     def test_a_machine_has_all_of_these(self) -> None:
-        names = [finding.name for finding in machine.check_machine()]
+        names = [finding.name for finding in resources.check_machine()]
         assert names == ["CPUs", "memory", "open files", "transparent huge pages", "/dev/shm"]
         assert stat.S_ISDIR(os.stat("/dev/shm").st_mode)

@@ -248,7 +248,7 @@ class TestTrainings:
     def test_what_is_no_tensor_is_named(self, tmp_path: Path) -> None:
         torch_dcp.save({"w": torch.ones(3), "step": 7}, checkpoint_id=tmp_path, no_dist=True)
         assert as_json("--tensors", tmp_path)["other_items"] == ["step"]
-        assert "1 item is no tensor: step" in invoke("inspect", tmp_path).stdout
+        assert "1 item is not a tensor: step" in invoke("inspect", tmp_path).stdout
 
     def test_a_sound_one(self, training: Path) -> None:
         result = invoke("inspect", "--check", training)

@@ -102,7 +102,7 @@ def test_where_there_is_no_gpu_it_says_so(path: Path, monkeypatch: pytest.Monkey
     assert finding.status == "ok" and "is not asked for: fastsafetensors finds no GPU" in finding.value
     monkeypatch.setenv("ENGINE_LOADER_LOADER__TRANSPORT", "gds")
     (finding,) = [finding for finding in check_gpus() if finding.name == "GPUDirect Storage"]
-    assert finding.status == "fail" and finding.mend == "set transport to auto"
+    assert finding.status == "fail" and finding.repair == "set transport to auto"
 
 
 def test_without_fastsafetensors_it_says_so(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

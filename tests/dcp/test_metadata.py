@@ -141,7 +141,7 @@ def test_no_state_of_the_classes_themselves_is_set():
         (lambda: metadata(storage_data={"a": _StorageInfo("x", 0, 1)}), "'str'|'a' where a MetadataIndex"),
         (lambda: metadata(storage_data=[1]), r"storage_data is \[1\]"),
         (lambda: metadata(planner_data=Metadata({})), "the planner's data holds 'Metadata'"),
-        (lambda: {"a": 1}, "where a Metadata is meant"),
+        (lambda: {"a": 1}, "where a Metadata is expected"),
     ],
 )
 def test_what_cannot_be_is_told(wrong, told):

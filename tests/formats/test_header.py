@@ -219,14 +219,41 @@ def test_a_key_that_stands_twice_is_named(text, key):
     assert f"the header has {key} twice" in refusal(encode(text)).message
 
 
-@pytest.mark.parametrize("value", ["1", '"x"', "[]", '{"a":1}', '{"a":null}', '{"a":{}}'])
-def test_metadata_must_be_strings(value):
-    assert "__metadata__ is not an object of strings" in refusal(encode(f'{{"__metadata__":{value}}}')).message
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("1", "__metadata__ is not an object of strings: 1"),
+        ('"x"', "__metadata__ is not an object of strings: 'x'"),
+        ("[]", "__metadata__ is not an object of strings: []"),
+        ('{"k":"v","a":1}', "'a' in __metadata__ is not a string: 1"),
+        ('{"a":null}', "'a' in __metadata__ is not a string: None"),
+        ('{"a":{}}', "'a' in __metadata__ is not a string: {}"),
+    ],
+)
+def test_metadata_must_be_strings(value, said):
+    assert refusal(encode(f'{{"__metadata__":{value}}}')).message == said
 
 
-@pytest.mark.parametrize("text", ["1", "null", "[]", "{}", '{"dtype":"U8","shape":[2]}', '["U8",[2],[0,2]]'])
-def test_an_entry_needs_dtype_shape_and_offsets(text):
-    assert "the entry of 'a' has not got dtype, shape and data_offsets" in refusal(with_entry(text)).message
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("1", "is not an object: 1"),
+        ("null", "is not an object: None"),
+        ("[]", "is not an object: []"),
+        ('["U8",[2],[0,2]]', "is not an object: ['U8', [2], [0, 2]]"),
+        ("{}", "has no dtype and no shape and no data_offsets"),
+        ('{"dtype":"U8","shape":[2]}', "has no data_offsets"),
+        ('{"dtype":"U8","data_offsets":[0,2]}', "has no shape"),
+        ('{"shape":[2],"data_offsets":[0,2]}', "has no dtype"),
+    ],
+)
+def test_an_entry_needs_dtype_shape_and_offsets(text, said):
+    assert refusal(with_entry(text)).message == f"the entry of 'a' {said}"
+
+
+def test_offsets_must_not_end_before_they_begin():
+    message = refusal(with_entry('{"dtype":"U8","shape":[2],"data_offsets":[2,0]}')).message
+    assert message == "the data_offsets of 'a' end before they begin: [2, 0]"
 
 
 @pytest.mark.parametrize("dtype", ['"F128"', '"u8"', '""', "1", "null", "[]", '{"U8":null}'])

@@ -67,21 +67,22 @@ def test_an_index_that_is_not_json_is_to_be_fetched_again(text):
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "said"),
     [
-        "[]",
-        "null",
-        "{}",
-        '{"weight_map":null}',
-        '{"weight_map":[]}',
-        '{"weight_map":"a"}',
-        '{"weight_map":{"a":1}}',
-        '{"weight_map":{"a":null}}',
-        '{"weight_map":{"a":["b"]}}',
+        ("[]", "is not a JSON object"),
+        ("null", "is not a JSON object"),
+        ("{}", "has no weight_map of tensor names to file names"),
+        ('{"weight_map":null}', "'s weight_map is not an object of tensor names to file names"),
+        ('{"weight_map":[]}', "'s weight_map is not an object of tensor names to file names"),
+        ('{"weight_map":"a"}', "'s weight_map is not an object of tensor names to file names"),
+        ('{"weight_map":{"b":"c","a":1}}', "gives 'a' a file name that is not a string: 1"),
+        ('{"weight_map":{"a":null}}', "gives 'a' a file name that is not a string: None"),
+        ('{"weight_map":{"a":["b"]}}', "gives 'a' a file name that is not a string: ['b']"),
     ],
 )
-def test_an_index_without_a_map_of_names_is_refused(text):
-    assert "no weight_map of tensor names to file names" in refusal(text.encode()).message
+def test_an_index_without_a_map_of_names_is_refused(text, said):
+    message = refusal(text.encode()).message
+    assert message.startswith("the index") and message.removeprefix("the index").strip() == said
 
 
 def test_an_index_that_names_nothing_is_refused():

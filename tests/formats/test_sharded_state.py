@@ -38,4 +38,6 @@ def test_a_rank_that_is_not_there_is_an_error() -> None:
         shards_of(shards, ShardRank(0, 1), 2, "dir")
     with pytest.raises(CheckpointError, match=r"files of 1 ranks"):
         shards_of(shards, ShardRank(0, 0), 2, "dir")
+    with pytest.raises(CheckpointError, match=r"files of 1 ranks, but none of pipeline stage 1, rank 0"):
+        shards_of(shards, ShardRank(1, 0), None, "dir")
     assert shards_of(shards, ShardRank(), None, "dir") == ["model-rank-0-part-0.safetensors"]

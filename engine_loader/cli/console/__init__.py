@@ -1,1 +1,1 @@
-"""What every command shows and how it ends."""
+"""What the commands share: output, Ctrl-C, and engines that run within a command."""

@@ -1,4 +1,4 @@
-"""Ctrl-C while other packages' code runs."""
+"""Ends a command on Ctrl-C while code of other packages runs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _SHOW_CURSOR = "\x1b[?25h\n"
 
 @contextmanager
 def prompt_interrupt() -> Iterator[None]:
-    """Within, Ctrl-C ends the process with status 130 after two seconds at the latest.
+    """Make Ctrl-C end the process with status 130 after at most two seconds, while the block runs.
 
-    Some of the loaders that are measured wait on Ctrl-C for threads of theirs that never end.
+    Some of the measured loaders wait, on Ctrl-C, for threads that never end.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -40,7 +40,7 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 def _leave() -> None:
     if sys.stderr.isatty():
-        # The progress bar hid it, and had no time to show it again.
+        # The progress bar hid the cursor.
         sys.stderr.write(_SHOW_CURSOR)
         sys.stderr.flush()
     os._exit(_STATUS)

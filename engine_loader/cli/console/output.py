@@ -1,22 +1,23 @@
-"""How the commands print."""
+"""Output of the commands: texts, JSON, tables and progress bars."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
-# Where the output is not a terminal, nothing is folded; rich would at 80 columns.
+# rich folds lines at 80 columns if the output is not a terminal; with this width nothing is folded.
 _PIPE_COLUMNS = 10_000
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A console that shows texts as they are: no markup, no guessed colours."""
+    """A console that prints texts unchanged: without markup, highlighting or emoji codes."""
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
@@ -25,41 +26,54 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def print_error(message: str) -> None:
-    """A message in red on stderr, its lines as they are."""
+    """Print a message in red on stderr; its line breaks stay."""
     from rich.text import Text
 
     console(stderr=True).print(Text(f"error: {printable(message, lines=True)}", "red"), soft_wrap=True)
 
 
 def print_warning(message: str) -> None:
-    """A message in yellow on stderr."""
+    """Print a message in yellow on stderr."""
     from rich.text import Text
 
     console(stderr=True).print(Text(f"warning: {printable(message)}", "yellow"), soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
-    """A value as JSON on stdout, for a program or for eyes."""
+    """Print a value as indented JSON on stdout."""
     # ASCII only: a file's name may hold bytes that are not text.
     print(json.dumps(value, indent=2))
 
 
 def printable(text: str, *, lines: bool = False) -> str:
-    """``text`` with everything escaped that a terminal would obey or cannot show; names in files come from outside."""
+    """``text`` with control characters and others that are not printable escaped: names in files come from outside."""
     return "".join(
         char if char.isprintable() or (lines and char == "\n") else char.encode("unicode_escape").decode()
         for char in text
     )
 
 
+def table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]], right: Iterable[int] = (1, 2)) -> Table:
+    """A table with a heading for each column; ``right``: the numbers of the columns that are aligned to the right."""
+    from rich.table import Table
+
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    aligned = set(right)
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="right" if number in aligned else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
 @contextmanager
 def progress_bar(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr of ``total`` steps; call what it yields with the name of every step as it begins."""
+    """A bar of ``total`` steps on stderr. Yields a function to call with the name of each step that begins."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
     out = console(stderr=True)
-    # Not refreshed by a thread: it would take its time from what is being measured.
+    # A thread that refreshes the bar would take CPU time from the measurement.
     with Progress(*columns, console=out, auto_refresh=False, transient=True, disable=not out.is_terminal) as bar:
         task = bar.add_task("", total=total, completed=-1)
 
@@ -71,7 +85,7 @@ def progress_bar(total: int) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def byte_progress_bar() -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr; call what it yields with (bytes done, bytes in all)."""
+    """A bar of bytes on stderr. Yields a function that takes (bytes done, bytes in all)."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())

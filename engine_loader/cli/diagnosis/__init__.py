@@ -1,1 +1,1 @@
-"""What ``engine-loader doctor`` looks at. Every module yields findings; each was looked at, none is assumed."""
+"""Checks of ``engine-loader doctor``. Every function ``check_…`` yields findings."""

@@ -1,4 +1,4 @@
-"""What a check found."""
+"""The result of a check."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ class Finding:
     """One line of the doctor's report.
 
     Attributes:
-        area: what it belongs to, e.g. "caches".
-        name: what was looked at, e.g. "VLLM_CACHE_ROOT".
-        status: "fail": an engine will not start, or not load through this package; "warn": it will be slower, or may
-            fail.
-        value: what was found.
-        mend: how to mend it; empty where there is nothing to mend.
+        area: the group of findings, e.g. "caches".
+        name: the thing that was checked, e.g. "VLLM_CACHE_ROOT".
+        status: "fail": an engine will not start, or will not load through this package; "warn": an engine will be
+            slower, or may fail.
+        value: the result of the check.
+        repair: what a person can do about a problem; empty if there is no problem.
     """
 
     area: str
     name: str
     status: Literal["ok", "warn", "fail"]
     value: str
-    mend: str = ""
+    repair: str = ""
 
 
 def installed_version(*distributions: str) -> str | None:
@@ -38,6 +38,6 @@ def installed_version(*distributions: str) -> str | None:
 
 
 def last_line(text: str) -> str:
-    """The last line that says something: of a traceback, the exception."""
+    """The last line that is not blank: the exception, if the text ends with a traceback."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"
+    return lines[-1] if lines else "it printed nothing"

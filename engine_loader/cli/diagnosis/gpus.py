@@ -1,4 +1,4 @@
-"""GPUs: whether weights reach them by this package's own copies, and by GPUDirect Storage."""
+"""Checks GPUs: whether this package's copies to them work, and GPUDirect Storage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _AREA = "GPUs"
 
 
 def check_gpus() -> Iterator[Finding]:
-    """The runtime, with a trial of every device, and GPUDirect Storage.
+    """A trial copy to every device, and GPUDirect Storage.
 
     Raises:
         SettingsError: the settings cannot be read.
@@ -34,10 +34,10 @@ def _copies(settings: LoaderSettings) -> Iterator[Finding]:
         obstacle = devices.obstacle() or devices.obstacle_on(number)
         name = f"copies to cuda:{number}"
         if obstacle is None:
-            yield Finding(_AREA, name, "ok", "a trial arrived byte for byte")
+            yield Finding(_AREA, name, "ok", "a trial copy arrived byte for byte")
         else:
-            mend = "loads work, but more slowly; see docs/cuda.md, and device_runtime"
-            yield Finding(_AREA, name, "warn", f"{obstacle}; torch copies instead", mend)
+            repair = "loads work, but more slowly: see docs/cuda.md and the setting device_runtime"
+            yield Finding(_AREA, name, "warn", f"{obstacle}; torch copies instead", repair)
 
 
 def _gds(settings: LoaderSettings) -> Finding:
@@ -49,4 +49,4 @@ def _gds(settings: LoaderSettings) -> Finding:
         return Finding(_AREA, name, "ok", "can be used on device 0; a file system may still refuse it")
     if settings.transport == "gds":
         return Finding(_AREA, name, "fail", f"transport is gds, and {obstacle}", HINT)
-    return Finding(_AREA, name, "ok", f"cannot be used, and is not asked for: {obstacle}")
+    return Finding(_AREA, name, "ok", f"cannot be used, and is not requested: {obstacle}")

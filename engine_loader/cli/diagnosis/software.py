@@ -1,4 +1,4 @@
-"""Versions, and whether what is installed works: Python, this package, torch, settings, the native library."""
+"""Checks software: versions, settings, the native library, and reading a small checkpoint."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _COMPILERS = ("c++", "g++", "clang++")
 
 
 def check_versions() -> Iterator[Finding]:
-    """Python, this package and what it is installed as, torch, safetensors."""
+    """Versions of Python, of this package in the source tree and as installed, of torch and of safetensors."""
     yield Finding(_AREA, "python", "ok", platform.python_version())
     installed = installed_version("engine-loader")
     if installed is None:
-        mend = "pip install engine-loader: without it, no engine finds the plugin"
+        repair = "pip install engine-loader: engines find only the plugin of an installed package"
         yield Finding(
-            _AREA, "engine-loader", "warn", f"{__version__}, not installed: it runs from its source tree", mend
+            _AREA, "engine-loader", "warn", f"{__version__}, not installed: it runs from its source tree", repair
         )
     elif installed != __version__:
-        mend = "install it again: the entry points of the other version are in use"
-        yield Finding(_AREA, "engine-loader", "warn", f"{__version__}, but {installed} is installed", mend)
+        repair = "install it again: engines use the entry points of the installed version"
+        yield Finding(_AREA, "engine-loader", "warn", f"{__version__}, but {installed} is installed", repair)
     else:
         yield Finding(_AREA, "engine-loader", "ok", __version__)
     torch = installed_version("torch")
@@ -46,23 +46,27 @@ def check_settings() -> Iterator[Finding]:
     except SettingsError as error:
         for line in str(error).splitlines():
             yield Finding(
-                _AREA, "settings", "fail", line, "engine-loader settings shows them all; no engine starts like this"
+                _AREA,
+                "settings",
+                "fail",
+                line,
+                "engine-loader settings shows them all; no engine starts with this setting",
             )
         return
-    changed = ", ".join(f"{name} from {place}" for name, place in origins.items())
+    changed = ", ".join(f"{name} from {origin}" for name, origin in origins.items())
     yield Finding(_AREA, "settings", "ok", changed or "all at their defaults")
 
 
 def check_native_engine() -> Iterator[Finding]:
-    """Whether the native transfer engine can be had."""
+    """Whether the native transfer engine is available."""
     from ...settings import LoaderSettings
     from ...transfer.constructor import make_engine
 
     try:
         engine = make_engine(LoaderSettings(engine="cpp"))
     except TransferError as error:
-        value = f"{error.message}; the pure-Python one serves instead"
-        yield Finding(_AREA, "native engine", "warn", value, _native_mend())
+        value = f"{error.message}; the pure-Python engine is used instead"
+        yield Finding(_AREA, "native engine", "warn", value, _native_repair())
         return
     threads = engine.threads
     engine.close()
@@ -89,12 +93,16 @@ def _read_back(backend: str, expected: list[int], path: str, files: dict[str, by
         with open_checkpoint(path, backend=backend, files=files) as checkpoint:
             got = checkpoint.get_tensor("x").tolist()
     except SettingsError:
-        return Finding("sources", backend, "warn", "not tried: the settings cannot be read", "see settings above")
+        return Finding(
+            "sources", backend, "warn", "not tried: the settings cannot be read", "see the finding of the settings"
+        )
     except (EngineLoaderError, OSError) as error:
-        return Finding("sources", backend, "fail", str(error), "report this with the output of doctor --json")
+        return Finding(
+            "sources", backend, "fail", str(error), "report this problem with the output of engine-loader doctor --json"
+        )
     if got != expected:
         return Finding(
-            "sources", backend, "fail", f"read {got} where {expected} was written", "report this: it is a bug"
+            "sources", backend, "fail", f"read {got} where {expected} was written", "this is a bug: report it"
         )
     return Finding("sources", backend, "ok", "a tensor was read back bit for bit")
 
@@ -108,9 +116,9 @@ def _tiny_checkpoint() -> tuple[bytes, list[int]]:
     return struct.pack("<Q", len(header)) + header + bytes(values), values
 
 
-def _native_mend() -> str:
+def _native_repair() -> str:
     compiler = "" if any(map(shutil.which, _COMPILERS)) else "install a C++17 compiler (apt-get install g++), then "
     again = (
         "install engine-loader again with ENGINE_LOADER_NATIVE_BUILD=require, which says why when it cannot be built"
     )
-    return f"it keeps its speed beside busy Python code: {compiler}{again}"
+    return f"the native engine stays fast while Python code is busy: {compiler}{again}"

@@ -165,7 +165,7 @@ class TestSaving:
     ) -> None:
         server.fault = lambda request: Answer(status=403) if request.method == "DELETE" else None
         save(OTHER, URL, s3client_config=config())
-        assert "a file of the checkpoint that was replaced is left over" in caplog.text
+        assert "a file of the replaced checkpoint could not be deleted" in caplog.text
         assert same(OTHER, load(blank(OTHER), URL))
 
     def test_metadata_comes_after_the_data_and_deletion_last(self, server: FaultServer) -> None:

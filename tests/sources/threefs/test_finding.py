@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from engine_loader import CheckpointError
-from engine_loader.cli.diagnosis.sources import check_3fs, check_paths
+from engine_loader.cli.diagnosis.file_systems import check_3fs, check_paths
 from engine_loader.sources.registry import make_source
 from engine_loader.sources.threefs.library import (
     LIBRARY_NAME,

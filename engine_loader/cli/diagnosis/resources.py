@@ -1,4 +1,4 @@
-"""What the machine, or the container, gives: CPUs, memory, descriptors, huge pages, shared memory."""
+"""Checks the resources of the machine or container: CPUs, memory, descriptors, huge pages, shared memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def check_machine() -> Iterator[Finding]:
-    """Everything that bounds how fast, and whether, a model loads."""
+    """The resources that limit whether a model loads, and how fast."""
     yield _cpus()
     yield _memory()
     yield _descriptors()
@@ -35,10 +35,10 @@ def _cpus() -> Finding:
         return Finding(_AREA, "CPUs", "ok", f"{value}, no cgroup quota")
     value = f"{value}, cgroup quota {quota:g}"
     if quota < usable:
-        mend = (
+        repair = (
             "threads pause when the quota is used up: raise the CPU limit, or lower loader.threads and OMP_NUM_THREADS"
         )
-        return Finding(_AREA, "CPUs", "warn", value, mend)
+        return Finding(_AREA, "CPUs", "warn", value, repair)
     return Finding(_AREA, "CPUs", "ok", value)
 
 
@@ -68,12 +68,14 @@ def _huge_pages() -> Finding:
     try:
         found = re.search(r"\[(\w+)\]", _HUGE_PAGES.read_text())
     except OSError:
-        return Finding(_AREA, name, "warn", "this kernel does not say", "reading into fresh memory may be slower")
+        return Finding(
+            _AREA, name, "warn", "the kernel does not report a mode", "reading into fresh memory may be slower"
+        )
     mode = found[1] if found else "unknown"
     if mode in ("always", "madvise"):
         return Finding(_AREA, name, "ok", mode)
-    mend = f"reading into fresh memory is slower without: echo madvise > {_HUGE_PAGES}"
-    return Finding(_AREA, name, "warn", mode, mend)
+    repair = f"reading into fresh memory is slower without huge pages: echo madvise > {_HUGE_PAGES}"
+    return Finding(_AREA, name, "warn", mode, repair)
 
 
 def _shared_memory() -> Finding:
@@ -87,8 +89,8 @@ def _shared_memory() -> Finding:
     free = status.f_bavail * status.f_frsize
     value = f"{human_bytes(free)} free"
     if free < _LITTLE_SHARED_MEMORY:
-        mend = (
+        repair = (
             "engines of several processes need more: docker run --ipc=host, or an emptyDir of medium Memory at /dev/shm"
         )
-        return Finding(_AREA, name, "warn", value, mend)
+        return Finding(_AREA, name, "warn", value, repair)
     return Finding(_AREA, name, "ok", value)

@@ -1,4 +1,4 @@
-"""Whether compile caches are shared, and what of the engine is mended for it."""
+"""Checks the store of the shared compile cache, and the fix-ups of engines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _AREA = "compile cache"
 
 
 def check_compile_cache() -> Iterator[Finding]:
-    """The store, and the fix-ups of engines."""
+    """The store, and each fix-up: whether it is needed and applied."""
     settings = load_settings().settings.compile_cache
     if not settings.enabled:
         yield Finding(_AREA, "state", "warn", "switched off", "set compile_cache.enabled: true")
@@ -31,16 +31,16 @@ def check_compile_cache() -> Iterator[Finding]:
         size = mib(sum(pack.size for pack in packs))
         yield Finding(_AREA, "store", "ok", f"{store.description} ({len(packs)} packs, {size}, {signed})")
     except (OSError, CacheError) as error:
-        yield Finding(_AREA, "store", "warn", str(error), "engines start without a cache until this is mended")
+        yield Finding(
+            _AREA, "store", "warn", str(error), "engines start without a compile cache until this is repaired"
+        )
     for fixup in (*vllm_fixups.FIXUPS, *torch_fixups.FIXUPS):
         state = fixup.state()
         if state == "needed" and not settings.fixups:
-            mend = f"set compile_cache.fixups: true, or apply patches/{fixup.patch}"
-            yield Finding(_AREA, fixup.name, "warn", f"needed, and switched off: {fixup.why}", mend)
+            repair = f"set compile_cache.fixups: true, or apply patches/{fixup.patch}"
+            yield Finding(_AREA, fixup.name, "warn", f"needed, and switched off: {fixup.why}", repair)
         elif state == "needed":
             replaced = " ".join(fixup.upstream.split())
-            yield Finding(
-                _AREA, fixup.name, "ok", f"applied in {fixup.module} in the place of `{replaced}`: {fixup.why}"
-            )
+            yield Finding(_AREA, fixup.name, "ok", f"applied in {fixup.module} instead of `{replaced}`: {fixup.why}")
         else:
             yield Finding(_AREA, fixup.name, "ok", f"not applied: {state}")

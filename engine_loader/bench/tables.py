@@ -1,4 +1,4 @@
-"""Results and the machine they were measured on, as rows, Markdown and JSON."""
+"""Results of measurements as rows and Markdown, and the description of the machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COLUMNS = ("reads with", "GB/s, median", "slowest - fastest", "of the limit")
 
 
 def describe_machine(workload: Workload) -> dict[str, Any]:
-    """What a figure depends on."""
+    """The properties of the machine and its software on which figures depend."""
     mount, total = mount_of(workload.files[0]), memory().total
     return {
         "cpu": cpu_model(),
@@ -35,7 +35,7 @@ def describe_machine(workload: Workload) -> dict[str, Any]:
 
 
 def machine_line(machine: dict[str, Any]) -> str:
-    """The description in one line."""
+    """A machine's description, from ``describe_machine``, in one line."""
     quota = f" (quota {machine['cpu_quota']:g})" if machine["cpu_quota"] else ""
     packages = ", ".join(f"{name} {machine[name]}" for name in ("engine_loader", *_PACKAGES) if name in machine)
     return (
@@ -46,7 +46,7 @@ def machine_line(machine: dict[str, Any]) -> str:
 
 
 def workload_line(workload: Workload) -> str:
-    """What was loaded, in one line."""
+    """Bytes, tensors and files of a workload, in one line."""
     count = len(workload.files)
     return f"{human_bytes(workload.nbytes)} in {len(workload.tensors)} tensors, {count} file{'' if count == 1 else 's'}"
 
@@ -57,13 +57,13 @@ def rows(measurement: Measurement) -> list[tuple[str, str, str, str]]:
 
 
 def ways(measurement: Measurement) -> list[str]:
-    """What the contenders say about how they read, each once."""
+    """The contenders' descriptions of how they read, each description once."""
     said = {result.how: result.contender.name for result in reversed(measurement.results) if result.how}
     return [f"{name}: {how}" for how, name in sorted(said.items(), key=lambda item: item[1])]
 
 
 def markdown(measurement: Measurement) -> str:
-    """A section with the results as a table."""
+    """A section of Markdown with a table of the results."""
     lines = [f"### {measurement.scenario.title[0].upper()}{measurement.scenario.title[1:]}", ""]
     lines += [f"| {' | '.join(COLUMNS)} |", "|---|---:|---:|---:|"]
     lines += [f"| {' | '.join(row)} |" for row in rows(measurement)]

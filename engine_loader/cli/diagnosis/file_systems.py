@@ -1,4 +1,4 @@
-"""What the file systems under some paths can do."""
+"""Checks 3FS, and the file systems of paths: whether files can be opened, and how they would be read."""
 
 from __future__ import annotations
 
@@ -20,51 +20,53 @@ from ...transfer.modes import choose_mode
 from .finding import Finding
 
 _AREA = "sources"
-_GIVE_PATH = "engine-loader doctor /path/to/model looks at the file system that your weights lie on"
+_GIVE_PATH = "engine-loader doctor /path/to/model checks the file system of a model's weights"
 _NETWORK = ("nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "lustre", "gpfs", "beegfs", "virtiofs", "afs")
 
 
 def check_paths(paths: Sequence[str]) -> Iterator[Finding]:
-    """The file system of every path, whether a file there can be read, and whether past the page cache."""
+    """The file system of every path, whether the weights can be opened, and whether O_DIRECT works."""
     if not paths:
-        yield Finding(_AREA, "file systems", "ok", "none was asked for", _GIVE_PATH)
+        yield Finding(_AREA, "file systems", "ok", "no path was given", _GIVE_PATH)
     for path in paths:
         yield from _check(path)
 
 
 def check_3fs() -> Iterator[Finding]:
-    """Whether 3FS is mounted here, and its library found and usable."""
+    """Whether 3FS is mounted on this machine, and its library found and usable."""
     search = find_library(_lib_dir())
     at = ", ".join(mounts_here())
     mounted = f"mounted at {at}" if at else "no 3FS mount here"
     if search.path is None:
-        mend = f"set {LIB_DIR_VARIABLE} to the directory of {LIBRARY_NAME}; reads go through the mount meanwhile"
+        repair = (
+            f"set {LIB_DIR_VARIABLE} to the directory of {LIBRARY_NAME}; until then, files are read through the mount"
+        )
         explained = f"{mounted}; {search.explain()}"
-        yield Finding(_AREA, "usrbio", "warn" if at else "ok", explained, mend if at else "")
+        yield Finding(_AREA, "usrbio", "warn" if at else "ok", explained, repair if at else "")
         return
     try:
         load_library(search.path)
     except Hf3fsError as error:
-        mend = f"set {LIB_DIR_VARIABLE} to a build for this machine"
-        yield Finding(_AREA, "usrbio", "warn", f"{mounted}; {error}", mend)
+        repair = f"set {LIB_DIR_VARIABLE} to a build for this machine"
+        yield Finding(_AREA, "usrbio", "warn", f"{mounted}; {error}", repair)
         return
     found = f"{mounted}; {search.path}, found by {search.origin}"
     problem = why_not(lib_dir=_lib_dir()) if at else None
     if problem is None:
         yield Finding(_AREA, "usrbio", "ok", found)
     else:
-        yield Finding(_AREA, "usrbio", "warn", f"{found}; {problem}", "reads go through the mount meanwhile")
+        yield Finding(_AREA, "usrbio", "warn", f"{found}; {problem}", "until then, files are read through the mount")
 
 
 def _lib_dir() -> str | None:
     try:
         return load_settings().settings.loader.hf3fs_lib_dir
-    except SettingsError:  # told of elsewhere
+    except SettingsError:  # software.check_settings reports the problem
         return None
 
 
 def is_network(mount: Mount) -> bool:
-    """Whether a file system's bytes come over a network, as far as its type tells."""
+    """True if the type of a file system is one that reads over a network (FUSE counts as one)."""
     return mount.kind in _NETWORK or mount.kind.startswith("fuse.")
 
 
@@ -72,7 +74,13 @@ def _check(path: str) -> Iterator[Finding]:
     mount = mount_of(path)
     kind = f"{mount.kind} from {mount.source}" if mount else "an unknown file system"
     if os.path.isdir(path) and not any(name.endswith((".safetensors", INDEX_NAME)) for name in os.listdir(path)):
-        yield Finding(_AREA, path, "ok", f"{kind}; no weights right here", "name a model's directory to try reading")
+        yield Finding(
+            _AREA,
+            path,
+            "ok",
+            f"{kind}; no weights directly in this directory",
+            "give a model's directory to check reading",
+        )
         return
     try:
         files, _ = locate(PosixSource(), path)
@@ -97,16 +105,16 @@ def _readable(path: str) -> int:
 
 
 def _usrbio(path: str, file: str) -> Iterator[Finding]:
-    """Whether USRBIO would read the first file, if it is on 3FS."""
+    """Whether the first file, if it is on 3FS, would be read by USRBIO."""
     problem = why_not(file, _lib_dir())
     if problem is None:
         yield Finding(_AREA, f"usrbio on {path}", "ok", "backend: auto reads these files by USRBIO")
     elif any(os.path.realpath(file).startswith(os.path.join(mount, "")) for mount in mounts_here()):
-        yield Finding(_AREA, f"usrbio on {path}", "warn", problem, "reads go through the mount meanwhile")
+        yield Finding(_AREA, f"usrbio on {path}", "warn", problem, "until then, files are read through the mount")
 
 
 def _read_mode(path: str, file: str) -> Finding:
-    """How the first file would be read now."""
+    """The mode that read_mode auto chooses for the first file now."""
     opened = PosixSource().open(file)
     try:
         mode = choose_mode(opened)
@@ -122,20 +130,20 @@ def _direct(path: str, file: str, mount: Mount | None) -> Finding:
     if refused is None:
         return Finding(_AREA, name, "ok", "works")
     reason = errno.errorcode.get(refused, str(refused))
-    mend = "reads go through the page cache instead: leave it memory, and set loader.read_mode to auto or buffered"
+    repair = "files are read through the page cache: leave memory for it, and set loader.read_mode to auto or buffered"
     if mount is not None and mount.kind in ("tmpfs", "ramfs"):
         return Finding(_AREA, name, "ok", f"not needed: a {mount.kind} is memory")
-    return Finding(_AREA, name, "warn", f"refused with {reason}", mend)
+    return Finding(_AREA, name, "warn", f"refused with {reason}", repair)
 
 
 def _read_directly(file: str) -> int | None:
-    """The errno of the refusal, or None when it worked."""
+    """The errno with which reading by O_DIRECT failed; None if it worked."""
     try:
         fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
     except OSError as error:
         return error.errno or errno.EIO
     try:
-        with mmap.mmap(-1, mmap.PAGESIZE) as page:  # O_DIRECT wants aligned memory
+        with mmap.mmap(-1, mmap.PAGESIZE) as page:  # O_DIRECT needs aligned memory
             os.preadv(fd, [page], 0)
     except OSError as error:
         return error.errno or errno.EIO

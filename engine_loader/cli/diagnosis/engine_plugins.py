@@ -1,4 +1,4 @@
-"""Which engine is here, and whether it takes the load format b10_3fs."""
+"""Checks the installed engines: version, plugin, and whether each accepts the load format b10_3fs."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ _INSTALL = "pip install engine-loader in the Python that runs the engine"
 
 @dataclass(frozen=True)
 class _Engine:
-    """What is known of an engine.
+    """An engine that this package supports.
 
     Attributes:
-        module: that it is imported as.
-        distributions: the names that it is installed under.
-        oldest: the first version with a place for plugins.
-        group: of its plugins' entry points.
-        filter_variable: restricts which of them are loaded.
-        load: has the engine load its plugins.
-        probe: makes `answer` the loader's name in the way in which the engine itself comes to it.
+        name: for messages.
+        module: the name of its module.
+        distributions: the names of its packages.
+        oldest: the first version that can load plugins.
+        group: of the entry points of its plugins.
+        filter_variable: the environment variable that restricts which plugins are loaded.
+        load: code that imports, as ``load``, the engine's function that loads its plugins.
+        probe: code that sets `answer` to the name of the loader that the engine chooses for the load format.
     """
 
     name: str
@@ -79,15 +80,19 @@ answer = loader.__module__ + "." + loader.__qualname__
 
 
 _PATCHED_LOAD = "from engine_loader.plugin import register as load"
-"""What a patched version does instead."""
+"""The code in place of ``_Engine.load`` for a version with a patch of this package."""
 
 
 def check_engines(*, start: bool = True) -> Iterator[Finding]:
-    """Every engine that is installed; ``start``: also run its plugins, in a process of their own (seconds)."""
+    """Every engine that is installed; ``start``: also run its plugins, in a separate process (takes seconds)."""
     found = [engine for engine in (_VLLM, _SGLANG) if find_spec(engine.module) is not None]
     if not found:
         yield Finding(
-            _AREA, "engine", "warn", "neither vLLM nor SGLang is installed here", f"if one is elsewhere: {_INSTALL}"
+            _AREA,
+            "engine",
+            "warn",
+            "neither vLLM nor SGLang is installed here",
+            f"if an engine is in another environment: {_INSTALL}",
         )
     for engine in found:
         yield from _check(engine, start)
@@ -111,7 +116,7 @@ def _check(engine: _Engine, start: bool) -> Iterator[Finding]:
 
 
 def _patch_of(engine: _Engine) -> Patch | None:
-    """The patch that has the installed version load plugins, where it does not by itself."""
+    """The patch that makes the installed version load plugins; None if the version loads them without a patch."""
     version = installed_version(*engine.distributions)
     if version is None or _numbers(version) >= engine.oldest:
         return None
@@ -126,18 +131,18 @@ def _numbers(version: str) -> tuple[int, ...]:
 def _version_finding(engine: _Engine, patch: Patch | None = None) -> Finding:
     version = installed_version(*engine.distributions)
     if version is None:
-        mend = f"its files are there, but no package: install {engine.distributions[0]} again"
-        return Finding(_AREA, engine.name, "warn", "of unknown version", mend)
+        repair = f"its files exist, but no package metadata: install {engine.distributions[0]} again"
+        return Finding(_AREA, engine.name, "warn", "of unknown version", repair)
     if _numbers(version) < engine.oldest:
-        mend = f"install {'.'.join(map(str, engine.oldest))} or later"
+        repair = f"install {'.'.join(map(str, engine.oldest))} or later"
         if patch is not None:
             if patch.state() == "applied":
                 return Finding(_AREA, engine.name, "ok", f"{version}, with the patch {patch.name}")
-            mend = f"engine-loader patch apply {patch.name}, or {mend}"
-        return Finding(_AREA, engine.name, "fail", f"{version} cannot load plugins", mend)
+            repair = f"engine-loader patch apply {patch.name}, or {repair}"
+        return Finding(_AREA, engine.name, "fail", f"{version} cannot load plugins", repair)
     if installed_version(engine.distributions[0]) is None:
-        mend = f"its command asks for a package named {engine.distributions[0]}: install an alias, or use python -m"
-        return Finding(_AREA, engine.name, "warn", f"{version}, installed as {engine.distributions[1]}", mend)
+        repair = f"its command requires a package named {engine.distributions[0]}: install an alias, or use python -m"
+        return Finding(_AREA, engine.name, "warn", f"{version}, installed as {engine.distributions[1]}", repair)
     return Finding(_AREA, engine.name, "ok", version)
 
 
@@ -147,36 +152,36 @@ def _entry_point(engine: _Engine) -> Finding:
     if not found:
         return Finding(_AREA, name, "fail", f"there is no entry point {FORMAT} in {engine.group}", _INSTALL)
     if len(found) > 1:
-        mend = "uninstall all but one: which of them counts is chance"
-        return Finding(_AREA, name, "fail", f"{FORMAT} is provided more than once: {', '.join(found)}", mend)
+        repair = "uninstall all but one: which of them is used is undefined"
+        return Finding(_AREA, name, "fail", f"{FORMAT} is provided more than once: {', '.join(found)}", repair)
     (value,) = found
     if not value.startswith("engine_loader."):
-        return Finding(_AREA, name, "fail", f"{FORMAT} is another package's: {value}", "uninstall that package")
+        return Finding(_AREA, name, "fail", f"{FORMAT} belongs to another package: {value}", "uninstall that package")
     return Finding(_AREA, name, "ok", f"{FORMAT} = {value}")
 
 
 def _filter(engine: _Engine) -> list[Finding]:
-    """What the variable that restricts plugins does to ours; nothing where it lets it through."""
+    """A finding if the variable that restricts plugins excludes this package's plugin; otherwise none."""
     variable = engine.filter_variable
     given = os.environ.get(variable)
-    # vLLM compares the names as they stand, also the one empty name of an empty value; SGLang strips them, and takes an
-    # empty value for all.
+    # vLLM compares the names without stripping blanks, and an empty value allows only the empty name; SGLang strips
+    # blanks, and an empty value allows all plugins.
     if given is None or FORMAT in given.split(","):
         return []
     if engine is _SGLANG and (not given.strip(" ,") or FORMAT in map(str.strip, given.split(","))):
         return []
     if FORMAT in map(str.strip, given.split(",")):
-        mend = f"take the spaces out: {variable}={','.join(map(str.strip, given.split(',')))}"
+        repair = f"remove the spaces: {variable}={','.join(map(str.strip, given.split(',')))}"
     else:
-        mend = f"unset it, or {variable}={','.join(filter(None, [given.strip(' ,'), FORMAT]))}"
-    return [Finding(_AREA, variable, "fail", f"{given!r} keeps {engine.name} from loading the plugin", mend)]
+        repair = f"unset it, or {variable}={','.join(filter(None, [given.strip(' ,'), FORMAT]))}"
+    return [Finding(_AREA, variable, "fail", f"{given!r} keeps {engine.name} from loading the plugin", repair)]
 
 
 def _run_plugins(engine: _Engine) -> Finding:
-    """Let the engine load its plugins and ask it for the loader, as it does when it starts."""
+    """Run, in a separate process, the engine's own code that loads plugins and chooses the loader."""
     name = f"{engine.name} --load-format {FORMAT}"
     code = f"{engine.load}\nload()\n{engine.probe}\nimport json\nprint({_ANSWER!r} + json.dumps(answer))"
-    # -P: what lies in the current directory is not what the engine's command would import.
+    # -P: the engine's command does not import modules from the current directory.
     command = [sys.executable, "-P", "-c", code]
     try:
         done = subprocess.run(
@@ -194,8 +199,8 @@ def _run_plugins(engine: _Engine) -> Finding:
         )
     answers = [line.removeprefix(_ANSWER) for line in done.stdout.splitlines() if line.startswith(_ANSWER)]
     if not answers:
-        mend = "look at the whole of it: " + " ".join(
+        repair = "read the whole output of: " + " ".join(
             [os.path.basename(sys.executable), "-c", "'import", engine.module + "'"]
         )
-        return Finding(_AREA, name, "fail", f"not registered: {last_line(done.stderr)}", mend)
+        return Finding(_AREA, name, "fail", f"not registered: {last_line(done.stderr)}", repair)
     return Finding(_AREA, name, "ok", f"registered: {json.loads(answers[-1])}")

@@ -1,4 +1,4 @@
-"""What each cache directory resolves to, and whether it can be used."""
+"""Checks cache directories of engines: the path of each, whether it is writable, and its file system."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from importlib.util import find_spec
 
 from ...machine import mount_of
 from ...report.load import human_bytes
+from .file_systems import is_network
 from .finding import Finding
-from .sources import is_network
 
 _AREA = "caches"
 _FEW_BYTES = 2 << 30
@@ -21,13 +21,13 @@ _FEW_BYTES = 2 << 30
 
 @dataclass(frozen=True)
 class _Cache:
-    """A directory that an engine, or what it uses, caches in.
+    """A cache directory of an engine, or of a library that engines use.
 
     Attributes:
-        variable: that sets it.
-        default: where it lies otherwise.
-        module: it is looked at when this can be imported.
-        compiled: whether shared libraries are loaded from it.
+        variable: the environment variable that sets the directory.
+        default: returns the directory if the variable is not set.
+        module: the directory is checked if this module is installed.
+        compiled: True if shared libraries are loaded from the directory.
     """
 
     variable: str
@@ -45,11 +45,11 @@ def _home(*names: str) -> str:
 
 
 def _inductor() -> str:
-    # As torch names it: after the user, without what a file's name cannot hold.
+    # torch's name: after the user, without characters that file names cannot have.
     try:
         user = getpass.getuser()
     except (KeyError, OSError):
-        user = f"uid_{os.getuid()}"  # a user without a name, as Kubernetes gives out
+        user = f"uid_{os.getuid()}"  # Kubernetes runs containers as users without a name
     return os.path.join(tempfile.gettempdir(), "torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", user))
 
 
@@ -76,7 +76,7 @@ _CACHES = (
 
 
 def check_caches() -> Iterator[Finding]:
-    """The cache directories of what is installed."""
+    """The cache directories of the installed engines and libraries."""
     for cache in _CACHES:
         if find_spec(cache.module) is not None:
             yield _check(cache)
@@ -88,32 +88,36 @@ def _resolved(cache: _Cache) -> str:
 
 def _check(cache: _Cache) -> Finding:
     path = _resolved(cache)
-    there = os.path.exists(path)
-    parent = path if there else _nearest_parent(path)
-    mend = f"set {cache.variable} to a directory that this user can write to"
+    exists = os.path.exists(path)
+    parent = path if exists else _nearest_parent(path)
+    repair = f"set {cache.variable} to a directory that this user can write to"
     if not os.path.isdir(parent):
-        return Finding(_AREA, cache.variable, "fail", f"{path}: {parent} is not a directory", mend)
+        return Finding(_AREA, cache.variable, "fail", f"{path}: {parent} is not a directory", repair)
     refused = _refused(parent)
     if refused:
-        return Finding(_AREA, cache.variable, "fail", f"{path}: {refused} in {parent}", mend)
-    return _judge(cache, path, parent, there)
+        return Finding(_AREA, cache.variable, "fail", f"{path}: {refused} in {parent}", repair)
+    return _judge(cache, path, parent, exists)
 
 
-def _judge(cache: _Cache, path: str, parent: str, there: bool) -> Finding:
+def _judge(cache: _Cache, path: str, parent: str, exists: bool) -> Finding:
     status, mount = os.statvfs(parent), mount_of(parent)
     free = status.f_bavail * status.f_frsize
     kind = mount.kind if mount else "unknown file system"
-    value = f"{path} ({'exists' if there else 'will be made'}, writable, {human_bytes(free)} free, {kind})"
+    value = f"{path} ({'exists' if exists else 'will be made'}, writable, {human_bytes(free)} free, {kind})"
     if cache.compiled and mount is not None and "noexec" in mount.options:
-        mend = f"set {cache.variable} elsewhere: compiled kernels are loaded from it as shared libraries"
-        return Finding(_AREA, cache.variable, "fail", f"{value}, mounted noexec", mend)
+        repair = f"set {cache.variable} to another file system: compiled kernels are loaded from it as shared libraries"
+        return Finding(_AREA, cache.variable, "fail", f"{value}, mounted noexec", repair)
     if free < _FEW_BYTES or (status.f_files and not status.f_favail):
         return Finding(
-            _AREA, cache.variable, "warn", f"{value}, nearly full", f"free space, or set {cache.variable} elsewhere"
+            _AREA,
+            cache.variable,
+            "warn",
+            f"{value}, nearly full",
+            f"free space, or set {cache.variable} to another disk",
         )
     if cache.compiled and mount is not None and is_network(mount):
-        mend = f"compilers write and lock many small files: set {cache.variable} to a local disk"
-        return Finding(_AREA, cache.variable, "warn", value, mend)
+        repair = f"compilers write and lock many small files: set {cache.variable} to a local disk"
+        return Finding(_AREA, cache.variable, "warn", value, repair)
     return Finding(_AREA, cache.variable, "ok", value)
 
 
@@ -124,7 +128,7 @@ def _nearest_parent(path: str) -> str:
 
 
 def _refused(directory: str) -> str | None:
-    """Why nothing can be written there; found by trying, with a file that has no name."""
+    """Why nothing can be written in a directory, or None. It tries with a temporary file that has no name."""
     try:
         with tempfile.TemporaryFile(dir=directory):
             return None
