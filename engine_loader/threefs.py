@@ -24,9 +24,9 @@ from .settings import LoaderSettings, load_settings
 from .sources.posix import PosixSource
 from .sources.registry import usrbio_options
 from .sources.source import Source, SourceFile
-from .sources.threefs.library import Hf3fsError, find_library
-from .sources.threefs.source import UsrbioOptions, UsrbioSource, find_client
-from .sources.threefs.source import is_available as _is_available
+from .sources.threefs.shared_library import ThreeFsError, find_library
+from .sources.threefs.threefs_source import ThreeFsOptions, ThreeFsSource, find_client
+from .sources.threefs.threefs_source import is_available as _is_available
 from .transfer.constructor import make_engine
 from .transfer.device_copy import DeviceWriter, is_device_pointer
 from .transfer.plan import extent, make_extents
@@ -250,7 +250,7 @@ class ThreeFSFileReader(_EngineReader):
         settings = _settings(_chosen(backend))
         source: Source = PosixSource()
         if settings.engine != "mock":
-            source = UsrbioSource(_fit(usrbio_options(settings), entries, buffer_size))
+            source = ThreeFsSource(_fit(usrbio_options(settings), entries, buffer_size))
             if not os.path.isdir(mount_point):
                 raise CheckpointError("there is no such directory", file=mount_point, hint="where is 3FS mounted?")
         super().__init__(mount_point, source, settings)
@@ -287,7 +287,7 @@ def get_backend() -> str:
         return forced
     try:
         client = find_client(load_settings().settings.loader.hf3fs_lib_dir)
-    except Hf3fsError:
+    except ThreeFsError:
         return "mock"
     if client.library is None:
         return "python"
@@ -311,7 +311,7 @@ def extract_mount_point(path: str) -> str:
     """The 3FS mount that ``path`` is on; empty where it is on none."""
     try:
         client = find_client(load_settings().settings.loader.hf3fs_lib_dir)
-    except Hf3fsError:
+    except ThreeFsError:
         return ""
     if not os.path.exists(path):
         return ""
@@ -356,10 +356,10 @@ def _settings(engine: str) -> LoaderSettings:
     return load_settings({"engine": engine}).settings.loader
 
 
-def _fit(options: UsrbioOptions, entries: int, buffer_size: int) -> UsrbioOptions:
+def _fit(options: ThreeFsOptions, entries: int, buffer_size: int) -> ThreeFsOptions:
     """Reads in flight that fit into the buffer: large ones, but not so large that there are too few."""
     io_bytes = _LARGEST_IO_BYTES
     while io_bytes > _SMALLEST_IO_BYTES and _RINGS * _IN_FLIGHT * io_bytes * 5 // 4 > buffer_size:
         io_bytes //= 2
     depth = max(1, min(entries // 2, buffer_size * 4 // 5 // io_bytes // _RINGS))
-    return UsrbioOptions(_RINGS, depth, io_bytes, options.deadline_s, options.lib_dir)
+    return ThreeFsOptions(_RINGS, depth, io_bytes, options.deadline_s, options.lib_dir)

@@ -8,11 +8,11 @@ from ..errors import CheckpointError
 from ..settings import LoaderSettings
 from .memory import MemorySource
 from .object_store.client import ObjectStoreOptions
-from .object_store.source import ObjectStoreSource
+from .object_store.object_source import ObjectStoreSource
 from .object_store.url import is_object_url
 from .posix import PosixSource
 from .source import Source, SourceFile
-from .threefs.source import UsrbioOptions, UsrbioSource
+from .threefs.threefs_source import ThreeFsOptions, ThreeFsSource
 
 
 def make_source(
@@ -40,7 +40,7 @@ def make_source(
     if backend == "object_store":
         return ObjectStoreSource(object_store_options(settings))
     if backend == "usrbio":
-        return UsrbioSource(usrbio_options(settings))
+        return ThreeFsSource(usrbio_options(settings))
     if backend == "auto":
         return AutoSource(settings)
     raise CheckpointError(f"there is no backend {backend!r}", hint="auto, posix, usrbio, object_store or memory")
@@ -54,7 +54,7 @@ class AutoSource:
     """
 
     def __init__(self, settings: LoaderSettings) -> None:
-        self._files = UsrbioSource(usrbio_options(settings), fallback=True)
+        self._files = ThreeFsSource(usrbio_options(settings), fallback=True)
         self._objects = ObjectStoreSource(object_store_options(settings))
         self.name = self._files.name
 
@@ -87,9 +87,9 @@ def object_store_options(settings: LoaderSettings) -> ObjectStoreOptions:
     )
 
 
-def usrbio_options(settings: LoaderSettings) -> UsrbioOptions:
+def usrbio_options(settings: LoaderSettings) -> ThreeFsOptions:
     """The settings for reading by USRBIO."""
-    return UsrbioOptions(
+    return ThreeFsOptions(
         rings=settings.usrbio_rings,
         depth=settings.usrbio_depth,
         io_bytes=int(settings.io_bytes),

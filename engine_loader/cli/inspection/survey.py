@@ -97,7 +97,7 @@ def check(path: str) -> Survey:
 def _source(path: str) -> Source:
     if not is_object_url(path):
         return PosixSource()
-    from ...sources.object_store.source import ObjectStoreSource
+    from ...sources.object_store.object_source import ObjectStoreSource
     from ...sources.registry import object_store_options
 
     return ObjectStoreSource(object_store_options(load_settings().settings.loader))

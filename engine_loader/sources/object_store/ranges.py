@@ -1,7 +1,7 @@
 """Ranges of objects, received straight into their memory: that takes half of the CPU time of collecting a body first.
 
 Only answers that are right in every way are taken. Whatever else happens is left to obstore, for the rest of an object:
-it asks again, has every way of authenticating, and its failures are told to a person (object_failures.py).
+it asks again, has every way of authenticating, and it explains failures in words (request_failures.py).
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from ...failures import RETRYABLE, deadline_passed
-from .failures import no_ring, no_room, read_failed
-from .library import VIRTUAL_DIR
+from .read_failures import no_ring, no_room, read_failed
+from .shared_library import VIRTUAL_DIR
 
 _SLICE = timedelta(milliseconds=100)
 _IO_DEPTH = -1  # every IO completes by itself

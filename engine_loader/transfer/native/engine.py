@@ -20,7 +20,7 @@ import numpy as np
 
 from ...errors import TransferError
 from ...sources.source import SourceFile
-from ...sources.threefs.source import UsrbioFile
+from ...sources.threefs.threefs_source import ThreeFsFile
 from ..cpus import default_threads, local_cpus
 from ..devices import DEFAULT_PINNED_BYTES, Place, setup_error, stream_error
 from ..modes import ReadMode, choose_mode
@@ -315,7 +315,7 @@ class NativeEngine:
         with self._lock:
             found = self._open_files.get(file)
             if found is None:
-                if isinstance(file, UsrbioFile) and file.library is not None:
+                if isinstance(file, ThreeFsFile) and file.library is not None:
                     found = _OpenFile(
                         ReadMode("usrbio", True, f"on 3FS at {file.mount}"), -1, self._add_usrbio(file) << 8
                     )
@@ -348,7 +348,7 @@ class NativeEngine:
                 self._devices[device] = number
             return number
 
-    def _add_usrbio(self, file: UsrbioFile) -> int:
+    def _add_usrbio(self, file: ThreeFsFile) -> int:
         """The number by which the library knows how to read this file."""
         assert file.library is not None
         options = file.options

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from ...errors import TransferError
 from ...sources.source import SourceFile
-from ...sources.threefs.failures import no_ring, no_room, read_failed, with_errno
-from ...sources.threefs.source import UsrbioFile
+from ...sources.threefs.read_failures import no_ring, no_room, read_failed, with_errno
+from ...sources.threefs.threefs_source import ThreeFsFile
 from .library import FAIL_USRBIO, USRBIO_BUFFER, USRBIO_LIBRARY, USRBIO_MEMORY, Failure
 
 
 def deadline_of(file: SourceFile | None, deadline_s: float) -> float:
     """After how many seconds without a byte a read of this file fails."""
-    return file.options.deadline_s if isinstance(file, UsrbioFile) else deadline_s
+    return file.options.deadline_s if isinstance(file, ThreeFsFile) else deadline_s
 
 
-def usrbio_error(file: UsrbioFile, info: Failure) -> TransferError:
+def usrbio_error(file: ThreeFsFile, info: Failure) -> TransferError:
     """The error for a failed transfer."""
     if info.kind != FAIL_USRBIO:
         return read_failed(file.path, info.offset, info.error, info.tries)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from engine_loader import CheckpointError, open_checkpoint
 from engine_loader.settings import LoaderSettings
 from engine_loader.sources.object_store.client import ObjectStoreOptions
-from engine_loader.sources.object_store.source import ObjectStoreSource
+from engine_loader.sources.object_store.object_source import ObjectStoreSource
 from engine_loader.sources.object_store.url import ObjectUrl, is_object_url, parse_object_url
 from engine_loader.sources.registry import make_source, object_store_options
 from tests.cli.running import invoke

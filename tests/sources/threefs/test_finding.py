@@ -9,17 +9,17 @@ import pytest
 from engine_loader import CheckpointError
 from engine_loader.cli.diagnosis.sources import check_3fs, check_paths
 from engine_loader.sources.registry import make_source
-from engine_loader.sources.threefs.library import (
+from engine_loader.sources.threefs.shared_library import (
     LIBRARY_NAME,
-    Hf3fsError,
+    ThreeFsError,
     check_mount,
     find_library,
     load_library,
     mounts,
 )
-from engine_loader.sources.threefs.source import (
-    UsrbioFile,
-    UsrbioSource,
+from engine_loader.sources.threefs.threefs_source import (
+    ThreeFsFile,
+    ThreeFsSource,
     find_client,
     fit_io_bytes,
     is_available,
@@ -57,7 +57,7 @@ def test_a_search_in_vain_names_every_place() -> None:
 
 def test_a_library_that_is_none_is_an_error(tmp_path: Path) -> None:
     (tmp_path / LIBRARY_NAME).write_text("not a library")
-    with pytest.raises(Hf3fsError, match="cannot be used"):
+    with pytest.raises(ThreeFsError, match="cannot be used"):
         load_library(tmp_path / LIBRARY_NAME)
     assert not is_available(lib_dir=str(tmp_path))
 
@@ -98,7 +98,7 @@ def test_auto_takes_usrbio_on_3fs_and_says_so(emulator: Emulator, path: Path, ca
     source = make_source("auto")
     assert source.name == "posix"
     file = source.open(str(path))
-    assert isinstance(file, UsrbioFile)
+    assert isinstance(file, ThreeFsFile)
     file.close()
     assert source.name == "usrbio"
     assert f"files on the 3FS mount {emulator.mount} are read by USRBIO ({emulator.library})" in caplog.text
@@ -140,16 +140,16 @@ def test_asked_for_and_not_to_be_had_is_an_error(
 @pytest.mark.usefixtures("only_binding")
 def test_the_binding_serves_where_only_that_is_there(path: Path, tmp_path: Path) -> None:
     assert find_client().name == "hf3fs_py_usrbio"
-    file = UsrbioSource().open(str(path))
+    file = ThreeFsSource().open(str(path))
     assert file.fileno() is None, "native threads must not read it through the mount unseen"
     file.close()
     (tmp_path / "file").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="it is not on 3FS"):
-        UsrbioSource().open(str(tmp_path / "file"))
+        ThreeFsSource().open(str(tmp_path / "file"))
 
 
 def test_descriptors_are_registered_while_a_file_is_open(emulator: Emulator, path: Path) -> None:
-    source = UsrbioSource()
+    source = ThreeFsSource()
     files = [source.open(str(path)) for _ in range(3)]
     assert emulator.count("registrations") == 3
     for file in files:
@@ -162,7 +162,7 @@ def test_a_refused_registration_is_told(emulator: Emulator, path: Path) -> None:
     emulator.set("register_error=24")
     before = open_resources()
     with pytest.raises(CheckpointError, match=r"model.bin: 3FS does not take .*every registered file takes two"):
-        UsrbioSource().open(str(path))
+        ThreeFsSource().open(str(path))
     assert left_open(before) == []
 
 

@@ -21,8 +21,8 @@ import numpy as np
 from ...errors import CheckpointError
 from . import ranges
 from .client import ObjectStoreOptions, ObjectStores, check_process, condition_of
-from .failures import Answer, object_changed, object_failure, passing_errno
 from .ranges import Connections, DirectRanges, Wanted
+from .request_failures import Answer, object_changed, object_failure, passing_errno
 from .url import ObjectUrl, parse_object_url
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ _MOUNT_CHARS = 4096
 _LOAD_FLAGS = os.RTLD_GLOBAL | os.RTLD_NOW | os.RTLD_NODELETE
 
 
-class Hf3fsError(Exception):
+class ThreeFsError(Exception):
     """The library cannot be had or used; the message says why."""
 
 
@@ -70,7 +70,7 @@ def find_library(lib_dir: str | None = None, environ: Mapping[str, str] | None =
     return LibrarySearch(None, "", tuple(tried))
 
 
-class Hf3fsLibrary:
+class ThreeFsLibrary:
     """The library, loaded. It stays loaded: whatever has it as a dependency is satisfied by this copy.
 
     Attributes:
@@ -83,9 +83,9 @@ class Hf3fsLibrary:
             self.calls = ctypes.CDLL(os.fspath(path), mode=_LOAD_FLAGS)
             _declare(self.calls)
         except (OSError, AttributeError) as error:
-            raise Hf3fsError(f"{path} cannot be used: {error}") from None
+            raise ThreeFsError(f"{path} cannot be used: {error}") from None
 
-    def is_hf3fs(self, fd: int) -> bool:
+    def is_threefs(self, fd: int) -> bool:
         """Whether an open file or directory is on 3FS."""
         return bool(self.calls.hf3fs_is_hf3fs(fd))
 
@@ -113,16 +113,16 @@ class Hf3fsLibrary:
 
 
 @cache
-def load_library(path: Path) -> Hf3fsLibrary:
+def load_library(path: Path) -> ThreeFsLibrary:
     """Load the library, once per path.
 
     Raises:
-        Hf3fsError: it is not what it should be.
+        ThreeFsError: it is not what it should be.
     """
-    return Hf3fsLibrary(path)
+    return ThreeFsLibrary(path)
 
 
-def is_hf3fs_by_ioctl(fd: int) -> bool:
+def is_threefs_by_ioctl(fd: int) -> bool:
     """Whether a descriptor is on 3FS, where the library is not there to ask."""
     try:
         answer = fcntl.ioctl(fd, _MAGIC_REQUEST, b"\0\0\0\0")

@@ -18,18 +18,18 @@ from ...errors import CheckpointError
 from ..posix import PosixFile, PosixSource
 from ..source import SourceFile
 from .channel import ChannelPool
-from .library import (
+from .rings import Rings
+from .shared_library import (
     BINDING,
-    Hf3fsError,
-    Hf3fsLibrary,
+    ThreeFsError,
+    ThreeFsLibrary,
     check_mount,
     find_library,
-    is_hf3fs_by_ioctl,
+    is_threefs_by_ioctl,
     load_library,
     mounts,
     register_hint,
 )
-from .rings import Rings
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ _SMALL_BYTES = 256 << 10
 
 
 @dataclass(frozen=True)
-class UsrbioOptions:
+class ThreeFsOptions:
     """How files on 3FS are read.
 
     Attributes:
@@ -46,7 +46,7 @@ class UsrbioOptions:
         depth: IOs in flight on each ring.
         io_bytes: the largest IO; it is fitted to the file's chunk size.
         deadline_s: an IO without a byte for so long has failed. 3FS itself tries for 60 s.
-        lib_dir: where the library is; None: see hf3fs.py.
+        lib_dir: the directory of the library; None: searched for, see find_library.
     """
 
     rings: int | None = None
@@ -77,14 +77,14 @@ class Client(Protocol):
 class LibraryClient:
     """3FS by its library."""
 
-    def __init__(self, library: Hf3fsLibrary) -> None:
+    def __init__(self, library: ThreeFsLibrary) -> None:
         self.library: str | None = os.fspath(library.path)
         self.binding: Any = Rings(library)
         self.name = self.library
         self._calls = library
 
     def mount_of(self, path: str, fd: int) -> str | None:
-        return self._calls.mount_point(path) if self._calls.is_hf3fs(fd) else None
+        return self._calls.mount_point(path) if self._calls.is_threefs(fd) else None
 
 
 class BindingClient:
@@ -97,7 +97,7 @@ class BindingClient:
 
     def mount_of(self, path: str, fd: int) -> str | None:
         mount: str | None = self.binding.extract_mount_point(path)
-        return mount if mount and (is_hf3fs_by_ioctl(fd) or self._registers(fd)) else None
+        return mount if mount and (is_threefs_by_ioctl(fd) or self._registers(fd)) else None
 
     def _registers(self, fd: int) -> bool:
         try:
@@ -112,19 +112,19 @@ def find_client(lib_dir: str | None = None) -> Client:
     """What this process can speak to 3FS by: the library, else the binding.
 
     Raises:
-        Hf3fsError: neither is there; the message names each place that was tried.
+        ThreeFsError: neither is there; the message names each place that was tried.
     """
     search = find_library(lib_dir)
     problem = search.explain()
     if search.path is not None:
         try:
             return LibraryClient(load_library(search.path))
-        except Hf3fsError as error:
+        except ThreeFsError as error:
             problem = str(error)
     try:
         return BindingClient()
     except ImportError as error:
-        raise Hf3fsError(f"{problem}; {BINDING}: {error}") from None
+        raise ThreeFsError(f"{problem}; {BINDING}: {error}") from None
 
 
 def is_available(path: str | None = None, lib_dir: str | None = None) -> bool:
@@ -141,7 +141,7 @@ def why_not(path: str | None = None, lib_dir: str | None = None) -> str | None:
     """What stands between this process and a read by USRBIO; None when nothing does. Arguments as ``is_available``."""
     try:
         client = find_client(lib_dir)
-    except Hf3fsError as error:
+    except ThreeFsError as error:
         return str(error)
     places = [path] if path is not None else mounts_here()
     if not places:
@@ -167,7 +167,7 @@ def _problem(client: Client, path: str) -> str | None:
     return f"{path} is not on 3FS" if mount is None else check_mount(mount)
 
 
-class UsrbioFile:
+class ThreeFsFile:
     """An open file on 3FS, registered until it is closed.
 
     Attributes:
@@ -179,7 +179,7 @@ class UsrbioFile:
     source = "usrbio"
 
     def __init__(
-        self, opened: PosixFile, mount: str, client: Client, options: UsrbioOptions, pool: ChannelPool
+        self, opened: PosixFile, mount: str, client: Client, options: ThreeFsOptions, pool: ChannelPool
     ) -> None:
         self.path, self.size = opened.path, opened.size
         self.mount = mount
@@ -229,7 +229,7 @@ class UsrbioFile:
         self.close()
 
 
-class UsrbioSource:
+class ThreeFsSource:
     """Files on 3FS; the rest of what a source does is the mount's.
 
     Args:
@@ -240,9 +240,9 @@ class UsrbioSource:
         CheckpointError: there is no library, and ``fallback`` is off.
     """
 
-    def __init__(self, options: UsrbioOptions | None = None, *, fallback: bool = False) -> None:
+    def __init__(self, options: ThreeFsOptions | None = None, *, fallback: bool = False) -> None:
         self.name = "posix" if fallback else "usrbio"
-        self.options = options or UsrbioOptions()
+        self.options = options or ThreeFsOptions()
         self._mounted = PosixSource()
         self._fallback = fallback
         self._pools: dict[str, ChannelPool] = {}
@@ -252,7 +252,7 @@ class UsrbioSource:
         self._said: set[str] = set()
         try:
             self._client = find_client(self.options.lib_dir)
-        except Hf3fsError as error:
+        except ThreeFsError as error:
             self._missing = str(error)
             if not fallback:
                 raise CheckpointError(
@@ -273,10 +273,10 @@ class UsrbioSource:
     def list(self, path: str) -> list[str]:
         return self._mounted.list(path)
 
-    def _on_3fs(self, opened: PosixFile) -> UsrbioFile | None:
+    def _on_3fs(self, opened: PosixFile) -> ThreeFsFile | None:
         fd = opened.fileno()
         if self._client is None:
-            if is_hf3fs_by_ioctl(fd):
+            if is_threefs_by_ioctl(fd):
                 self._fall_back(opened.path, self._missing)
             return None
         mount = self._client.mount_of(opened.path, fd)
@@ -288,7 +288,7 @@ class UsrbioSource:
         if problem is not None:
             self._fall_back(opened.path, problem)
             return None
-        file = UsrbioFile(opened, mount, self._client, self.options, self._pool(mount))
+        file = ThreeFsFile(opened, mount, self._client, self.options, self._pool(mount))
         self.name = "usrbio"
         self._say(logging.INFO, mount, f"files on the 3FS mount {mount} are read by USRBIO ({self._client.name})")
         return file
