@@ -6,12 +6,16 @@ import posixpath
 from collections.abc import Mapping, Sequence
 
 from ..errors import CheckpointError
+from .source import UsrbioAccess
 
 
 class MemoryFile:
     """One entry of a MemorySource."""
 
     source = "memory"
+    remote = False
+    mappable = False
+    native_access: UsrbioAccess | None = None
 
     def __init__(self, path: str, content: memoryview) -> None:
         self.path = path

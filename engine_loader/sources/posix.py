@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from ..errors import CheckpointError
 from ..failures import end_of_file, errno_hint
+from .source import UsrbioAccess
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +23,9 @@ class PosixFile:
     """An open regular file."""
 
     source = "posix"
+    remote = False
+    mappable = True
+    native_access: UsrbioAccess | None = None
 
     def __init__(self, path: str, fd: int, status: os.stat_result) -> None:
         self.path = path

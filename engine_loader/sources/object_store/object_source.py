@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import numpy as np
 
 from ...errors import CheckpointError
+from ..source import UsrbioAccess
 from . import ranges
 from .client import ObjectStoreOptions, ObjectStores, check_process, condition_of
 from .ranges import Connections, DirectRanges, Wanted
@@ -36,6 +37,9 @@ class ObjectFile:
     """An open object; made by ObjectStoreSource."""
 
     source = "object_store"
+    remote = True
+    mappable = False
+    native_access: UsrbioAccess | None = None
 
     def __init__(
         self, path: str, url: ObjectUrl, stores: ObjectStores, meta: ObjectMeta, connections: Connections

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from ...errors import CheckpointError
 from ..posix import PosixFile, PosixSource
-from ..source import SourceFile
+from ..source import SourceFile, UsrbioAccess
 from .channel import ChannelPool
 from .rings import Rings
 from .shared_library import (
@@ -170,21 +170,19 @@ def _problem(client: Client, path: str) -> str | None:
 class ThreeFsFile:
     """An open file on 3FS, registered until it is closed.
 
-    Attributes:
-        mount: the 3FS mount that it is on.
-        library: the library's path, or None where only the Python binding is there.
-        options: how it is read.
+    Without the library, where only the Python binding is installed, it has no descriptor for native threads.
     """
 
     source = "usrbio"
+    remote = False
+    mappable = False
 
     def __init__(
         self, opened: PosixFile, mount: str, client: Client, options: ThreeFsOptions, pool: ChannelPool
     ) -> None:
         self.path, self.size = opened.path, opened.size
-        self.mount = mount
-        self.library = client.library
-        self.options = options
+        self.native_access = _native_access(opened, mount, client, options)
+        self._deadline_s = options.deadline_s
         self._opened = opened
         self._binding = client.binding
         self._pool = pool
@@ -198,20 +196,15 @@ class ThreeFsFile:
         self._closed = False
         pool.open()
 
-    @property
-    def io_bytes(self) -> int:
-        """The size of IOs for this file: so that none crosses from one chunk into the next without need."""
-        return fit_io_bytes(self.options.io_bytes, os.fstat(self._opened.fileno()).st_blksize)
-
     def read_into(self, offset: int, buffers: Sequence[memoryview]) -> int:
         if sum(map(len, buffers)) <= _SMALL_BYTES:
             return self._opened.read_into(offset, buffers)
-        done = self._pool.read(self.path, self._opened.fileno(), offset, buffers, self.options.deadline_s)
+        done = self._pool.read(self.path, self._opened.fileno(), offset, buffers, self._deadline_s)
         # Empty before the end of the file: a hole, or 3FS failed. The kernel's way tells which.
         return done or self._opened.read_into(offset, buffers)
 
     def fileno(self) -> int | None:
-        return None if self.library is None else self._opened.fileno()
+        return None if self.native_access is None else self._opened.fileno()
 
     def verify_unchanged(self) -> None:
         self._opened.verify_unchanged()
@@ -227,6 +220,14 @@ class ThreeFsFile:
 
     def __del__(self) -> None:
         self.close()
+
+
+def _native_access(opened: PosixFile, mount: str, client: Client, options: ThreeFsOptions) -> UsrbioAccess | None:
+    if client.library is None:
+        return None
+    chunk_bytes = os.fstat(opened.fileno()).st_blksize
+    io_bytes = fit_io_bytes(options.io_bytes, chunk_bytes)
+    return UsrbioAccess(client.library, mount, options.rings, options.depth, io_bytes, options.deadline_s)
 
 
 class ThreeFsSource:
