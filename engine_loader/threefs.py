@@ -22,7 +22,6 @@ from .errors import CheckpointError, SettingsError
 from .formats.safetensors import LENGTH_BYTES, header_length, parse_header
 from .settings import LoaderSettings, load_settings
 from .sources.posix import PosixSource
-from .sources.registry import usrbio_options
 from .sources.source import Source, SourceFile
 from .sources.threefs.shared_library import ThreeFsError, find_library
 from .sources.threefs.threefs_source import ThreeFsOptions, ThreeFsSource, find_client
@@ -250,7 +249,7 @@ class ThreeFSFileReader(_EngineReader):
         settings = _settings(_chosen(backend))
         source: Source = PosixSource()
         if settings.engine != "mock":
-            source = ThreeFsSource(_fit(usrbio_options(settings), entries, buffer_size))
+            source = ThreeFsSource(_fit(ThreeFsOptions.from_settings(settings), entries, buffer_size))
             if not os.path.isdir(mount_point):
                 raise CheckpointError("there is no such directory", file=mount_point, hint="where is 3FS mounted?")
         super().__init__(mount_point, source, settings)

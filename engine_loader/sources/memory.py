@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 from ..errors import CheckpointError
+from ..settings import LoaderSettings
 from .source import UsrbioAccess
 
 
@@ -49,6 +51,11 @@ class MemorySource:
 
     def __init__(self, files: Mapping[str, bytes | bytearray | memoryview]) -> None:
         self._files = {posixpath.normpath(path): memoryview(content).cast("B") for path, content in files.items()}
+
+    @classmethod
+    def from_settings(cls, settings: LoaderSettings) -> Self:
+        """A source without files."""
+        return cls({})
 
     def open(self, path: str) -> MemoryFile:
         content = self._files.get(posixpath.normpath(path))

@@ -8,9 +8,11 @@ import logging
 import os
 import stat
 from collections.abc import Sequence
+from typing import Self
 
 from ..errors import CheckpointError
 from ..failures import end_of_file, errno_hint
+from ..settings import LoaderSettings
 from .source import UsrbioAccess
 
 logger = logging.getLogger(__name__)
@@ -59,6 +61,11 @@ class PosixSource:
     """The file systems that the kernel has mounted."""
 
     name = "posix"
+
+    @classmethod
+    def from_settings(cls, settings: LoaderSettings) -> Self:
+        """A source; no setting changes what it does."""
+        return cls()
 
     def open(self, path: str) -> PosixFile:
         # O_NONBLOCK: opening a named pipe must not hang; it changes nothing for a regular file.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...settings import CompileCacheSettings
-from ...sources.object_store.url import is_object_url
+from ...sources.registry import is_remote
 from ..directories import ENGINES, VLLM_MODEL_INFOS, CacheRoot
 from ..errors import CacheError, CacheOperationInterrupted, CacheValidationError
 from ..explain import judge, nearest_key, note_verdict
@@ -88,7 +88,7 @@ def open_store(settings: CompileCacheSettings) -> tuple[Store, Trust]:
         CacheValidationError: the key file is not what it should be, or the store is one of objects and cannot be had.
     """
     trust = load_trust(settings.key_file, anyone=settings.trust == "anyone")
-    if is_object_url(settings.directory):
+    if is_remote(settings.directory):
         from ..stores.objects import ObjectCacheStore
 
         return ObjectCacheStore(settings.directory, trust, settings.work_directory), trust

@@ -7,9 +7,10 @@ import re
 import threading
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from ...errors import CheckpointError
+from ...settings import LoaderSettings
 from .aws_profile import profile_options
 from .url import ObjectUrl
 
@@ -38,6 +39,19 @@ class ObjectStoreOptions:
     anonymous: bool = False
     virtual_host: bool = False
     profile: str | None = None
+
+    @classmethod
+    def from_settings(cls, settings: LoaderSettings) -> Self:
+        """The options that the settings give; they name no profile."""
+        return cls(
+            range_bytes=int(settings.object_store_range_bytes),
+            timeout_s=settings.object_store_timeout_s,
+            max_tries=settings.max_tries,
+            endpoint_url=settings.object_store_endpoint_url,
+            region=settings.object_store_region,
+            anonymous=settings.object_store_anonymous,
+            virtual_host=settings.object_store_virtual_host,
+        )
 
 
 def condition_of(tag: str | None) -> str | None:

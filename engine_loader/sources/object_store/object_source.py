@@ -14,11 +14,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import numpy as np
 
 from ...errors import CheckpointError
+from ...settings import LoaderSettings
 from ..source import UsrbioAccess
 from . import ranges
 from .client import ObjectStoreOptions, ObjectStores, check_process, condition_of
@@ -157,6 +158,11 @@ class ObjectStoreSource:
         self._listings: dict[ObjectUrl, _Listing] = {}
         self._connections = Connections(self.options.timeout_s)
         self._lock = threading.Lock()
+
+    @classmethod
+    def from_settings(cls, settings: LoaderSettings) -> Self:
+        """A source that reaches and reads the stores as the settings say."""
+        return cls(ObjectStoreOptions.from_settings(settings))
 
     def open(self, path: str) -> ObjectFile:
         url = parse_object_url(path)

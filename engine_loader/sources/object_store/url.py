@@ -28,11 +28,6 @@ class ObjectUrl:
     key: str
 
 
-def is_object_url(path: str) -> bool:
-    """Whether ``path`` is a URL of an object store, or was one before pathlib took a slash of it."""
-    return bool(_URL.match(path) or _FLATTENED.match(path))
-
-
 def parse_object_url(path: str) -> ObjectUrl:
     """Take a URL apart.
 

@@ -12,9 +12,10 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from ...errors import CheckpointError
+from ...settings import LoaderSettings
 from ..posix import PosixFile, PosixSource
 from ..source import SourceFile, UsrbioAccess
 from .channel import ChannelPool
@@ -54,6 +55,17 @@ class ThreeFsOptions:
     io_bytes: int = 4 << 20
     deadline_s: float = 90.0
     lib_dir: str | None = None
+
+    @classmethod
+    def from_settings(cls, settings: LoaderSettings) -> Self:
+        """The options that the settings give."""
+        return cls(
+            rings=settings.usrbio_rings,
+            depth=settings.usrbio_depth,
+            io_bytes=int(settings.io_bytes),
+            deadline_s=settings.usrbio_deadline_s,
+            lib_dir=settings.hf3fs_lib_dir,
+        )
 
 
 class Client(Protocol):
@@ -259,6 +271,15 @@ class ThreeFsSource:
                 raise CheckpointError(
                     f"backend usrbio cannot be had: {error}", hint="set HF3FS_LIB_DIR, or backend: auto"
                 ) from None
+
+    @classmethod
+    def from_settings(cls, settings: LoaderSettings) -> Self:
+        """A source of files on 3FS alone; any other file is an error.
+
+        Raises:
+            CheckpointError: neither library nor binding of 3FS was found.
+        """
+        return cls(ThreeFsOptions.from_settings(settings))
 
     def open(self, path: str) -> SourceFile:
         opened = self._mounted.open(path)

@@ -99,6 +99,12 @@ def test_auto_takes_usrbio_on_3fs_and_says_so(emulator: Emulator, path: Path, ca
     assert source.name == "posix"
     file = source.open(str(path))
     assert isinstance(file, ThreeFsFile)
+    assert (file.remote, file.mappable) == (False, False)
+    access = file.native_access
+    assert access is not None
+    assert (access.library, access.mount) == (str(emulator.library), str(emulator.mount))
+    assert (access.rings, access.depth, access.deadline_s) == (None, 16, 90.0)
+    assert access.io_bytes == fit_io_bytes(4 << 20, path.stat().st_blksize)
     file.close()
     assert source.name == "usrbio"
     assert f"files on the 3FS mount {emulator.mount} are read by USRBIO ({emulator.library})" in caplog.text
@@ -141,7 +147,7 @@ def test_asked_for_and_not_to_be_had_is_an_error(
 def test_the_binding_serves_where_only_that_is_there(path: Path, tmp_path: Path) -> None:
     assert find_client().name == "hf3fs_py_usrbio"
     file = ThreeFsSource().open(str(path))
-    assert file.fileno() is None, "native threads must not read it through the mount unseen"
+    assert (file.fileno(), file.native_access) == (None, None), "native threads would read it through the mount unseen"
     file.close()
     (tmp_path / "file").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="it is not on 3FS"):
