@@ -17,16 +17,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
+from ..compile_cache.directories import INDUCTOR, TRITON, default_inductor_directory, directories_of
+from ..compile_cache.errors import CacheError, CacheOperationInterrupted, CacheValidationError
+from ..compile_cache.key import CacheKey, environment_key
+from ..compile_cache.packs.scan import scan
+from ..compile_cache.process.operations import Job, open_store
+from ..compile_cache.process.outcome import Outcome
+from ..compile_cache.process.session import run_job
+from ..compile_cache.space import Floor, mib, no_room_is_an_interruption
 from ..errors import SettingsError
 from ..settings import CompileCacheSettings, load_settings
-from .directories import INDUCTOR, TRITON, default_inductor_directory, directories_of
-from .errors import CacheError, CacheOperationInterrupted, CacheValidationError
-from .key import CacheKey, environment_key
-from .packs.scan import scan
-from .process.operations import Job, open_store
-from .process.outcome import Outcome
-from .process.session import run_job
-from .space import Floor, mib, no_room_is_an_interruption
 
 __all__ = [
     "CacheError",
