@@ -84,9 +84,8 @@ def save_compile_cache() -> OperationStatus:
     """Bring what the local caches have into the store; call it after warm-up.
 
     Returns:
-        SUCCESS: a pack was saved. SKIPPED: the store has everything. ERROR: there is nothing to save, no room, or the
-            store cannot be
-        written; the log says why.
+        SUCCESS: a pack was saved. SKIPPED: the store has everything.
+        ERROR: there is nothing to save, no room, or the store cannot be written; the log says why.
     """
     return _run("save", _SAVED)
 
@@ -107,7 +106,7 @@ def clear_local_cache() -> bool:
 
 
 def get_cache_info() -> dict[str, Any]:
-    """What is here and what the store has for this environment; sizes (MB, of 2**20 bytes) where there is something.
+    """What the local caches and the store have for this environment; sizes in MB (2**20 bytes) where there is one.
 
     Keys: environment_key, local_cache_exists, b10fs_enabled, b10fs_cache_exists, local_cache_size_mb,
     b10fs_cache_size_mb.
@@ -218,11 +217,11 @@ def _run(action: Literal["restore", "save"], statuses: dict[str, OperationStatus
 
 
 def _name_inductor_directory() -> None:
-    """TORCH_CACHE_DIR named the directory for b10_transfer; inductor itself looks at another variable. Triton's moves
-    in mid-process.
+    """Set the variables that inductor and Triton read: TORCH_CACHE_DIR is b10_transfer's name for inductor's directory,
+    and Triton's default directory can change while a process runs.
     """
     directory = os.environ.get("TORCH_CACHE_DIR")
-    # Parts of torch write the default into the variable when they are imported: that is nobody's choice.
+    # Parts of torch write the default into the variable when they are imported: that is not the user's choice.
     if directory and os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, "", default_inductor_directory()):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = directory
     os.environ.setdefault("TRITON_CACHE_DIR", str(TRITON.directory()))

@@ -17,9 +17,10 @@ from ..errors import CheckpointError, SettingsError
 from ..settings import LoaderSettings, load_settings
 from ..sources.posix import PosixSource
 from ..sources.source import Source
+from ..sources.threefs.discovery import find_client
+from ..sources.threefs.discovery import is_available as _is_available
 from ..sources.threefs.shared_library import ThreeFsError, find_library
-from ..sources.threefs.threefs_source import ThreeFsOptions, ThreeFsSource, find_client
-from ..sources.threefs.threefs_source import is_available as _is_available
+from ..sources.threefs.threefs_source import ThreeFsOptions, ThreeFsSource
 from ..transfer.constructor import make_engine
 from .address_reader import AddressReader
 

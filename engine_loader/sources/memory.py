@@ -1,4 +1,7 @@
-"""Files that are bytes in memory: the mock for tests, and for checkpoints that arrived some other way."""
+"""Files that are bytes in memory, for tests and for checkpoints that the caller has fetched.
+
+The smallest source, and the example for a new one (see registry.py).
+"""
 
 from __future__ import annotations
 

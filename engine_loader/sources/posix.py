@@ -33,7 +33,7 @@ class PosixFile:
         self.path = path
         self.size = status.st_size
         self._mtime_ns = status.st_mtime_ns
-        # A FileIO closes itself when it is forgotten, a bare descriptor does not.
+        # A FileIO closes its descriptor when it is garbage collected; a bare descriptor would leak.
         self._file = io.FileIO(fd)
 
     def read_into(self, offset: int, buffers: Sequence[memoryview]) -> int:
@@ -100,7 +100,7 @@ class PosixSource:
 
 
 def _is_dir(entry: os.DirEntry[str]) -> bool:
-    # A link that leads nowhere, or where we may not go, concerns only whoever opens it.
+    # A dangling or forbidden link is an error only for a caller that opens it.
     try:
         return entry.is_dir()
     except OSError:

@@ -1,4 +1,4 @@
-"""Which sources there are, and which one reads a path.
+"""The sources by name and URL scheme, and which of them reads a path.
 
 To add a source, write one file with a class that has the methods of ``Source`` and a class method ``from_settings``,
 and add one line to ``_SOURCES``; see memory.py for an example. If it reads URLs, add their schemes to ``_SCHEMES``; if

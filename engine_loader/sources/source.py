@@ -1,4 +1,4 @@
-"""What a source of bytes is."""
+"""The protocols of a source and of its open files."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class SourceFile(Protocol):
         Like ``preadv``: fewer bytes than asked may come, 0 means the end of the file.
 
         Raises:
-            OSError: with the errno of the cause; the transfer engine decides whether to try again.
+            OSError: with the errno of the cause; the caller decides whether to retry.
         """
         ...
 
@@ -74,7 +74,7 @@ class SourceFile(Protocol):
 
 
 class Source(Protocol):
-    """A place that files are opened from.
+    """Opens files of one kind of storage.
 
     Attributes:
         name: as in the ``backend`` option and the log line.

@@ -14,8 +14,8 @@ from ...machine import Mount, mount_of
 from ...report.load import human_bytes
 from ...settings import load_settings
 from ...sources.posix import PosixSource
+from ...sources.threefs.discovery import mounts_here, why_not
 from ...sources.threefs.shared_library import LIB_DIR_VARIABLE, LIBRARY_NAME, ThreeFsError, find_library, load_library
-from ...sources.threefs.threefs_source import mounts_here, why_not
 from ...transfer.modes import choose_mode
 from .finding import Finding
 

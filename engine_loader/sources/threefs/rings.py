@@ -159,5 +159,5 @@ class Ioring:
         self._calls.hf3fs_iordestroy(ctypes.byref(self._native))
 
     def __del__(self) -> None:
-        if os.getpid() == self._pid:  # in a forked child it is the parent's
+        if os.getpid() == self._pid:  # in a forked child, the ring belongs to the parent
             self.destroy()

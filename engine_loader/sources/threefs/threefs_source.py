@@ -1,7 +1,7 @@
 """Files on 3FS, read by USRBIO: past the kernel, from the storage into shared memory.
 
-Each file is asked for by 3FS's own test, never by its name. Here is what opens and registers files; the reading is the
-native engine's (transfer/native/src/readers/reader_usrbio.cpp), or ``Channel``'s for the pure-Python engine.
+3FS itself says whether a file is on it; paths are not looked at. This module opens and registers files. The native
+reader threads read them (transfer/native/src/readers/reader_usrbio.cpp), or ``Channel`` for the pure-Python engine.
 """
 
 from __future__ import annotations
@@ -11,26 +11,15 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Any, Protocol, Self
+from typing import Self
 
 from ...errors import CheckpointError
 from ...settings import LoaderSettings
 from ..posix import PosixFile, PosixSource
 from ..source import SourceFile, UsrbioAccess
 from .channel import ChannelPool
-from .rings import Rings
-from .shared_library import (
-    BINDING,
-    ThreeFsError,
-    ThreeFsLibrary,
-    check_mount,
-    find_library,
-    is_threefs_by_ioctl,
-    load_library,
-    mounts,
-    register_hint,
-)
+from .discovery import Client, find_client
+from .shared_library import ThreeFsError, check_mount, is_threefs_by_ioctl, register_hint
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +32,10 @@ class ThreeFsOptions:
     """How files on 3FS are read.
 
     Attributes:
-        rings: reading threads, each with a ring of its own; None: as many as the engine thinks best.
+        rings: reader threads, each with a ring of its own; None: the transfer engine chooses.
         depth: IOs in flight on each ring.
         io_bytes: the largest IO; it is fitted to the file's chunk size.
-        deadline_s: an IO without a byte for so long has failed. 3FS itself tries for 60 s.
+        deadline_s: an IO without a byte for so many seconds has failed. 3FS itself retries for 60 s.
         lib_dir: the directory of the library; None: searched for, see find_library.
     """
 
@@ -66,117 +55,6 @@ class ThreeFsOptions:
             deadline_s=settings.usrbio_deadline_s,
             lib_dir=settings.hf3fs_lib_dir,
         )
-
-
-class Client(Protocol):
-    """What speaks to 3FS in this process: the library, or the binding where only that is there.
-
-    Attributes:
-        library: the library's path for the native engine, or None.
-        binding: what has the binding's interface.
-        name: for a person.
-    """
-
-    library: str | None
-    binding: Any
-    name: str
-
-    def mount_of(self, path: str, fd: int) -> str | None:
-        """The mount, if the open file is on 3FS."""
-        ...
-
-
-class LibraryClient:
-    """3FS by its library."""
-
-    def __init__(self, library: ThreeFsLibrary) -> None:
-        self.library: str | None = os.fspath(library.path)
-        self.binding: Any = Rings(library)
-        self.name = self.library
-        self._calls = library
-
-    def mount_of(self, path: str, fd: int) -> str | None:
-        return self._calls.mount_point(path) if self._calls.is_threefs(fd) else None
-
-
-class BindingClient:
-    """3FS by the binding hf3fs_py_usrbio."""
-
-    def __init__(self) -> None:
-        self.library: str | None = None
-        self.binding: Any = import_module(BINDING)
-        self.name = BINDING
-
-    def mount_of(self, path: str, fd: int) -> str | None:
-        mount: str | None = self.binding.extract_mount_point(path)
-        return mount if mount and (is_threefs_by_ioctl(fd) or self._registers(fd)) else None
-
-    def _registers(self, fd: int) -> bool:
-        try:
-            self.binding.register_fd(fd)
-        except OSError:
-            return False
-        self.binding.deregister_fd(fd)
-        return True
-
-
-def find_client(lib_dir: str | None = None) -> Client:
-    """What this process can speak to 3FS by: the library, else the binding.
-
-    Raises:
-        ThreeFsError: neither is there; the message names each place that was tried.
-    """
-    search = find_library(lib_dir)
-    problem = search.explain()
-    if search.path is not None:
-        try:
-            return LibraryClient(load_library(search.path))
-        except ThreeFsError as error:
-            problem = str(error)
-    try:
-        return BindingClient()
-    except ImportError as error:
-        raise ThreeFsError(f"{problem}; {BINDING}: {error}") from None
-
-
-def is_available(path: str | None = None, lib_dir: str | None = None) -> bool:
-    """Whether a read by USRBIO would work: the library loads, and 3FS is mounted with all that a read needs.
-
-    Args:
-        path: a file or directory that is meant to be on 3FS; None: any mount will do.
-        lib_dir: where the library is.
-    """
-    return why_not(path, lib_dir) is None
-
-
-def why_not(path: str | None = None, lib_dir: str | None = None) -> str | None:
-    """What stands between this process and a read by USRBIO; None when nothing does. Arguments as ``is_available``."""
-    try:
-        client = find_client(lib_dir)
-    except ThreeFsError as error:
-        return str(error)
-    places = [path] if path is not None else mounts_here()
-    if not places:
-        return "no 3FS is mounted on this machine"
-    problems = [_problem(client, place) for place in places]
-    return None if None in problems else problems[0]
-
-
-def mounts_here() -> list[str]:
-    """The 3FS mounts of this machine, that of an emulator included, which is not in the mount table."""
-    return [*mounts(), *filter(None, [os.environ.get("HF3FS_EMULATOR_MOUNT")])]
-
-
-def _problem(client: Client, path: str) -> str | None:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        return f"{path}: {error.strerror}"
-    try:
-        mount = client.mount_of(path, fd)
-    finally:
-        os.close(fd)
-    return f"{path} is not on 3FS" if mount is None else check_mount(mount)
 
 
 class ThreeFsFile:
@@ -212,7 +90,7 @@ class ThreeFsFile:
         if sum(map(len, buffers)) <= _SMALL_BYTES:
             return self._opened.read_into(offset, buffers)
         done = self._pool.read(self.path, self._opened.fileno(), offset, buffers, self._deadline_s)
-        # Empty before the end of the file: a hole, or 3FS failed. The kernel's way tells which.
+        # No byte before the end of the file: a hole, or a failure of 3FS. A read through the mount tells which.
         return done or self._opened.read_into(offset, buffers)
 
     def fileno(self) -> int | None:
@@ -243,14 +121,14 @@ def _native_access(opened: PosixFile, mount: str, client: Client, options: Three
 
 
 class ThreeFsSource:
-    """Files on 3FS; the rest of what a source does is the mount's.
+    """Files on 3FS. Directories are listed through its mount.
 
     Args:
         options: how files are read.
-        fallback: open files that are not on 3FS as ordinary ones, and say so; otherwise they are an error.
+        fallback: read files through the kernel where USRBIO is not possible, and log why; otherwise that is an error.
 
     Raises:
-        CheckpointError: there is no library, and ``fallback`` is off.
+        CheckpointError: neither library nor binding of 3FS was found, and ``fallback`` is off.
     """
 
     def __init__(self, options: ThreeFsOptions | None = None, *, fallback: bool = False) -> None:
@@ -261,15 +139,15 @@ class ThreeFsSource:
         self._pools: dict[str, ChannelPool] = {}
         self._lock = threading.Lock()
         self._client: Client | None = None
-        self._missing = ""
-        self._said: set[str] = set()
+        self._no_client_because = ""
+        self._logged: set[str] = set()
         try:
             self._client = find_client(self.options.lib_dir)
         except ThreeFsError as error:
-            self._missing = str(error)
+            self._no_client_because = str(error)
             if not fallback:
                 raise CheckpointError(
-                    f"backend usrbio cannot be had: {error}", hint="set HF3FS_LIB_DIR, or backend: auto"
+                    f"backend usrbio is not available: {error}", hint="set HF3FS_LIB_DIR, or backend: auto"
                 ) from None
 
     @classmethod
@@ -299,7 +177,7 @@ class ThreeFsSource:
         fd = opened.fileno()
         if self._client is None:
             if is_threefs_by_ioctl(fd):
-                self._fall_back(opened.path, self._missing)
+                self._fall_back(opened.path, self._no_client_because)
             return None
         mount = self._client.mount_of(opened.path, fd)
         problem = f"it is not on 3FS ({self._client.name} says)" if mount is None else check_mount(mount)
@@ -312,7 +190,7 @@ class ThreeFsSource:
             return None
         file = ThreeFsFile(opened, mount, self._client, self.options, self._pool(mount))
         self.name = "usrbio"
-        self._say(logging.INFO, mount, f"files on the 3FS mount {mount} are read by USRBIO ({self._client.name})")
+        self._log_once(logging.INFO, mount, f"files on the 3FS mount {mount} are read by USRBIO ({self._client.name})")
         return file
 
     def _pool(self, mount: str) -> ChannelPool:
@@ -320,27 +198,27 @@ class ThreeFsSource:
             if mount not in self._pools:
                 assert self._client is not None
                 depth, io_bytes = self.options.depth, self.options.io_bytes
-                # A thread of the Python engine reads a block at a time; its IOs are that cut in four.
+                # A thread of the Python engine reads one block at a time, in four IOs.
                 buffer_bytes = max(2 * io_bytes, io_bytes * depth // 8)
                 self._pools[mount] = ChannelPool(self._client.binding, mount, buffer_bytes, io_bytes // 2)
             return self._pools[mount]
 
     def _fall_back(self, path: str, why: str) -> None:
         self.name = f"posix, through the mount of 3FS as {why}"
-        self._say(logging.WARNING, why, f"{path} is on 3FS, but is read through its mount: {why}")
+        self._log_once(logging.WARNING, why, f"{path} is on 3FS, but is read through its mount: {why}")
 
-    def _say(self, level: int, subject: str, message: str) -> None:
-        """Say it once, not once per file."""
+    def _log_once(self, level: int, subject: str, message: str) -> None:
+        """Log a message once per subject, not once per file."""
         with self._lock:
-            if subject in self._said:
+            if subject in self._logged:
                 return
-            self._said.add(subject)
+            self._logged.add(subject)
         logger.log(level, "%s", message)
 
 
 def fit_io_bytes(wanted: int, chunk: int) -> int:
     """The IO size nearest below ``wanted`` at which cuts fall on chunk boundaries; a huge chunk is cut evenly."""
-    if chunk <= 4096:  # the page size says nothing about chunks
+    if chunk <= 4096:  # a page, not a chunk
         return wanted
     if chunk <= wanted:
         return wanted // chunk * chunk

@@ -9,6 +9,7 @@ import pytest
 from engine_loader import CheckpointError
 from engine_loader.cli.diagnosis.sources import check_3fs, check_paths
 from engine_loader.sources.registry import make_source
+from engine_loader.sources.threefs.discovery import find_client, is_available, why_not
 from engine_loader.sources.threefs.shared_library import (
     LIBRARY_NAME,
     ThreeFsError,
@@ -17,14 +18,7 @@ from engine_loader.sources.threefs.shared_library import (
     load_library,
     mounts,
 )
-from engine_loader.sources.threefs.threefs_source import (
-    ThreeFsFile,
-    ThreeFsSource,
-    find_client,
-    fit_io_bytes,
-    is_available,
-    why_not,
-)
+from engine_loader.sources.threefs.threefs_source import ThreeFsFile, ThreeFsSource, fit_io_bytes
 from tests.support.checkpoints import checkpoint, entry
 from tests.support.resources import left_open, open_resources
 from tests.support.threefs import Emulator
