@@ -71,13 +71,13 @@ class ThreeFsFile:
         self, opened: PosixFile, mount: str, client: Client, options: ThreeFsOptions, pool: ChannelPool
     ) -> None:
         self.path, self.size = opened.path, opened.size
-        self.native_access = _native_access(opened, mount, client, options)
         self._deadline_s = options.deadline_s
         self._opened = opened
         self._binding = client.binding
         self._pool = pool
         self._closed = True
         self._closing = threading.Lock()
+        self.native_access = _native_access(opened, mount, client, options)
         try:
             client.binding.register_fd(opened.fileno())
         except OSError as error:
