@@ -5,12 +5,14 @@ Importing this package costs milliseconds: torch is imported by what is used of 
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .compat.callable_package import make_callable
 from .errors import CheckpointError, EngineLoaderError, SettingsError, TensorNotFoundError, TransferError
 
 if TYPE_CHECKING:
-    from .compile_cache.api import (
+    from .compat.b10_transfer import (
         CacheError,
         CacheOperationInterrupted,
         CacheValidationError,
@@ -47,29 +49,33 @@ __all__ = [
     "transfer",
 ]
 
-_LAZY = {"Checkpoint": ".loading.checkpoint", "open_checkpoint": ".loading.checkpoint"}
-_LAZY["ask_for_huge_pages"] = ".transfer.memory.huge_pages"
-_LAZY |= dict.fromkeys(
-    (
-        "CacheError",
-        "CacheOperationInterrupted",
-        "CacheValidationError",
-        "OperationStatus",
-        "clear_local_cache",
-        "get_cache_info",
-        "list_available_caches",
-        "load_compile_cache",
-        "save_compile_cache",
+_LAZY = {
+    "Checkpoint": ".loading.checkpoint",
+    "open_checkpoint": ".loading.checkpoint",
+    "ask_for_huge_pages": ".transfer.memory.huge_pages",
+    # `import engine_loader as b10_transfer` serves programs that were written for b10_transfer.
+    **dict.fromkeys(
+        (
+            "CacheError",
+            "CacheOperationInterrupted",
+            "CacheValidationError",
+            "OperationStatus",
+            "clear_local_cache",
+            "get_cache_info",
+            "list_available_caches",
+            "load_compile_cache",
+            "save_compile_cache",
+        ),
+        ".compat.b10_transfer",
     ),
-    ".compile_cache.api",
-)  # `import engine_loader as b10_transfer` serves programs that were written for it
+}
 
 
 def __getattr__(name: str) -> Any:
-    from importlib import import_module
-
-    if name == "transfer":  # the package, which can also be called: see there
-        return import_module(".transfer", __name__)
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_LAZY[name], __name__), name)
+
+
+# b10_transfer's function of this name; the package holds nothing but its docstring, so importing it costs nothing.
+make_callable(import_module(".transfer", __name__))

@@ -13,7 +13,7 @@ from ..errors import CheckpointError
 from ..formats.dcp_metadata import METADATA_NAME
 from ..machine import sync_directory
 from ..report.load import human_bytes
-from ..sources.object_store.url import is_object_url
+from ..sources.registry import is_remote
 
 
 def check_destination(source: str, destination: str, *, overwrite: bool) -> None:
@@ -23,12 +23,12 @@ def check_destination(source: str, destination: str, *, overwrite: bool) -> None
         CheckpointError: it is in an object store, is the source or around it, is a file, or holds something that is not
             to be overwritten, or that is no checkpoint.
     """
-    if is_object_url(destination):
+    if is_remote(destination):
         raise CheckpointError(
             "a conversion is written to a directory", file=destination, hint="convert to a disk and upload the result"
         )
     target = Path(destination).resolve()
-    if not is_object_url(source) and (Path(source).resolve() == target or target in Path(source).resolve().parents):
+    if not is_remote(source) and (Path(source).resolve() == target or target in Path(source).resolve().parents):
         raise CheckpointError("source and destination are one, or one within the other", file=destination)
     if not target.exists():
         return

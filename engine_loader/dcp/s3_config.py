@@ -10,7 +10,6 @@ from typing import Any
 
 from ..settings import LoaderSettings, load_settings
 from ..sources.object_store.client import ObjectStoreOptions
-from ..sources.registry import object_store_options
 
 MIN_PART_BYTES = 5 << 20
 """The least that S3 allows for a part of an upload, except for the last part."""
@@ -99,6 +98,8 @@ class S3Setup:
         settings = load_settings(
             {"object_store_region": region or None, **configured, **options}, extra_origin="the arguments"
         ).settings.loader
-        client = dataclasses.replace(object_store_options(settings), profile=config.profile if config else None)
+        client = dataclasses.replace(
+            ObjectStoreOptions.from_settings(settings), profile=config.profile if config else None
+        )
         part_bytes = config.part_size if config else max(MIN_PART_BYTES, int(settings.object_store_range_bytes))
         return cls(settings, client, part_bytes)

@@ -17,8 +17,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemBase
 from ..errors import CheckpointError
 from ..sources.byte_stream import open_stream
 from ..sources.object_store.client import ObjectStores, check_process, require_obstore
-from ..sources.object_store.failures import object_failure
-from ..sources.object_store.source import ObjectStoreSource
+from ..sources.object_store.object_source import ObjectStoreSource
+from ..sources.object_store.request_failures import object_failure
 from ..sources.object_store.url import ObjectUrl, parse_object_url
 from .s3_config import S3ClientConfig, S3Setup
 from .s3_upload import MAX_PARTS, ObjectUpload

@@ -13,7 +13,7 @@ from typing import Any
 from torch.distributed.checkpoint._extension import ExtensionRegistry
 from torch.distributed.checkpoint.planner import WriteItem
 
-from ..sources.object_store.source import ObjectStoreSource
+from ..sources.object_store.object_source import ObjectStoreSource
 from .file_layout import is_tensor, tensor_nbytes
 from .prefixes import DefaultPrefixStrategy, S3PrefixStrategyBase
 from .reader import FileSystemReader

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import CheckpointError
 from ..sources.object_store.client import check_process
-from ..sources.object_store.failures import object_failure
+from ..sources.object_store.request_failures import object_failure
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer

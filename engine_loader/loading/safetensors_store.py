@@ -207,7 +207,7 @@ class Reader:
     def _gds_filler(self, device: torch.device, report: LoadReport) -> GdsFiller:
         if device.type != "cuda":
             raise _no_gds(f"these tensors go to {device.type!r}, not to a CUDA device")
-        other = next((file for file in self._open.values() if file.source != "posix"), None)
+        other = next((file for file in self._open.values() if not file.mappable), None)
         if other is not None:
             raise _no_gds(f"it reads local files, and {other.path} is read by {other.source}")
         number = self._devices.index(device)

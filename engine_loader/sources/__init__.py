@@ -1,1 +1,1 @@
-"""Where bytes are: one small protocol, one file a kind of place."""
+"""Where bytes are read from: one small protocol (source.py), one module for each kind of storage."""

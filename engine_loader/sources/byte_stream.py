@@ -1,4 +1,4 @@
-"""A file of any source as a stream of Python's, for code that reads by ``read`` and ``seek``."""
+"""A file of any source as a Python stream, for code that calls ``read`` and ``seek``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TRIES = 5
 
 @contextmanager
 def open_stream(source: Source, path: str, buffer_bytes: int = io.DEFAULT_BUFFER_SIZE) -> Iterator[io.BufferedReader]:
-    """Open a file for reading; at least ``buffer_bytes`` are asked for at once.
+    """Open a file for reading; each read of the source asks for at least ``buffer_bytes``.
 
     Raises:
         CheckpointError: as ``Source.open``; and from reads, that a byte cannot be read.

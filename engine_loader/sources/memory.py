@@ -1,17 +1,26 @@
-"""Files that are bytes in memory: the mock for tests, and for checkpoints that arrived some other way."""
+"""Files that are bytes in memory, for tests and for checkpoints that the caller has fetched.
+
+The smallest source, and the example for a new one (see registry.py).
+"""
 
 from __future__ import annotations
 
 import posixpath
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 from ..errors import CheckpointError
+from ..settings import LoaderSettings
+from .source import UsrbioAccess
 
 
 class MemoryFile:
     """One entry of a MemorySource."""
 
     source = "memory"
+    remote = False
+    mappable = False
+    native_access: UsrbioAccess | None = None
 
     def __init__(self, path: str, content: memoryview) -> None:
         self.path = path
@@ -45,6 +54,11 @@ class MemorySource:
 
     def __init__(self, files: Mapping[str, bytes | bytearray | memoryview]) -> None:
         self._files = {posixpath.normpath(path): memoryview(content).cast("B") for path, content in files.items()}
+
+    @classmethod
+    def from_settings(cls, settings: LoaderSettings) -> Self:
+        """A source without files."""
+        return cls({})
 
     def open(self, path: str) -> MemoryFile:
         content = self._files.get(posixpath.normpath(path))

@@ -8,9 +8,12 @@ import logging
 import os
 import stat
 from collections.abc import Sequence
+from typing import Self
 
 from ..errors import CheckpointError
 from ..failures import end_of_file, errno_hint
+from ..settings import LoaderSettings
+from .source import UsrbioAccess
 
 logger = logging.getLogger(__name__)
 
@@ -22,12 +25,15 @@ class PosixFile:
     """An open regular file."""
 
     source = "posix"
+    remote = False
+    mappable = True
+    native_access: UsrbioAccess | None = None
 
     def __init__(self, path: str, fd: int, status: os.stat_result) -> None:
         self.path = path
         self.size = status.st_size
         self._mtime_ns = status.st_mtime_ns
-        # A FileIO closes itself when it is forgotten, a bare descriptor does not.
+        # A FileIO closes its descriptor when it is garbage collected; a bare descriptor would leak.
         self._file = io.FileIO(fd)
 
     def read_into(self, offset: int, buffers: Sequence[memoryview]) -> int:
@@ -55,6 +61,11 @@ class PosixSource:
     """The file systems that the kernel has mounted."""
 
     name = "posix"
+
+    @classmethod
+    def from_settings(cls, settings: LoaderSettings) -> Self:
+        """A source; no setting changes what it does."""
+        return cls()
 
     def open(self, path: str) -> PosixFile:
         # O_NONBLOCK: opening a named pipe must not hang; it changes nothing for a regular file.
@@ -89,7 +100,7 @@ class PosixSource:
 
 
 def _is_dir(entry: os.DirEntry[str]) -> bool:
-    # A link that leads nowhere, or where we may not go, concerns only whoever opens it.
+    # A dangling or forbidden link is an error only for a caller that opens it.
     try:
         return entry.is_dir()
     except OSError:

@@ -1,18 +1,41 @@
-"""Picks the source for a path."""
+"""The sources by name and URL scheme, and which of them reads a path.
+
+To add a source, write one file with a class that has the methods of ``Source`` and a class method ``from_settings``,
+and add one line to ``_SOURCES``; see memory.py for an example. If it reads URLs, add their schemes to ``_SCHEMES``; if
+users choose it by the setting ``loader.backend``, add its name to the values of that setting.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from pkgutil import resolve_name
+from typing import Protocol, cast
 
 from ..errors import CheckpointError
 from ..settings import LoaderSettings
-from .memory import MemorySource
-from .object_store.client import ObjectStoreOptions
-from .object_store.source import ObjectStoreSource
-from .object_store.url import is_object_url
-from .posix import PosixSource
+from .object_store.url import SCHEMES as OBJECT_STORE_SCHEMES
 from .source import Source, SourceFile
-from .threefs.source import UsrbioOptions, UsrbioSource
+
+_SOURCES = {
+    "posix": ".posix:PosixSource",
+    "usrbio": ".threefs.threefs_source:ThreeFsSource",
+    "object_store": ".object_store.object_source:ObjectStoreSource",
+    "memory": ".memory:MemorySource",
+}
+"""Backend -> its class, imported when it is first used: asking ``is_remote`` must not cost the imports of a source."""
+
+_SCHEMES: dict[str, str] = dict.fromkeys(OBJECT_STORE_SCHEMES, "object_store")
+"""Scheme of a URL -> the backend that reads it."""
+
+# pathlib.Path makes one slash of the two of a URL.
+_URL = re.compile(r"([a-z][a-z0-9+.-]*):/.", re.DOTALL)
+
+
+class _SourceClass(Protocol):
+    def from_settings(self, settings: LoaderSettings) -> Source:
+        """A source that reads as the settings say."""
+        ...
 
 
 def make_source(
@@ -28,34 +51,46 @@ def make_source(
         settings: how files on 3FS and objects are read.
 
     Raises:
-        CheckpointError: the backend is not one of these or cannot be had, or ``files`` does not go with it.
+        CheckpointError: the backend is not one of these or is not available, or ``files`` does not go with it.
     """
-    if files is not None and backend not in ("memory", "auto"):
-        raise CheckpointError(f"files= goes with backend='memory', not with {backend!r}")
-    if backend == "memory" or files is not None:
-        return MemorySource(files or {})
-    if backend == "posix":
-        return PosixSource()
+    if files is not None:
+        if backend not in ("memory", "auto"):
+            raise CheckpointError(f"files= goes with backend='memory', not with {backend!r}")
+        from .memory import MemorySource
+
+        return MemorySource(files)
     settings = settings or LoaderSettings()
-    if backend == "object_store":
-        return ObjectStoreSource(object_store_options(settings))
-    if backend == "usrbio":
-        return UsrbioSource(usrbio_options(settings))
     if backend == "auto":
         return AutoSource(settings)
-    raise CheckpointError(f"there is no backend {backend!r}", hint="auto, posix, usrbio, object_store or memory")
+    if backend not in _SOURCES:
+        raise CheckpointError(f"there is no backend {backend!r}", hint=f"auto, {', '.join(_SOURCES)}")
+    found = cast("_SourceClass", resolve_name(f"{__package__}{_SOURCES[backend]}"))
+    return found.from_settings(settings)
+
+
+def remote_backend(path: str) -> str | None:
+    """The backend for a path that is a URL, also one that lost a slash in pathlib; None for paths of files."""
+    found = _URL.match(path)
+    return _SCHEMES.get(found[1]) if found else None
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path names an object in a store, not a file that this machine has mounted."""
+    return remote_backend(path) is not None
 
 
 class AutoSource:
     """Objects for URLs of object stores, files for all other paths.
 
     Attributes:
-        name: of the source that was asked last.
+        name: of the source that opened the last file.
     """
 
     def __init__(self, settings: LoaderSettings) -> None:
-        self._files = UsrbioSource(usrbio_options(settings), fallback=True)
-        self._objects = ObjectStoreSource(object_store_options(settings))
+        from .threefs.threefs_source import ThreeFsOptions, ThreeFsSource
+
+        self._files = ThreeFsSource(ThreeFsOptions.from_settings(settings), fallback=True)
+        self._remote = {backend: make_source(backend, settings=settings) for backend in set(_SCHEMES.values())}
         self.name = self._files.name
 
     def open(self, path: str) -> SourceFile:
@@ -71,28 +106,5 @@ class AutoSource:
         return self._source(path).list(path)
 
     def _source(self, path: str) -> Source:
-        return self._objects if is_object_url(path) else self._files
-
-
-def object_store_options(settings: LoaderSettings) -> ObjectStoreOptions:
-    """The settings for reading objects."""
-    return ObjectStoreOptions(
-        range_bytes=int(settings.object_store_range_bytes),
-        timeout_s=settings.object_store_timeout_s,
-        max_tries=settings.max_tries,
-        endpoint_url=settings.object_store_endpoint_url,
-        region=settings.object_store_region,
-        anonymous=settings.object_store_anonymous,
-        virtual_host=settings.object_store_virtual_host,
-    )
-
-
-def usrbio_options(settings: LoaderSettings) -> UsrbioOptions:
-    """The settings for reading by USRBIO."""
-    return UsrbioOptions(
-        rings=settings.usrbio_rings,
-        depth=settings.usrbio_depth,
-        io_bytes=int(settings.io_bytes),
-        deadline_s=settings.usrbio_deadline_s,
-        lib_dir=settings.hf3fs_lib_dir,
-    )
+        backend = remote_backend(path)
+        return self._files if backend is None else self._remote[backend]

@@ -25,7 +25,7 @@ def make_engine_for(files: Collection[SourceFile], settings: LoaderSettings) -> 
     return make_engine(
         settings,
         descriptors=all(file.fileno() is not None for file in files),
-        remote=any(file.source == "object_store" for file in files),
+        remote=any(file.remote for file in files),
         nbytes=sum(file.size for file in files),
     )
 

@@ -96,7 +96,7 @@ def can_map(file: SourceFile, *, always: bool = False) -> bool:
         always: also when it does not lie in the page cache.
     """
     fd = file.fileno()
-    if fd is None or file.size == 0 or file.source == "usrbio":
+    if fd is None or file.size == 0 or not file.mappable:
         return False
     if always or _file_system(fd) in (_TMPFS, _RAMFS):
         return True

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine_loader.errors import TransferError
-from engine_loader.sources.threefs.source import UsrbioOptions, UsrbioSource
+from engine_loader.sources.threefs.threefs_source import ThreeFsOptions, ThreeFsSource
 from engine_loader.transfer.devices import Place
 from engine_loader.transfer.native.engine import NativeEngine
 from engine_loader.transfer.plan import make_extents
@@ -19,7 +19,7 @@ from tests.support.threefs import clean_emulator
 from .standin_devices import StandIn, StandInDevices
 
 KIB, MIB = 1 << 10, 1 << 20
-OPTIONS = UsrbioOptions(rings=2, depth=6, io_bytes=256 * KIB, deadline_s=20.0)
+OPTIONS = ThreeFsOptions(rings=2, depth=6, io_bytes=256 * KIB, deadline_s=20.0)
 CONTENT = np.random.default_rng(7).bytes(5 * MIB + 12345)
 
 
@@ -44,7 +44,7 @@ def engine(standin: StandIn) -> Iterator[NativeEngine]:
 
 def place(engine: NativeEngine, path: Path, memory: torch.Tensor, rows: list[tuple[int, ...]]) -> None:
     """Carry out a plan whose addresses count from the start of ``memory``."""
-    file = UsrbioSource(OPTIONS).open(str(path))
+    file = ThreeFsSource(OPTIONS).open(str(path))
     plan = make_extents(rows)
     plan["address"] += np.uint64(memory.data_ptr())
     transfer = engine.submit_to_device([file], plan, Place(0), owner=memory)
@@ -90,7 +90,7 @@ def test_a_copy_that_fails_is_told(path: Path, standin: StandIn, engine: NativeE
 def test_a_cancel_waits_for_copies(path: Path, standin: StandIn, engine: NativeEngine) -> None:
     standin.delay(5000)
     memory = StandInDevices(standin).empty(len(CONTENT), torch.device("cpu"))
-    file = UsrbioSource(OPTIONS).open(str(path))
+    file = ThreeFsSource(OPTIONS).open(str(path))
     plan = make_extents([(0, 1, 0, len(CONTENT), 0, memory.data_ptr(), 0)])
     transfer = engine.submit_to_device([file], plan, Place(0), owner=memory)
     while standin.in_flight() < 2:

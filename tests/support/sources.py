@@ -25,6 +25,9 @@ class FakeFile:
     """
 
     source = "fake"
+    remote = False
+    mappable = False
+    native_access = None
 
     def __init__(self, content: bytes, path: str = "/fake.safetensors", *, size: int | None = None) -> None:
         self.path = path

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine_loader.sources.threefs.library import Hf3fsLibrary, load_library
+from engine_loader.sources.threefs.shared_library import ThreeFsLibrary, load_library
 from engine_loader.threefs_emulator import build_emulator
 from tests.support.mappings import mapped_of_shared_memory
 from tests.support.resources import left_open, open_resources
@@ -34,7 +34,7 @@ class Emulator:
     def __init__(self, library: Path, mount: Path) -> None:
         self.library = library
         self.mount = mount
-        self.loaded: Hf3fsLibrary = load_library(library)
+        self.loaded: ThreeFsLibrary = load_library(library)
         self._calls = self.loaded.calls
         self._calls.hf3fs_emulator_count.restype = ctypes.c_int64
         self._shared_before = _shared_memory()

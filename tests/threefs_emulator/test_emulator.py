@@ -94,7 +94,7 @@ def test_files_below_the_mount_are_on_3fs_and_others_not(emulator: Emulator, fil
     (tmp_path / "other").touch()
     for path, expected in ((file[0], True), (tmp_path / "other", False)):
         fd = os.open(path, os.O_RDONLY)
-        assert emulator.loaded.is_hf3fs(fd) is expected
+        assert emulator.loaded.is_threefs(fd) is expected
         os.close(fd)
     assert emulator.loaded.mount_point(str(file[0])) == str(emulator.mount)
     assert emulator.loaded.mount_point(str(tmp_path)) is None

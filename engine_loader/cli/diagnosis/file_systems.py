@@ -14,8 +14,8 @@ from ...machine import Mount, mount_of
 from ...report.load import human_bytes
 from ...settings import load_settings
 from ...sources.posix import PosixSource
-from ...sources.threefs.library import LIB_DIR_VARIABLE, LIBRARY_NAME, Hf3fsError, find_library, load_library
-from ...sources.threefs.source import mounts_here, why_not
+from ...sources.threefs.discovery import mounts_here, why_not
+from ...sources.threefs.shared_library import LIB_DIR_VARIABLE, LIBRARY_NAME, ThreeFsError, find_library, load_library
 from ...transfer.modes import choose_mode
 from .finding import Finding
 
@@ -46,7 +46,7 @@ def check_3fs() -> Iterator[Finding]:
         return
     try:
         load_library(search.path)
-    except Hf3fsError as error:
+    except ThreeFsError as error:
         repair = f"set {LIB_DIR_VARIABLE} to a build for this machine"
         yield Finding(_AREA, "usrbio", "warn", f"{mounted}; {error}", repair)
         return

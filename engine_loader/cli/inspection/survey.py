@@ -15,8 +15,8 @@ from ...formats.hf_index import ShardIndex
 from ...formats.safetensors import Header, TensorInfo
 from ...loading.find import OpenFiles, is_dcp, locate, open_files
 from ...settings import load_settings
-from ...sources.object_store.url import is_object_url
 from ...sources.posix import PosixSource
+from ...sources.registry import make_source, remote_backend
 from ...sources.source import Source
 
 _THREADS = 16
@@ -95,12 +95,8 @@ def check(path: str) -> Survey:
 
 
 def _source(path: str) -> Source:
-    if not is_object_url(path):
-        return PosixSource()
-    from ...sources.object_store.source import ObjectStoreSource
-    from ...sources.registry import object_store_options
-
-    return ObjectStoreSource(object_store_options(load_settings().settings.loader))
+    backend = remote_backend(path)
+    return PosixSource() if backend is None else make_source(backend, settings=load_settings().settings.loader)
 
 
 def _header(source: Source, path: str) -> Header | CheckpointError:

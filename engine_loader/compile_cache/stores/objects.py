@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import CheckpointError
 from ...sources.object_store.client import ObjectStoreOptions, condition_of, make_client
-from ...sources.object_store.failures import object_failure
+from ...sources.object_store.request_failures import object_failure
 from ...sources.object_store.url import parse_object_url
 from ..cache_errors import CacheValidationError
 from ..space import no_room_is_an_interruption

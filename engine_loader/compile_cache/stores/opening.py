@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...settings import CompileCacheSettings
-from ...sources.object_store.url import is_object_url
+from ...sources.registry import is_remote
 from ..trust import Trust, load_trust
 from .filesystem import FilesystemStore
 from .interface import Store
@@ -16,7 +16,7 @@ def open_store(settings: CompileCacheSettings) -> tuple[Store, Trust]:
         CacheValidationError: the key file is refused, or an object store is not available or not trusted.
     """
     trust = load_trust(settings.key_file, anyone=settings.trust == "anyone")
-    if is_object_url(settings.directory):
+    if is_remote(settings.directory):
         from .objects import ObjectCacheStore
 
         return ObjectCacheStore(settings.directory, trust, settings.work_directory), trust

@@ -10,8 +10,7 @@ from ...errors import CheckpointError, SettingsError
 from ...formats.dcp_metadata import METADATA_NAME
 from ...loading.find import is_dcp, locate
 from ...settings import LoaderSettings
-from ...sources.object_store.url import is_object_url
-from ...sources.registry import make_source
+from ...sources.registry import make_source, remote_backend
 
 
 def weights_at(
@@ -29,7 +28,8 @@ def weights_at(
         SettingsError: the setting ``backend`` is of another kind of source.
         CheckpointError: there are no weights, or they cannot be read; it names the setting.
     """
-    if is_object_url(uri) and settings.backend in ("posix", "usrbio"):
+    remote = remote_backend(uri)
+    if remote is not None and settings.backend not in ("auto", remote):
         raise SettingsError(f"backend: {settings.backend} does not read weights_uri: {uri}; set backend to auto")
     place = os.path.join(uri, subfolder) if subfolder else uri
     source = make_source(settings.backend, settings=settings)

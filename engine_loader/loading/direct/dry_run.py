@@ -9,8 +9,8 @@ from typing import Any
 
 from ...formats.safetensors import TensorInfo
 from ...settings import LoaderSettings
-from ...sources.object_store.url import is_object_url
 from ...sources.posix import PosixSource
+from ...sources.registry import is_remote
 from ...transfer.constructor import REMOTE_GAP_BYTES
 from ...transfer.modes import choose_mode
 from ...transfer.plan import ExtentRow
@@ -168,7 +168,7 @@ class Explanation:
 
     def _limits(self, path: str) -> tuple[int, int]:
         """(gap that is read through, alignment) of a file."""
-        if is_object_url(path):
+        if is_remote(path):
             self._places[path] = ("object_store: by ranges", True)
             return REMOTE_GAP_BYTES, 1
         if path not in self._places:

@@ -7,9 +7,10 @@ import re
 import threading
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from ...errors import CheckpointError
+from ...settings import LoaderSettings
 from .aws_profile import profile_options
 from .url import ObjectUrl
 
@@ -38,6 +39,19 @@ class ObjectStoreOptions:
     anonymous: bool = False
     virtual_host: bool = False
     profile: str | None = None
+
+    @classmethod
+    def from_settings(cls, settings: LoaderSettings) -> Self:
+        """The options that the settings give; they name no profile."""
+        return cls(
+            range_bytes=int(settings.object_store_range_bytes),
+            timeout_s=settings.object_store_timeout_s,
+            max_tries=settings.max_tries,
+            endpoint_url=settings.object_store_endpoint_url,
+            region=settings.object_store_region,
+            anonymous=settings.object_store_anonymous,
+            virtual_host=settings.object_store_virtual_host,
+        )
 
 
 def condition_of(tag: str | None) -> str | None:
@@ -82,7 +96,7 @@ def make_client(url: ObjectUrl, options: ObjectStoreOptions) -> ObjectStore:
                 "allow_http": endpoint is not None and endpoint.startswith("http://"),
                 "connect_timeout": timedelta(seconds=min(_CONNECT_S, options.timeout_s)),
                 "read_timeout": timedelta(seconds=options.timeout_s),
-                # Of a whole request; that of a single read is what notices a server that hangs.
+                # For a whole request; read_timeout notices a server that hangs.
                 "timeout": timedelta(seconds=10 * options.timeout_s),
                 "user_agent": "engine-loader",
             },
@@ -106,14 +120,14 @@ def make_client(url: ObjectUrl, options: ObjectStoreOptions) -> ObjectStore:
 class ObjectStores:
     """The clients of several buckets, each made when it is first asked for. May be used from several threads.
 
-    Pickled, it takes its options along, and makes clients of its own.
+    Pickling keeps the options; the copy makes clients of its own.
 
     Args:
         options: how they are reached and read.
-        client: taken for every bucket, in place of one of its own.
+        client: used for every bucket, instead of clients made from ``options``.
 
     Attributes:
-        foreign: whether ``client`` was given, of which only obstore knows how it authenticates.
+        foreign: whether ``client`` was given: only obstore knows how it authenticates.
     """
 
     def __init__(self, options: ObjectStoreOptions, *, client: ObjectStore | None = None) -> None:
@@ -132,10 +146,10 @@ class ObjectStores:
         if self._client is not None:
             return self._client
         with self._lock:
-            place = (url.scheme, url.bucket)
-            if place not in self._clients:
-                self._clients[place] = make_client(url, self.options)
-            return self._clients[place]
+            bucket = (url.scheme, url.bucket)
+            if bucket not in self._clients:
+                self._clients[bucket] = make_client(url, self.options)
+            return self._clients[bucket]
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild_stores, (self.options, self._client))
@@ -167,13 +181,13 @@ def endpoint_of(url: ObjectUrl, options: ObjectStoreOptions) -> str | None:
 
 
 def _config(url: ObjectUrl, options: ObjectStoreOptions, endpoint: str | None) -> dict[str, Any]:
-    """What is particular to a store; what is not given here, obstore takes from the environment."""
+    """Options of one kind of store; obstore takes those that are missing from the environment."""
     if url.scheme != "s3":
         name = "base_url" if url.scheme == "gs" else "endpoint"
         return {} if endpoint is None else {name: endpoint}
     config: dict[str, Any] = {
         "virtual_hosted_style_request": options.virtual_host,
-        # Else even one object goes by S3's request for many, which not every server knows.
+        # Otherwise one object, too, is deleted by DeleteObjects, which not every server has.
         "disable_bulk_delete": True,
     }
     if not options.anonymous:
@@ -183,7 +197,7 @@ def _config(url: ObjectUrl, options: ObjectStoreOptions, endpoint: str | None) -
     if endpoint is not None:
         # obstore wants the bucket in the endpoint when it is the host's first part.
         host = re.sub("(?<=://)", f"{url.bucket}.", endpoint, count=1) if options.virtual_host else endpoint
-        # The more particular of its two options: AWS_ENDPOINT_URL_S3 would go before the other.
+        # Of obstore's two options the more specific one: AWS_ENDPOINT_URL_S3 would override the other.
         config["aws_endpoint_url_s3"] = host
     return config
 

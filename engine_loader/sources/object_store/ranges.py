@@ -1,7 +1,7 @@
-"""Ranges of objects, received straight into their memory: that takes half of the CPU time of collecting a body first.
+"""Ranges of objects, received straight into their memory: half of the CPU time of collecting a body first.
 
-Only answers that are right in every way are taken. Whatever else happens is left to obstore, for the rest of an object:
-it asks again, has every way of authenticating, and its failures are told to a person (object_failures.py).
+Only complete answers for the requested range and version are accepted. After any other answer, obstore reads the rest
+of the object: it retries, has every way of authenticating, and request_failures.py explains its failures.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore, S3Store
 
 MIN_BYTES = 1 << 20
-"""What is smaller is asked for by obstore."""
+"""Smaller ranges are read by obstore."""
 _CONNECT_S = 5.0
 _SIGNED_FOR = timedelta(hours=1)
 _SIGN_AGAIN_S = 600.0
 
 
 class Connections:
-    """Connections that wait for their next request, closed when the last object that uses them is."""
+    """Idle connections for further requests; they are closed with the last open object."""
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
@@ -41,12 +41,12 @@ class Connections:
         self._lock = threading.Lock()
 
     def used(self) -> None:
-        """An object was opened."""
+        """Count an object that was opened."""
         with self._lock:
             self._users += 1
 
     def unused(self) -> None:
-        """An object was closed."""
+        """Count an object that was closed; the last one closes the idle connections."""
         with self._lock:
             self._users -= 1
             idle = [] if self._users else [one for several in self._idle.values() for one in several]
@@ -78,7 +78,7 @@ class Connections:
 
 @dataclass(frozen=True)
 class Wanted:
-    """A range, and what its answer must be.
+    """A range, and what an answer for it must match.
 
     Attributes:
         begin, end: of the range.
@@ -124,11 +124,11 @@ class DirectRanges:
             return False
         keep = False
         try:
-            if not _is_right(answer, wanted):
+            if not _is_accepted(answer, wanted):
                 self._usable = False
                 return False
             _fill(answer, buffers, wanted.end - wanted.begin)
-            answer.read()  # what tells that the answer is at its end
+            answer.read()  # marks the response as complete, so that its connection can be used again
             keep = not answer.will_close
             return True
         finally:
@@ -168,7 +168,7 @@ class DirectRanges:
         return target
 
 
-def _is_right(answer: http.client.HTTPResponse, wanted: Wanted) -> bool:
+def _is_accepted(answer: http.client.HTTPResponse, wanted: Wanted) -> bool:
     return (
         answer.status == 206
         and answer.getheader("Content-Range") == f"bytes {wanted.begin}-{wanted.end - 1}/{wanted.size}"

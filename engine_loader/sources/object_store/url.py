@@ -20,7 +20,7 @@ class ObjectUrl:
     Attributes:
         scheme: one of SCHEMES.
         bucket: the bucket, or Azure's container.
-        key: what follows, as it stands there (nothing is percent-decoded), without slashes at its end.
+        key: the rest, not percent-decoded, without slashes at its end.
     """
 
     scheme: str
@@ -28,16 +28,11 @@ class ObjectUrl:
     key: str
 
 
-def is_object_url(path: str) -> bool:
-    """Whether ``path`` is a URL of an object store, or was one before pathlib took a slash of it."""
-    return bool(_URL.match(path) or _FLATTENED.match(path))
-
-
 def parse_object_url(path: str) -> ObjectUrl:
-    """Take a URL apart.
+    """Parse a URL.
 
     Raises:
-        CheckpointError: it is none, or names no bucket, or a key that could lead elsewhere.
+        CheckpointError: it is no such URL, names no bucket, or has a key with an empty part, '.' or '..'.
     """
     found = _URL.fullmatch(path)
     if found is None:

@@ -1,6 +1,6 @@
 """Reading by USRBIO from Python: a ring with a buffer in shared memory, used by one thread at a time.
 
-For where there is no native engine, or the binding ``hf3fs_py_usrbio`` but no library that native code could load.
+Used without the native reader threads, or where only the binding ``hf3fs_py_usrbio`` is there, which they cannot load.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from ...failures import RETRYABLE, deadline_passed
-from .failures import no_ring, no_room, read_failed
-from .library import VIRTUAL_DIR
+from .read_failures import no_ring, no_room, read_failed
+from .shared_library import VIRTUAL_DIR
 
 _SLICE = timedelta(milliseconds=100)
 _IO_DEPTH = -1  # every IO completes by itself
@@ -32,9 +32,9 @@ class Channel:
     """A ring and its buffer.
 
     Args:
-        binding: ``hf3fs_py_usrbio`` or what has its interface.
+        binding: ``hf3fs_py_usrbio``, or an object with its interface.
         mount: the 3FS mount.
-        buffer_bytes: what can be in flight.
+        buffer_bytes: the size of the buffer: so many bytes can be in flight.
         io_bytes: the largest IO.
 
     Raises:
@@ -61,8 +61,9 @@ class Channel:
         """Fill ``buffers`` in turn with the bytes at ``offset``; returns how many came before the first gap.
 
         Raises:
-            OSError: 3FS reported an error for the first bytes that may pass.
-            TransferError: it will not pass, or nothing came for ``deadline_s``; the channel must not be used again.
+            OSError: 3FS reported a retryable error for the first bytes.
+            TransferError: the error is not retryable, or no byte came for ``deadline_s``; the channel must not be used
+                again.
         """
         wanted = min(sum(map(len, buffers)), len(self._memory))
         results = self._carry_out(path, fd, offset, wanted, deadline_s)
@@ -80,7 +81,7 @@ class Channel:
         return done
 
     def close(self) -> None:
-        """Give back ring, buffer and link. A late read then lands in memory that nobody uses. Safe to call twice."""
+        """Give back ring, buffer and link. A late read lands in memory that is not used again. Safe to call twice."""
         self._ring = None
         self._iovec = None
         for path in (self._link, self._shared):
@@ -90,12 +91,12 @@ class Channel:
     def _carry_out(self, path: str, fd: int, offset: int, wanted: int, deadline_s: float) -> dict[int, int]:
         """Read in IOs of up to ``io_bytes``; start in the buffer -> result of each.
 
-        An IO whose error may pass is tried again at once, so that it does not cost its neighbours their bytes.
+        An IO with a retryable error is retried at once, so that the bytes after it are not lost.
         """
         waiting = deque(range(0, wanted, self.io_bytes))
         tries = dict.fromkeys(waiting, 0)
         results: dict[int, int] = {}
-        flying = 0
+        in_flight = 0
         progress = time.monotonic()
         while len(results) < len(tries):
             while waiting:
@@ -104,12 +105,12 @@ class Channel:
                 if not self._prepare(piece, fd, offset + start):
                     break
                 tries[waiting.popleft()] += 1
-                flying += 1
-            if not flying:  # the ring is full, and not of our IOs: a moment later it is not
+                in_flight += 1
+            if not in_flight:  # the ring is full though none of our IOs is in flight: a slot is free in a moment
                 time.sleep(0.001)
             else:
-                for piece in self._ring.wait(max_results=flying, min_results=1, timeout=_SLICE):
-                    flying -= 1
+                for piece in self._ring.wait(max_results=in_flight, min_results=1, timeout=_SLICE):
+                    in_flight -= 1
                     start, result = piece.base_off, piece.result
                     progress = time.monotonic()
                     if -result in RETRYABLE and tries[start] < _TRIES:
@@ -132,13 +133,14 @@ class Channel:
 
 
 _left_by_parent: list[Channel] = []
+"""Channels of the parent of this forked process: kept, because collecting one would destroy its ring in the parent."""
 
 
 class ChannelPool:
-    """Channels that are not in use, for the threads that come to read.
+    """The idle channels of a mount, for the threads that read from it.
 
     Args:
-        binding, mount, buffer_bytes, io_bytes: of the channels, see Channel.
+        binding, mount, buffer_bytes, io_bytes: arguments of each Channel.
     """
 
     def __init__(self, binding: Any, mount: str, buffer_bytes: int, io_bytes: int) -> None:
@@ -149,7 +151,7 @@ class ChannelPool:
         self._pid = os.getpid()
 
     def read(self, path: str, fd: int, offset: int, buffers: Sequence[memoryview], deadline_s: float) -> int:
-        """As Channel.read, by a channel that is free."""
+        """Read by an idle channel, or by a new one; arguments and errors are those of ``Channel.read``."""
         channel = self._take(path)
         try:
             done = channel.read(path, fd, offset, buffers, deadline_s)
@@ -163,14 +165,14 @@ class ChannelPool:
         return done
 
     def open(self) -> None:
-        """Another file will be read."""
+        """Count a file that was opened."""
         with self._lock:
             self._users += 1
 
     def close(self) -> None:
-        """A file will not be read any more; with the last one go the channels."""
+        """Count a file that was closed; the last one closes the idle channels."""
         if os.getpid() != self._pid:
-            return  # the parent's rings are the parent's
+            return  # in a forked child: the rings belong to the parent
         with self._lock:
             self._users -= 1
             idle, self._idle = (self._idle, []) if self._users <= 0 else ([], self._idle)
@@ -179,7 +181,7 @@ class ChannelPool:
 
     def _take(self, path: str) -> Channel:
         with self._lock:
-            if os.getpid() != self._pid:  # no ring survives a fork; and ending the parent's would end it there, too
+            if os.getpid() != self._pid:  # rings do not survive a fork
                 _left_by_parent.extend(self._idle)
                 self._idle, self._pid = [], os.getpid()
             if self._idle:
@@ -213,7 +215,7 @@ def _copy(source: np.ndarray[Any, np.dtype[np.uint8]], buffers: Sequence[memoryv
 
 
 def _shared_memory(path: str, nbytes: int) -> mmap.mmap:
-    """New shared memory. Its pages are real: touching what /dev/shm has no room for would end the process."""
+    """New shared memory, its pages allocated: touching a page that /dev/shm has no room for is a SIGBUS."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         _check_room(nbytes)

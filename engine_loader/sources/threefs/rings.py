@@ -9,7 +9,7 @@ import uuid
 from datetime import timedelta
 from typing import Any, Self
 
-from .library import Hf3fsLibrary
+from .shared_library import ThreeFsLibrary
 
 
 class _Iov(ctypes.Structure):
@@ -53,7 +53,7 @@ class _Timespec(ctypes.Structure):
 class Rings:
     """The binding's module functions and classes over one library."""
 
-    def __init__(self, library: Hf3fsLibrary) -> None:
+    def __init__(self, library: ThreeFsLibrary) -> None:
         self._library = library
 
     def extract_mount_point(self, path: str) -> str | None:
@@ -76,7 +76,7 @@ class Iovec:
     """A buffer, or a slice of one, and the result of an IO into it."""
 
     def __init__(
-        self, library: Hf3fsLibrary, buffer: Any, id: str, mount: str, block_size: int = 0, numa: int = -1
+        self, library: ThreeFsLibrary, buffer: Any, id: str, mount: str, block_size: int = 0, numa: int = -1
     ) -> None:
         self._memory = (ctypes.c_char * memoryview(buffer).nbytes).from_buffer(buffer)
         self.address = ctypes.addressof(self._memory)
@@ -111,7 +111,7 @@ class Iovec:
 class Ioring:
     """A ring: one thread prepares and submits, one waits."""
 
-    def __init__(self, library: Hf3fsLibrary, mount: str, entries: int, for_read: bool, io_depth: int) -> None:
+    def __init__(self, library: ThreeFsLibrary, mount: str, entries: int, for_read: bool, io_depth: int) -> None:
         self._calls = library.calls
         self._native = _Ior()
         self._slots: dict[int, Iovec] = {}
@@ -159,5 +159,5 @@ class Ioring:
         self._calls.hf3fs_iordestroy(ctypes.byref(self._native))
 
     def __del__(self) -> None:
-        if os.getpid() == self._pid:  # in a forked child it is the parent's
+        if os.getpid() == self._pid:  # in a forked child, the ring belongs to the parent
             self.destroy()

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...errors import TransferError
-from ...sources.source import SourceFile
-from ...sources.threefs.source import UsrbioFile
+from ...sources.source import SourceFile, UsrbioAccess
 from ..cpus import default_threads, local_cpus
 from ..devices import DEFAULT_PINNED_BYTES, Place, setup_error, stream_error
 from ..modes import ReadMode, choose_mode
@@ -315,9 +314,10 @@ class NativeEngine:
         with self._lock:
             found = self._open_files.get(file)
             if found is None:
-                if isinstance(file, UsrbioFile) and file.library is not None:
+                access = file.native_access
+                if access is not None:
                     found = _OpenFile(
-                        ReadMode("usrbio", True, f"on 3FS at {file.mount}"), -1, self._add_usrbio(file) << 8
+                        ReadMode("usrbio", True, f"on 3FS at {access.mount}"), -1, self._add_usrbio(access) << 8
                     )
                 else:
                     mode = choose_mode(file, self._read_mode)
@@ -348,18 +348,16 @@ class NativeEngine:
                 self._devices[device] = number
             return number
 
-    def _add_usrbio(self, file: UsrbioFile) -> int:
-        """The number by which the library knows how to read this file."""
-        assert file.library is not None
-        options = file.options
+    def _add_usrbio(self, access: UsrbioAccess) -> int:
+        """The number by which the library knows how to read these files."""
         config = UsrbioConfig(
             struct_bytes=ctypes.sizeof(UsrbioConfig),
-            rings=options.rings or min(self.threads, _MOST_RINGS),
-            depth=options.depth,
-            deadline_ms=max(1, min(round(options.deadline_s * 1e3), 0xFFFFFFFF)),
-            io_bytes=file.io_bytes,
-            library=os.fsencode(file.library),
-            mount=os.fsencode(file.mount),
+            rings=access.rings or min(self.threads, _MOST_RINGS),
+            depth=access.depth,
+            deadline_ms=max(1, min(round(access.deadline_s * 1e3), 0xFFFFFFFF)),
+            io_bytes=access.io_bytes,
+            library=os.fsencode(access.library),
+            mount=os.fsencode(access.mount),
         )
         number = int(self._quick.el_usrbio_add(self._handle, config))
         if number < 0:

@@ -14,7 +14,6 @@ import numpy.typing as npt
 from ...errors import TransferCancelled, TransferError
 from ...failures import deadline_passed, end_of_file, io_error
 from ...sources.source import SourceFile
-from ...sources.threefs.source import UsrbioFile
 from ..devices import copy_error, copy_overdue
 from .library import (
     E_CLOSED,
@@ -180,8 +179,8 @@ class NativeTransfer:
             return TransferCancelled("the transfer was cancelled")
         if info.kind in (FAIL_MEMORY, FAIL_UNSUPPORTED):
             return _populate_error(path, info)
-        if isinstance(file, UsrbioFile):
-            return usrbio_error(file, info)
+        if file is not None and file.native_access is not None:
+            return usrbio_error(path, file.native_access, info)
         return io_error(path, info.offset, info.error, tries=info.tries)
 
 

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from ...errors import TransferError
-from ...sources.source import SourceFile
-from ...sources.threefs.failures import no_ring, no_room, read_failed, with_errno
-from ...sources.threefs.source import UsrbioFile
+from ...sources.source import SourceFile, UsrbioAccess
+from ...sources.threefs.read_failures import no_ring, no_room, read_failed, with_errno
 from .library import FAIL_USRBIO, USRBIO_BUFFER, USRBIO_LIBRARY, USRBIO_MEMORY, Failure
 
 
 def deadline_of(file: SourceFile | None, deadline_s: float) -> float:
     """After how many seconds without a byte a read of this file fails."""
-    return file.options.deadline_s if isinstance(file, UsrbioFile) else deadline_s
+    access = None if file is None else file.native_access
+    return deadline_s if access is None else access.deadline_s
 
 
-def usrbio_error(file: UsrbioFile, info: Failure) -> TransferError:
-    """The error for a failed transfer."""
+def usrbio_error(path: str, access: UsrbioAccess, info: Failure) -> TransferError:
+    """The error for a failed transfer of the file ``path``."""
     if info.kind != FAIL_USRBIO:
-        return read_failed(file.path, info.offset, info.error, info.tries)
+        return read_failed(path, info.offset, info.error, info.tries)
     step, code = info.tries, info.error
     if step == USRBIO_LIBRARY:
         hint = "is it of 3FS, and for this machine?"
-        return with_errno(code, f"{file.library} cannot be used", file.path, None, hint)
+        return with_errno(code, f"{access.library} cannot be used", path, None, hint)
     if step == USRBIO_MEMORY:
         # A row may reach a quarter beyond its IO; see native/usrbio_channel.h.
-        return no_room(file.path, file.options.depth * file.io_bytes * 5 // 4, code)
-    return no_ring(file.path, file.mount, "buffer" if step == USRBIO_BUFFER else "ring", code)
+        return no_room(path, access.depth * access.io_bytes * 5 // 4, code)
+    return no_ring(path, access.mount, "buffer" if step == USRBIO_BUFFER else "ring", code)

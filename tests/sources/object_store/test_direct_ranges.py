@@ -8,7 +8,7 @@ import pytest
 from engine_loader import CheckpointError, open_checkpoint
 from engine_loader.sources.object_store import ranges as object_ranges
 from engine_loader.sources.object_store.client import ObjectStoreOptions
-from engine_loader.sources.object_store.source import ObjectStoreSource
+from engine_loader.sources.object_store.object_source import ObjectStoreSource
 from tests.sources.object_store.model import CONTENT, IMPATIENT, KEY, KIB, QUICK, RIGHT, TENSORS, URL, load
 from tests.support.checkpoints import noise, tensor_bytes
 from tests.support.fault_server import Answer, FaultServer, Request, tag_of

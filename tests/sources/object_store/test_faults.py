@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from engine_loader import CheckpointError, open_checkpoint
-from engine_loader.sources.object_store.source import ObjectFile, ObjectStoreSource
+from engine_loader.sources.object_store.object_source import ObjectFile, ObjectStoreSource
 from engine_loader.sources.registry import make_source
 from tests.sources.object_store.model import CONTENT, IMPATIENT, KEY, KIB, QUICK, RIGHT, TENSORS, URL, load
 from tests.support.checkpoints import checkpoint, entry

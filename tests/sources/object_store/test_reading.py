@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from engine_loader import CheckpointError, open_checkpoint
 from engine_loader.settings import LoaderSettings
 from engine_loader.sources.object_store.client import ObjectStoreOptions
-from engine_loader.sources.object_store.source import ObjectStoreSource
-from engine_loader.sources.object_store.url import ObjectUrl, is_object_url, parse_object_url
-from engine_loader.sources.registry import make_source, object_store_options
+from engine_loader.sources.object_store.object_source import ObjectStoreSource
+from engine_loader.sources.object_store.url import ObjectUrl, parse_object_url
+from engine_loader.sources.registry import is_remote, make_source
 from tests.cli.running import invoke
 from tests.support.checkpoints import Entry, checkpoint, entry, index, noise, tensor_bytes
 from tests.support.fault_server import Answer, FaultServer, Request
@@ -88,6 +88,11 @@ class TestLayouts:
     )
     def test_every_layout_is_read_bit_for_bit(self, path: str, backend: str, bucket: str) -> None:
         assert content_of(f"s3://{path}", backend=backend) == bytes_of(BOTH)
+
+    def test_an_object_says_that_it_is_remote_and_cannot_be_mapped(self, bucket: str) -> None:
+        file = make_source("auto").open(f"{bucket}/single/model.safetensors")
+        assert (file.remote, file.mappable, file.native_access, file.fileno()) == (True, False, None, None)
+        file.close()
 
     def test_a_list_of_objects(self, bucket: str) -> None:
         assert content_of([f"{bucket}/indexed/{SECOND}"]) == bytes_of(TWO)
@@ -318,7 +323,7 @@ class TestProfiles:
     ],
 )
 def test_urls_are_taken_apart(path: str, url: ObjectUrl) -> None:
-    assert is_object_url(path)
+    assert is_remote(path)
     assert parse_object_url(path) == url
 
 
@@ -358,7 +363,9 @@ def test_files_are_read_without_obstore(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def test_settings_reach_the_source() -> None:
-    options = object_store_options(LoaderSettings(object_store_timeout_s=7, max_tries=3, object_store_region="x"))
+    options = ObjectStoreOptions.from_settings(
+        LoaderSettings(object_store_timeout_s=7, max_tries=3, object_store_region="x")
+    )
     assert (options.timeout_s, options.max_tries, options.region) == (7, 3, "x")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine_loader.sources.threefs.source import UsrbioFile, UsrbioOptions, UsrbioSource
+from engine_loader.sources.threefs.threefs_source import ThreeFsFile, ThreeFsOptions, ThreeFsSource
 from engine_loader.transfer.native.engine import NativeEngine
 from engine_loader.transfer.plan import make_extents
 from engine_loader.transfer.protocol import TransferEngine
@@ -17,19 +17,19 @@ from tests.support.threefs import Emulator, clean_emulator
 
 KIB, MIB = 1 << 10, 1 << 20
 BINDING = Path(__file__).parent / "binding"
-SMALL = UsrbioOptions(rings=2, depth=16, io_bytes=512 * KIB, deadline_s=20.0)
+SMALL = ThreeFsOptions(rings=2, depth=16, io_bytes=512 * KIB, deadline_s=20.0)
 
 
 class Reader:
     """A source and an engine over the emulator."""
 
-    def __init__(self, source: UsrbioSource, engine: TransferEngine) -> None:
+    def __init__(self, source: ThreeFsSource, engine: TransferEngine) -> None:
         self.source = source
         self.engine = engine
 
-    def open(self, path: Path) -> UsrbioFile:
+    def open(self, path: Path) -> ThreeFsFile:
         file = self.source.open(str(path))
-        assert isinstance(file, UsrbioFile)
+        assert isinstance(file, ThreeFsFile)
         return file
 
     def read(self, path: Path, pieces: list[tuple[int, int]] | None = None) -> list[bytes]:
@@ -81,12 +81,12 @@ def make_reader(request: pytest.FixtureRequest, emulator: Emulator) -> Iterator[
         request.getfixturevalue("only_binding")
     with ExitStack() as stack:
 
-        def make(options: UsrbioOptions = SMALL, **engine_options: object) -> Reader:
+        def make(options: ThreeFsOptions = SMALL, **engine_options: object) -> Reader:
             kind = NativeEngine if request.param == "native" else PythonEngine
             settings = {"retry_delay_s": 0.001, "block_bytes": 1 * MIB, **engine_options}
             engine = kind(2, **settings)
             stack.callback(engine.close)
-            return Reader(UsrbioSource(options), engine)
+            return Reader(ThreeFsSource(options), engine)
 
         yield make
 
@@ -96,10 +96,10 @@ def native_reader(emulator: Emulator) -> Iterator[MakeReader]:
     """Makes readers by the native engine only."""
     with ExitStack() as stack:
 
-        def make(options: UsrbioOptions = SMALL, **engine_options: object) -> Reader:
+        def make(options: ThreeFsOptions = SMALL, **engine_options: object) -> Reader:
             engine = NativeEngine(2, **{"retry_delay_s": 0.001, **engine_options})
             stack.callback(engine.close)
-            return Reader(UsrbioSource(options), engine)
+            return Reader(ThreeFsSource(options), engine)
 
         yield make
 

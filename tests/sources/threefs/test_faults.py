@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from engine_loader.errors import TransferCancelled, TransferError
-from engine_loader.sources.threefs.source import UsrbioOptions
+from engine_loader.sources.threefs.threefs_source import ThreeFsOptions
 from engine_loader.transfer.plan import make_extents
 from tests.support.threefs import Emulator
 from tests.support.waiting import GENEROUS_S, any_try, wait_for
@@ -102,7 +102,7 @@ def test_rings_that_cannot_be_made_are_told(
 
 
 def test_a_dev_shm_that_is_too_small_is_told(make_reader: MakeReader, path: Path) -> None:
-    reader = make_reader(UsrbioOptions(rings=1, depth=1024, io_bytes=256 * MIB))
+    reader = make_reader(ThreeFsOptions(rings=1, depth=1024, io_bytes=256 * MIB))
     with pytest.raises(TransferError, match="/dev/shm") as caught:
         reader.read(path)
     assert caught.value.errno == errno.ENOSPC
@@ -153,7 +153,7 @@ def test_other_transfers_survive_the_end_of_a_ring(
 ) -> None:
     """One ring, an IO of the first transfer hangs; the second one is read anew on another ring."""
     emulator.set("reset")
-    reader = native_reader(UsrbioOptions(rings=1, depth=16, io_bytes=512 * KIB, deadline_s=0.3))
+    reader = native_reader(ThreeFsOptions(rings=1, depth=16, io_bytes=512 * KIB, deadline_s=0.3))
     places = [np.zeros(1 * MIB, np.uint8) for _ in range(2)]
     with closing(reader.open(path)) as file:
         emulator.set(f"latency_us=20000,hang_every={emulator.count('ios') + 1}")
@@ -185,8 +185,8 @@ def test_cancelling_waits_for_no_io_and_no_deadline(native_reader: MakeReader, e
 _INTERRUPTED = """
 import sys
 from pathlib import Path
-from tests.sources.threefs.conftest import Reader, UsrbioSource, UsrbioOptions, NativeEngine
-reader = Reader(UsrbioSource(UsrbioOptions(rings=2, io_bytes=1 << 18, deadline_s=3600)), NativeEngine(2))
+from tests.sources.threefs.conftest import Reader, ThreeFsSource, ThreeFsOptions, NativeEngine
+reader = Reader(ThreeFsSource(ThreeFsOptions(rings=2, io_bytes=1 << 18, deadline_s=3600)), NativeEngine(2))
 try:
     print("reading", flush=True)
     reader.read(Path(sys.argv[1]))
@@ -227,7 +227,7 @@ def random_faults(rng: random.Random) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [("native", 1000), ("python", 150)], ids=["native", "python"])
 def test_random_rounds_give_the_right_bytes_or_one_error(emulator: Emulator, kind: tuple[str, int]) -> None:
-    from engine_loader.sources.threefs.source import UsrbioSource
+    from engine_loader.sources.threefs.threefs_source import ThreeFsSource
     from engine_loader.transfer.native.engine import NativeEngine
     from engine_loader.transfer.python.engine import PythonEngine
 
@@ -241,10 +241,10 @@ def test_random_rounds_give_the_right_bytes_or_one_error(emulator: Emulator, kin
     outcomes = {"right": 0, "error": 0}
     for number in range(rounds):
         emulator.set("reset")
-        options = UsrbioOptions(rng.choice([1, 2, 3]), rng.choice([1, 3, 16]), rng.choice([32, 64, 256]) * KIB, 0.15)
+        options = ThreeFsOptions(rng.choice([1, 2, 3]), rng.choice([1, 3, 16]), rng.choice([32, 64, 256]) * KIB, 0.15)
         settings = {"retry_delay_s": 0.001, "max_tries": 3}
         engine = NativeEngine(2, **settings) if name == "native" else PythonEngine(2, block_bytes=512 * KIB, **settings)
-        reader = Reader(UsrbioSource(options), engine)
+        reader = Reader(ThreeFsSource(options), engine)
         file = reader.open(path)
         faults = random_faults(rng)
         if "die_after" in faults:  # from here on

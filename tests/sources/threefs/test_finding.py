@@ -9,22 +9,16 @@ import pytest
 from engine_loader import CheckpointError
 from engine_loader.cli.diagnosis.file_systems import check_3fs, check_paths
 from engine_loader.sources.registry import make_source
-from engine_loader.sources.threefs.library import (
+from engine_loader.sources.threefs.discovery import find_client, is_available, why_not
+from engine_loader.sources.threefs.shared_library import (
     LIBRARY_NAME,
-    Hf3fsError,
+    ThreeFsError,
     check_mount,
     find_library,
     load_library,
     mounts,
 )
-from engine_loader.sources.threefs.source import (
-    UsrbioFile,
-    UsrbioSource,
-    find_client,
-    fit_io_bytes,
-    is_available,
-    why_not,
-)
+from engine_loader.sources.threefs.threefs_source import ThreeFsFile, ThreeFsSource, fit_io_bytes
 from tests.support.checkpoints import checkpoint, entry
 from tests.support.resources import left_open, open_resources
 from tests.support.threefs import Emulator
@@ -57,7 +51,7 @@ def test_a_search_in_vain_names_every_place() -> None:
 
 def test_a_library_that_is_none_is_an_error(tmp_path: Path) -> None:
     (tmp_path / LIBRARY_NAME).write_text("not a library")
-    with pytest.raises(Hf3fsError, match="cannot be used"):
+    with pytest.raises(ThreeFsError, match="cannot be used"):
         load_library(tmp_path / LIBRARY_NAME)
     assert not is_available(lib_dir=str(tmp_path))
 
@@ -98,7 +92,13 @@ def test_auto_takes_usrbio_on_3fs_and_says_so(emulator: Emulator, path: Path, ca
     source = make_source("auto")
     assert source.name == "posix"
     file = source.open(str(path))
-    assert isinstance(file, UsrbioFile)
+    assert isinstance(file, ThreeFsFile)
+    assert (file.remote, file.mappable) == (False, False)
+    access = file.native_access
+    assert access is not None
+    assert (access.library, access.mount) == (str(emulator.library), str(emulator.mount))
+    assert (access.rings, access.depth, access.deadline_s) == (None, 16, 90.0)
+    assert access.io_bytes == fit_io_bytes(4 << 20, path.stat().st_blksize)
     file.close()
     assert source.name == "usrbio"
     assert f"files on the 3FS mount {emulator.mount} are read by USRBIO ({emulator.library})" in caplog.text
@@ -140,16 +140,16 @@ def test_asked_for_and_not_to_be_had_is_an_error(
 @pytest.mark.usefixtures("only_binding")
 def test_the_binding_serves_where_only_that_is_there(path: Path, tmp_path: Path) -> None:
     assert find_client().name == "hf3fs_py_usrbio"
-    file = UsrbioSource().open(str(path))
-    assert file.fileno() is None, "native threads must not read it through the mount unseen"
+    file = ThreeFsSource().open(str(path))
+    assert (file.fileno(), file.native_access) == (None, None), "native threads would read it through the mount unseen"
     file.close()
     (tmp_path / "file").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="it is not on 3FS"):
-        UsrbioSource().open(str(tmp_path / "file"))
+        ThreeFsSource().open(str(tmp_path / "file"))
 
 
 def test_descriptors_are_registered_while_a_file_is_open(emulator: Emulator, path: Path) -> None:
-    source = UsrbioSource()
+    source = ThreeFsSource()
     files = [source.open(str(path)) for _ in range(3)]
     assert emulator.count("registrations") == 3
     for file in files:
@@ -162,7 +162,7 @@ def test_a_refused_registration_is_told(emulator: Emulator, path: Path) -> None:
     emulator.set("register_error=24")
     before = open_resources()
     with pytest.raises(CheckpointError, match=r"model.bin: 3FS does not take .*every registered file takes two"):
-        UsrbioSource().open(str(path))
+        ThreeFsSource().open(str(path))
     assert left_open(before) == []
 
 

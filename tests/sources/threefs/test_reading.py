@@ -14,7 +14,7 @@ import pytest
 
 from engine_loader import open_checkpoint
 from engine_loader.errors import TransferError
-from engine_loader.sources.threefs.source import UsrbioOptions
+from engine_loader.sources.threefs.threefs_source import ThreeFsOptions
 from engine_loader.transfer.plan import make_extents
 from tests.support.checkpoints import checkpoint, entry
 from tests.support.threefs import Emulator
@@ -66,14 +66,14 @@ def test_at_least_16_reads_are_in_flight_on_each_ring(native_reader: MakeReader,
     big = emulator.mount / "big"
     big.write_bytes(bytes(64 * MIB))
     emulator.set("latency_us=100000")
-    native_reader(UsrbioOptions(rings=1, depth=16, io_bytes=1 * MIB)).read(big)
+    native_reader(ThreeFsOptions(rings=1, depth=16, io_bytes=1 * MIB)).read(big)
     assert emulator.count("max_in_flight") >= 16
     big.unlink()
 
 
 def test_files_of_two_sizes_of_io_share_an_engine(native_reader: MakeReader, path: Path, content: bytes) -> None:
     one = native_reader(SMALL)
-    other = native_reader(UsrbioOptions(rings=1, depth=3, io_bytes=128 * KIB))
+    other = native_reader(ThreeFsOptions(rings=1, depth=3, io_bytes=128 * KIB))
     files = [one.open(path), other.open(path)]
     places = [np.zeros(len(content), np.uint8) for _ in files]
     plan = make_extents([(number, 1, 0, len(content), 0, place.ctypes.data, 0) for number, place in enumerate(places)])
@@ -108,17 +108,17 @@ def test_two_threads_on_one_reader(make_reader: MakeReader, path: Path, content:
 
 
 def test_ten_readers_in_one_process(make_reader: MakeReader, path: Path, content: bytes) -> None:
-    readers = [make_reader(UsrbioOptions(rings=1, depth=4, io_bytes=256 * KIB)) for _ in range(10)]
+    readers = [make_reader(ThreeFsOptions(rings=1, depth=4, io_bytes=256 * KIB)) for _ in range(10)]
     with ThreadPoolExecutor(10) as threads:
         assert all(threads.map(lambda reader: reader.read(path) == [content], readers))
 
 
 _CHILD = """
 import sys, zlib
-from engine_loader.sources.threefs.source import UsrbioOptions
-from tests.sources.threefs.conftest import Reader, UsrbioSource, NativeEngine
+from engine_loader.sources.threefs.threefs_source import ThreeFsOptions
+from tests.sources.threefs.conftest import Reader, ThreeFsSource, NativeEngine
 from pathlib import Path
-reader = Reader(UsrbioSource(UsrbioOptions(rings=1, depth=4, io_bytes=1 << 18)), NativeEngine(2))
+reader = Reader(ThreeFsSource(ThreeFsOptions(rings=1, depth=4, io_bytes=1 << 18)), NativeEngine(2))
 for _ in range(5):
     (got,) = reader.read(Path(sys.argv[1]))
     print(zlib.crc32(got))
@@ -144,12 +144,12 @@ _FORK = """
 import os, sys
 from pathlib import Path
 from engine_loader import open_checkpoint, TransferError
-from tests.sources.threefs.conftest import Reader, UsrbioSource, UsrbioOptions, NativeEngine, PythonEngine
+from tests.sources.threefs.conftest import Reader, ThreeFsSource, ThreeFsOptions, NativeEngine, PythonEngine
 path = Path(sys.argv[1])
 content = path.read_bytes()
-options = UsrbioOptions(rings=2, depth=4, io_bytes=1 << 18)
+options = ThreeFsOptions(rings=2, depth=4, io_bytes=1 << 18)
 kind = {"native": NativeEngine, "python": PythonEngine}[sys.argv[2]]
-reader = Reader(UsrbioSource(options), kind(2))
+reader = Reader(ThreeFsSource(options), kind(2))
 assert reader.read(path) == [content]
 held = reader.open(path)
 child = os.fork()
@@ -162,7 +162,7 @@ if child == 0:
         else:
             os._exit(3)
         held.close()
-        mine = Reader(UsrbioSource(options), kind(2))
+        mine = Reader(ThreeFsSource(options), kind(2))
         ok = mine.read(path) == [content]
         mine.engine.close()
         os._exit(0 if ok else 4)

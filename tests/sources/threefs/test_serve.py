@@ -47,5 +47,5 @@ def test_usrbio_that_was_asked_for_and_cannot_be_had_ends_the_engine(llama: Path
     )
     with pytest.raises(RuntimeError, match=r"ended with status [1-9]"), server:
         pass
-    assert "backend usrbio cannot be had" in server.log
+    assert "backend usrbio is not available" in server.log
     assert "HF3FS_LIB_DIR is not set" in server.log

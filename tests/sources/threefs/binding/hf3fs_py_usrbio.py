@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-from engine_loader.sources.threefs.library import load_library
 from engine_loader.sources.threefs.rings import Rings
+from engine_loader.sources.threefs.shared_library import load_library
 
 _rings = Rings(load_library(Path(os.environ["TEST_EMULATOR"])))
 extract_mount_point = _rings.extract_mount_point

@@ -1,6 +1,6 @@
-"""What obstore's exceptions mean: which may pass, and how one that does not is told to a person.
+"""What obstore's exceptions mean: which are retryable, and the error for one that is not.
 
-obstore says the kind of most failures by a class, and the rest in its text only: status and error code of the server's
+obstore gives the kind of most failures by a class, and the rest in its text only: status and error code of the server's
 answer, the phase in which a connection broke. (Read in obstore 0.12.)
 """
 
@@ -35,12 +35,12 @@ _METADATA_SERVICES = ("169.254.", "metadata.google.internal", "metadata/identity
 
 @dataclass(frozen=True)
 class Answer:
-    """What the server said, as far as obstore's text tells.
+    """The answer of the server, as far as obstore's text gives it.
 
     Attributes:
         status: of HTTP.
         code: S3's name of the error.
-        text: all in one line.
+        text: obstore's text in one line.
         tries: how often the request was sent.
     """
 
@@ -51,7 +51,7 @@ class Answer:
 
     @classmethod
     def of(cls, error: BaseException) -> Answer:
-        """Read it from an exception."""
+        """Parse the text of an exception of obstore."""
         text, _, details = str(error).partition("\n\nDebug source")
         status = re.search(r"status code: (\d{3})", text)
         code = re.search(r"<Code>\s*(\w+)\s*</Code>", text)
@@ -68,8 +68,8 @@ class Answer:
         return named or self.text
 
 
-def passing_errno(error: Exception) -> int | None:
-    """The errno of a body that broke off or stalled, which the next request may not; None for other failures."""
+def retryable_errno(error: Exception) -> int | None:
+    """The errno for a response body that broke off or stalled, which is retryable; None for other failures."""
     text = str(error)
     if "response body error" not in text and "error decoding response body" not in text:
         return None

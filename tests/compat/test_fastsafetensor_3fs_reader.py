@@ -1,4 +1,4 @@
-"""engine_loader.threefs in the place of fastsafetensor_3fs_reader: its names, none of its published faults."""
+"""The drop-in for fastsafetensor_3fs_reader, by its name engine_loader.threefs: its names, none of its faults."""
 
 import inspect
 import json
@@ -58,6 +58,14 @@ def test_the_published_names_and_parameters_are_there() -> None:
     assert defaults == {"entries": 64, "io_depth": 0, "buffer_size": 64 * MIB}
     for name in ("is_available", "get_backend", "create_reader", "get_hf3fs_lib_path", "extract_mount_point"):
         assert name in threefs.__all__
+
+
+def test_the_short_name_and_the_long_one_mean_the_same() -> None:
+    from engine_loader.compat import fastsafetensor_3fs_reader
+
+    assert threefs.__all__ == fastsafetensor_3fs_reader.__all__
+    for name in threefs.__all__:
+        assert getattr(threefs, name) is getattr(fastsafetensor_3fs_reader, name)
 
 
 def test_headers_and_bytes(reader: threefs.FileReaderInterface, model: Path) -> None:

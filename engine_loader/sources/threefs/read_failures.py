@@ -1,4 +1,4 @@
-"""How failures of reads by USRBIO are told to a person."""
+"""The errors of reads by USRBIO: what happened, and what to do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _EACCES_HINT = "3FS could not register the buffer in /dev/shm: is there room in 
 def read_failed(path: str, offset: int, code: int, tries: int) -> TransferError:
     """The error for a read that 3FS ended with errno ``code`` for good."""
     error = io_error(path, offset, code, tries=tries, doing="read by USRBIO")
-    # For a system call it would be the file's mode; that was checked when the file was opened.
+    # The file's mode was checked when the file was opened; here EACCES means the buffer.
     return with_errno(code, error.message, path, offset, _EACCES_HINT) if code == errno.EACCES else error
 
 

@@ -106,6 +106,21 @@ def test_the_exceptions_are_there() -> None:
     assert issubclass(b10_transfer.CacheOperationInterrupted, b10_transfer.CacheError)
 
 
+def test_the_package_of_the_functions_name_is_imported_as_any_other() -> None:
+    from engine_loader.transfer import plan
+
+    assert importlib.import_module("engine_loader.transfer") is b10_transfer.transfer
+    assert sys.modules["engine_loader.transfer.plan"] is plan
+    assert b10_transfer.transfer.plan is plan  # type: ignore[attr-defined]
+
+
+def test_the_drop_in_module_has_every_name_of_the_package() -> None:
+    from engine_loader.compat import b10_transfer as drop_in
+
+    for name in set(drop_in.__all__) - {"transfer"}:
+        assert getattr(b10_transfer, name) is getattr(drop_in, name)
+
+
 @pytest.mark.slow
 def test_a_model_py_with_torch_compile_finds_its_kernels_again(machine: Path) -> None:
     """A program as b10_transfer's documentation shows it, in two processes."""

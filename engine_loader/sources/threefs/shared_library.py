@@ -28,8 +28,8 @@ _MOUNT_CHARS = 4096
 _LOAD_FLAGS = os.RTLD_GLOBAL | os.RTLD_NOW | os.RTLD_NODELETE
 
 
-class Hf3fsError(Exception):
-    """The library cannot be had or used; the message says why."""
+class ThreeFsError(Exception):
+    """The library was not found, or is not usable; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class LibrarySearch:
 
     Attributes:
         path: the library, or None.
-        origin: which way led to it: "HF3FS_LIB_DIR", "LD_LIBRARY_PATH" or "hf3fs_py_usrbio".
-        tried: every place up to there, as a line for a person.
+        origin: what named its directory: "HF3FS_LIB_DIR", "LD_LIBRARY_PATH" or "hf3fs_py_usrbio".
+        tried: every directory that was looked at, one line each, for messages.
     """
 
     path: Path | None
@@ -47,7 +47,7 @@ class LibrarySearch:
     tried: tuple[str, ...]
 
     def explain(self) -> str:
-        """Why there is no library: each place that was tried."""
+        """Why there is no library: each directory that was tried."""
         return f"{LIBRARY_NAME} was not found: " + "; ".join(self.tried)
 
 
@@ -55,22 +55,22 @@ def find_library(lib_dir: str | None = None, environ: Mapping[str, str] | None =
     """Look in HF3FS_LIB_DIR, then in LD_LIBRARY_PATH, then beside an installed binding.
 
     Args:
-        lib_dir: in the place of HF3FS_LIB_DIR.
-        environ: in the place of os.environ.
+        lib_dir: used instead of HF3FS_LIB_DIR.
+        environ: used instead of os.environ.
     """
     tried: list[str] = []
-    for origin, place in _places(lib_dir, os.environ if environ is None else environ):
-        if not place:
+    for origin, directory in _directories(lib_dir, os.environ if environ is None else environ):
+        if not directory:
             tried.append(f"{origin} is not set" if origin != BINDING else f"{BINDING} is not installed")
             continue
-        found = _library_in(Path(place))
+        found = _library_in(Path(directory))
         if found is not None:
             return LibrarySearch(found.absolute(), origin, (*tried, f"{origin}: {found}"))
-        tried.append(f"{origin}: not in {place}")
+        tried.append(f"{origin}: not in {directory}")
     return LibrarySearch(None, "", tuple(tried))
 
 
-class Hf3fsLibrary:
+class ThreeFsLibrary:
     """The library, loaded. It stays loaded: whatever has it as a dependency is satisfied by this copy.
 
     Attributes:
@@ -83,9 +83,9 @@ class Hf3fsLibrary:
             self.calls = ctypes.CDLL(os.fspath(path), mode=_LOAD_FLAGS)
             _declare(self.calls)
         except (OSError, AttributeError) as error:
-            raise Hf3fsError(f"{path} cannot be used: {error}") from None
+            raise ThreeFsError(f"{path} cannot be used: {error}") from None
 
-    def is_hf3fs(self, fd: int) -> bool:
+    def is_threefs(self, fd: int) -> bool:
         """Whether an open file or directory is on 3FS."""
         return bool(self.calls.hf3fs_is_hf3fs(fd))
 
@@ -113,17 +113,17 @@ class Hf3fsLibrary:
 
 
 @cache
-def load_library(path: Path) -> Hf3fsLibrary:
+def load_library(path: Path) -> ThreeFsLibrary:
     """Load the library, once per path.
 
     Raises:
-        Hf3fsError: it is not what it should be.
+        ThreeFsError: it cannot be loaded, or lacks a function.
     """
-    return Hf3fsLibrary(path)
+    return ThreeFsLibrary(path)
 
 
-def is_hf3fs_by_ioctl(fd: int) -> bool:
-    """Whether a descriptor is on 3FS, where the library is not there to ask."""
+def is_threefs_by_ioctl(fd: int) -> bool:
+    """Whether a descriptor is on 3FS, found out without the library."""
     try:
         answer = fcntl.ioctl(fd, _MAGIC_REQUEST, b"\0\0\0\0")
     except OSError:
@@ -154,11 +154,11 @@ def check_mount(mount: str) -> str | None:
     return None
 
 
-def _places(lib_dir: str | None, environ: Mapping[str, str]) -> Iterator[tuple[str, str | None]]:
+def _directories(lib_dir: str | None, environ: Mapping[str, str]) -> Iterator[tuple[str, str | None]]:
     yield LIB_DIR_VARIABLE, lib_dir or environ.get(LIB_DIR_VARIABLE)
-    search = [place for place in environ.get("LD_LIBRARY_PATH", "").split(":") if place]
-    for place in search or [""]:
-        yield "LD_LIBRARY_PATH", place
+    search = [directory for directory in environ.get("LD_LIBRARY_PATH", "").split(":") if directory]
+    for directory in search or [""]:
+        yield "LD_LIBRARY_PATH", directory
     yield BINDING, _binding_libs()
 
 

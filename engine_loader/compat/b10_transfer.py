@@ -17,17 +17,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
+from ..compile_cache.cache_errors import CacheError, CacheOperationInterrupted, CacheValidationError
+from ..compile_cache.directories import INDUCTOR, TRITON, default_inductor_directory, directories_of
+from ..compile_cache.key import CacheKey, environment_key
+from ..compile_cache.packs.scan import scan
+from ..compile_cache.process.job import Job
+from ..compile_cache.process.outcome import Outcome
+from ..compile_cache.process.session import run_job
+from ..compile_cache.space import Floor, mib, no_room_is_an_interruption
+from ..compile_cache.stores.opening import open_store
 from ..errors import SettingsError
 from ..settings import CompileCacheSettings, load_settings
-from .cache_errors import CacheError, CacheOperationInterrupted, CacheValidationError
-from .directories import INDUCTOR, TRITON, default_inductor_directory, directories_of
-from .key import CacheKey, environment_key
-from .packs.scan import scan
-from .process.job import Job
-from .process.outcome import Outcome
-from .process.session import run_job
-from .space import Floor, mib, no_room_is_an_interruption
-from .stores.opening import open_store
 
 __all__ = [
     "CacheError",
@@ -85,9 +85,8 @@ def save_compile_cache() -> OperationStatus:
     """Bring what the local caches have into the store; call it after warm-up.
 
     Returns:
-        SUCCESS: a pack was saved. SKIPPED: the store has everything. ERROR: there is nothing to save, no room, or the
-            store cannot be
-        written; the log says why.
+        SUCCESS: a pack was saved. SKIPPED: the store has everything.
+        ERROR: there is nothing to save, no room, or the store cannot be written; the log says why.
     """
     return _run("save", _SAVED)
 
@@ -108,7 +107,7 @@ def clear_local_cache() -> bool:
 
 
 def get_cache_info() -> dict[str, Any]:
-    """What is here and what the store has for this environment; sizes (MB, of 2**20 bytes) where there is something.
+    """What the local caches and the store have for this environment; sizes in MB (2**20 bytes) where there is one.
 
     Keys: environment_key, local_cache_exists, b10fs_enabled, b10fs_cache_exists, local_cache_size_mb,
     b10fs_cache_size_mb.
@@ -219,11 +218,11 @@ def _run(action: Literal["restore", "save"], statuses: dict[str, OperationStatus
 
 
 def _name_inductor_directory() -> None:
-    """TORCH_CACHE_DIR named the directory for b10_transfer; inductor itself looks at another variable. Triton's moves
-    in mid-process.
+    """Set the variables that inductor and Triton read: TORCH_CACHE_DIR is b10_transfer's name for inductor's directory,
+    and Triton's default directory can change while a process runs.
     """
     directory = os.environ.get("TORCH_CACHE_DIR")
-    # Parts of torch write the default into the variable when they are imported: that is nobody's choice.
+    # Parts of torch write the default into the variable when they are imported: that is not the user's choice.
     if directory and os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, "", default_inductor_directory()):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = directory
     os.environ.setdefault("TRITON_CACHE_DIR", str(TRITON.directory()))

@@ -1,7 +1,7 @@
 """Objects of S3, Google Cloud Storage and Azure Blob Storage, read by obstore in ranges.
 
-Every object is asked for its size and ETag when it is opened, and every range is asked for on the condition that the
-object still is the one that was opened, so what is read is of one version.
+Opening an object asks for its size and ETag. Every range is requested on the condition that the object is still the one
+that was opened, so all bytes that are read are of one version.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import numpy as np
 
 from ...errors import CheckpointError
+from ...settings import LoaderSettings
+from ..source import UsrbioAccess
 from . import ranges
 from .client import ObjectStoreOptions, ObjectStores, check_process, condition_of
-from .failures import Answer, object_changed, object_failure, passing_errno
 from .ranges import Connections, DirectRanges, Wanted
+from .request_failures import Answer, object_changed, object_failure, retryable_errno
 from .url import ObjectUrl, parse_object_url
 
 if TYPE_CHECKING:
@@ -36,6 +38,9 @@ class ObjectFile:
     """An open object; made by ObjectStoreSource."""
 
     source = "object_store"
+    remote = True
+    mappable = False
+    native_access: UsrbioAccess | None = None
 
     def __init__(
         self, path: str, url: ObjectUrl, stores: ObjectStores, meta: ObjectMeta, connections: Connections
@@ -49,7 +54,7 @@ class ObjectFile:
         self._direct: DirectRanges | None = DirectRanges(url, self._store, stores, connections)
         connections.used()
         self._identity = _identity(meta)
-        # Without one, the identity of each answer is what tells.
+        # None: the identity of each answer is compared instead.
         self._if_match = condition_of(meta["e_tag"])
 
     def read_into(self, offset: int, buffers: Sequence[memoryview]) -> int:
@@ -93,7 +98,7 @@ class ObjectFile:
 
         Raises:
             OSError: the body broke off or stalled.
-            TransferError: the request failed for good, or the object is another one now.
+            TransferError: the request failed for good, or the object was replaced.
         """
         import obstore
 
@@ -112,7 +117,7 @@ class ObjectFile:
         except CheckpointError:
             raise
         except Exception as error:
-            code = passing_errno(error)
+            code = retryable_errno(error)
             if code is not None:
                 raise OSError(code, os.strerror(code), self.path) from error
             raise object_failure(error, "read", self.path, begin) from error
@@ -133,12 +138,12 @@ class _Listing:
 class ObjectStoreSource:
     """The object stores that s3://, gs:// and az:// URLs name.
 
-    A prefix is taken for a directory when something lies below it. Its listing is asked for once for each source, so a
-    checkpoint is opened from one view of it.
+    A prefix is a directory when there is an object below it. A source lists each prefix once, so that a checkpoint is
+    opened from one listing.
 
     Args:
         options: how the stores are reached and read.
-        stores: clients that are there already, in place of ``options``.
+        stores: existing clients, instead of clients made from ``options``.
 
     Raises:
         CheckpointError: from each method: obstore is not installed, the path is no URL of an object store, access is
@@ -153,6 +158,11 @@ class ObjectStoreSource:
         self._listings: dict[ObjectUrl, _Listing] = {}
         self._connections = Connections(self.options.timeout_s)
         self._lock = threading.Lock()
+
+    @classmethod
+    def from_settings(cls, settings: LoaderSettings) -> Self:
+        """A source that reaches and reads the stores as the settings say."""
+        return cls(ObjectStoreOptions.from_settings(settings))
 
     def open(self, path: str) -> ObjectFile:
         url = parse_object_url(path)
@@ -169,13 +179,17 @@ class ObjectStoreSource:
         return ObjectFile(path, url, self._stores, meta, self._connections)
 
     def is_dir(self, path: str) -> bool:
-        # Who may read an object may not always list its bucket.
+        # Credentials that may read an object may not always list its bucket.
         if path.endswith(".safetensors"):
             return False
         return self._listing(path).is_there
 
     def names(self, path: str) -> list[str]:
-        """As ``list``, but empty where nothing lies below the prefix."""
+        """Names of the objects right below a prefix, sorted; empty where there is nothing below it.
+
+        Raises:
+            TransferError: the prefix cannot be listed.
+        """
         return self._listing(path).names
 
     def list(self, path: str) -> list[str]:
@@ -206,7 +220,7 @@ class ObjectStoreSource:
 
 
 def interruptible(call: Callable[[], _T]) -> _T:
-    """Make a call on another thread, so that Ctrl-C ends the wait for it: obstore itself does not look for signals."""
+    """Make a call on another thread, so that Ctrl-C ends the wait: obstore itself does not check for signals."""
     outcome: Future[_T] = Future()
 
     def run() -> None:
@@ -220,13 +234,13 @@ def interruptible(call: Callable[[], _T]) -> _T:
 
 
 def _identity(meta: ObjectMeta) -> tuple[Any, ...]:
-    """What changes when an object is replaced; servers without ETags tell at least the second."""
+    """What changes when an object is replaced: size and ETag; without an ETag, size and time of change (in seconds)."""
     tag = meta["e_tag"]
     return (meta["size"], re.sub("^W/", "", tag) if tag else meta["last_modified"])
 
 
 def _with_its_code(store: ObjectStore, key: str, error: Exception) -> Exception:
-    """The failure of a GET in place of that of a HEAD, whose answer has no body and so no error code."""
+    """The failure of a GET of one byte instead of that of a HEAD, whose answer has no body and so no error code."""
     import obstore
 
     status = Answer.of(error).status
@@ -235,9 +249,9 @@ def _with_its_code(store: ObjectStore, key: str, error: Exception) -> Exception:
 
     try:
         obstore.get(store, key, options={"range": (0, 1)}).bytes()
-    except Exception as told:
-        if type(told) is type(error):
-            return told
+    except Exception as explained:
+        if type(explained) is type(error):
+            return explained
     return error
 
 
