@@ -67,7 +67,7 @@ def main() -> None:
     if arguments.child:
         _serve(arguments.child, arguments.file)
         return
-    from engine_loader.bench.report import cpu_model, usable_cpus
+    from engine_loader.machine import cpu_model, usable_cpus
     from engine_loader.threefs_emulator import build_emulator
 
     with tempfile.TemporaryDirectory(prefix="engine-loader-usrbio-") as directory:
