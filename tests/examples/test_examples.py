@@ -116,6 +116,7 @@ def test_a_checkpoint_is_read_by_usrbio(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_what_one_machine_compiled_another_one_finds(tmp_path: Path) -> None:
     def machine(name: str) -> list[str]:
         local = tmp_path / name
@@ -139,7 +140,7 @@ def test_what_a_rank_reads_is_explained(run: Here, tmp_path: Path) -> None:
     nbytes = sum(tensor.nbytes for tensor in load_file(model / "model.safetensors").values())
     lines = run("explain_rank.py", model, "--tensor-parallel-size", 2, "--rank", 1)
     totals = next(line for line in lines if line.startswith("all: "))
-    in_files, kept, _ = (int(figure.replace(",", "")) for figure in re.findall(r"[\d,]+(?= )", totals))
+    in_files, kept, _ = (int(figure.replace(",", "")) for figure in re.findall(r"\d[\d,]*", totals))
     assert in_files == nbytes
     assert nbytes / 2 <= kept < nbytes * 0.51  # the norms are every rank's
 
