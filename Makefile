@@ -53,7 +53,7 @@ lint: venv  ## Check style, format and types
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-check: lint  ## Lint, then unit tests without engines, servers and sanitizers: about a minute, before each commit
+check: lint  ## Lint, then the quick tests, without engines, servers and sanitizers; before each commit
 	$(PYTEST) -m "$(UNIT)" $(ARGS)
 
 test: lint  ## Lint, then all tests, those that start an engine included

@@ -110,6 +110,7 @@ def test_a_training_becomes_safetensors(run: Here, tmp_path: Path) -> None:
     assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["w"], weight.bfloat16())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_read_by_usrbio(tmp_path: Path) -> None:
     lines = run_apart("emulate_3fs.py", tmp_path / "mount")
     assert lines == ["read by USRBIO: 4,194,304 bytes, the last value is 1.04858e+06"]
@@ -137,12 +138,13 @@ def test_what_one_machine_compiled_another_one_finds(tmp_path: Path) -> None:
 @pytest.mark.engine
 def test_what_a_rank_reads_is_explained(run: Here, tmp_path: Path) -> None:
     model = make_model("llama", tmp_path / "model", num_hidden_layers=1)
-    nbytes = sum(tensor.nbytes for tensor in load_file(model / "model.safetensors").values())
+    sizes = [tensor.nbytes for tensor in load_file(model / "model.safetensors").values()]
     lines = run("explain_rank.py", model, "--tensor-parallel-size", 2, "--rank", 1)
     totals = next(line for line in lines if line.startswith("all: "))
     in_files, kept, _ = (int(figure.replace(",", "")) for figure in re.findall(r"\d[\d,]*", totals))
-    assert in_files == nbytes
-    assert nbytes / 2 <= kept < nbytes * 0.51  # the norms are every rank's
+    assert in_files == sum(sizes)
+    small = 16 << 10  # tensors up to this size are read whole
+    assert kept == sum(size if size <= small else size // 2 for size in sizes)
 
 
 @pytest.mark.engine
