@@ -7,6 +7,8 @@ TORCH_INDEX ?=
 ENGINE ?= vllm
 # Arguments for pytest (make test) or for the benchmarks (make bench).
 ARGS ?=
+# What make check leaves out: see "markers" in pyproject.toml.
+UNIT := not engine and not sglang and not servers and not sanitizers and not slow
 # So many test files at a time, in their order (the longest are not the last); an engine takes up to 3 GB.
 WORKERS ?= 2
 # Here a native engine that does not compile is an error; elsewhere (pip install) it is a warning.
@@ -31,7 +33,7 @@ SGLANG_VERSIONS ?= 0.5.23 0.5.11 0.5.10
 SGLANG := tests/support/sglang
 SGLANG_STAMPS := $(SGLANG_VERSIONS:%=.venv-sglang-%/.package-installed)
 
-.PHONY: help venv venv-sglang tools demo lint test test-fast test-sglang test-object-stores test-radosgw bench clean
+.PHONY: help venv venv-sglang tools demo lint check test test-fast test-sglang test-object-stores test-radosgw bench clean
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv-sglang-%/.engine-installed
 
@@ -49,7 +51,10 @@ venv-sglang: $(SGLANG_STAMPS)  ## Install SGLang for CPU and this package into .
 lint: venv  ## Check style, format and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy --strict engine_loader
+	$(PY) -m mypy
+
+check: lint  ## Lint, then the quick tests, without engines, servers and sanitizers; before each commit
+	$(PYTEST) -m "$(UNIT)" $(ARGS)
 
 test: lint  ## Lint, then all tests, those that start an engine included
 	$(PYTEST) $(ARGS)
@@ -72,7 +77,7 @@ bench: venv $(BENCH_STAMP)  ## Compare with other loaders on this machine
 clean:  ## Remove what was built here, but not the environments
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -f $(NATIVE)/*.so $(NATIVE)/*.tmp $(PACKAGE_STAMP) $(BENCH_STAMP)
-	find engine_loader tests benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+	find engine_loader tests benchmarks scripts examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 tools:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -61,8 +61,8 @@ def make_files(directory: Path, count: int, total: int) -> None:
         path.write_bytes(content[:size])
 
 
-def shell(command: str) -> Callable[[], None]:
-    return lambda: subprocess.run(["bash", "-o", "pipefail", "-c", command], check=True) and None
+def shell(command: str) -> Callable[[], object]:
+    return lambda: subprocess.run(["bash", "-o", "pipefail", "-c", command], check=True)
 
 
 def seconds(action: Callable[[], object]) -> float:

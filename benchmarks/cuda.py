@@ -179,7 +179,7 @@ class _PinnedCopies:
 
     def __call__(self, workload: Workload, targets: Targets) -> None:
         for target in targets.values():
-            for part in _bytes(target).split(PINNED_BYTES):
+            for part in torch.split(_bytes(target), PINNED_BYTES):
                 part.copy_(self._buffer[: part.numel()], non_blocking=True)
 
 
@@ -196,7 +196,7 @@ class _PinnedReads:
         opened = {file: os.open(file, os.O_RDONLY) for file in files}
 
         def read(thread: int) -> None:
-            memory = memoryview(self._buffers)[thread * CHUNK_BYTES : (thread + 1) * CHUNK_BYTES]
+            memory = self._buffers.data[thread * CHUNK_BYTES : (thread + 1) * CHUNK_BYTES]
             for file, at in chunks[thread :: self._threads]:
                 os.preadv(opened[file], [memory], at)
 
@@ -220,7 +220,9 @@ class _Parameters:
 
     def check(self, checksums: dict[str, int]) -> None:
         wrong = [
-            name for name, tensor in self.tensors.items() if zlib.crc32(_bytes(tensor).cpu().numpy()) != checksums[name]
+            name
+            for name, tensor in self.tensors.items()
+            if zlib.crc32(_bytes(tensor).cpu().numpy().data) != checksums[name]
         ]
         if wrong:
             raise ValueError(f"wrong bytes in {len(wrong)} tensors, e.g. {wrong[0]}")
@@ -321,7 +323,11 @@ def _serve(connection: Connection, name: str, workload: Workload, device: torch.
         except EOFError:
             return
         try:
-            answer = here.run() if checksums is None else here.verify(checksums)
+            answer: Figures | None = None
+            if checksums is None:
+                answer = here.run()
+            else:
+                here.verify(checksums)
         except Exception as error:
             connection.send(f"{type(error).__name__}: {error}".splitlines()[0])
         else:
@@ -354,7 +360,7 @@ def _measure(workload: Workload, entries: Sequence[Entry], rounds: int, *, cold:
 
 def _table(source: str, entries: Sequence[Entry], nbytes: int) -> str:
     def median(entry: Entry, name: str) -> float:
-        return statistics.median(getattr(figures, name) for figures in entry.figures)
+        return float(statistics.median(getattr(figures, name) for figures in entry.figures))
 
     sound = [entry for entry in entries if entry.error is None]
     speeds = {entry.contender.name: nbytes / median(entry, "seconds") / 1e9 for entry in sound}

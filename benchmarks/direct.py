@@ -39,6 +39,7 @@ from engine_loader.engines.vllm.rank import Rank, RankModel, rank_model
 from engine_loader.formats.safetensors import TensorInfo
 from engine_loader.loading.direct.load import DirectLoad
 from engine_loader.transfer.native import engine as native_engine
+from engine_loader.transfer.native.library import Config
 from engine_loader.transfer.plan import ExtentRow
 
 PIECE_BYTES = 8 << 20
@@ -184,7 +185,8 @@ def measure_many_tensors(path: Path, rounds: int) -> None:
         infos = list(in_memory(path))
 
         def engine_only(built: RankModel) -> None:
-            built.module.load_weights(iter(infos))
+            load_weights: Any = built.module.load_weights
+            load_weights(iter(infos))
 
         loads: dict[str, Load] = {
             "the engine's own code, tensors in memory": engine_only,
@@ -228,12 +230,11 @@ def in_memory(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 def measure_cost_model(path: Path, rounds: int) -> None:
     rows = []
     files = [str(file) for file in path.glob("*.safetensors")]
-    config = native_engine.Config
     with model(path, Rank(4, rank=1)) as built:
         for mode in ("buffered", "direct"):
             for name, limits in GAPS.items():
                 times, read, kept = [], 0, 0
-                with mock.patch.object(native_engine, "Config", tuned(config, limits)):
+                with mock.patch.object(native_engine, "Config", tuned(Config, limits)):
                     for _ in range(rounds):
                         if mode == "direct":
                             page_cache.drop(files)

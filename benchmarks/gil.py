@@ -73,7 +73,10 @@ def main() -> None:
         with open_checkpoint(workload.path, read_mode="buffered") as checkpoint:
             checkpoint.load_into(targets)
 
-    readers = {"load_into": ours, "2 Python threads of preadv": lambda: read_plainly(workload, targets, 2)}
+    readers: dict[str, Callable[[], object]] = {
+        "load_into": ours,
+        "2 Python threads of preadv": lambda: read_plainly(workload, targets, 2),
+    }
     neighbours = {"a spinning process": beside_a_process, "a spinning Python thread": beside_a_thread}
     seconds: dict[tuple[str, str], list[float]] = {(name, other): [] for name in readers for other in neighbours}
     for _ in range(arguments.rounds):

@@ -27,7 +27,7 @@ import obstore
 import s3torchconnector.dcp
 import torch
 import torch.distributed.checkpoint as torch_dcp
-from obstore.store import S3Store
+from obstore.store import ClientConfig, S3Store
 from safetensors.torch import save_file
 
 from engine_loader import dcp, open_checkpoint
@@ -50,7 +50,7 @@ LIMIT_THREADS = (2, 4)
 
 def range_requests(workload: Workload, endpoint: str, bucket: str, threads: int) -> Callable[[Tensors], object]:
     """obstore's ``get_range`` on threads, 8 MiB each, copied into the tensors."""
-    client = {"allow_http": True, "timeout": timedelta(minutes=5)}
+    client: ClientConfig = {"allow_http": True, "timeout": timedelta(minutes=5)}
     ranges = [(info, begin) for info in workload.tensors for begin in range(0, info.nbytes, RANGE_BYTES)]
 
     def load(targets: Tensors) -> None:
@@ -75,7 +75,7 @@ def sockets(workload: Workload, endpoint: str, root: Path, threads: int) -> Call
     place = urlsplit(endpoint)
 
     def load(targets: Tensors) -> None:
-        memory = {name: memoryview(target.view(-1).view(torch.uint8).numpy()) for name, target in targets.items()}
+        memory = {name: target.view(-1).view(torch.uint8).numpy().data for name, target in targets.items()}
         ranges = deque(
             (Path(info.file).relative_to(root), info.offset + begin, memory[info.name][begin : begin + LIMIT_BYTES])
             for info in workload.tensors

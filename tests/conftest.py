@@ -22,6 +22,18 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+SERVER_FIXTURES = {"gateway", "moto", "on_s3", "s3"}
+"""What starts moto, JuiceFS or radosgw. A test that starts one by itself is marked by hand."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what requests a server, so that no test of one is forgotten in ``make check``."""
+    for item in items:
+        if isinstance(item, pytest.Function) and SERVER_FIXTURES & set(item.fixturenames):
+            item.add_marker(pytest.mark.servers)
+
+
 @contextmanager
 def _kept_environment() -> Iterator[None]:
     before = dict(os.environ)

@@ -1,9 +1,12 @@
-"""Data flows down one staircase, and imports go down only (docs/architecture.md)."""
+"""The house as docs/architecture.md describes it: imports go down only and in no circle, and every room is small enough
+that its files' names say where a thing is."""
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,27 +27,51 @@ STEPS: dict[str, set[str]] = {
     "report": BASE | {"formats"},
     "loading": BASE | {"formats", "sources", "transfer", "report"},
     "compile_cache": BASE | {"sources"},
+    "dcp": BASE | {"formats", "sources", "transfer", "report", "loading"},
+    "conversion": BASE | {"formats", "sources", "transfer", "report", "loading", "dcp"},
     "plugin": {"errors"},
 }
 """What each room may import beside itself. Every other room is a door, or stands on top: it may import all of these."""
 
 ENGINES = {"vllm", "sglang"}
 
+MOST_LINES = 400
+MOST_METHODS = 20
+MOST_FILES = 12
+SOURCE_SUFFIXES = {".py", ".c", ".cpp", ".h"}
 
-def modules() -> Iterator[tuple[str, ast.Module]]:
+INSIDE_FUNCTIONS = {
+    ("compat/callable_package.py", "compat.b10_transfer"): "importing this package must not import the compile cache",
+    ("compile_cache/stores/opening.py", "compile_cache.stores.objects"): "obstore is an extra: only a URL needs it",
+    ("engines/sglang/format.py", "engines.sglang.loader"): "SGLang's loader, which it extends, is imported later",
+    ("sources/registry.py", "sources.memory"): "a source is imported when it is first used",
+    ("sources/registry.py", "sources.threefs.threefs_source"): "a source is imported when it is first used",
+}
+"""(module, what a function of it imports of this package) -> the reason. Commands (cli/) import what they run: what one
+of them needs costs no other."""
+
+MIRRORS = ({"engines/common", "engines/sglang", "engines/vllm"},)
+"""Folders that hold the same roles, for another engine, by the same file names."""
+
+NAMED_ALIKE = {"store.py": "loading's store of tensors, and its implementation for training checkpoints"}
+"""File names that may exist more than once, and why. A command (cli/) may be named as the room that it shows."""
+
+
+@cache
+def modules() -> Sequence[tuple[str, ast.Module]]:
     """(path within the package, syntax tree) of every module."""
-    for path in sorted(PACKAGE.rglob("*.py")):
-        yield path.relative_to(PACKAGE).as_posix(), ast.parse(path.read_text())
+    paths = sorted(PACKAGE.rglob("*.py"))
+    return [(path.relative_to(PACKAGE).as_posix(), ast.parse(path.read_text())) for path in paths]
 
 
 def room_of(path: str) -> str:
     return path.partition("/")[0].removesuffix(".py")
 
 
-def imported(path: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """(line, absolute name) of every import, wherever in the module it stands."""
+def imported(path: str, nodes: Iterable[ast.AST]) -> Iterator[tuple[int, str]]:
+    """(line, absolute name) of every import among the nodes of a module."""
     package = ["engine_loader", *path.split("/")[:-1]]
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield node.lineno, alias.name
@@ -52,6 +79,72 @@ def imported(path: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
             above = package[: len(package) - node.level + 1] if node.level else []
             for alias in node.names:
                 yield node.lineno, ".".join([*above, *([node.module] if node.module else []), alias.name])
+
+
+def walk_at_import(tree: ast.AST) -> Iterator[ast.AST]:
+    """The nodes that run when a module is imported: none of a function, and nothing for type checkers only."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            for other in node.orelse:
+                yield other
+                yield from walk_at_import(other)
+            continue
+        yield node
+        yield from walk_at_import(node)
+
+
+def module_named(name: str, known: Mapping[str, str]) -> str | None:
+    """The module of this package that an import of ``name`` leads to: itself, or what holds the attribute."""
+    return known.get(name) or known.get(name.rpartition(".")[0])
+
+
+@cache
+def import_graph() -> dict[str, set[str]]:
+    """Path of a module -> paths of those that it imports when it is imported."""
+    known = {name_of(path): path for path, _ in modules()}
+    graph: dict[str, set[str]] = {path: set() for path, _ in modules()}
+    for path, tree in modules():
+        for _, name in imported(path, walk_at_import(tree)):
+            target = module_named(name, known)
+            if target is not None and target != path:
+                graph[path].add(target)
+    return graph
+
+
+def name_of(path: str) -> str:
+    """The dotted name of the module at ``path``."""
+    return ".".join(["engine_loader", *path.removesuffix(".py").split("/")]).removesuffix(".__init__")
+
+
+def at_level(path: str, room: str) -> str:
+    """What stands for a module in the picture of a room: the folder or the file right below it."""
+    below = path.removeprefix(f"{room}/") if room else path
+    return below.partition("/")[0]
+
+
+def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
+    """Groups of nodes that reach each other."""
+    reached = {node: reachable(graph, node) for node in graph}
+    groups = {tuple(sorted(other for other in reached[node] if node in reached[other])) for node in graph}
+    return sorted(list(group) for group in groups if len(group) > 1)
+
+
+def reachable(graph: Mapping[str, set[str]], start: str) -> set[str]:
+    found: set[str] = set()
+    ahead = [start]
+    while ahead:
+        for node in graph.get(ahead.pop(), ()):
+            if node not in found:
+                found.add(node)
+                ahead.append(node)
+    return found
+
+
+def folders() -> list[str]:
+    """Those with modules, within the package; "" is the package itself."""
+    return sorted({path.rpartition("/")[0] for path, _ in modules()})
 
 
 def is_room(name: str) -> bool:
@@ -62,7 +155,7 @@ def test_imports_go_down_only():
     wrong = []
     for path, tree in modules():
         room = room_of(path)
-        for line, name in imported(path, tree) if room in STEPS else ():
+        for line, name in imported(path, ast.walk(tree)) if room in STEPS else ():
             top, _, rest = name.partition(".")
             target = rest.partition(".")[0]
             if top == "engine_loader" and target != room and target not in STEPS[room]:
@@ -75,10 +168,76 @@ def test_nothing_below_the_adapters_imports_an_engine():
         f"engine_loader/{path}:{line} imports {name}"
         for path, tree in modules()
         if room_of(path) != "engines"
-        for line, name in imported(path, tree)
+        for line, name in imported(path, ast.walk(tree))
         if name.partition(".")[0] in ENGINES
     ]
     assert wrong == []
+
+
+def test_circles_are_found():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"f"}, "f": {"e"}}
+    assert circles(graph) == [["b", "c"], ["e", "f"]]
+
+
+def test_modules_import_each_other_in_no_circle():
+    assert circles(import_graph()) == []
+
+
+@pytest.mark.parametrize("room", folders())
+def test_files_and_folders_of_a_room_import_each_other_in_no_circle(room):
+    picture: dict[str, set[str]] = defaultdict(set)
+    inside = {path: at_level(path, room) for path, _ in modules() if path.startswith(f"{room}/" if room else "")}
+    for path, targets in import_graph().items():
+        if path in inside:
+            picture[inside[path]] |= {inside[target] for target in targets if target in inside} - {inside[path]}
+    assert circles(picture) == []
+
+
+def test_imports_inside_functions_are_counted():
+    known = {name_of(path): path for path, _ in modules()}
+    found = set()
+    for path, tree in modules():
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+        for _, name in imported(path, (node for function in functions for node in ast.walk(function))):
+            target = module_named(name, known)
+            if target is not None and room_of(path) != "cli":
+                found.add((path, name_of(target).removeprefix("engine_loader.")))
+    assert sorted(found - set(INSIDE_FUNCTIONS)) == []
+
+
+def test_files_are_of_one_subject():
+    paths = [path for path in PACKAGE.rglob("*") if path.suffix in SOURCE_SUFFIXES]
+    sizes = {path.relative_to(PACKAGE).as_posix(): len(path.read_text().splitlines()) for path in paths}
+    assert {path: lines for path, lines in sizes.items() if lines > MOST_LINES} == {}
+
+
+def test_classes_are_small():
+    large = {}
+    for path, tree in modules():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                methods = {one.name for one in node.body if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef)}
+                if len(methods) > MOST_METHODS:
+                    large[f"{path}: {node.name}"] = len(methods)
+    assert large == {}
+
+
+def test_folders_are_small():
+    files: dict[str, int] = defaultdict(int)
+    for path, _ in modules():
+        folder, _, name = path.rpartition("/")
+        files[folder] += name != "__init__.py"
+    assert {folder: count for folder, count in files.items() if count > MOST_FILES} == {}
+
+
+def test_a_file_name_says_which_file_it_is():
+    holders: dict[str, set[str]] = defaultdict(set)
+    for path, _ in modules():
+        folder, _, name = path.rpartition("/")
+        if name != "__init__.py" and room_of(path) != "cli":
+            holders[name].add(folder)
+    twice = {name: sorted(found) for name, found in holders.items() if len(found) > 1 and name not in NAMED_ALIKE}
+    assert {name: found for name, found in twice.items() if not any(set(found) <= group for group in MIRRORS)} == {}
 
 
 def test_every_module_says_what_it_is_for():

@@ -21,6 +21,7 @@ def workload(tmp_path: Path) -> Workload:
     return Workload.of(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_peer_is_verified_and_measured_in_its_process(workload: Workload) -> None:
     checksums = workload.checksums()
     with cuda.Apart("safetensors", workload, CPU, 240.0) as apart:

@@ -98,6 +98,7 @@ class TestVerification:
         assert result.error is not None and result.error.startswith("wrong bytes in 5 of 6 tensors")
         assert result.seconds == []
 
+    @pytest.mark.slow
     def test_every_installed_loader_loads_the_right_bytes(self, model: Path) -> None:
         chosen = [
             contenders.plain(2),
@@ -118,6 +119,7 @@ class TestVerification:
 
 
 class TestRounds:
+    @pytest.mark.slow
     def test_contenders_take_turns_and_every_round_begins_with_another(self, model: Path) -> None:
         order: list[str] = []
 

@@ -31,6 +31,7 @@ def measured(*arguments: str | Path) -> Any:
     return json.loads(result.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--fresh"], ["--cold"], ["--cold", "--fresh"]])
 def test_every_contender_is_verified_and_measured_in_every_round(flags: list[str], model: Path) -> None:
     found = measured(*flags, "--threads", "1,2", model)
@@ -46,6 +47,7 @@ def test_every_contender_is_verified_and_measured_in_every_round(flags: list[str
         assert min(result["gb_per_s"]) <= result["median_gb_per_s"] <= max(result["gb_per_s"])
 
 
+@pytest.mark.slow
 def test_the_limit_is_the_fastest_plain_read_and_the_rest_is_given_as_its_share(model: Path) -> None:
     found = measured("--threads", "1,2", model)
     by_name = {result["name"]: result for result in found["results"]}

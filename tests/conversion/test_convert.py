@@ -177,6 +177,7 @@ def test_safetensors_get_other_names_and_shards(model: Path, tmp_path: Path) -> 
         assert len(checkpoint) == done.tensors
 
 
+@pytest.mark.servers
 def test_a_prefix_of_an_object_store_is_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {"a": torch.randn(30, 40), "b": torch.randn(5)}
     training = save_training(tensors, tmp_path / "training", "fsdp", prefix="")

@@ -14,6 +14,7 @@ from tests.support.sanitizers import run_sanitized
 
 from .building import HERE, Drivers, Mutant, found_by
 
+pytestmark = pytest.mark.sanitizers
 SCENARIOS = re.findall(r"SCENARIO\((\w{5,})\)", (HERE / "driver.cpp").read_text())
 
 # A rule that is broken shows when threads meet in a certain way, which on a busy machine they do not every time.

@@ -12,7 +12,7 @@ from tests.support.threefs import sanitized_emulator
 
 from .building import HERE, Drivers, Mutant, found_by
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.sanitizers, pytest.mark.slow]
 ROUNDS = {"address,undefined": 60, "thread": 24}
 _TRIES = 5
 

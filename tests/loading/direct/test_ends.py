@@ -63,6 +63,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["auto", "python"])
 def test_peak_memory_beyond_the_parameters(way: str, path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", CHILD, str(path), way], capture_output=True, text=True, check=False)
@@ -81,6 +82,7 @@ def alarm_is_ctrl_c() -> Iterator[None]:
     signal.setitimer(signal.ITIMER_REAL, *left)
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_any_moment_ends_the_load_with_nothing_left(path: Path, alarm_is_ctrl_c: None) -> None:
     """Either the load is complete, or it ends by KeyboardInterrupt; no thread writes afterwards."""
     model = nn.ParameterDict(

@@ -8,7 +8,7 @@ from tests.support.sanitizers import run_sanitized
 from tests.support.threefs import sanitized_emulator
 from tests.transfer.native.building import compile_driver, engine_objects, link
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # compiling is most of it
+pytestmark = [pytest.mark.sanitizers, pytest.mark.slow, pytest.mark.timeout(900)]  # compiling is most of it
 HERE = Path(__file__).parent
 
 

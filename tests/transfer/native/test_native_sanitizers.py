@@ -10,7 +10,7 @@ from tests.support.sanitizers import run_sanitized
 
 from .building import compile_driver, engine_objects, link
 
-pytestmark = pytest.mark.timeout(900)  # compiling is most of it
+pytestmark = [pytest.mark.sanitizers, pytest.mark.timeout(900)]  # compiling is most of it
 
 
 @pytest.mark.parametrize(("sanitizers", "rounds"), [("address,undefined", 200), ("thread", 60)])

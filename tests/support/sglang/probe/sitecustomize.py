@@ -12,10 +12,14 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
 
 
-def write_digests(scheduler):
+def write_digests(scheduler: Any) -> None:
     import torch
 
     model = scheduler.tp_worker.model_runner.model
@@ -29,7 +33,7 @@ def write_digests(scheduler):
         json.dump(digests, file)
 
 
-def compile_something(scheduler):
+def compile_something(scheduler: Any) -> None:
     import torch
     from torch._dynamo.utils import counters
 
@@ -38,7 +42,7 @@ def compile_something(scheduler):
     activation = getattr(torch.nn.functional, os.environ["SGLANG_PROBE_COMPILES"])
 
     @torch.compile
-    def score(hidden, weight):
+    def score(hidden: torch.Tensor, weight: torch.Tensor) -> Any:
         return activation(hidden @ weight.t()).softmax(-1).amax(-1)
 
     with torch.no_grad():
@@ -48,7 +52,7 @@ def compile_something(scheduler):
         json.dump(found, file)
 
 
-def read_beside(directory):
+def read_beside(directory: str) -> None:
     """What is read of a checkpoint for a draft model of one multi-token-prediction layer, and for a LoRA adapter."""
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.model_loader.loader import DefaultModelLoader, get_model_loader
@@ -68,19 +72,22 @@ def read_beside(directory):
 class AfterScheduler(MetaPathFinder):
     name = "sglang.srt.managers.scheduler"
 
-    def find_spec(self, fullname, path, target=None):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if fullname != self.name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
+        assert spec is not None and spec.loader is not None
         execute = spec.loader.exec_module
 
-        def execute_and_wrap(module):
+        def execute_and_wrap(module: ModuleType) -> None:
             execute(module)
             original = module.Scheduler.init_model_worker
 
             @functools.wraps(original)
-            def init_model_worker(scheduler, *args, **options):
+            def init_model_worker(scheduler: Any, *args: Any, **options: Any) -> Any:
                 result = original(scheduler, *args, **options)
                 write_digests(scheduler)
                 if "SGLANG_PROBE_BESIDE" in os.environ:
@@ -91,7 +98,7 @@ class AfterScheduler(MetaPathFinder):
 
             module.Scheduler.init_model_worker = init_model_worker
 
-        spec.loader.exec_module = execute_and_wrap
+        spec.loader.exec_module = execute_and_wrap  # type: ignore[method-assign]
         return spec
 
 

@@ -5,10 +5,23 @@ uses its own torch-native code. Any other name is a function that raises when it
 at module level is there.
 """
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
 __version__ = "0.0.0+stub"
 
 
-def assign_req_to_token_pool_cpu(req_pool_indices, req_to_token, start, end, out_cache_loc, pool_len):
+def assign_req_to_token_pool_cpu(
+    req_pool_indices: "torch.Tensor",
+    req_to_token: "torch.Tensor",
+    start: "torch.Tensor",
+    end: "torch.Tensor",
+    out_cache_loc: "torch.Tensor",
+    pool_len: int,
+) -> None:
     position = 0
     for i in range(req_pool_indices.numel()):
         first, last, row = int(start[i]), int(end[i]), int(req_pool_indices[i])
@@ -16,11 +29,11 @@ def assign_req_to_token_pool_cpu(req_pool_indices, req_to_token, start, end, out
         position += last - first
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Callable[..., Any]:
     if name.startswith("__"):
         raise AttributeError(name)
 
-    def missing(*args, **options):
+    def missing(*args: Any, **options: Any) -> Any:
         raise NotImplementedError(f"sgl_kernel of the tests has no {name}")
 
     missing.__name__ = name
