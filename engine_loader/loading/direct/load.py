@@ -232,7 +232,7 @@ class DirectLoad:
             if self._observer is not None:
                 self._observer.offered(info)
             if self._materialises_too_much():
-                report.note("streamed in the end, for most tensors were needed as data")
+                report.add_note("streamed in the end, for most tensors were needed as data")
                 yield from self._stream(part, [*infos[position:], *streamed])
                 return
             if position in lulls:
@@ -240,7 +240,7 @@ class DirectLoad:
             tensor = small.take(info)
             if tensor is None:
                 if not self._mode_is_on and not self._listen_again():
-                    report.note("streamed in the end, for the engine's code has a dispatch mode of its own")
+                    report.add_note("streamed in the end, for the engine's code has a dispatch mode of its own")
                     yield from self._stream(part, [*infos[position:], *streamed])
                     return
                 recording = recording_tensor(info, self)
@@ -251,7 +251,7 @@ class DirectLoad:
             else:
                 yield info.name, tensor
                 del tensor
-            report.handed_out(info)
+            report.count_tensor(info)
             part.offered_bytes += info.nbytes
         for info in streamed:
             if self._observer is not None:
@@ -345,7 +345,7 @@ class DirectLoad:
             if self._observer is not None:
                 self._observer.read(info, nbytes, reason.text)
             part = self._parts[info.file]
-            part.report.loaded(nbytes)
+            part.report.count_bytes_kept(nbytes)
         if nbytes:
             row = (part.reader.file_number(info), 1, info.offset + begin, nbytes, 0, _address_of(target), 0)
             self._named(part, lambda: part.reader.read([row], target))
@@ -399,7 +399,7 @@ class DirectLoad:
         batch.nbytes += nbytes
         storage.last_batch = batch.number
         self.recorded_bytes += nbytes
-        part.report.loaded(nbytes)
+        part.report.count_bytes_kept(nbytes)
         if batch.nbytes >= _BATCH_BYTES or len(batch.extents) >= _BATCH_EXTENTS:
             self._submit()
         return storage
@@ -475,7 +475,7 @@ class DirectLoad:
             if self._observer is not None:
                 for info in window:
                     self._observer.read(info, info.nbytes, SMALL)
-            part.report.loaded(sum(info.nbytes for info in window))
+            part.report.count_bytes_kept(sum(info.nbytes for info in window))
             return part.reader.submit(extents, owner) if extents else None
 
         return SmallTensors(
@@ -490,7 +490,7 @@ class DirectLoad:
         for name, tensor in part.reader.stream(infos, part.report):
             yield name, tensor
             nbytes = next(sizes).nbytes
-            part.report.loaded(nbytes)
+            part.report.count_bytes_kept(nbytes)
             part.offered_bytes += nbytes
             self._show(part, part.offered_bytes)
 
