@@ -75,7 +75,7 @@ def stream_weights(
                 direct = None
         if direct is not None:
             stack.pop_all()  # the direct load closes them: it reads on when all tensors have been handed out
-            yield from direct.tensors(reader, infos, report, progress=progress, tell=tell)
+            yield from direct.tensors(reader, infos, report, progress=progress, log=tell)
             return
         for info, pair in zip(infos, _streamed(reader, infos, report, device), strict=True):
             yield pair
