@@ -86,8 +86,12 @@ class ModeSwitch:
         self.is_on = False
 
     def put_on_alone(self) -> bool:
-        """Put the mode on an empty stack; False where the engine has a mode of its own there (on top of which ours
-        would be taken off in its place), or in another thread."""
+        """Put the mode on if the stack of the calling thread is empty.
+
+        Returns:
+            False: in another thread, or where a mode of the engine is active: the engine would take off the topmost
+            mode, which would be ours.
+        """
         if dispatch_mode_count() or threading.get_ident() != self._thread:
             return False
         self.put_on()
@@ -105,7 +109,7 @@ class ModeSwitch:
 class SettleBeforeRead:
     """Waits for pending copies where memory is reached past the dispatcher: ``numpy()``, ``tolist()``, ``data_ptr()``…
 
-    A context manager. It replaces those methods for the whole process, from the begin of the first load to the end of
+    A context manager. It replaces those methods for the whole process, from the start of the first load to the end of
     the last; they act on loads of the thread that calls them.
     """
 
