@@ -12,7 +12,7 @@ _SECONDS_BETWEEN_LINES = 1.0
 
 
 class Progress(Protocol):
-    """Is told of bytes."""
+    """Counts bytes that have been loaded."""
 
     def update(self, nbytes: float, /) -> object:
         """Count ``nbytes`` more."""
