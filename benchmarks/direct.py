@@ -53,13 +53,13 @@ class Places:
     def __init__(self) -> None:
         self.pieces: list[tuple[str, int, int, int]] = []
 
-    def offered(self, info: TensorInfo) -> None:
+    def on_tensor(self, info: TensorInfo) -> None:
         return
 
-    def read(self, info: TensorInfo, nbytes: int, why: str) -> None:
+    def on_read(self, info: TensorInfo, nbytes: int, why: str) -> None:
         return
 
-    def copied(self, info: TensorInfo, extents: Sequence[ExtentRow]) -> None:
+    def on_copy(self, info: TensorInfo, extents: Sequence[ExtentRow]) -> None:
         for _, rows, offset, row_bytes, stride, address, step in extents:
             for row in range(rows):
                 for begin in range(0, row_bytes, PIECE_BYTES):

@@ -83,7 +83,7 @@ def _print(explanation: Explanation, *, tensors: bool) -> None:
     columns = ("kind", "tensors", "not read", "in files", "kept", "read", "read/kept", "reads")
     out.print(table(columns, rows, right=tuple(range(1, 8))))
     out.print()
-    for text in sorted(set(explanation.places.values())):
+    for text in sorted(set(explanation.files.values())):
         out.print(f"files are read {text}", soft_wrap=True)
     plans = list(explanation.tensors.values())
     as_data = [plan for plan in plans if plan.why]

@@ -240,7 +240,7 @@ class Checkpoint:
             check_targets_apart(group)
             self._read(group, device)
             for info, _ in group:
-                report.handed_out(info)
+                report.count_tensor(info)
         with torch.no_grad():
             for place in {self._staging(target) for target in others.values()}:
                 wanted = [info for info in self._infos.values() if info.name in others]

@@ -192,7 +192,9 @@ class Reader:
         )
         if not isinstance(engine, NativeEngine) or self._settings.read_mode not in ("auto", "mapped"):
             return lambda info: pooled
-        mapped = MappedFiller(self._open, buffer_bytes=int(self._settings.buffer_bytes), count=report.mapped)
+        mapped = MappedFiller(
+            self._open, buffer_bytes=int(self._settings.buffer_bytes), count=report.count_bytes_mapped
+        )
         always = self._settings.read_mode == "mapped"
 
         @cache
@@ -223,7 +225,7 @@ class Reader:
             buffer_bytes=int(self._settings.device_buffer_bytes),
             block_bytes=int(self._settings.block_bytes),
             threads=self._settings.threads,
-            count=report.by_gds,
+            count=report.count_bytes_by_gds,
         )
 
     def _running_engine(self) -> TransferEngine:
@@ -275,4 +277,4 @@ def complete_report(report: LoadReport, source: str, engine: TransferEngine) -> 
     report.source, report.engine = source, f"{engine.name} engine, {engine.threads} threads"
     report.modes |= statistics.modes
     report.bytes_read = statistics.bytes_read + statistics.overread_bytes
-    report.finished()
+    report.stop_clock()

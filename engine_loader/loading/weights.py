@@ -63,19 +63,19 @@ def stream_weights(
         infos = [info for info in reader.infos if skip is None or not skip(info.name)]
         report = LoadReport()
         if note:
-            report.note(note)
+            report.add_note(note)
         if settings.key_mapping and not isinstance(reader, DcpReader):
-            report.note("key_mapping is for training checkpoints and was not applied")
+            report.add_note("key_mapping is for training checkpoints and was not applied")
         progress = byte_progress(sum(info.nbytes for info in infos), "Loading weights (b10_3fs)", shown=show_progress)
         stack.callback(progress.close)
         if direct is not None and settings.mode == "auto":
             recorded = [info for info in infos if info.nbytes > SMALL_BYTES]
             if _cost_more_to_record_than_to_read(recorded):
-                report.note(f"streamed: {len(recorded)} tensors this small cost more to record than to read")
+                report.add_note(f"streamed: {len(recorded)} tensors this small cost more to record than to read")
                 direct = None
         if direct is not None:
             stack.pop_all()  # the direct load closes them: it reads on when all tensors have been handed out
-            yield from direct.tensors(reader, infos, report, progress=progress, tell=tell)
+            yield from direct.tensors(reader, infos, report, progress=progress, log=tell)
             return
         for info, pair in zip(infos, _streamed(reader, infos, report, device), strict=True):
             yield pair
@@ -89,7 +89,7 @@ def _streamed(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     if device is None or isinstance(reader, DcpReader):
         return reader.stream(infos, report)
-    report.note(f"handed over on {device}")
+    report.add_note(f"handed over on {device}")
     return reader.stream_to(device, infos, report)
 
 

@@ -1,4 +1,4 @@
-"""The account of one load, and the line that tells it."""
+"""What is counted during one load, and the line that goes to the log."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class LoadReport:
 
     Attributes:
         source: where the bytes came from, e.g. "posix".
-        engine: what moved them, e.g. "python engine, 2 threads".
+        engine: what read them, e.g. "python engine, 2 threads".
         files: how many files were read from.
         tensors: how many tensors were handed out or filled.
         bytes_offered: bytes of those tensors.
-        bytes_kept: of these, what was read because this rank keeps it; None where all was read.
-        bytes_read: what the engine read from the source, with what it threw away; filled at the end.
-        peak_buffer_bytes: the most memory that the buffers took at once.
+        bytes_kept: direct mode: of these, those that were read because this rank keeps them; None in other modes.
+        bytes_read: bytes that were read from the source, with those thrown away (gaps, alignment); filled at the end.
+        peak_buffer_bytes: the most bytes that buffers took at once.
         modes: ways of reading with the bytes of each; filled at the end.
         notes: remarks for the line, e.g. why a mode was not used.
     """
@@ -45,21 +45,21 @@ class LoadReport:
 
     @property
     def seconds(self) -> float:
-        """From the start to ``finished``, or to now."""
+        """From the start to ``stop_clock``, or to now."""
         return time.perf_counter() - self._began if self._seconds is None else self._seconds
 
-    def handed_out(self, info: TensorInfo) -> None:
-        """Count a tensor."""
+    def count_tensor(self, info: TensorInfo) -> None:
+        """Count a tensor that was handed out or filled, and its file."""
         self.tensors += 1
         self.bytes_offered += info.nbytes
         self._files.add(info.file)
 
-    def read_from(self, files: Iterable[str]) -> None:
-        """Count files, where a tensor may lie in several."""
+    def count_files(self, files: Iterable[str]) -> None:
+        """Count files that were read from, where a tensor may lie in several."""
         self._files.update(files)
 
-    def loaded(self, nbytes: int) -> None:
-        """Count bytes that were read because they are kept (direct mode); in other modes all that is handed out is."""
+    def count_bytes_kept(self, nbytes: int) -> None:
+        """Count bytes that were read because this rank keeps them (direct mode only)."""
         self.bytes_kept = (self.bytes_kept or 0) + nbytes
 
     @property
@@ -67,23 +67,23 @@ class LoadReport:
         """Bytes that were loaded: in direct mode what this rank keeps, else all that was handed out."""
         return self.bytes_offered if self.bytes_kept is None else self.bytes_kept
 
-    def buffers(self, peak_bytes: int) -> None:
-        """Note the peak of a buffer pool."""
+    def note_peak_buffer(self, peak_bytes: int) -> None:
+        """Note the most bytes that a pool of buffers took; the largest of all calls stays."""
         self.peak_buffer_bytes = max(self.peak_buffer_bytes, peak_bytes)
 
-    def mapped(self, nbytes: int) -> None:
+    def count_bytes_mapped(self, nbytes: int) -> None:
         """Count bytes that were handed out as mapped pages."""
         self.modes["mapped"] = self.modes.get("mapped", 0) + nbytes
 
-    def by_gds(self, nbytes: int) -> None:
+    def count_bytes_by_gds(self, nbytes: int) -> None:
         """Count bytes that went to a device by GPUDirect Storage."""
         self.modes["gds"] = self.modes.get("gds", 0) + nbytes
 
-    def note(self, text: str) -> None:
-        """Add a remark to the line."""
+    def add_note(self, text: str) -> None:
+        """Add a remark to the end of the line."""
         self.notes.append(text)
 
-    def finished(self) -> None:
+    def stop_clock(self) -> None:
         """Stop the clock."""
         self._seconds = time.perf_counter() - self._began
 

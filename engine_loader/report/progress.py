@@ -12,7 +12,7 @@ _SECONDS_BETWEEN_LINES = 1.0
 
 
 class Progress(Protocol):
-    """Counts the bytes of a load."""
+    """Counts bytes that have been loaded."""
 
     def update(self, nbytes: float, /) -> object:
         """Add ``nbytes`` to the bytes that are done."""

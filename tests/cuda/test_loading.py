@@ -170,7 +170,7 @@ def load_through(reader: Reader | DcpReader, model: Model) -> DirectLoad:
     load = DirectLoad(model)
     with load:
         progress = byte_progress(1, "", shown=False)
-        model.load_weights(load.tensors(reader, reader.infos, LoadReport(), progress=progress, tell=lambda line: None))
+        model.load_weights(load.tensors(reader, reader.infos, LoadReport(), progress=progress, log=lambda line: None))
     return load
 
 

@@ -1,4 +1,4 @@
-"""What a direct load does with each tensor: which bytes it keeps, which it reads for them, and why."""
+"""What a load in direct mode does with each tensor: which bytes it keeps, which it reads for them, and why."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from ...sources.registry import is_remote
 from ...transfer.constructor import REMOTE_GAP_BYTES
 from ...transfer.modes import choose_mode
 from ...transfer.plan import ExtentRow
-from .load import SMALL
+from .observer import SMALL
 
 GAP_BYTES = 4 << 10
 """Unwanted bytes between two wanted runs that are read through from the page cache: what a call of preadv costs, in
 bytes of a copy."""
 WIDE_GAP_BYTES = 128 << 10
-"""The same from storage: what a read's latency costs, in bytes of its bandwidth. (Both: native/engine.cpp.)"""
+"""Unwanted bytes between two wanted runs that are read through from storage: what a read's latency costs, in bytes of
+its bandwidth. (The native reader threads use both limits: transfer/native/src/core/engine.cpp.)"""
 _ALIGNMENT = 4096
 
 _KINDS = (
@@ -36,17 +37,17 @@ _KINDS = (
 
 @dataclass
 class TensorPlan:
-    """What becomes of one tensor.
+    """What a load does with one tensor.
 
     Attributes:
         info: the tensor.
-        kept_bytes: what goes into parameters without being looked at.
-        read_bytes: what is read from the source, gaps and alignment included.
+        kept_bytes: bytes that go into parameters, or that the engine needed as data.
+        read_bytes: bytes that are read from the source, gaps and alignment included.
         extents: pieces that its copies are made of.
-        reads: separate places in the file that are read.
+        reads: separate ranges of the file that are read.
         ways: how it is read: "whole", "rows" (one piece of it), "runs" (many pieces), "read through" (many pieces,
-            gaps included), "as data", "small" (with all small ones, before recording starts).
-        why: what it was needed as data for, if it was.
+            gaps included), "as data", "small" (whole, ahead of the engine's code).
+        why: operations or methods that needed it as data.
     """
 
     info: TensorInfo
@@ -59,11 +60,11 @@ class TensorPlan:
 
     @property
     def kind(self) -> str:
-        """The kind of layer that it belongs to, by its name."""
+        """The kind of layer that the tensor belongs to, by the tensor's name."""
         return next((kind for kind, pattern in _KINDS if pattern.search(self.info.name)), "other")
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """As ``explain-load --json`` prints it."""
         info = self.info
         return {
             "name": info.name,
@@ -80,23 +81,23 @@ class TensorPlan:
 
 
 class Explanation:
-    """Takes down what a load does; a ``LoadObserver``.
+    """Collects what a load does with each tensor; a ``LoadObserver``.
 
     Attributes:
         tensors: by name, in the order in which the engine was given them.
-        obstacle: why the load would be streamed in the setting ``mode: auto``, if so.
+        obstacle: why the setting ``mode: auto`` would stream this load, or None.
     """
 
     def __init__(self, settings: LoaderSettings) -> None:
         self.tensors: dict[str, TensorPlan] = {}
         self.obstacle: str | None = None
         self._settings = settings
-        self._places: dict[str, tuple[str, bool]] = {}
+        self._files: dict[str, tuple[str, bool]] = {}  # by path: how it is read, whether by wide reads
 
-    def offered(self, info: TensorInfo) -> None:
+    def on_tensor(self, info: TensorInfo) -> None:
         self._of(info)
 
-    def copied(self, info: TensorInfo, extents: Sequence[ExtentRow]) -> None:
+    def on_copy(self, info: TensorInfo, extents: Sequence[ExtentRow]) -> None:
         plan = self._of(info)
         gap, align = self._limits(info.file)
         plan.extents += len(extents)
@@ -112,7 +113,7 @@ class Explanation:
             whole = rows * row_bytes == info.nbytes
             _add(plan.ways, "read through" if through else "runs" if rows > 1 else "whole" if whole else "rows")
 
-    def read(self, info: TensorInfo, nbytes: int, why: str) -> None:
+    def on_read(self, info: TensorInfo, nbytes: int, why: str) -> None:
         plan = self._of(info)
         plan.read_bytes += nbytes
         plan.kept_bytes += nbytes
@@ -124,12 +125,12 @@ class Explanation:
             _add(plan.why, why)
 
     @property
-    def places(self) -> dict[str, str]:
-        """How each file is read, and why so."""
-        return {path: text for path, (text, _) in self._places.items()}
+    def files(self) -> dict[str, str]:
+        """By path: the way in which the file is read, and why that one was chosen."""
+        return {path: text for path, (text, _) in self._files.items()}
 
     def totals(self) -> dict[str, dict[str, int]]:
-        """Sums by kind of layer, the most bytes first, and last of all."""
+        """Sums by kind of layer, the most bytes in the files first; the sums of all layers ("all") last."""
         kinds: dict[str, dict[str, int]] = {}
         for plan in self.tensors.values():
             for key in (plan.kind, "all"):
@@ -148,11 +149,11 @@ class Explanation:
         return dict(sorted(kinds.items(), key=lambda item: (item[0] == "all", -item[1]["file_bytes"])))
 
     def as_dict(self, *, tensors: bool = False) -> dict[str, Any]:
-        """For JSON."""
+        """As ``explain-load --json`` prints it; ``tensors``: with a row for each tensor."""
         materialised = [plan for plan in self.tensors.values() if plan.why]
         answer: dict[str, Any] = {
             "obstacle_to_direct": self.obstacle,
-            "cost_model": {"gap_bytes": GAP_BYTES, "wide_gap_bytes": WIDE_GAP_BYTES, "files": self.places},
+            "cost_model": {"gap_bytes": GAP_BYTES, "wide_gap_bytes": WIDE_GAP_BYTES, "files": self.files},
             "totals": self.totals(),
             "as_data": [plan.as_dict() for plan in materialised],
         }
@@ -167,26 +168,26 @@ class Explanation:
         return plan
 
     def _limits(self, path: str) -> tuple[int, int]:
-        """(gap that is read through, alignment) of a file."""
+        """(largest gap that is read through, alignment of reads) of a file, in bytes."""
         if is_remote(path):
-            self._places[path] = ("object_store: by ranges", True)
+            self._files[path] = ("object_store: by ranges", True)
             return REMOTE_GAP_BYTES, 1
-        if path not in self._places:
+        if path not in self._files:
             file = PosixSource().open(path)
             try:
                 mode = choose_mode(file, self._settings.read_mode)
             finally:
                 file.close()
-            self._places[path] = (f"{mode.name}: {mode.reason}", mode.wide or mode.name != "buffered")
-        wide = self._places[path][1]
-        return (WIDE_GAP_BYTES, _ALIGNMENT if "direct" in self._places[path][0] else 1) if wide else (GAP_BYTES, 1)
+            self._files[path] = (f"{mode.name}: {mode.reason}", mode.wide or mode.name != "buffered")
+        wide = self._files[path][1]
+        return (WIDE_GAP_BYTES, _ALIGNMENT if "direct" in self._files[path][0] else 1) if wide else (GAP_BYTES, 1)
 
 
 _COLUMNS = ("tensors", "not_read", "file_bytes", "kept_bytes", "read_bytes", "extents", "reads")
 
 
 def _spanned(offset: int, nbytes: int, align: int) -> int:
-    """Bytes of the aligned range around these."""
+    """Bytes of the smallest aligned range around ``nbytes`` bytes at ``offset``."""
     return -(-(offset + nbytes) // align) * align - offset // align * align
 
 

@@ -1,4 +1,4 @@
-"""Recording tensors: stand-ins that an engine's own ``load_weights`` runs over, so that its copies are known before a
+"""Recording tensors: stand-ins over which an engine's own ``load_weights`` runs, so that its copies are known before a
 byte is read.
 
 A recording tensor has the shape, strides and type of a tensor of the checkpoint, and no data. Views of it (narrow,
@@ -9,112 +9,38 @@ always right.
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 from functools import cache, wraps
 from typing import Any, Protocol
 
 import torch
-from torch.utils._pytree import tree_map
 
 from ...formats.safetensors import TensorInfo
-
-aten = torch.ops.aten
-
-VIEWS = frozenset(
-    getattr(aten, name)
-    for name in [
-        "alias",
-        "as_strided",
-        "chunk",
-        "detach",
-        "diagonal",
-        "expand",
-        "flatten",
-        "movedim",
-        "narrow",
-        "permute",
-        "reshape",
-        "select",
-        "slice",
-        "split",
-        "split_with_sizes",
-        "squeeze",
-        "swapaxes",
-        "t",
-        "transpose",
-        "unbind",
-        "unflatten",
-        "unfold",
-        "unsafe_split",
-        "_unsafe_view",
-        "_reshape_alias",
-        "unsqueeze",
-        "view",
-        "view_as",
-    ]
-    if hasattr(aten, name)
+from .torch_methods import (
+    EXPOSING_METHODS,
+    PERHAPS_VIEWING_METHODS,
+    READING_METHODS,
+    RESHAPING_METHODS,
+    VIEWING_METHODS,
+    VIEWS,
+    aten,
 )
-# Not the method of torch.Tensor, which waits for copies while a load is under way (settling.py).
-_storage_of = torch._C.TensorBase.untyped_storage
-_past_the_dispatcher = torch._C._DisableTorchDispatch
-# Methods that hand out a tensor's memory past the dispatcher: nobody sees what is read or written there afterwards.
-OPENING_METHODS = (
-    "numpy",
-    "data_ptr",
-    "untyped_storage",
-    "storage",
-    "_typed_storage",
-    "__array__",
-    "__dlpack__",
-    "share_memory_",
-    "apply_",
-    "map_",
-    "map2_",
-)
-# Methods that read a tensor's memory past the dispatcher, and are done with it.
-READING_METHODS = ("tolist", "__deepcopy__", "__reduce_ex__", "pin_memory", "new_tensor")
-# Methods that return views and nothing else. They and those below are taken short cuts for, past the dispatcher, which
-# would cost several times as much; the rest of VIEWS goes through it. (``__getitem__`` must, too: to define it makes a
-# class a sequence for C, which torch's own is not.)
-VIEWING_METHODS = (
-    "chunk",
-    "detach",
-    "expand",
-    "narrow",
-    "permute",
-    "select",
-    "split",
-    "squeeze",
-    "swapaxes",
-    "t",
-    "transpose",
-    "unbind",
-    "unflatten",
-    "unsqueeze",
-)
-# Methods that return a view where one will do.
-_PERHAPS_VIEWING_METHODS = ("contiguous", "flatten", "reshape", "view")
-# Methods that make another tensor of the object that they are called on.
-_TURNING_METHODS = (
-    "t_",
-    "squeeze_",
-    "unsqueeze_",
-    "transpose_",
-    "swapaxes_",
-    "swapdims_",
-    "resize_",
-    "resize_as_",
-    "as_strided_",
-    "set_",
+from .torch_private import (
+    PARAMETER_MARK,
+    aliased_arguments,
+    make_wrapper,
+    no_torch_function,
+    packet_of,
+    storage_id,
+    storage_of,
+    tree_map,
+    without_dispatch,
 )
 
 
 class _Reason(threading.local):
-    """What the data of a recording tensor was last needed for, e.g. "aten::mul.Tensor"."""
+    """What this thread last needed the data of a recording tensor for, e.g. "aten::mul.Tensor"."""
 
     text = "it was kept"
 
@@ -123,20 +49,20 @@ reason = _Reason()
 
 
 class CopySink(Protocol):
-    """Where recorded copies go."""
+    """Carries out recorded copies."""
 
     def copy(self, target: torch.Tensor, origin: Origin, view: torch.Tensor) -> bool:
-        """Take over copying ``view`` (geometry within the origin, a meta tensor) into ``target``; False: the caller
+        """Copy ``view`` (geometry within the origin, a meta tensor) into ``target``, now or later; False: the caller
         must do it."""
         ...
 
     def settle(self, tensor: torch.Tensor) -> None:
-        """Return when no copy into the tensor's memory is pending; where it is not known where that is, when none
-        is."""
+        """Wait for the pending copies into the tensor's memory; for all where it is not known where that is."""
         ...
 
-    def opened(self, tensor: torch.Tensor) -> None:
-        """The same, and for copies to come too: they are done at once."""
+    def expose(self, tensor: torch.Tensor) -> None:
+        """The tensor's memory was exposed past the dispatcher (``numpy()``, ``data_ptr()``): from now on copies into it
+        are synchronous."""
         ...
 
     def pending(self) -> bool:
@@ -144,7 +70,7 @@ class CopySink(Protocol):
         ...
 
     def read(self, origin: Origin, begin: int, nbytes: int) -> torch.Tensor:
-        """Read bytes of a tensor now, as they are (uint8); ``reason.text`` says what for."""
+        """Read bytes of a tensor now and return them as uint8, shape (nbytes,); ``reason.text`` says what for."""
         ...
 
 
@@ -152,9 +78,9 @@ class Origin:
     """One tensor of the checkpoint behind recording tensors.
 
     Attributes:
-        info: where it lies.
-        sink: where copies of it go.
-        data: the whole tensor, once something needed it.
+        info: name, file, offset, dtype and shape.
+        sink: carries out copies of it.
+        data: the whole tensor, once it was needed.
     """
 
     __slots__ = ("__weakref__", "data", "info", "sink")
@@ -165,7 +91,8 @@ class Origin:
         self.data: torch.Tensor | None = None
 
     def whole(self) -> torch.Tensor:
-        """The tensor itself; all views share its memory from then on, so that writing to one shows in the others."""
+        """The whole tensor with its data, in its shape; all views of it share this memory from then on, so that what is
+        written to one shows in the others."""
         if self.data is None:
             dtype, shape = self.info.as_torch()
             self.data = self.sink.read(self, 0, self.info.nbytes).view(dtype).view(shape)
@@ -185,7 +112,7 @@ class RecordingTensor(torch.Tensor):
             # There, views of normal tensors are normal tensors.
             with torch.inference_mode(False):
                 return RecordingTensor.of(origin, view)
-        made: RecordingTensor = torch.Tensor._make_wrapper_subclass(
+        made: RecordingTensor = make_wrapper(
             RecordingTensor,
             view.shape,
             strides=view.stride(),
@@ -198,7 +125,11 @@ class RecordingTensor(torch.Tensor):
         return made
 
     def materialise(self, *, shared: bool = False) -> torch.Tensor:
-        """The data. ``shared``: in memory that all views of the origin share, because it will be written to or kept."""
+        """A tensor with the data of this one.
+
+        Args:
+            shared: in memory that all views of the origin share, because it will be written to or kept.
+        """
         view, origin = self.view_of_origin, self.origin
         if origin.data is None and not shared:
             begin, nbytes = _bytes_of(view)
@@ -210,13 +141,13 @@ class RecordingTensor(torch.Tensor):
         return whole.as_strided(view.shape, view.stride(), view.storage_offset())
 
     def become_real(self) -> None:
-        """Turn into a tensor with data, for everybody who holds this one.
+        """Turn this object into a tensor with data.
 
         Raises:
-            RuntimeError: torch refuses, because there are weak references to it or views of it.
+            RuntimeError: torch refuses, because weak references to this object or views of it exist.
         """
         real = self.materialise(shared=True)
-        if getattr(self, "_is_param", False):
+        if getattr(self, PARAMETER_MARK, False):
             real = torch.nn.Parameter(real, requires_grad=self.requires_grad)
         for name, value in vars(self).items():
             if name not in _OWN:
@@ -226,8 +157,8 @@ class RecordingTensor(torch.Tensor):
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"RecordingTensor({self.origin.info.name!r}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
-    # Everything goes to the dispatcher as it is; what would pass it by is overridden below.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    # All operations go to the dispatcher as they are; methods that pass it by are overridden below.
+    __torch_function__ = no_torch_function
 
     @property
     def data(self) -> torch.Tensor:
@@ -246,7 +177,7 @@ class RecordingTensor(torch.Tensor):
         return dispatch(func, args, kwargs or {})
 
 
-_OWN = frozenset({"origin", "view_of_origin", "_is_param"})
+_OWN = frozenset({"origin", "view_of_origin", PARAMETER_MARK})
 
 
 def _on_data(name: str, *, shared: bool) -> Callable[..., Any]:
@@ -260,7 +191,7 @@ def _on_data(name: str, *, shared: bool) -> Callable[..., Any]:
     return method
 
 
-def _on_itself(name: str) -> Callable[..., Any]:
+def _after_becoming_real(name: str) -> Callable[..., Any]:
     @wraps(getattr(torch.Tensor, name))
     def method(self: RecordingTensor, *args: Any, **kwargs: Any) -> Any:
         reason.text = name
@@ -276,11 +207,11 @@ def _as_view(name: str, *, surely: bool) -> Callable[..., Any]:
     @wraps(original)
     def method(self: RecordingTensor, *args: Any, **kwargs: Any) -> Any:
         view = self.view_of_origin
-        with _past_the_dispatcher():
+        with without_dispatch():
             result = original(view, *args, **kwargs)
         origin = self.origin
         if type(result) is torch.Tensor:
-            if surely or _storage_of(result)._cdata == _storage_of(view)._cdata:
+            if surely or storage_id(storage_of(result)) == storage_id(storage_of(view)):
                 return RecordingTensor.of(origin, result)
             return original(self, *args, **kwargs)
         return type(result)([RecordingTensor.of(origin, part) for part in result])
@@ -290,27 +221,27 @@ def _as_view(name: str, *, surely: bool) -> Callable[..., Any]:
 
 for _name in VIEWING_METHODS:
     setattr(RecordingTensor, _name, _as_view(_name, surely=True))
-for _name in _PERHAPS_VIEWING_METHODS:
+for _name in PERHAPS_VIEWING_METHODS:
     setattr(RecordingTensor, _name, _as_view(_name, surely=False))
-for _name in OPENING_METHODS:
+for _name in EXPOSING_METHODS:
     setattr(RecordingTensor, _name, _on_data(_name, shared=True))
 for _name in READING_METHODS:
     setattr(RecordingTensor, _name, _on_data(_name, shared=False))
-for _name in _TURNING_METHODS:
-    setattr(RecordingTensor, _name, _on_itself(_name))
+for _name in RESHAPING_METHODS:
+    setattr(RecordingTensor, _name, _after_becoming_real(_name))
 
 
 def recording_tensor(info: TensorInfo, sink: CopySink) -> RecordingTensor:
-    """A stand-in for a tensor of the checkpoint."""
+    """A stand-in for a tensor of the checkpoint, of its shape and dtype."""
     dtype, shape = info.as_torch()
-    with _past_the_dispatcher():
+    with without_dispatch():
         geometry = torch.empty(shape, dtype=dtype, device="meta")
     return RecordingTensor.of(Origin(info, sink), geometry)
 
 
 def dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Carry out an operation of which at least one argument is a recording tensor."""
-    packet = func._overloadpacket
+    packet = packet_of(func)
     if packet in VIEWS and type(args[0]) is RecordingTensor:
         tracked = _track_view(func, args[0], args[1:], kwargs)
         if tracked is not None:
@@ -332,9 +263,8 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
 @cache
 def _shared_arguments(func: Any) -> tuple[frozenset[int], frozenset[str]]:
-    """Which arguments, by position and by name, the operation writes to, or returns the memory of."""
-    arguments = list(enumerate(func._schema.arguments))
-    shared = [(at, argument.name) for at, argument in arguments if argument.alias_info is not None]
+    """Positions and names of the arguments that the operation writes to, or returns the memory of."""
+    shared = list(aliased_arguments(func))
     return frozenset(at for at, _ in shared), frozenset(name for _, name in shared)
 
 
@@ -342,20 +272,20 @@ def _track_view(func: Any, tensor: RecordingTensor, args: Sequence[Any], kwargs:
     """The view as recording tensors, or None where torch would have to copy."""
     origin, view = tensor.origin, tensor.view_of_origin
     result = func(view, *args, **kwargs)
-    storage = _storage_of(view)._cdata
+    storage = storage_id(storage_of(view))
     if isinstance(result, torch.Tensor):
-        return RecordingTensor.of(origin, result) if _storage_of(result)._cdata == storage else None
-    if any(_storage_of(part)._cdata != storage for part in result):
+        return RecordingTensor.of(origin, result) if storage_id(storage_of(result)) == storage else None
+    if any(storage_id(storage_of(part)) != storage for part in result):
         return None
     return type(result)(RecordingTensor.of(origin, part) for part in result)
 
 
 def real(tree: Any, *, shared: bool = False) -> Any:
-    """The arguments of a function, with the data of recording tensors in their place.
+    """The arguments of a function, with tensors that have data in place of recording tensors.
 
     Args:
-        tree: a tensor, or lists, tuples and dictionaries of them; anything else stays.
-        shared: as of ``RecordingTensor.materialise``.
+        tree: a tensor, or lists, tuples and dictionaries of tensors; anything else is returned as it is.
+        shared: passed to ``RecordingTensor.materialise``.
     """
     if isinstance(tree, RecordingTensor):
         return tree.materialise(shared=shared)
@@ -365,59 +295,9 @@ def real(tree: Any, *, shared: bool = False) -> Any:
 
 
 def _bytes_of(view: torch.Tensor) -> tuple[int, int]:
-    """(first byte, bytes) that a view reaches over within its tensor."""
+    """(first byte, number of bytes) of the range within its tensor that a view spans."""
     if view.numel() == 0:
         return 0, 0
     reach = sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
     itemsize = view.dtype.itemsize
     return int(view.storage_offset()) * itemsize, (int(reach) + 1) * itemsize
-
-
-def replace_recording_tensors(module: torch.nn.Module) -> list[str]:
-    """Put real tensors where a loader left recording ones as parameters, buffers or attributes; the names of those."""
-    replaced: list[str] = []
-    made: dict[int, torch.Tensor] = {}
-    for prefix, part in module.named_modules():
-        for kind in (part._parameters, part._buffers, vars(part)):
-            for name, value in list(kind.items()):
-                if type(value) is not RecordingTensor:
-                    continue
-                real = made.get(id(value))
-                if real is None:
-                    real = value.materialise(shared=True)
-                    if kind is part._parameters:
-                        real = torch.nn.Parameter(real, requires_grad=value.requires_grad)
-                    made[id(value)] = real
-                kind[name] = real
-                replaced.append(f"{prefix}.{name}" if prefix else name)
-    return replaced
-
-
-class LiveOrigins:
-    """The origins that somebody still has a recording tensor of."""
-
-    def __init__(self) -> None:
-        self._origins: weakref.WeakSet[Origin] = weakref.WeakSet()
-
-    def add(self, origin: Origin) -> None:
-        """Follow an origin."""
-        self._origins.add(origin)
-
-    def make_real(self) -> None:
-        """Read what somebody kept, and turn the recording tensors into real ones, where they are."""
-        if not self._origins:
-            return
-        reason.text = "it was kept"
-        gc.collect()  # what only waits to be collected need not be read
-        for origin in list(self._origins):
-            origin.whole()
-        # A tensor is refused while there are views of it, so those come first.
-        turned = True
-        while turned:
-            turned = False
-            for kept in [found for found in gc.get_objects() if type(found) is RecordingTensor]:
-                if kept.origin in self._origins:
-                    # What torch refuses goes on working through its origin's data.
-                    with contextlib.suppress(RuntimeError):
-                        kept.become_real()
-                        turned = True

@@ -1,8 +1,8 @@
-"""While a load is under way, whoever looks at memory into which copies are pending waits for them.
+"""While a load is under way, code that reads or writes memory into which copies are pending waits for them.
 
-Most of torch passes its dispatcher, and a mode of ours there. What reaches memory past it are a few methods and
-functions; they are replaced while a load runs. (A function mode would see them too, but it is called for every
-attribute of every tensor: some thirty times for each tensor of a model, at a microsecond or more.)
+Most of torch goes through its dispatcher, where a dispatch mode of this module sees it. A few methods and functions
+reach memory past the dispatcher; they are replaced while a load runs. (A function mode would see them too, but it is
+called for every attribute of every tensor: some thirty times for each tensor of a model, at a microsecond or more.)
 """
 
 from __future__ import annotations
@@ -14,52 +14,38 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from .recording import (
-    OPENING_METHODS,
-    READING_METHODS,
-    VIEWING_METHODS,
-    VIEWS,
-    CopySink,
-    RecordingTensor,
-    dispatch,
-    real,
-    reason,
+from .recording import CopySink, RecordingTensor, dispatch, real, reason
+from .torch_methods import EXPOSING_METHODS, READING_METHODS, READING_VIEWS, VIEWING_METHODS, VIEWS, aten
+from .torch_private import (
+    DispatchMode,
+    copy_into,
+    data_property,
+    dispatch_mode_count,
+    dispatch_modes,
+    packet_of,
+    without_dispatch,
 )
 
-aten = torch.ops.aten
-
-# These read and copy where no view will do. (Mostly torch takes them apart before they get here; in inference mode it
-# does not.)
-_READING_VIEWS = frozenset({aten.reshape, aten.flatten})
-_DATA: Any = torch._C.TensorBase.data
-_COPY: Any = torch._C.TensorBase.copy_
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
-_past_the_dispatcher = torch._C._DisableTorchDispatch
-_listeners = torch._C._len_torch_dispatch_stack
 
 
-class SettleBeforeUse(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While it is active, an operation on memory into which copies are pending waits for them.
+class SettleBeforeUse(DispatchMode):
+    """A dispatch mode: while it is active, an operation on memory into which copies are pending waits for them.
 
-    Views are let through: they read nothing. It sees what its own thread does; copies from recording tensors in other
-    threads are done at once.
+    Views do not wait: they read nothing. The mode sees only its own thread; copies from recording tensors in other
+    threads are synchronous.
     """
 
     def __init__(self, sink: CopySink) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._sink = sink
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and to say so costs microseconds with every call
-
     def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        packet = func._overloadpacket
+        packet = packet_of(func)
         recorded = packet is aten.copy_ and type(args[1]) is RecordingTensor
-        if not recorded and (packet not in VIEWS or packet in _READING_VIEWS) and self._sink.pending():
+        if not recorded and (packet not in VIEWS or packet in READING_VIEWS) and self._sink.pending():
             settle_all(self._sink, args)
             settle_all(self._sink, kwargs.values())
         return dispatch(func, args, kwargs) if RecordingTensor in types else func(*args, **kwargs)
@@ -75,11 +61,56 @@ def settle_all(sink: CopySink, arguments: Iterable[Any]) -> None:
             settle_all(sink, argument)
 
 
-class SettleBeforeRead:
-    """The same for what reaches memory without passing the dispatcher: ``numpy()``, ``tolist()``, ``data_ptr()``, …
+class ModeSwitch:
+    """Puts a ``SettleBeforeUse`` on the stack of dispatch modes of the thread that makes the switch, and takes it off.
 
-    A context manager. The methods are replaced for the whole process, from when the first load begins until the last
-    one has ended; they act on loads of their caller's thread.
+    Attributes:
+        is_on: whether the mode is on the stack.
+    """
+
+    def __init__(self, sink: CopySink) -> None:
+        self.is_on = False
+        self._mode = SettleBeforeUse(sink)
+        self._thread = threading.get_ident()
+
+    def put_on(self) -> None:
+        """Put the mode on the stack."""
+        self._mode.__enter__()  # type: ignore[no-untyped-call]
+        self.is_on = True
+
+    def take_off(self) -> None:
+        """Take the mode off the stack where it is on it."""
+        # By the stack itself: Ctrl-C may come between a change of it and ``is_on``.
+        if any(mode is self._mode for mode in dispatch_modes()):
+            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self.is_on = False
+
+    def put_on_alone(self) -> bool:
+        """Put the mode on if the stack of the calling thread is empty.
+
+        Returns:
+            False: in another thread, or where a mode of the engine is active: the engine would take off the topmost
+            mode, which would be ours.
+        """
+        if dispatch_mode_count() or threading.get_ident() != self._thread:
+            return False
+        self.put_on()
+        return True
+
+    def is_alone(self) -> bool:
+        """Whether the mode is the only one on the stack of the calling thread."""
+        return threading.get_ident() == self._thread and dispatch_mode_count() == 1
+
+    def sees_caller(self) -> bool:
+        """Whether the mode sees the operations of the calling thread."""
+        return self.is_on and threading.get_ident() == self._thread
+
+
+class SettleBeforeRead:
+    """Waits for pending copies where memory is reached past the dispatcher: ``numpy()``, ``tolist()``, ``data_ptr()``…
+
+    A context manager. It replaces those methods for the whole process, from the start of the first load to the end of
+    the last; they act on loads of the thread that calls them.
     """
 
     def __init__(self, sink: CopySink) -> None:
@@ -111,35 +142,35 @@ _active: dict[int, list[CopySink]] = {}  # by thread
 _undo: list[Callable[[], object]] = []
 
 
-def _settle(arguments: Sequence[Any], *, opens: bool) -> None:
+def _settle(arguments: Sequence[Any], *, exposes: bool) -> None:
     for sink in _active.get(threading.get_ident(), ()):
         if sink.pending():
             settle_all(sink, arguments)
-        for argument in arguments if opens else ():
+        for argument in arguments if exposes else ():
             if isinstance(argument, torch.Tensor):
-                sink.opened(argument)
+                sink.expose(argument)
 
 
-def _looking(original: Callable[..., Any], name: str, *, opens: bool) -> Callable[..., Any]:
+def _settling(original: Callable[..., Any], name: str, *, exposes: bool) -> Callable[..., Any]:
     @wraps(original)
-    def looked(*args: Any, **kwargs: Any) -> Any:
+    def settled(*args: Any, **kwargs: Any) -> Any:
         if kwargs or any(isinstance(argument, RecordingTensor | list | tuple) for argument in args):
             reason.text = name
-            args, kwargs = real(args, shared=opens), real(kwargs, shared=opens)
-        _settle([*args, *kwargs.values()], opens=opens)
+            args, kwargs = real(args, shared=exposes), real(kwargs, shared=exposes)
+        _settle([*args, *kwargs.values()], exposes=exposes)
         return original(*args, **kwargs)
 
-    return looked
+    return settled
 
 
 def _viewing(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Views read nothing: past the dispatcher, unless others listen there, too."""
+    """A method that returns a view and reads nothing: past the dispatcher, unless other modes are active, too."""
 
     @wraps(original)
     def viewed(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if type(tensor) not in _PLAIN or _listeners() != 1:
+        if type(tensor) not in _PLAIN or dispatch_mode_count() != 1:
             return original(tensor, *args, **kwargs)
-        with _past_the_dispatcher():
+        with without_dispatch():
             return original(tensor, *args, **kwargs)
 
     return viewed
@@ -151,44 +182,44 @@ def _copy(target: torch.Tensor, source: torch.Tensor, *args: Any, **kwargs: Any)
         and type(target) in _PLAIN
         and source.origin.data is None
         and not (target.requires_grad and torch.is_grad_enabled())
-        and _listeners() == 1
+        and dispatch_mode_count() == 1
         and source.origin.sink.copy(target, source.origin, source.view_of_origin)
     ):
         return target
-    if type(source) in _PLAIN and type(target) in _PLAIN and _listeners() == 1:
-        _settle((target, source), opens=False)
-        with _past_the_dispatcher():
-            return _COPY(target, source, *args, **kwargs)
-    return _COPY(target, source, *args, **kwargs)
+    if type(source) in _PLAIN and type(target) in _PLAIN and dispatch_mode_count() == 1:
+        _settle((target, source), exposes=False)
+        with without_dispatch():
+            return copy_into(target, source, *args, **kwargs)
+    return copy_into(target, source, *args, **kwargs)
 
 
 def _set_data(tensor: torch.Tensor, value: torch.Tensor) -> None:
     reason.text = "data"
-    # Torch looks at the left side only, and would take a recording tensor for a real one.
+    # Torch looks at ``tensor`` only, and would take a recording tensor as ``value`` for a real one.
     value = real(value, shared=True)
-    _settle([tensor, value], opens=False)
-    _DATA.__set__(tensor, value)
+    _settle([tensor, value], exposes=False)
+    data_property.__set__(tensor, value)
 
 
 def _replace_all() -> list[Callable[[], object]]:
-    """Replace what looks at memory past the dispatcher; what to call to undo it."""
+    """Replace the methods that reach memory past the dispatcher; returns functions that undo it."""
     undo = [
-        _replace(torch.Tensor, "data", property(_viewing(_DATA.__get__), _set_data)),
-        _replace(torch.Tensor, "copy_", wraps(_COPY)(_copy)),
+        _replace(torch.Tensor, "data", property(_viewing(data_property.__get__), _set_data)),
+        _replace(torch.Tensor, "copy_", wraps(copy_into)(_copy)),
     ]
     undo += [_replace(torch.Tensor, name, _viewing(getattr(torch.Tensor, name))) for name in VIEWING_METHODS]
-    for holder, names, opens in (
-        (torch.Tensor, OPENING_METHODS, True),
+    for holder, names, exposes in (
+        (torch.Tensor, EXPOSING_METHODS, True),
         (torch.Tensor, READING_METHODS, False),
         (torch, ("as_tensor", "asarray"), True),
         (torch, ("tensor",), False),
     ):
-        undo += [_replace(holder, name, _looking(getattr(holder, name), name, opens=opens)) for name in names]
+        undo += [_replace(holder, name, _settling(getattr(holder, name), name, exposes=exposes)) for name in names]
     return undo
 
 
 def _replace(holder: Any, name: str, replacement: object) -> Callable[[], object]:
-    """Set an attribute; what to call to have it as it was, unless somebody else has set it since."""
+    """Set an attribute; returns a function that restores it, unless other code has set it since."""
     before = vars(holder).get(name)
     setattr(holder, name, replacement)
 

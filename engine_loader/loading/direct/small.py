@@ -1,5 +1,8 @@
-"""Small tensors of a load in direct mode: to read one whole and to copy it costs less than to record its copies, and
-scales and norms are often looked at, one by one. They are read in windows, ahead of the engine's code."""
+"""Small tensors of a load in direct mode, which are read whole, in batches ahead of the engine's code.
+
+To read a small tensor and copy it costs less than to record its copies, and engines often need the values of scales and
+norms.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,13 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from ...formats.safetensors import TensorInfo
-from ...transfer.plan import ExtentRow
+from ...transfer.plan import ExtentRow, extent
 from ...transfer.protocol import Transfer
+from .torch_private import address_of, without_dispatch
 
-# Two windows are in memory at once, beside what the engine still holds of them.
-_WINDOW_BYTES = 4 << 20
-_WINDOW_TENSORS = 4096
+# Two batches are in memory at once, beside what the engine still holds of earlier ones.
+_BATCH_BYTES = 4 << 20
+_BATCH_TENSORS = 4096
 Submit = Callable[[Sequence[TensorInfo], Sequence[ExtentRow], object], Transfer | None]
 
 
@@ -23,10 +27,10 @@ class SmallTensors:
 
     Args:
         infos: the tensors.
-        file_number: the number of a tensor's file in the extents.
-        submit: starts reading a window: its tensors, the plan, and what keeps the destinations alive. None: there is
-            nothing to wait for.
-        wait: waits for what ``submit`` started.
+        file_number: returns the number of a tensor's file in the plan.
+        submit: called with a batch's tensors, their extents, and the object that keeps the destinations alive; starts
+            to read. None: the batch has no bytes.
+        wait: called with the transfer that ``submit`` returned, to wait for it.
     """
 
     def __init__(
@@ -51,14 +55,12 @@ class SmallTensors:
         """Whether the tensor is one of these."""
         return id(info) in self._expected
 
-    def take(self, info: TensorInfo) -> torch.Tensor | None:
-        """The tensor, or None where it is none of these.
+    def take(self, info: TensorInfo) -> torch.Tensor:
+        """The next of these tensors, with its data.
 
         Raises:
             CheckpointError: its bytes could not be read.
         """
-        if not self.has(info):
-            return None
         if not self._ready:
             if self._transfer is not None:
                 self._wait(self._transfer)
@@ -67,24 +69,23 @@ class SmallTensors:
         return self._ready.pop(id(info))
 
     def cancel(self) -> None:
-        """Give up what is being read."""
+        """Give up what is being read; nothing is written to memory when this returns."""
         if self._transfer is not None:
             self._transfer.cancel()
 
     def _start(self) -> None:
-        window: list[TensorInfo] = []
+        batch: list[TensorInfo] = []
         nbytes = 0
-        while self._infos and len(window) < _WINDOW_TENSORS and nbytes < _WINDOW_BYTES:
-            window.append(self._infos.popleft())
-            nbytes += window[-1].nbytes
-        if not window:
+        while self._infos and len(batch) < _BATCH_TENSORS and nbytes < _BATCH_BYTES:
+            batch.append(self._infos.popleft())
+            nbytes += batch[-1].nbytes
+        if not batch:
             return
         extents: list[ExtentRow] = []
-        with torch._C._DisableTorchDispatch():  # nobody needs to know of these
-            for info in window:
+        with without_dispatch():  # no copies into new memory are pending
+            for info in batch:
                 dtype, shape = info.as_torch()
                 target = self._coming[id(info)] = torch.empty(shape, dtype=dtype, device="cpu")
                 if info.nbytes:
-                    address = torch._C.TensorBase.data_ptr(target)
-                    extents.append((self._file_number(info), 1, info.offset, info.nbytes, 0, address, 0))
-        self._transfer = self._submit(window, extents, self._coming)
+                    extents.append(extent(self._file_number(info), info.offset, info.nbytes, address_of(target)))
+        self._transfer = self._submit(batch, extents, self._coming)

@@ -45,7 +45,7 @@ def stream_tensors(
             filling = ready[1]
             for index, info in enumerate(filling.block.tensors):
                 yield info.name, filling.tensor(index)
-                report.handed_out(info)
+                report.count_tensor(info)
             # The consumer's loop still holds the last tensor of this block, but nothing of the one before, unless it
             # keeps it.
             while len(handed) > 1:
@@ -56,7 +56,7 @@ def stream_tensors(
             filler.finish()
     finally:
         ahead.abandon(handed)
-        report.buffers(sum(filler.peak_bytes for filler in ahead.fillers))
+        report.note_peak_buffer(sum(filler.peak_bytes for filler in ahead.fillers))
 
 
 def _pass(filler: AnyFiller, filling: Filling) -> None:

@@ -171,7 +171,7 @@ class DcpCheckpoint(Checkpoint):
         parts: list[Part] = []
         for tensor, target in pairs:
             parts += self.parts(tensor, [0] * len(tensor.shape), tensor.shape, target.detach())
-            report.handed_out(self._infos[tensor.name])
+            report.count_tensor(self._infos[tensor.name])
             if sum(part.nbytes for part in parts if part.pending is not None) > self._buffer_bytes:
                 self.files.read(parts)
                 parts = []
@@ -271,14 +271,14 @@ class DcpCheckpoint(Checkpoint):
                     part.finish()
                 flying.popleft()
                 nbytes -= tensor.nbytes
-                report.handed_out(self._infos[tensor.name])
+                report.count_tensor(self._infos[tensor.name])
                 del parts, transfer
                 yield tensor.name, self.place(target)
         finally:
             for _, _, transfer, _ in flying:
                 if transfer is not None:
                     transfer.cancel()
-            report.buffers(peak_bytes)
+            report.note_peak_buffer(peak_bytes)
 
     def _tensor(self, name: str) -> DcpTensor:
         try:

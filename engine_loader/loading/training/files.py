@@ -315,7 +315,7 @@ class DcpFiles:
             CheckpointError: a file is shorter than it was.
         """
         self.verify_unchanged()
-        report.read_from(file.path for file in self._files if file.path != self.metadata_path)
+        report.count_files(file.path for file in self._files if file.path != self.metadata_path)
         complete_report(report, self.source.name, self.running_engine())
 
     def close(self) -> None:

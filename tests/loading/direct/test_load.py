@@ -1,78 +1,20 @@
 """Direct mode: whatever a loader does with a weight, the model ends up as with real tensors."""
 
-import contextlib
 import copy
-import gc
 import io
-import os
 import pickle
 import threading
-import unittest.mock
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from safetensors.torch import save_file
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine_loader import CheckpointError, TransferError
 from engine_loader.loading.direct.load import DirectLoad
 from engine_loader.loading.direct.recording import RecordingTensor
-from engine_loader.loading.find import open_files
-from engine_loader.loading.safetensors_store import Reader
 from engine_loader.loading.weights import stream_weights
 from engine_loader.settings import load_settings
-from engine_loader.sources.posix import PosixSource
-from tests.support.resources import left_open, open_resources
-
-ROWS, COLUMNS = 96, 160
-Weights = Iterator[tuple[str, torch.Tensor]]
-Load = Callable[[nn.Module, dict[str, torch.Tensor]], object]
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        # All of it NaN: what a loader leaves out shows.
-        self.weight = nn.Parameter(torch.full((ROWS, COLUMNS), float("nan")), requires_grad=False)
-        self.fused = nn.Parameter(torch.full((2 * ROWS, COLUMNS), float("nan")), requires_grad=False)
-        self.columns = nn.Parameter(torch.full((ROWS, COLUMNS // 2), float("nan")), requires_grad=False)
-        self.turned = nn.Parameter(torch.full((COLUMNS, ROWS), float("nan")), requires_grad=False)
-        self.low = nn.Parameter(torch.full((ROWS, COLUMNS), float("nan"), dtype=torch.bfloat16), requires_grad=False)
-        self.kept: list[torch.Tensor] = []
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    tensors = {
-        "a": torch.randn(ROWS, COLUMNS),
-        "b": torch.randn(ROWS, COLUMNS),
-        "scale": torch.tensor(3.0),
-        "turned": torch.randn(COLUMNS, ROWS),
-    }
-    save_file(tensors, tmp_path / "model.safetensors")
-    return tmp_path / "model.safetensors"
-
-
-def after(load: Load, checkpoint: Path, *, direct: bool, **options: object) -> dict[str, torch.Tensor]:
-    """What the model holds after a load, and that it holds nothing but real tensors."""
-    model = Model()
-    settings = load_settings(options).settings.loader
-    if direct:
-        with DirectLoad(model) as session, torch.no_grad():
-            load(model, dict(stream_weights([str(checkpoint)], settings, direct=session)))
-    else:
-        with torch.no_grad():
-            load(model, dict(stream_weights([str(checkpoint)], settings)))
-    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    state |= {f"kept.{number}": tensor for number, tensor in enumerate(model.kept)}
-    assert not [name for name, tensor in state.items() if type(tensor) is RecordingTensor]
-    return {name: tensor.detach().clone() for name, tensor in state.items()}
+from tests.loading.direct.model import COLUMNS, ROWS, Load, Model, after, same
 
 
 def load_plain(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
@@ -252,7 +194,7 @@ def load_by_swapping_parameters(model: nn.Module, weights: dict[str, torch.Tenso
     model.weight.copy_(weights["b"])
 
 
-def load_through_memory_that_was_opened(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+def load_through_memory_that_was_exposed(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     array = model.weight.detach().numpy()
     model.weight.copy_(weights["a"])
     model.low.fill_(float(array.sum()))
@@ -360,12 +302,6 @@ def load_in_inference_mode(model: nn.Module, weights: dict[str, torch.Tensor]) -
 LOADS = [value for name, value in sorted(globals().items()) if name.startswith("load_") and name != "load_settings"]
 
 
-def same(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor]) -> None:
-    assert expected.keys() == actual.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(tensor.nan_to_num(nan=-77.0), actual[name].nan_to_num(nan=-77.0)), name
-
-
 @pytest.mark.parametrize("engine", ["auto", "python"])
 @pytest.mark.parametrize("load", LOADS, ids=lambda load: load.__name__.removeprefix("load_"))
 def test_the_model_is_as_with_real_tensors(load: Load, engine: str, checkpoint: Path) -> None:
@@ -395,42 +331,6 @@ def test_the_parameters_are_complete_when_the_load_ends_and_not_only_then(checkp
         weights = dict(stream_weights([str(checkpoint)], load_settings().settings.loader, direct=session))
         model.weight.copy_(weights["a"])
         assert bool(torch.isfinite(model.weight).all())
-
-
-def test_a_kept_weight_works_after_the_load_and_without_the_file(checkpoint: Path) -> None:
-    model = Model()
-    with DirectLoad(model) as session, torch.no_grad():
-        weights = dict(stream_weights([str(checkpoint)], load_settings().settings.loader, direct=session))
-        kept = weights["a"][1:]
-        del weights
-    checkpoint.unlink()
-    expected = torch.empty(ROWS - 1, COLUMNS).copy_(kept)
-    assert torch.equal(kept + 0, expected)
-    assert bool(torch.isfinite(expected).all())
-
-
-def test_an_error_names_the_tensor_and_nothing_is_left(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Reader(open_files(PosixSource(), str(checkpoint)), "posix", load_settings().settings.loader) as reader:
-        place = next(info.offset for info in reader.files.tensors if info.name == "b")
-    before = open_resources()
-    model = Model()
-    with pytest.raises(TransferError, match=r"tensor 'b'"), DirectLoad(model) as session, torch.no_grad():
-        weights = dict(stream_weights([str(checkpoint)], load_settings().settings.loader, direct=session))
-        os.truncate(checkpoint, place + 100)
-        model.weight.copy_(weights["b"])
-    del weights, session
-    gc.collect()
-    assert left_open(before) == []
-
-
-def test_an_error_of_the_engine_ends_the_load_and_gives_everything_back(checkpoint: Path) -> None:
-    before = open_resources()
-    model = Model()
-    with pytest.raises(ZeroDivisionError), DirectLoad(model) as session, torch.no_grad():
-        weights = dict(stream_weights([str(checkpoint)], load_settings().settings.loader, direct=session))
-        model.weight.copy_(weights["a"])
-        raise ZeroDivisionError
-    assert left_open(before) == []
 
 
 def test_when_most_must_be_read_first_the_rest_is_streamed(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -481,301 +381,3 @@ def test_a_subclass_of_tensor_that_keeps_its_data_elsewhere_gets_data(checkpoint
         expected = weights["a"] + 0
     assert torch.equal(pair.a, expected)
     assert torch.equal(pair.b, expected)
-
-
-def test_parameters_that_are_recording_tensors_stay_the_same_objects_with_their_attributes(checkpoint: Path) -> None:
-    model = Model()
-    with DirectLoad(model) as session, torch.no_grad():
-        weights = dict(stream_weights([str(checkpoint)], load_settings().settings.loader, direct=session))
-        model.weight = nn.Parameter(weights.pop("a"), requires_grad=False)
-        model.weight.loader = "kept"
-        model.tied = [model.weight]
-        del weights
-    assert type(model.weight) is nn.Parameter
-    assert model.weight.loader == "kept"
-    assert model.tied[0] is model.weight
-    assert model.weight.data_ptr() != 0
-
-
-def test_weights_that_are_asked_for_after_the_load_are_an_error(checkpoint: Path) -> None:
-    model = Model()
-    with DirectLoad(model) as session, torch.no_grad():
-        weights = stream_weights([str(checkpoint)], load_settings().settings.loader, direct=session)
-        next(weights)
-    with pytest.raises(CheckpointError, match="after the load had ended"):
-        next(weights)
-
-
-def test_garbage_that_nobody_holds_is_not_read(checkpoint: Path) -> None:
-    model = Model()
-    with DirectLoad(model) as session, torch.no_grad():
-        weights = dict(stream_weights([str(checkpoint)], load_settings().settings.loader, direct=session))
-        cycle: list[object] = [weights.pop("a"), weights.pop("b"), weights.pop("turned")]
-        cycle.append(cycle)
-        del cycle, weights
-    assert session.materialised == {}
-
-
-def test_an_error_that_the_engines_code_passes_over_still_ends_the_load(checkpoint: Path) -> None:
-    model = Model()
-    with pytest.raises(TransferError, match="tensor '"), DirectLoad(model) as session, torch.no_grad():
-        weights = dict(stream_weights([str(checkpoint)], load_settings().settings.loader, direct=session))
-        os.truncate(checkpoint, 500)
-        with contextlib.suppress(Exception):
-            model.weight.copy_(weights["a"] * 2)
-        with contextlib.suppress(Exception):
-            model.fused[:ROWS].copy_(weights["b"])
-            model.fused.sum()
-
-
-def test_a_cut_at_any_tensor_is_an_error_and_never_a_half_filled_model(tmp_path: Path) -> None:
-    tensors = {f"t{number}": torch.randn(70, 100) for number in range(8)}
-    save_file(tensors, tmp_path / "model.safetensors")
-    content = (tmp_path / "model.safetensors").read_bytes()
-    with Reader(
-        open_files(PosixSource(), str(tmp_path / "model.safetensors")), "posix", load_settings().settings.loader
-    ) as reader:
-        places = {info.name: info.offset for info in reader.files.tensors}
-    for name, place in places.items():
-        path = tmp_path / f"{name}.safetensors"
-        path.write_bytes(content)
-        model = nn.ParameterDict({key: nn.Parameter(torch.full((70, 100), float("nan"))) for key in tensors})
-        with pytest.raises(TransferError, match=f"tensor '{name}'"), DirectLoad(model) as session, torch.no_grad():
-            weights = stream_weights([str(path)], load_settings().settings.loader, direct=session)
-            for at, (key, weight) in enumerate(weights):
-                if at == 0:
-                    os.truncate(path, place + 5)
-                model[key].copy_(weight)
-
-
-# Steps of a loader: each takes a generator of random choices, the weights and the model's tensors, all of any shape.
-Draw = Callable[[st.SearchStrategy[int]], int]
-
-
-def _some_view(draw: st.DataObject, tensor: torch.Tensor) -> torch.Tensor:
-    """A random view of a tensor; the same choices on every kind of tensor."""
-    for _ in range(draw.draw(st.integers(0, 3))):
-        kind = draw.draw(st.sampled_from(["narrow", "select", "t", "flatten", "step", "unsqueeze", "chunk", "type"]))
-        dims = tensor.dim()
-        if kind == "type":
-            if dims and tensor.dtype == torch.float32 and tensor.is_contiguous():
-                tensor = tensor.view(torch.int32)
-            continue
-        if kind == "unsqueeze":
-            tensor = tensor.unsqueeze(draw.draw(st.integers(0, dims)))
-            continue
-        if dims == 0:
-            continue
-        dim = draw.draw(st.integers(0, dims - 1))
-        size = tensor.shape[dim]
-        if kind == "narrow":
-            begin = draw.draw(st.integers(0, size))
-            tensor = tensor.narrow(dim, begin, draw.draw(st.integers(0, size - begin)))
-        elif kind == "select" and size:
-            tensor = tensor.select(dim, draw.draw(st.integers(0, size - 1)))
-        elif kind == "t":
-            tensor = tensor.transpose(dim, draw.draw(st.integers(0, dims - 1)))
-        elif kind == "flatten":
-            tensor = tensor.reshape(-1) if tensor.is_contiguous() else tensor
-        elif kind == "step":
-            tensor = tensor[(slice(None),) * dim + (slice(None, None, draw.draw(st.integers(1, 3))),)]
-        elif kind == "chunk" and size:
-            parts = tensor.chunk(draw.draw(st.integers(1, 4)), dim)
-            tensor = parts[draw.draw(st.integers(0, len(parts) - 1))]
-    return tensor
-
-
-def _fitting(target: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The parts of both that have one shape."""
-    while weight.dim() > target.dim():
-        if weight.shape[0] == 0:
-            return target.reshape(-1)[:0], weight.reshape(-1)[:0]
-        weight = weight.select(0, 0)
-    while target.dim() > weight.dim():
-        if target.shape[0] == 0:
-            return target.reshape(-1)[:0], weight.reshape(-1)[:0]
-        target = target.select(0, 0)
-    for dim in range(weight.dim()):
-        size = min(weight.shape[dim], target.shape[dim])
-        weight, target = weight.narrow(dim, 0, size), target.narrow(dim, 0, size)
-    return target, weight
-
-
-def _step(draw: st.DataObject, targets: list[torch.Tensor], weights: list[torch.Tensor]) -> None:
-    target = _some_view(draw, targets[draw.draw(st.integers(0, len(targets) - 1))])
-    weight = _some_view(draw, weights[draw.draw(st.integers(0, len(weights) - 1))])
-    kind = draw.draw(
-        st.sampled_from(
-            ["copy", "copy", "copy", "copy", "add", "fill", "write", "move", "index", "look", "cat", "data"]
-        )
-    )
-    if kind == "fill":
-        target.fill_(draw.draw(st.integers(-9, 9)))
-    elif kind == "move":
-        target, source = _fitting(target, _some_view(draw, targets[0]).clone())
-        target.copy_(source)
-    elif kind == "write" and weight.dtype == torch.float32:
-        weight.mul_(2)
-    elif kind == "look":
-        target.fill_(int(weight.to(torch.int32).sum().item()) % 100)
-    else:
-        target, weight = _fitting(target, weight)
-        if kind == "add":
-            target.add_(weight.to(target.dtype))
-        elif kind == "index" and target.dim():
-            rows = torch.arange(target.shape[0]).flip(0)
-            target[rows] = weight.to(target.dtype)
-        elif kind == "cat" and target.dim():
-            target.copy_(torch.cat([weight, weight])[: target.shape[0]])
-        else:
-            target.copy_(weight)
-
-
-class _Replay:
-    """The same random choices a second time."""
-
-    def __init__(self, data: st.DataObject) -> None:
-        self._data, self._made, self._at = data, list[object](), 0
-
-    def again(self) -> "_Replay":
-        self._at = 0
-        return self
-
-    def draw(self, strategy: st.SearchStrategy[object]) -> object:
-        if self._at == len(self._made):
-            self._made.append(self._data.draw(strategy))
-        self._at += 1
-        return self._made[self._at - 1]
-
-
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
-@given(data=st.data())
-def test_random_loaders_do_the_same_directly_and_streamed(
-    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    shapes = data.draw(st.lists(st.lists(st.integers(0, 40), min_size=0, max_size=3), min_size=1, max_size=4))
-    sizes = data.draw(st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=3), min_size=1, max_size=4))
-    steps = data.draw(st.integers(1, 8))
-    folder = tmp_path_factory.mktemp("random")
-    generator = torch.Generator().manual_seed(0)
-    dtypes = [torch.float32, torch.bfloat16, torch.int32]
-    weights = {
-        f"w{number}": (torch.randn(shape, generator=generator) * 9).to(dtypes[number % 3])
-        for number, shape in enumerate(shapes)
-    }
-    save_file(weights, folder / "model.safetensors")
-    replay = _Replay(data)
-
-    small_bytes = data.draw(st.sampled_from([0, 0, 256]))
-    steps_between = data.draw(st.booleans())
-
-    def run(direct: bool) -> list[torch.Tensor]:
-        targets = [torch.full(size, -7, dtype=dtypes[number % 3]) for number, size in enumerate(sizes)]
-        options = load_settings({"threads": 2}).settings.loader
-        with contextlib.ExitStack() as stack:
-            session = stack.enter_context(DirectLoad(nn.Module())) if direct else None
-            read = []
-            for _, weight in stream_weights([str(folder / "model.safetensors")], options, direct=session):
-                read.append(weight)
-                if steps_between:
-                    _step(replay, targets, read)  # type: ignore[arg-type]
-            for _ in range(steps):
-                _step(replay, targets, read)  # type: ignore[arg-type]
-            del read, weight
-        return targets
-
-    with (
-        unittest.mock.patch("engine_loader.loading.direct.load.SMALL_BYTES", small_bytes),
-        unittest.mock.patch("engine_loader.loading.direct.load._LULL_TENSORS", 1),
-    ):
-        expected = run(False)
-        replay.again()
-        actual = run(True)
-    for one, other in zip(expected, actual, strict=True):
-        assert torch.equal(one.view(-1).view(torch.uint8), other.view(-1).view(torch.uint8))
-
-
-class _Lull:
-    """A load of a large tensor, many small ones, and a large one."""
-
-    def __init__(self, tmp_path: Path) -> None:
-        generator = torch.Generator().manual_seed(1)
-        self.small = {f"small.{number:03}": torch.randn(8, generator=generator) for number in range(300)}
-        self.large = {name: torch.randn(ROWS, COLUMNS, generator=generator) for name in ("a", "z")}
-        self.lines: list[str] = []
-        self._files = []
-        # Each kind in a file of its own, for safetensors puts a file's tensors into an order of its own.
-        for number, tensors in enumerate(({"a": self.large["a"]}, self.small, {"z": self.large["z"]})):
-            self._files.append(str(tmp_path / f"model-{number}.safetensors"))
-            save_file(tensors, self._files[-1])
-
-    def weights(self, session: DirectLoad) -> Weights:
-        settings = load_settings({"mode": "direct"}).settings.loader
-        return stream_weights(self._files, settings, direct=session, tell=self.lines.append)
-
-
-def test_what_was_copied_before_many_small_tensors_is_there_among_them(tmp_path: Path) -> None:
-    lull, target = _Lull(tmp_path), torch.full((ROWS, COLUMNS), float("nan"))
-    seen = []
-    with DirectLoad(nn.Module()) as session:
-        for name, weight in lull.weights(session):
-            if name in ("a", "z"):
-                assert type(weight) is RecordingTensor
-                target.copy_(weight)
-            else:
-                assert torch.equal(weight, lull.small[name])
-                seen.append(float(target[0, 0]))
-    assert seen == [float(lull.large["a"][0, 0])] * 300
-    assert torch.equal(target, lull.large["z"])
-
-
-def test_a_tensor_kept_from_before_is_copied_among_many_small_ones(tmp_path: Path) -> None:
-    lull, target = _Lull(tmp_path), torch.full((ROWS, COLUMNS), float("nan"))
-    with DirectLoad(nn.Module()) as session:
-        for name, weight in lull.weights(session):
-            if name == "a":
-                kept = weight
-            elif name == "small.100":
-                target.copy_(kept)
-                assert torch.equal(target + 0, lull.large["a"])
-                target.t().copy_(weight.repeat(ROWS * COLUMNS // 8).view(COLUMNS, ROWS))
-        del kept, weight
-    assert torch.equal(target.t().reshape(-1, 8)[5], lull.small["small.100"])
-
-
-def test_a_mode_that_the_engine_puts_on_among_small_tensors_does_no_harm(tmp_path: Path) -> None:
-    class Counting(TorchDispatchMode):
-        calls = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            self.calls += 1
-            return func(*args, **(kwargs or {}))
-
-    lull, target = _Lull(tmp_path), torch.full((ROWS, COLUMNS), float("nan"))
-    with DirectLoad(nn.Module()) as session:
-        weights = lull.weights(session)
-        for _ in range(100):
-            next(weights)
-        with Counting() as mode:
-            for name, weight in weights:
-                if name == "z":
-                    target.copy_(weight)
-        assert mode.calls
-        target.add_(1)
-    assert torch.equal(target, lull.large["z"] + 1)
-    assert "dispatch mode of its own" in lull.lines[0]
-
-
-def test_very_many_small_tensors_are_streamed(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine_loader.loading.weights._MANY_TENSORS", 2)
-    lines: list[str] = []
-    for mode, kind in (("auto", torch.Tensor), ("direct", RecordingTensor)):
-        settings = load_settings({"mode": mode}).settings.loader
-        model = Model()
-        with DirectLoad(model) as session, torch.no_grad():
-            weights = dict(stream_weights([str(checkpoint)], settings, direct=session, tell=lines.append))
-            assert type(weights["a"]) is kind
-            model.weight.copy_(weights["a"])
-        assert bool(torch.isfinite(model.weight).all())
-    assert "streamed: 3 tensors this small" in lines[0]
-    assert "streamed" not in lines[1]
