@@ -100,7 +100,7 @@ class LoaderSettings(_Group):
     )
     engine: Literal["auto", "cpp", "python", "mock"] = Field(
         default="auto",
-        description="What moves the bytes: the native engine (cpp) or the pure-Python one; mock is python.",
+        description="What moves the bytes: native reader threads (cpp) or pure-Python ones (python); mock is python.",
     )
     read_mode: Literal["auto", "buffered", "direct", "mapped"] = Field(
         default="auto",

@@ -27,10 +27,10 @@ from .sources.source import Source, SourceFile
 from .sources.threefs.library import Hf3fsError, find_library
 from .sources.threefs.source import UsrbioOptions, UsrbioSource, find_client
 from .sources.threefs.source import is_available as _is_available
-from .transfer.constructor import make_engine
+from .transfer.constructor import make_readers
 from .transfer.device_copy import DeviceWriter, is_device_pointer
 from .transfer.plan import extent, make_extents
-from .transfer.protocol import Transfer, TransferEngine
+from .transfer.protocol import ReaderThreads, Transfer
 
 __all__ = [
     "FileReaderInterface",
@@ -101,15 +101,15 @@ class FileReaderInterface(ABC):
         """Give back files, rings and threads. Safe to call twice."""
 
 
-class _EngineReader(FileReaderInterface):
-    """A reader over a source and a transfer engine."""
+class _TransferReader(FileReaderInterface):
+    """A reader over a source and reader threads."""
 
     def __init__(self, mount_point: str, source: Source, settings: LoaderSettings) -> None:
         self.mount_point = mount_point
         self._source = source
         self._settings = settings
         self._files: dict[str, SourceFile] = {}
-        self._engine: TransferEngine | None = None
+        self._readers: ReaderThreads | None = None
         self._lock = threading.Lock()
         self._pid = os.getpid()
 
@@ -149,10 +149,10 @@ class _EngineReader(FileReaderInterface):
 
     def close(self) -> None:
         with self._lock:
-            engine, self._engine = self._engine, None
+            readers, self._readers = self._readers, None
             files, self._files = list(self._files.values()), {}
-        if engine is not None:
-            engine.close()
+        if readers is not None:
+            readers.close()
         for file in files:
             file.close()
 
@@ -176,16 +176,16 @@ class _EngineReader(FileReaderInterface):
 
     def _start(self, file: SourceFile, offset: int, length: int, address: int) -> Transfer:
         plan = make_extents([extent(0, offset, length, address)])
-        return self._running_engine().submit([file], plan)
+        return self._running_readers().submit([file], plan)
 
-    def _running_engine(self) -> TransferEngine:
+    def _running_readers(self) -> ReaderThreads:
         with self._lock:
             if self._pid != os.getpid():  # threads and rings stayed with the parent
-                self._engine, self._pid = None, os.getpid()
-            if self._engine is None:
+                self._readers, self._pid = None, os.getpid()
+            if self._readers is None:
                 descriptors = all(file.fileno() is not None for file in self._files.values())
-                self._engine = make_engine(self._settings, descriptors=descriptors)
-            return self._engine
+                self._readers = make_readers(self._settings, descriptors=descriptors)
+            return self._readers
 
     def _discard(self, file: SourceFile, offset: int, length: int) -> None:
         with mmap.mmap(-1, min(length, _DISCARD_BYTES)) as memory:
@@ -221,7 +221,7 @@ class _EngineReader(FileReaderInterface):
         return buffer.tobytes()
 
 
-class ThreeFSFileReader(_EngineReader):
+class ThreeFSFileReader(_TransferReader):
     """Reads files on 3FS by USRBIO.
 
     Args:
@@ -256,7 +256,7 @@ class ThreeFSFileReader(_EngineReader):
         super().__init__(mount_point, source, settings)
 
 
-class MockFileReader(_EngineReader):
+class MockFileReader(_TransferReader):
     """The same over ordinary files, for tests: nothing of 3FS is needed."""
 
     def __init__(self, mount_point: str = "", **_: Any) -> None:
@@ -291,9 +291,9 @@ def get_backend() -> str:
         return "mock"
     if client.library is None:
         return "python"
-    engine = make_engine(LoaderSettings(engine="auto"))
-    engine.close()
-    return engine.name
+    readers = make_readers(LoaderSettings(engine="auto"))
+    readers.close()
+    return readers.name
 
 
 def is_available() -> bool:

@@ -20,7 +20,7 @@ class LoadReport:
         tensors: how many tensors were handed out or filled.
         bytes_offered: bytes of those tensors.
         bytes_kept: of these, what was read because this rank keeps it; None where all was read.
-        bytes_read: what the engine read from the source, with what it threw away; filled at the end.
+        bytes_read: what the reader threads read from the source, with what it threw away; filled at the end.
         peak_buffer_bytes: the most memory that the buffers took at once.
         modes: ways of reading with the bytes of each; filled at the end.
         notes: remarks for the line, e.g. why a mode was not used.

@@ -25,7 +25,7 @@ class SourceFile(Protocol):
         Like ``preadv``: fewer bytes than asked may come, 0 means the end of the file.
 
         Raises:
-            OSError: with the errno of the cause; the transfer engine decides whether to try again.
+            OSError: with the errno of the cause; the reader threads decide whether to try again.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""How bytes move: plans of extents, the engines that carry them out, and the buffers they fill.
+"""How bytes move: plans of extents, the reader threads that carry them out, and the buffers they fill.
 
 `engine_loader.transfer` is two things: this package, and b10_transfer's function of that name, which its users call
 as `b10_transfer.transfer(source, dest)`. Importing the package puts it over any function of the same name in

@@ -4,7 +4,7 @@ An extent is two-dimensional, so that a slice of an inner dimension is one row o
 ``row_bytes`` bytes, ``src_stride`` bytes apart in the file from ``offset`` on, put ``dst_stride`` bytes apart in memory
 from ``address`` on. A plain contiguous extent has one row (its strides are ignored).
 
-The columns are a numpy structured array whose layout is the native engine's ``el_extent``, so that submitting copies
+The columns are a numpy structured array whose layout is the native library's ``el_extent``, so that submitting copies
 nothing.
 """
 
@@ -29,7 +29,7 @@ EXTENT = np.dtype(
         ("dst_stride", "<u8"),
     ]
 )
-"""One extent, 48 bytes, native alignment; the same as ``el_extent`` in transfer/native/src/core/engine.h."""
+"""One extent, 48 bytes, native alignment; the same as ``el_extent`` in transfer/native/src/core/c_interface.h."""
 
 Extents = npt.NDArray[np.void]
 ExtentRow = tuple[int, int, int, int, int, int, int]
@@ -53,7 +53,7 @@ def plan_bytes(extents: Extents) -> int:
 
 
 def check_plan(extents: Extents, files: Sequence[SourceFile]) -> None:
-    """Refuse a plan that reaches beyond its files: an engine must never be asked for bytes that cannot be there.
+    """Refuse a plan that reaches beyond its files: reader threads must never be asked for bytes that cannot be there.
 
     Raises:
         CheckpointError: an extent ends after its file.

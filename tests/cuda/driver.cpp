@@ -1,4 +1,4 @@
-// Exercises the native engine's way to a device over the stand-in runtime.
+// Exercises the way of native reader threads to a device over the stand-in runtime.
 //
 // driver LIBRARY FOLDER random ROUNDS SEED: random plans with faults, cancels and closes in mid-flight; or
 // driver LIBRARY FOLDER SCENARIO: one of those below. Exits with 0 when everything was right and nothing leaked.
@@ -19,29 +19,29 @@ constexpr int kIllegalAddress = 700, kBusy = 46;
 
 std::string library;
 
-// An engine with one device, whose slots are few: they are used over and over.
+// Reader threads with one device, whose slots are few: they are used over and over.
 struct Fixture {
     explicit Fixture(const el_config &config, uint64_t pinned_bytes = 1, int device = 0) {
         int error = 0;
-        engine = el_engine_create(&config, &error);
-        CHECK(engine != nullptr && error == EL_OK);
+        readers = el_readers_create(&config, &error);
+        CHECK(readers != nullptr && error == EL_OK);
         el_device_failure failure{};
         const el_device_config wanted{sizeof wanted, device, 2, 0, pinned_bytes, library.c_str()};
-        number = el_device_add(engine, &wanted, &failure);
+        number = el_device_add(readers, &wanted, &failure);
         if (number < 0) std::fprintf(stderr, "step %u: %s\n", failure.step, failure.text);
     }
     ~Fixture() {
-        if (waits) CHECK(el_engine_close(engine, -1) == EL_OK);
-        el_engine_destroy(engine);
+        if (waits) CHECK(el_readers_close(readers, -1) == EL_OK);
+        el_readers_destroy(readers);
     }
 
     int submit(const Plan &plan, el_transfer **transfer, void *stream = nullptr, uint32_t flags = EL_ORDERED) {
-        return el_submit_to_device(engine, plan.files.data(), static_cast<uint32_t>(plan.files.size()),
+        return el_submit_to_device(readers, plan.files.data(), static_cast<uint32_t>(plan.files.size()),
                                    plan.extents.data(), plan.extents.size(), flags, static_cast<uint32_t>(number),
                                    reinterpret_cast<uint64_t>(stream), transfer);
     }
 
-    el_engine *engine = nullptr;
+    el_readers *readers = nullptr;
     int number = -1;
     bool waits = true;  // for its threads, when it goes
 };
@@ -169,7 +169,7 @@ void check_late_failure(const TestFile &file, uint64_t parts, uint32_t nth) {
     const el_extent &e = plan.extents[failure.extent];
     CHECK(failure.offset >= e.offset && failure.offset < e.offset + e.row_bytes);
     char text[100] = "";
-    el_device_error_text(fixture.engine, 0, failure.error, text, sizeof text);
+    el_device_error_text(fixture.readers, 0, failure.error, text, sizeof text);
     CHECK(std::string(text) == "an illegal memory access was encountered");
     check_completed(transfer, plan, place.memory);
     el_release(transfer);
@@ -214,7 +214,7 @@ void an_owner_whose_stream_is_refused_is_told(const Files &files) {
     el_transfer *transfer = nullptr;
     standin_fail_call("EventRecord", 1, kBusy);
     CHECK(fixture.submit(plan, &transfer) == EL_E_DEVICE && errno == kBusy && transfer == nullptr);
-    CHECK(el_submit_to_device(fixture.engine, plan.files.data(), 1, plan.extents.data(), 1, 0, 7, 0, &transfer) == EL_E_ARGUMENT);
+    CHECK(el_submit_to_device(fixture.readers, plan.files.data(), 1, plan.extents.data(), 1, 0, 7, 0, &transfer) == EL_E_ARGUMENT);
 }
 
 void a_cancel_waits_for_copies(const Files &files) {
@@ -244,7 +244,7 @@ void a_release_waits_for_copies_behind_the_back(const Files &files) {
     until([] { return standin_in_flight() >= 2; });
     el_release(transfer);
     standin_hold_copies(0);
-    CHECK(el_engine_close(fixture.engine, -1) == EL_OK);
+    CHECK(el_readers_close(fixture.readers, -1) == EL_OK);
 }
 
 void a_close_waits_for_copies(const Files &files) {
@@ -255,14 +255,14 @@ void a_close_waits_for_copies(const Files &files) {
     el_transfer *transfer = nullptr;
     CHECK(fixture.submit(plan, &transfer) == EL_OK);
     until([] { return standin_in_flight() >= 2; });
-    CHECK(el_engine_close(fixture.engine, 50) == EL_TIMEOUT);
+    CHECK(el_readers_close(fixture.readers, 50) == EL_TIMEOUT);
     standin_hold_copies(0);
-    CHECK(el_engine_close(fixture.engine, -1) == EL_OK);
+    CHECK(el_readers_close(fixture.readers, -1) == EL_OK);
     CHECK(el_wait(transfer, -1, 0) == EL_FAILED && failure_of(transfer).kind == EL_FAIL_CANCELLED);
     el_release(transfer);
 }
 
-// The engine is destroyed while the device hangs; its thread frees everything when that is over.
+// el_readers_destroy while the device hangs; the device's thread frees everything when that is over.
 void a_destroyed_engine_waits_for_copies_behind_the_back(const Files &files) {
     Place place(files[0].content.size());
     {
@@ -363,7 +363,7 @@ void several_copies_are_in_flight(const Files &files) {
     standin_done(&done);
     CHECK(done.bytes == plan.expected.size());
     el_stats_info stats{};
-    CHECK(el_stats(fixture.engine, &stats) == EL_OK);
+    CHECK(el_stats(fixture.readers, &stats) == EL_OK);
     CHECK(stats.bytes == done.bytes && stats.device_bytes == done.bytes && stats.buffered_bytes == done.bytes);
     el_release(transfer);
 }
@@ -374,30 +374,30 @@ void what_cannot_be_made_is_told(const Files &) {
                                                    {"EventCreateWithFlags", EL_DEVICE_STREAM}};
     const el_config config = small_blocks();
     int error = 0;
-    el_engine *engine = el_engine_create(&config, &error);
+    el_readers *readers = el_readers_create(&config, &error);
     el_device_config wanted{sizeof wanted, 1, 2, 0, 1, library.c_str()};
     el_device_failure failure{};
     for (const auto &[call, step] : steps) {
         standin_fail_call(call.c_str(), 1, kBusy);
-        CHECK(el_device_add(engine, &wanted, &failure) == EL_E_DEVICE);
+        CHECK(el_device_add(readers, &wanted, &failure) == EL_E_DEVICE);
         CHECK(failure.step == step && failure.error == kBusy && std::strstr(failure.text, "busy") != nullptr);
     }
     standin_fail_call("HostRegister", 1, kBusy);
     standin_fail_call("HostAlloc", 1, 2);
-    CHECK(el_device_add(engine, &wanted, &failure) == EL_E_DEVICE);
+    CHECK(el_device_add(readers, &wanted, &failure) == EL_E_DEVICE);
     CHECK(failure.step == EL_DEVICE_MEMORY && std::strcmp(failure.text, "out of memory") == 0);
     // Memory of our own that cannot be locked: the runtime's.
     standin_fail_call("HostRegister", 1, kBusy);
-    CHECK(el_device_add(engine, &wanted, &failure) == 0 && el_device_add(engine, &wanted, &failure) == 0);
+    CHECK(el_device_add(readers, &wanted, &failure) == 0 && el_device_add(readers, &wanted, &failure) == 0);
     wanted.device = 9;
-    CHECK(el_device_add(engine, &wanted, &failure) == EL_E_DEVICE && failure.step == EL_DEVICE_SELECT);
+    CHECK(el_device_add(readers, &wanted, &failure) == EL_E_DEVICE && failure.step == EL_DEVICE_SELECT);
     wanted.library = "/nowhere/libcudart.so";
-    CHECK(el_device_add(engine, &wanted, &failure) == EL_E_DEVICE && failure.step == EL_DEVICE_LIBRARY);
+    CHECK(el_device_add(readers, &wanted, &failure) == EL_E_DEVICE && failure.step == EL_DEVICE_LIBRARY);
     CHECK(std::strstr(failure.text, "/nowhere/libcudart.so") != nullptr);
     CHECK(el_device_runtime("libc.so.6", &failure) == EL_E_DEVICE && std::strstr(failure.text, "SetDevice") != nullptr);
     CHECK(el_device_runtime(library.c_str(), &failure) == EL_OK);
-    CHECK(el_engine_close(engine, -1) == EL_OK);
-    el_engine_destroy(engine);
+    CHECK(el_readers_close(readers, -1) == EL_OK);
+    el_readers_destroy(readers);
 }
 
 // --- random ----------------------------------------------------------------------------------------------------------
@@ -462,10 +462,10 @@ void round(const Files &files, Random &random) {
     for (uint64_t i = 1 + below(random, 3); i > 0; i--) {
         users.emplace_back([&files, &fixture, faulty, seed = random()] { run_one(fixture, files, seed, faulty); });
     }
-    if (below(random, 3) == 0) CHECK(el_engine_close(fixture.engine, -1) == EL_OK);
+    if (below(random, 3) == 0) CHECK(el_readers_close(fixture.readers, -1) == EL_OK);
     for (std::thread &user : users) user.join();
     standin_faults(0, 0);
-    CHECK(el_engine_close(fixture.engine, -1) == EL_OK);
+    CHECK(el_readers_close(fixture.readers, -1) == EL_OK);
     check_nothing_is_left();
 }
 

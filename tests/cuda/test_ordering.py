@@ -1,6 +1,6 @@
 """The order of reads, copies and their ends on the way to a device, over a stand-in for the CUDA runtime.
 
-The scenarios are in driver.cpp. Each rule is also taken out of the engine once (a mutant): its scenario must see that.
+The scenarios are in driver.cpp. Each rule is also taken out of the library once (a mutant): its scenario must see that.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MUTANTS = [
         {
             "        ring_.give(slot);\n": "        (void)slot;\n",
             "        landing_.launched();\n": "        landing_.launched();\n"
-            "        { Lock lock(reader_.transfer.engine.mutex); ring_.give(*slot_); }\n",
+            "        { Lock lock(reader_.transfer.readers.mutex); ring_.give(*slot_); }\n",
         },
     ),
     Mutant(

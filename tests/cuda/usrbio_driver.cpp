@@ -26,7 +26,7 @@
         }                                                                             \
     } while (0)
 
-// What the engine's objects, which are shared with another driver, call in place of preadv.
+// What the library's objects, which are shared with another driver, call in place of preadv.
 extern "C" ssize_t faulty_preadv(int fd, const struct iovec *vectors, int n, off_t offset) {
     return preadv(fd, vectors, n, offset);
 }
@@ -50,30 +50,30 @@ const char *const kFaults[] = {
 
 const char *standin_path, *emulator_path, *mount_path;
 
-struct Engine {
-    Engine() {
+struct ReaderThreads {
+    ReaderThreads() {
         el_config config{};
         config.struct_bytes = sizeof config;
         config.retry_base_ms = 1;
         config.block_bytes = 64 * kKiB;
         config.deadline_ms = 60000;
         int error = 0;
-        engine = el_engine_create(&config, &error);
-        CHECK(engine != nullptr && error == EL_OK);
+        readers = el_readers_create(&config, &error);
+        CHECK(readers != nullptr && error == EL_OK);
         el_device_failure failure{};
         const el_device_config wanted{sizeof wanted, 0, 2, 0, 1, standin_path};
-        device = el_device_add(engine, &wanted, &failure);
+        device = el_device_add(readers, &wanted, &failure);
         CHECK(device >= 0);
         const el_usrbio_config rings{sizeof rings, 2, 4, 3000, 32 * kKiB, emulator_path, mount_path};
-        usrbio = el_usrbio_add(engine, &rings);
+        usrbio = el_usrbio_add(readers, &rings);
         CHECK(usrbio >= 0);
     }
-    ~Engine() {
-        CHECK(el_engine_close(engine, -1) == EL_OK);
-        el_engine_destroy(engine);
+    ~ReaderThreads() {
+        CHECK(el_readers_close(readers, -1) == EL_OK);
+        el_readers_destroy(readers);
     }
 
-    el_engine *engine = nullptr;
+    el_readers *readers = nullptr;
     int device = -1, usrbio = -1;
 };
 
@@ -87,7 +87,7 @@ struct Place {
 };
 
 // Whether all arrived.
-bool read_once(const Engine &on, int fd, const std::vector<char> &content, Random &random) {
+bool read_once(const ReaderThreads &on, int fd, const std::vector<char> &content, Random &random) {
     const uint64_t begin = below(random, content.size()), bytes = content.size() - begin;
     Place place(bytes);
     const el_file file{fd, -1, content.size(), EL_USRBIO, EL_FILE_USRBIO(on.usrbio)};
@@ -95,7 +95,7 @@ bool read_once(const Engine &on, int fd, const std::vector<char> &content, Rando
     const uint64_t half = bytes / 2;
     const el_extent extents[] = {{0, 1, begin, half, 0, address, 0}, {0, 1, begin + half, bytes - half, 0, address + half, 0}};
     el_transfer *transfer = nullptr;
-    const int submitted = el_submit_to_device(on.engine, &file, 1, extents, 2, EL_ORDERED, static_cast<uint32_t>(on.device),
+    const int submitted = el_submit_to_device(on.readers, &file, 1, extents, 2, EL_ORDERED, static_cast<uint32_t>(on.device),
                                               0, &transfer);
     if (submitted != EL_OK) {  // closed meanwhile, or the stream was refused
         while (standin_idle(nullptr) == 0) usleep(100);
@@ -119,7 +119,7 @@ void round(int fd, const std::vector<char> &content, bool faulty, Random &random
     standin_reset(random());
     standin_delay(static_cast<uint32_t>(1 + below(random, 2000)));
     {
-        Engine on;
+        ReaderThreads on;
         if (faulty) standin_faults(static_cast<uint32_t>(below(random, 60)), static_cast<uint32_t>(below(random, 60)));
         const bool closes = below(random, 3) == 0;
         const auto use = [&](uint64_t seed) {
@@ -130,7 +130,7 @@ void round(int fd, const std::vector<char> &content, bool faulty, Random &random
         std::thread one([&] { use(seeds[0]); }), other([&] { use(seeds[1]); });
         if (closes) {
             usleep(static_cast<useconds_t>(below(random, 5000)));
-            CHECK(el_engine_close(on.engine, -1) == EL_OK);
+            CHECK(el_readers_close(on.readers, -1) == EL_OK);
         }
         one.join();
         other.join();

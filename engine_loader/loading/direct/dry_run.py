@@ -20,7 +20,7 @@ GAP_BYTES = 4 << 10
 """Unwanted bytes between two wanted runs that are read through from the page cache: what a call of preadv costs, in
 bytes of a copy."""
 WIDE_GAP_BYTES = 128 << 10
-"""The same from storage: what a read's latency costs, in bytes of its bandwidth. (Both: native/engine.cpp.)"""
+"""The same from storage: what a read's latency costs, in bytes of its bandwidth. (Both: api_readers.cpp.)"""
 _ALIGNMENT = 4096
 
 _KINDS = (

@@ -38,7 +38,7 @@ _T = TypeVar("_T")
 _storage_of = torch._C.TensorBase.untyped_storage
 _address_of = torch._C.TensorBase.data_ptr
 
-# A batch is handed to the engine's threads when it is worth their while.
+# A batch is handed to the reader threads when it is worth their while.
 _BATCH_BYTES = 32 << 20
 _BATCH_EXTENTS = 1024
 # Tensors up to this size are read whole (small.py).
@@ -74,7 +74,7 @@ class DirectReader(Protocol):
 
 @dataclass(slots=True)
 class _Batch:
-    """Copies that are handed to the engine's threads together; all from the files of one reader, to one device."""
+    """Copies that are handed to the reader threads together; all from the files of one reader, to one device."""
 
     number: int
     part: _Part | None = None

@@ -18,7 +18,7 @@ from ...formats.safetensors import TensorInfo
 from ...report.load import LoadReport
 from ...settings import LoaderSettings
 from ...sources.source import Source
-from ...transfer.devices import Place
+from ...transfer.device_stream import DeviceStream
 from ...transfer.plan import ExtentRow
 from ...transfer.protocol import Transfer, wait_or_cancel
 from ..devices.cuda import CudaDevices, Devices
@@ -168,7 +168,7 @@ class DcpReader:
 
     def device_of(self, tensor: torch.Tensor) -> int | None:
         """The device into whose memory a tensor can be read; see ``Reader.device_of``."""
-        return device_for(tensor, self._devices, self._checkpoint.files.running_engine)
+        return device_for(tensor, self._devices, self._checkpoint.files.running_readers)
 
     def read(self, extents: Sequence[ExtentRow], owner: object, device: int | None = None) -> None:
         """Carry out a plan and wait for it; see ``Reader.read``."""
@@ -182,7 +182,7 @@ class DcpReader:
             pieces = self._pieces[row[0]]
             assert pieces is not None
             rows += pieces.extents(row, row[2] - self.infos[row[0]].offset)
-        place = None if device is None else Place(device, self._devices.stream(device))
+        place = None if device is None else DeviceStream(device, self._devices.stream(device))
         return self._checkpoint.files.submit_extents(rows, owner, place)
 
     def stream(self, infos: Iterable[TensorInfo], report: LoadReport) -> Iterator[tuple[str, torch.Tensor]]:

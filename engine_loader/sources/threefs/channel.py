@@ -1,6 +1,6 @@
 """Reading by USRBIO from Python: a ring with a buffer in shared memory, used by one thread at a time.
 
-For where there is no native engine, or the binding ``hf3fs_py_usrbio`` but no library that native code could load.
+For where there is no native library, or the binding ``hf3fs_py_usrbio`` but no library that native code could load.
 """
 
 from __future__ import annotations

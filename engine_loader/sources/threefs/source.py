@@ -1,7 +1,7 @@
 """Files on 3FS, read by USRBIO: past the kernel, from the storage into shared memory.
 
 Each file is asked for by 3FS's own test, never by its name. Here is what opens and registers files; the reading is the
-native engine's (transfer/native/src/readers/reader_usrbio.cpp), or ``Channel``'s for the pure-Python engine.
+native reader threads' (transfer/native/src/readers/reader_usrbio.cpp), or ``Channel``'s for pure-Python reader threads.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class UsrbioOptions:
     """How files on 3FS are read.
 
     Attributes:
-        rings: reading threads, each with a ring of its own; None: as many as the engine thinks best.
+        rings: reading threads, each with a ring of its own; None: as many as the reader threads find best.
         depth: IOs in flight on each ring.
         io_bytes: the largest IO; it is fitted to the file's chunk size.
         deadline_s: an IO without a byte for so long has failed. 3FS itself tries for 60 s.
@@ -60,7 +60,7 @@ class Client(Protocol):
     """What speaks to 3FS in this process: the library, or the binding where only that is there.
 
     Attributes:
-        library: the library's path for the native engine, or None.
+        library: the library's path for native reader threads, or None.
         binding: what has the binding's interface.
         name: for a person.
     """
@@ -298,7 +298,7 @@ class UsrbioSource:
             if mount not in self._pools:
                 assert self._client is not None
                 depth, io_bytes = self.options.depth, self.options.io_bytes
-                # A thread of the Python engine reads a block at a time; its IOs are that cut in four.
+                # A Python reader thread reads a block at a time; its IOs are that cut in four.
                 buffer_bytes = max(2 * io_bytes, io_bytes * depth // 8)
                 self._pools[mount] = ChannelPool(self._client.binding, mount, buffer_bytes, io_bytes // 2)
             return self._pools[mount]

@@ -1,4 +1,4 @@
-"""The native library: where it is, how it is loaded, and its C interface (native/engine.h) for ctypes."""
+"""The native library: where it is, how it is loaded, and its C interface (native/src/core/c_interface.h) for ctypes."""
 
 from __future__ import annotations
 
@@ -137,15 +137,15 @@ def load_library() -> ctypes.CDLL:
     path = library_path()
     hint = "install a C++17 compiler (g++ or clang) and install engine-loader again"
     if not path.exists():
-        raise TransferError("the native engine was not built when this package was installed", file=path, hint=hint)
+        raise TransferError("the native library was not built when this package was installed", file=path, hint=hint)
     try:
         library = ctypes.CDLL(os.fspath(path), use_errno=True)
         version = library.el_abi_version()
     except (OSError, AttributeError) as error:
-        raise TransferError(f"the native engine cannot be loaded: {error}", file=path, hint=hint) from error
+        raise TransferError(f"the native library cannot be loaded: {error}", file=path, hint=hint) from error
     if version != _ABI_VERSION:
         raise TransferError(
-            f"the native engine is of another build of this package (interface {version}, not {_ABI_VERSION})",
+            f"the native library is of another build of this package (interface {version}, not {_ABI_VERSION})",
             file=path,
             hint="install engine-loader again",
         )
@@ -170,9 +170,9 @@ def _declare(library: ctypes.CDLL) -> None:
     u32, u64, i64, code = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_int64, ctypes.c_int
     files, config = ctypes.POINTER(File), ctypes.POINTER(Config)
     for name, result, arguments in (
-        ("el_engine_create", handle, (config, ctypes.POINTER(code))),
-        ("el_engine_close", code, (handle, i64)),
-        ("el_engine_destroy", None, (handle,)),
+        ("el_readers_create", handle, (config, ctypes.POINTER(code))),
+        ("el_readers_close", code, (handle, i64)),
+        ("el_readers_destroy", None, (handle,)),
         ("el_stats", code, (handle, ctypes.POINTER(Stats))),
         ("el_submit", code, (handle, files, u32, ctypes.c_void_p, u64, u32, out)),
         ("el_populate", code, (handle, u64, u64, u32, out)),

@@ -62,7 +62,7 @@ class Cutter {
     // A small transfer is cut finer, so that every thread has a part of it.
     void start_file(uint32_t file) {
         const File &f = transfer_.files[file];
-        const el_config &config = transfer_.engine.config;
+        const el_config &config = transfer_.readers.config;
         if (f.mode == EL_USRBIO) {
             start_usrbio_file(*f.usrbio, file);
             return;

@@ -4,7 +4,7 @@
 #include <atomic>
 #include <stdint.h>
 
-#include "core/engine.h"
+#include "core/c_interface.h"
 
 namespace el {
 

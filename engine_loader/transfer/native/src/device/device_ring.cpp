@@ -80,8 +80,8 @@ bool DeviceConfig::operator==(const DeviceConfig &other) const {
            library == other.library;
 }
 
-DeviceRing::DeviceRing(Engine &engine, const DeviceConfig &config)
-    : engine_(engine), config_(config), slot_bytes_(slot_size(engine.config)) {}
+DeviceRing::DeviceRing(ReaderThreads &readers, const DeviceConfig &config)
+    : engine_(readers), config_(config), slot_bytes_(slot_size(readers.config)) {}
 
 // --- making and giving back ------------------------------------------------------------------------------------------
 
@@ -256,20 +256,20 @@ void DeviceRing::fail_copy(Transfer &transfer, Place place, int error) {
 
 void *DeviceRing::thread_main(void *argument) {
     DeviceRing &ring = *static_cast<DeviceRing *>(argument);
-    Engine &engine = ring.engine_;
+    ReaderThreads &readers = ring.engine_;
     // Where this fails, every look at an event does, too, and says so.
     ring.enter();
-    Lock lock(engine.mutex);
+    Lock lock(readers.mutex);
     ring.watch(lock);
-    engine.running--;
-    engine.landing--;
-    engine.ended.notify_all();
+    readers.running--;
+    readers.landing--;
+    readers.ended.notify_all();
     lock.unlock();
-    unreference(engine);  // may free the ring too
+    unreference(readers);  // may free the ring too
     return nullptr;
 }
 
-// Until the engine closes and all who could begin a copy have ended.
+// Until el_readers_close, and all who could begin a copy have ended.
 void DeviceRing::watch(Lock &lock) {
     while (flying_ > 0 || !engine_.closing || engine_.running > engine_.landing) {
         if (land_some(lock)) continue;

@@ -7,7 +7,7 @@
 #ifndef ENGINE_LOADER_GUARD_H
 #define ENGINE_LOADER_GUARD_H
 
-#include "core/engine.h"
+#include "core/c_interface.h"
 
 #ifdef __cplusplus
 extern "C" {

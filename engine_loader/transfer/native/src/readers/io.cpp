@@ -47,25 +47,25 @@ class Watched {
 };
 
 Outcome give_up(Reader reader, Place place, uint32_t kind, int error, uint32_t tries) {
-    Lock lock(reader.transfer.engine.mutex);
+    Lock lock(reader.transfer.readers.mutex);
     fail(reader.transfer, el_failure_info{kind, error, place.file, place.extent, place.offset, tries, 0});
     return Outcome::stopped;
 }
 
 // Pause before another try; ends early when the transfer is stopped.
 void pause(Reader reader, uint32_t tries) {
-    Engine &engine = reader.transfer.engine;
-    const uint64_t doubled = uint64_t{engine.config.retry_base_ms} << std::min(tries - 1, 20u);
+    ReaderThreads &readers = reader.transfer.readers;
+    const uint64_t doubled = uint64_t{readers.config.retry_base_ms} << std::min(tries - 1, 20u);
     const int64_t begin = now_ns();
-    const int64_t end = begin + static_cast<int64_t>(std::min<uint64_t>(doubled, engine.config.retry_cap_ms)) * kMillisecond;
-    Lock lock(engine.mutex);
-    while (!reader.transfer.stop.load(std::memory_order_relaxed) && now_ns() < end) engine.stopped.wait_until(lock, end);
+    const int64_t end = begin + static_cast<int64_t>(std::min<uint64_t>(doubled, readers.config.retry_cap_ms)) * kMillisecond;
+    Lock lock(readers.mutex);
+    while (!reader.transfer.stop.load(std::memory_order_relaxed) && now_ns() < end) readers.stopped.wait_until(lock, end);
     reader.worker.counters.backoff_ns.add(static_cast<uint64_t>(now_ns() - begin));
 }
 
 // After a failed try: done when another one is due.
 Outcome before_retry(Reader reader, Place place, int error, uint32_t tries, const Watched &watched) {
-    const el_config &config = reader.transfer.engine.config;
+    const el_config &config = reader.transfer.readers.config;
     if (!may_pass(error)) return give_up(reader, place, EL_FAIL_IO, error, tries);
     if (tries >= config.max_tries) return give_up(reader, place, EL_FAIL_IO, error, tries);
     if (config.deadline_ms != 0 && now_ns() - watched.since() > config.deadline_ms * kMillisecond) {

@@ -31,7 +31,7 @@ class Landing final : public Lander {
     void end_part(bool complete, Lock &lock) {
         failed_ |= !complete;
         if (flights_.fetch_sub(1, std::memory_order_relaxed) > 1) return;
-        if (!failed_) transfer_.engine.device_bytes += block_.bytes;
+        if (!failed_) transfer_.readers.device_bytes += block_.bytes;
         const bool last = finish_block(transfer_, block_, !failed_);
         if (last) {
             lock.unlock();
@@ -123,7 +123,7 @@ Outcome bring_all(Reader reader, const Block &block, Landing &landing) {
 void read_block_to_device(Reader reader, const Block &block) {
     auto *landing = new Landing(*reader.transfer.device, reader.transfer, block);
     const bool complete = bring_all(reader, block, *landing) == Outcome::done;
-    Lock lock(reader.transfer.engine.mutex);
+    Lock lock(reader.transfer.readers.mutex);
     reader.worker.transfer = nullptr;
     landing->read(complete, lock);
 }

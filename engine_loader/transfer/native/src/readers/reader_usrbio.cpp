@@ -55,9 +55,9 @@ struct Slot final : Lander {
 
 class RingReader {
   public:
-    explicit RingReader(Worker &worker) : worker_(worker), engine_(worker.engine) {}
+    explicit RingReader(Worker &worker) : worker_(worker), engine_(worker.readers) {}
 
-    // One round: drop what was cancelled, start what has room, take what came back. False when the engine has closed.
+    // One round: drop what was cancelled, start what has room, take what came back. False after el_readers_close.
     bool step() {
         take_landed();
         drop_stopped();
@@ -88,8 +88,8 @@ class RingReader {
 
     // --- taking work -------------------------------------------------------------------------------------------------
 
-    static Transfer *first_with_blocks(Engine &engine) {
-        for (Transfer *transfer : engine.queue) {
+    static Transfer *first_with_blocks(ReaderThreads &readers) {
+        for (Transfer *transfer : readers.queue) {
             if (!transfer->rings.empty()) return transfer;
         }
         return nullptr;
@@ -439,7 +439,7 @@ class RingReader {
     static constexpr int kReaped = 64;
 
     Worker &worker_;
-    Engine &engine_;
+    ReaderThreads &engine_;
     const UsrbioConfig *config_ = nullptr;
     Channel channel_;
     std::vector<Slot> slots_;

@@ -22,7 +22,7 @@ DEFAULT_PINNED_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
-class Place:
+class DeviceStream:
     """The memory of a device as the place of a transfer's destinations.
 
     Attributes:
@@ -36,7 +36,7 @@ class Place:
 
 @cache
 def obstacle_to_devices(library: str | None = None) -> str | None:
-    """Why the native engine cannot put bytes on a device; None where it can.
+    """Why native reader threads cannot put bytes on a device; None where it can.
 
     Args:
         library: path of the runtime of CUDA or HIP; None: the one that the process has loaded.
@@ -66,7 +66,7 @@ def setup_error(device: int, failure: DeviceFailure) -> TransferError:
     return TransferError(f"device {device} {doing}: {_text(failure)} ({failure.error})", hint=hint)
 
 
-def stream_error(place: Place, text: str) -> TransferError:
+def stream_error(place: DeviceStream, text: str) -> TransferError:
     """The error where the owner's stream was refused."""
     return TransferError(f"device {place.device} refused an event on stream {place.stream:#x}: {text}")
 

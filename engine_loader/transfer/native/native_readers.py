@@ -1,4 +1,4 @@
-"""The native transfer engine: native/*.cpp behind the interface of protocol.py.
+"""The native reader threads: native/*.cpp behind the interface of protocol.py.
 
 The library is plain C and knows nothing of Python: its threads never need the GIL, and calls that wait release it.
 """
@@ -22,7 +22,7 @@ from ...errors import TransferError
 from ...sources.source import SourceFile
 from ...sources.threefs.source import UsrbioFile
 from ..cpus import default_threads, local_cpus
-from ..devices import DEFAULT_PINNED_BYTES, Place, setup_error, stream_error
+from ..device_stream import DEFAULT_PINNED_BYTES, DeviceStream, setup_error, stream_error
 from ..modes import ReadMode, choose_mode
 from ..plan import EXTENT, Extents, check_plan, plan_bytes
 from ..protocol import TransferStatistics
@@ -51,7 +51,7 @@ from .library import (
 )
 from .transfer import CANCEL_GRACE_S, SLICE_MS, NativeTransfer, call_error, stuck
 
-__all__ = ["NativeEngine", "NativeTransfer", "library_path", "load_library"]
+__all__ = ["NativeReaders", "NativeTransfer", "library_path", "load_library"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,14 +65,14 @@ _MOMENT_MS = 2
 _MANY_EXTENTS = 20_000
 """So many take milliseconds to plan; other Python threads may run meanwhile."""
 
-_engines: weakref.WeakSet[NativeEngine] = weakref.WeakSet()
+_all_readers: weakref.WeakSet[NativeReaders] = weakref.WeakSet()
 
 
 @atexit.register
-def _close_engines() -> None:
+def _close_all_readers() -> None:
     """Stop writing before the interpreter frees the destinations of transfers that are still in flight."""
-    for engine in list(_engines):
-        engine.close()
+    for readers in list(_all_readers):
+        readers.close()
 
 
 @dataclass(eq=False)
@@ -88,7 +88,7 @@ class _OpenFile:
             os.close(self.direct_fd)
 
 
-class NativeEngine:
+class NativeReaders:
     """Native threads that read by ``preadv``.
 
     Args:
@@ -154,10 +154,10 @@ class NativeEngine:
             n_cpus=0 if cpus is None else len(cpus),
         )
         error = ctypes.c_int()
-        self._handle = self._quick.el_engine_create(config, error)
+        self._handle = self._quick.el_readers_create(config, error)
         if self._handle is None:
             raise call_error(error.value)
-        _engines.add(self)
+        _all_readers.add(self)
 
     def submit(
         self, files: Sequence[SourceFile], extents: Extents, *, ordered: bool = True, owner: object = None
@@ -165,7 +165,13 @@ class NativeEngine:
         return self._submit(files, extents, ordered, owner, None)
 
     def submit_to_device(
-        self, files: Sequence[SourceFile], extents: Extents, place: Place, *, ordered: bool = True, owner: object = None
+        self,
+        files: Sequence[SourceFile],
+        extents: Extents,
+        place: DeviceStream,
+        *,
+        ordered: bool = True,
+        owner: object = None,
     ) -> NativeTransfer:
         """``submit`` for destinations in the memory of a device.
 
@@ -180,7 +186,7 @@ class NativeEngine:
         return self._submit(files, extents, ordered, owner, place)
 
     def _submit(
-        self, files: Sequence[SourceFile], extents: Extents, ordered: bool, owner: object, place: Place | None
+        self, files: Sequence[SourceFile], extents: Extents, ordered: bool, owner: object, place: DeviceStream | None
     ) -> NativeTransfer:
         if os.getpid() != self._pid:
             raise call_error(E_FORKED)
@@ -207,7 +213,7 @@ class NativeEngine:
     def populate(
         self, address: int, nbytes: int, write: bool, *, file: SourceFile | None = None, owner: object = None
     ) -> NativeTransfer:
-        """Make the pages of a mapping present on the engine's threads, so that touching them costs no page fault.
+        """Make the pages of a mapping present on the reader threads, so that touching them costs no page fault.
 
         Args:
             address: of the first byte.
@@ -246,7 +252,7 @@ class NativeEngine:
         )
 
     def counters(self) -> dict[str, int]:
-        """Every count of the library (``el_stats_info`` in native/engine.h), by name."""
+        """Every count of the library (``el_stats_info`` in native/src/core/c_interface.h), by name."""
         stats = self._stats()
         return {name: int(getattr(stats, name)) for name in COUNTERS}
 
@@ -254,7 +260,7 @@ class NativeEngine:
         try:
             self._close()
         except KeyboardInterrupt:
-            self._close()  # whoever still holds the engine, or a transfer of it, would keep its threads
+            self._close()  # whoever still holds them, or a transfer of theirs, would keep the threads
             raise
 
     def _close(self) -> None:
@@ -262,9 +268,9 @@ class NativeEngine:
             return
         end = time.monotonic() + CANCEL_GRACE_S
         # Idle threads end within a moment, so the GIL is kept for that long.
-        result = self._quick.el_engine_close(self._handle, _MOMENT_MS)
+        result = self._quick.el_readers_close(self._handle, _MOMENT_MS)
         while result == TIMEOUT and time.monotonic() < end:
-            result = self._library.el_engine_close(self._handle, SLICE_MS)
+            result = self._library.el_readers_close(self._handle, SLICE_MS)
         if result == E_FORKED:
             return
         self._last_statistics = self._stats()
@@ -279,7 +285,7 @@ class NativeEngine:
     def __del__(self) -> None:
         if getattr(self, "_handle", None) is not None:
             self.close()
-            self._library.el_engine_destroy(self._handle)
+            self._library.el_readers_destroy(self._handle)
 
     def device_error(self, device: int, code: int) -> str:
         """What the runtime says to one of its errors."""

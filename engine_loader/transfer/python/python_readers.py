@@ -1,7 +1,7 @@
-"""The pure-Python transfer engine: where the native one cannot be built, and for sources without a descriptor.
+"""The pure-Python reader threads: where the native ones cannot be built, and for sources without a descriptor.
 
 Its threads need the GIL between reads, so it is slow beside busy Python code; apart from speed it behaves like the
-native engine and passes the same tests.
+native ones and passes the same tests.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class _Stopped(Exception):
     """The transfer of a task has failed or was cancelled meanwhile."""
 
 
-class PythonEngine:
+class PythonReaders:
     """Threads that read by ``SourceFile.read_into``.
 
     Args:
@@ -116,7 +116,7 @@ class PythonEngine:
         transfer = PythonTransfer(self, self._changed, files, extents, ordered, owner)
         with self._changed:
             if self._closed:
-                raise TransferError("the transfer engine is closed")
+                raise TransferError("the reader threads are closed")
             if transfer.nbytes:
                 self._start_workers()
                 self._queue.append(transfer)
@@ -134,7 +134,7 @@ class PythonEngine:
         with self._changed:
             self._closed = True
             for transfer in list(self._live):
-                transfer.fail(TransferCancelled("the transfer engine was closed"))
+                transfer.fail(TransferCancelled("the reader threads were closed"))
             self._changed.notify_all()
             workers, self._workers = self._workers, []
         # A thread that hangs in the kernel is left behind; it ends when its read comes back.
@@ -149,7 +149,7 @@ class PythonEngine:
     def check_process(self) -> None:
         """Raise TransferError in a child process."""
         if self.forked():
-            raise TransferError("the transfer engine does not survive a fork", hint="open the checkpoint again here")
+            raise TransferError("reader threads do not survive a fork", hint="open the checkpoint again here")
 
     def transfer_ended(self, transfer: PythonTransfer) -> None:
         """Forget a transfer that will not write any more (called with the lock held)."""
@@ -190,7 +190,7 @@ class PythonEngine:
             del task, transfer, read, failure
 
     def _next_task(self) -> tuple[PythonTransfer, _Read | _RowsRead] | None:
-        """Wait for something to read; None when the engine is closed."""
+        """Wait for something to read; None when the reader threads are closed."""
         with self._changed:
             while not self._closed:
                 while self._queue:
@@ -258,11 +258,11 @@ class PythonEngine:
 
 
 class PythonTransfer:
-    """A plan being carried out; made by PythonEngine.submit."""
+    """A plan being carried out; made by PythonReaders.submit."""
 
     def __init__(
         self,
-        engine: PythonEngine,
+        readers: PythonReaders,
         changed: threading.Condition,
         files: Sequence[SourceFile],
         extents: Extents,
@@ -270,7 +270,7 @@ class PythonTransfer:
         owner: object,
     ) -> None:
         self.nbytes = plan_bytes(extents)
-        self._engine = engine
+        self._readers = readers
         self._changed = changed
         self._files = files
         self._owner: object = owner
@@ -281,19 +281,19 @@ class PythonTransfer:
         self._failure: CheckpointError | None = None
         self._submitted = time.monotonic()
         order = np.lexsort((extents["offset"], extents["file"])) if ordered else np.argsort(self._missing)[::-1]
-        self._tasks = _tasks(files, extents, order.tolist(), engine.block_bytes, engine.gap_bytes)
+        self._tasks = _tasks(files, extents, order.tolist(), readers.block_bytes, readers.gap_bytes)
 
     @property
     def bytes_done(self) -> int:
         return self._bytes_done
 
     def wait(self, extent: int | None = None, timeout_s: float | None = None) -> bool:
-        self._engine.check_process()
+        self._readers.check_process()
         end = None if timeout_s is None else time.monotonic() + timeout_s
         with self._changed:
             while not self._complete(extent):
                 self._check_deadline()
-                if self._failure is not None and self._is_quiet(self._engine.deadline_s):
+                if self._failure is not None and self._is_quiet(self._readers.deadline_s):
                     # Each waiter gets an exception of its own: raising one collects tracebacks in it.
                     raise copy.copy(self._failure) from self._failure.__cause__
                 left = _SLICE_S if end is None else min(_SLICE_S, end - time.monotonic())
@@ -303,20 +303,20 @@ class PythonTransfer:
         return True
 
     def cancel(self) -> None:
-        if self._engine.forked():
+        if self._readers.forked():
             return
         with self._changed:
             self.fail(TransferCancelled("the transfer was cancelled"))
             while not self._is_quiet(_CANCEL_GRACE_S):
                 self._changed.wait(_CANCEL_GRACE_S / 10)
 
-    # What follows is for the engine and its threads; the lock is re-entrant, so all of it may be called holding it.
+    # What follows is for PythonReaders and its threads; the lock is re-entrant, so all of it may be called holding it.
 
     def next_task(self) -> _Read | _RowsRead | None:
         """The next read, or None when there is none left to start."""
         read = None if self._failure is not None else next(self._tasks, None)
         if read is not None:
-            read.since = self._engine.last_progress = time.monotonic()
+            read.since = self._readers.last_progress = time.monotonic()
             self._reading.append(read)
         return read
 
@@ -358,7 +358,7 @@ class PythonTransfer:
         if not self._reading and (self._failure is not None or self._bytes_done == self.nbytes):
             self._owner = None
             self._tasks = iter(())
-            self._engine.transfer_ended(self)
+            self._readers.transfer_ended(self)
 
     def _complete(self, extent: int | None) -> bool:
         return self._bytes_done == self.nbytes if extent is None else bool(self._missing[extent] == 0)
@@ -366,12 +366,12 @@ class PythonTransfer:
     def _check_deadline(self) -> None:
         if self._failure is not None:
             return
-        seconds = self._engine.deadline_s
+        seconds = self._readers.deadline_s
         late = time.monotonic() - seconds
         stuck = next((read for read in self._reading if read.since < late), None)
         if stuck is not None:
             self.fail(deadline_passed(stuck.file.path, stuck.offset, seconds))
-        elif not self._reading and max(self._submitted, self._engine.last_progress) < late:
+        elif not self._reading and max(self._submitted, self._readers.last_progress) < late:
             # Every thread hangs in reads of other transfers.
             self.fail(deadline_passed(self._files[0].path, 0, seconds))
 

@@ -1,11 +1,11 @@
-/* The plain C interface of the native transfer engine.
+/* The plain C interface of the native reader threads.
  *
  * Every call may come from any thread, blocks only where it says so, and tolerates NULL. Handles stay valid until they
- * are destroyed or released; calls on a closed engine return EL_E_CLOSED, and in a child after fork() EL_E_FORKED
+ * are destroyed or released; calls on closed reader threads return EL_E_CLOSED, and in a child after fork() EL_E_FORKED
  * (the threads did not come along, and a lock may be held for ever by one of them).
  */
-#ifndef ENGINE_LOADER_ENGINE_H
-#define ENGINE_LOADER_ENGINE_H
+#ifndef ENGINE_LOADER_C_INTERFACE_H
+#define ENGINE_LOADER_C_INTERFACE_H
 
 #include <stdint.h>
 
@@ -20,8 +20,8 @@ enum { /* what calls return */
     EL_OK = 0,
     EL_TIMEOUT = 1,     /* time ran out first; nothing else happened */
     EL_FAILED = 2,      /* see el_failure */
-    EL_E_CLOSED = -1,   /* the handle is NULL, or its engine was closed */
-    EL_E_FORKED = -2,   /* the engine belongs to the parent process */
+    EL_E_CLOSED = -1,   /* the handle is NULL, or its reader threads were closed */
+    EL_E_FORKED = -2,   /* the reader threads belong to the parent process */
     EL_E_ARGUMENT = -3, /* an argument makes no sense: the caller has a bug */
     EL_E_MEMORY = -4,
     EL_E_THREAD = -5, /* no thread could be started; errno says why */
@@ -47,7 +47,7 @@ enum { /* el_failure.kind */
     EL_FAIL_EOF = 2,         /* the file ended before the size that el_file gives */
     EL_FAIL_DEADLINE = 3,    /* no byte came for deadline_ms; the read may still be stuck in the kernel. With tries 0 it was a
                                 copy to a device that did not end */
-    EL_FAIL_CANCELLED = 4,   /* el_cancel, el_release or el_engine_close */
+    EL_FAIL_CANCELLED = 4,   /* el_cancel, el_release or el_readers_close */
     EL_FAIL_MEMORY = 5,      /* el_populate: the pages could not be made present (`error`; EFAULT: file cut short) */
     EL_FAIL_UNSUPPORTED = 6, /* el_populate: this kernel (before 5.14) cannot */
     EL_FAIL_USRBIO = 7,      /* no ring could be made: `error`, and the step in `tries`, see usrbio.h */
@@ -64,7 +64,7 @@ enum { /* el_populate: how */
 
 #define EL_NO_EXTENT UINT32_MAX
 
-typedef struct el_engine el_engine;
+typedef struct el_readers el_readers;
 typedef struct el_transfer el_transfer;
 
 typedef struct {
@@ -138,26 +138,26 @@ typedef struct {
 
 EL_API uint32_t el_abi_version(void);
 
-/* An engine, or NULL with *error set (EL_E_...). Threads start with the first transfer that needs them. */
-EL_API el_engine *el_engine_create(const el_config *config, int *error);
+/* Reader threads, or NULL with *error set (EL_E_...). Threads start with the first transfer that needs them. */
+EL_API el_readers *el_readers_create(const el_config *config, int *error);
 
 /* Cancel everything, end the threads and join them. EL_TIMEOUT: a read is stuck in the kernel; call again, or destroy:
- * the thread then frees the engine when its read comes back. timeout_ms < 0: as long as it takes. */
-EL_API int el_engine_close(el_engine *engine, int64_t timeout_ms);
+ * the thread then frees the handle's memory when its read comes back. timeout_ms < 0: as long as it takes. */
+EL_API int el_readers_close(el_readers *readers, int64_t timeout_ms);
 
-/* Give the handle back (after el_engine_close(engine, 0) if that was not done). */
-EL_API void el_engine_destroy(el_engine *engine);
+/* Give the handle back (after el_readers_close(readers, 0) if that was not done). */
+EL_API void el_readers_destroy(el_readers *readers);
 
-EL_API int el_stats(el_engine *engine, el_stats_info *out);
+EL_API int el_stats(el_readers *readers, el_stats_info *out);
 
 /* Start a plan; the arrays are copied. Transfers are served first come, first served. The destinations must stay alive
  * until the transfer is quiet: el_wait said EL_OK or EL_FAILED with in_flight 0, or el_cancel said EL_OK. */
-EL_API int el_submit(el_engine *engine, const el_file *files, uint32_t n_files, const el_extent *extents,
+EL_API int el_submit(el_readers *readers, const el_file *files, uint32_t n_files, const el_extent *extents,
                      uint64_t n_extents, uint32_t flags, el_transfer **out);
 
-/* Make the pages of a mapping present or private on the engine's threads. A page that cannot be had is a failure of the
+/* Make the pages of a mapping present or private on the reader threads. A page that cannot be had is a failure of the
  * transfer where touching it would be a SIGBUS. Whole pages are worked on, so the range's first and last one, too. */
-EL_API int el_populate(el_engine *engine, uint64_t address, uint64_t nbytes, uint32_t how, el_transfer **out);
+EL_API int el_populate(el_readers *readers, uint64_t address, uint64_t nbytes, uint32_t how, el_transfer **out);
 
 /* Wait for one extent, or with extent < 0 for all. timeout_ms < 0: without limit.
  * EL_FAILED comes only when no read is in flight any more, unless one is older than the deadline. */
