@@ -57,25 +57,25 @@ el_config small_blocks(uint32_t deadline_ms = 60000) {
 }
 
 // Device memory, full of x.
-struct Place {
-    explicit Place(uint64_t bytes) : memory(static_cast<char *>(standin_malloc(bytes))) { std::memset(memory, 'x', bytes); }
-    ~Place() { standin_free(memory); }
+struct Destination {
+    explicit Destination(uint64_t bytes) : memory(static_cast<char *>(standin_malloc(bytes))) { std::memset(memory, 'x', bytes); }
+    ~Destination() { standin_free(memory); }
     char *memory;
 };
 
 // All of a file, in `parts` extents.
-Plan whole_file(const TestFile &file, uint64_t parts, const Place &place) {
+Plan whole_file(const TestFile &file, uint64_t parts, const Destination &destination) {
     Plan plan;
     plan.files.push_back(el_file{file.fd, -1, file.content.size(), EL_BUFFERED, 0});
     const uint64_t bytes = file.content.size() / parts;
     for (uint64_t i = 0; i < parts; i++) plan.extents.push_back(el_extent{0, 1, i * bytes, bytes, 0, i * bytes, 0});
     plan.expected.assign(file.content.begin(), file.content.begin() + static_cast<std::ptrdiff_t>(parts * bytes));
-    plan.place_at(place.memory);
+    plan.place_at(destination.memory);
     return plan;
 }
 
-void check_all(const Plan &plan, const Place &place) {
-    const auto wrong = std::mismatch(plan.expected.begin(), plan.expected.end(), place.memory);
+void check_all(const Plan &plan, const Destination &destination) {
+    const auto wrong = std::mismatch(plan.expected.begin(), plan.expected.end(), destination.memory);
     if (wrong.first == plan.expected.end()) return;
     std::fprintf(stderr, "byte %td of %zu, of %zu extents, is %d instead of %d\n", wrong.first - plan.expected.begin(),
                  plan.expected.size(), plan.extents.size(), *wrong.second, *wrong.first);
@@ -111,36 +111,36 @@ void slots_are_used_again_when_their_copies_have_landed(const Files &files) {
     standin_delay(300);
     for (int i = 0; i < 5; i++) {
         Fixture fixture(small_blocks());
-        Place place(files[0].content.size());
-        const Plan plan = whole_file(files[0], 7, place);
+        Destination destination(files[0].content.size());
+        const Plan plan = whole_file(files[0], 7, destination);
         el_transfer *transfer = nullptr;
         CHECK(fixture.submit(plan, &transfer) == EL_OK);
-        while (el_wait(transfer, -1, 1) == EL_TIMEOUT) check_completed(transfer, plan, place.memory);
+        while (el_wait(transfer, -1, 1) == EL_TIMEOUT) check_completed(transfer, plan, destination.memory);
         CHECK(el_wait(transfer, -1, -1) == EL_OK);
-        check_all(plan, place);
+        check_all(plan, destination);
         el_release(transfer);
     }
 }
 
 void copies_come_after_the_owners_work(const Files &files) {
     Fixture fixture(small_blocks(), 64 << 20);
-    Place place(files[0].content.size());
-    const Plan plan = whole_file(files[0], 3, place);
+    Destination destination(files[0].content.size());
+    const Plan plan = whole_file(files[0], 3, destination);
     standin_hold(nullptr, 1);
-    standin_fill(nullptr, place.memory, 0, plan.expected.size());
+    standin_fill(nullptr, destination.memory, 0, plan.expected.size());
     el_transfer *transfer = nullptr;
     CHECK(fixture.submit(plan, &transfer) == EL_OK);
     CHECK(el_wait(transfer, -1, 50) == EL_TIMEOUT && el_bytes_done(transfer) == 0);
     standin_hold(nullptr, 0);
     CHECK(el_wait(transfer, -1, -1) == EL_OK);
-    check_all(plan, place);
+    check_all(plan, destination);
     el_release(transfer);
 }
 
 void an_extent_is_complete_when_its_copies_have_landed(const Files &files) {
     Fixture fixture(small_blocks(), 64 << 20);
-    Place place(files[0].content.size());
-    const Plan plan = whole_file(files[0], 5, place);
+    Destination destination(files[0].content.size());
+    const Plan plan = whole_file(files[0], 5, destination);
     standin_hold_copies(1);
     el_transfer *transfer = nullptr;
     CHECK(fixture.submit(plan, &transfer) == EL_OK);
@@ -151,15 +151,15 @@ void an_extent_is_complete_when_its_copies_have_landed(const Files &files) {
     standin_hold_copies(0);
     for (int64_t extent = 0; extent < 5; extent++) {
         CHECK(el_wait(transfer, extent, -1) == EL_OK);
-        check_extent(plan, plan.extents[static_cast<size_t>(extent)], place.memory);
+        check_extent(plan, plan.extents[static_cast<size_t>(extent)], destination.memory);
     }
     el_release(transfer);
 }
 
 void check_late_failure(const TestFile &file, uint64_t parts, uint32_t nth) {
     Fixture fixture(small_blocks());
-    Place place(file.content.size());
-    const Plan plan = whole_file(file, parts, place);
+    Destination destination(file.content.size());
+    const Plan plan = whole_file(file, parts, destination);
     standin_fail_copy(nth, kIllegalAddress);
     el_transfer *transfer = nullptr;
     CHECK(fixture.submit(plan, &transfer) == EL_OK);
@@ -171,22 +171,22 @@ void check_late_failure(const TestFile &file, uint64_t parts, uint32_t nth) {
     char text[100] = "";
     el_device_error_text(fixture.readers, 0, failure.error, text, sizeof text);
     CHECK(std::string(text) == "an illegal memory access was encountered");
-    check_completed(transfer, plan, place.memory);
+    check_completed(transfer, plan, destination.memory);
     el_release(transfer);
 }
 
 void a_copy_that_fails_late_is_told(const Files &files) {
     check_late_failure(files[0], 4, 9);
-    check_late_failure(files[1], 1, 1);  // no later call can tell of it
+    check_late_failure(files[1], 1, 1);  // no later call reports it
 }
 
 void submit_and_wait(Fixture &fixture, const TestFile &file, int expected) {
-    Place place(file.content.size());
-    const Plan plan = whole_file(file, 4, place);
+    Destination destination(file.content.size());
+    const Plan plan = whole_file(file, 4, destination);
     el_transfer *transfer = nullptr;
     CHECK(fixture.submit(plan, &transfer) == EL_OK && el_wait(transfer, -1, -1) == expected);
     if (expected == EL_OK) {
-        check_all(plan, place);
+        check_all(plan, destination);
     } else {
         const el_failure_info failure = failure_of(transfer);
         CHECK(failure.kind == EL_FAIL_DEVICE && failure.error == kBusy && failure.in_flight == 0);
@@ -209,8 +209,8 @@ void a_copy_that_cannot_begin_is_told(const Files &files) {
 
 void an_owner_whose_stream_is_refused_is_told(const Files &files) {
     Fixture fixture(small_blocks());
-    Place place(files[0].content.size());
-    const Plan plan = whole_file(files[0], 1, place);
+    Destination destination(files[0].content.size());
+    const Plan plan = whole_file(files[0], 1, destination);
     el_transfer *transfer = nullptr;
     standin_fail_call("EventRecord", 1, kBusy);
     CHECK(fixture.submit(plan, &transfer) == EL_E_DEVICE && errno == kBusy && transfer == nullptr);
@@ -221,8 +221,8 @@ void a_cancel_waits_for_copies(const Files &files) {
     Fixture fixture(small_blocks());
     el_transfer *transfer = nullptr;
     {
-        Place place(files[0].content.size());
-        const Plan plan = whole_file(files[0], 2, place);
+        Destination destination(files[0].content.size());
+        const Plan plan = whole_file(files[0], 2, destination);
         standin_hold_copies(1);
         CHECK(fixture.submit(plan, &transfer) == EL_OK);
         until([] { return standin_in_flight() >= 2; });
@@ -235,9 +235,9 @@ void a_cancel_waits_for_copies(const Files &files) {
 }
 
 void a_release_waits_for_copies_behind_the_back(const Files &files) {
-    Place place(files[0].content.size());
+    Destination destination(files[0].content.size());
     Fixture fixture(small_blocks());
-    const Plan plan = whole_file(files[0], 2, place);
+    const Plan plan = whole_file(files[0], 2, destination);
     standin_hold_copies(1);
     el_transfer *transfer = nullptr;
     CHECK(fixture.submit(plan, &transfer) == EL_OK);
@@ -248,9 +248,9 @@ void a_release_waits_for_copies_behind_the_back(const Files &files) {
 }
 
 void a_close_waits_for_copies(const Files &files) {
-    Place place(files[0].content.size());
+    Destination destination(files[0].content.size());
     Fixture fixture(small_blocks());
-    const Plan plan = whole_file(files[0], 2, place);
+    const Plan plan = whole_file(files[0], 2, destination);
     standin_hold_copies(1);
     el_transfer *transfer = nullptr;
     CHECK(fixture.submit(plan, &transfer) == EL_OK);
@@ -264,11 +264,11 @@ void a_close_waits_for_copies(const Files &files) {
 
 // el_readers_destroy while the device hangs; the device's thread frees everything when that is over.
 void a_destroyed_engine_waits_for_copies_behind_the_back(const Files &files) {
-    Place place(files[0].content.size());
+    Destination destination(files[0].content.size());
     {
         Fixture fixture(small_blocks());
         fixture.waits = false;
-        const Plan plan = whole_file(files[0], 2, place);
+        const Plan plan = whole_file(files[0], 2, destination);
         standin_hold_copies(1);
         el_transfer *transfer = nullptr;
         CHECK(fixture.submit(plan, &transfer) == EL_OK);
@@ -287,8 +287,8 @@ void a_destroyed_engine_waits_for_copies_behind_the_back(const Files &files) {
 // Whether there are slots for all that is read, or readers wait for them.
 void check_hanging(const Files &files, uint64_t pinned_bytes) {
     Fixture fixture(small_blocks(400), pinned_bytes);
-    Place place(files[0].content.size());
-    const Plan plan = whole_file(files[0], 2, place);
+    Destination destination(files[0].content.size());
+    const Plan plan = whole_file(files[0], 2, destination);
     standin_hold_copies(1);
     el_transfer *transfer = nullptr;
     CHECK(fixture.submit(plan, &transfer) == EL_OK);
@@ -309,7 +309,7 @@ void strided_destinations_are_filled_by_copies_in_two_dimensions(const Files &fi
     Fixture fixture(small_blocks());
     constexpr uint32_t rows = 400;
     constexpr uint64_t width = 300, pitch = 512, from_pitch = 700;
-    Place place(rows * pitch);
+    Destination destination(rows * pitch);
     Plan plan;
     plan.files.push_back(el_file{files[0].fd, -1, files[0].content.size(), EL_BUFFERED, 0});
     plan.extents.push_back(el_extent{0, rows, 11, width, from_pitch, 3, pitch});
@@ -317,10 +317,10 @@ void strided_destinations_are_filled_by_copies_in_two_dimensions(const Files &fi
     for (uint64_t row = 0; row < rows; row++) {
         std::memcpy(plan.expected.data() + 3 + row * pitch, files[0].content.data() + 11 + row * from_pitch, width);
     }
-    plan.place_at(place.memory);
+    plan.place_at(destination.memory);
     el_transfer *transfer = nullptr;
     CHECK(fixture.submit(plan, &transfer) == EL_OK && el_wait(transfer, -1, -1) == EL_OK);
-    check_all(plan, place);
+    check_all(plan, destination);
     standin_done_info done{};
     standin_done(&done);
     CHECK(done.copies_2d > 0 && done.copies < rows / 8);
@@ -332,7 +332,7 @@ void runs_share_a_slot(const Files &files) {
     el_config config = small_blocks();
     config.block_bytes = config.direct_block_bytes = 256 * kKiB;
     Fixture fixture(config);
-    Place place(30 * kKiB);
+    Destination destination(30 * kKiB);
     Plan plan;
     plan.files.push_back(el_file{files[0].fd, -1, files[0].content.size(), EL_BUFFERED, 0});
     for (uint64_t i = 0; i < 30; i++) {
@@ -340,25 +340,25 @@ void runs_share_a_slot(const Files &files) {
         plan.expected.insert(plan.expected.end(), files[0].content.data() + i * 20 * kKiB,
                              files[0].content.data() + i * 20 * kKiB + kKiB);
     }
-    plan.place_at(place.memory);
+    plan.place_at(destination.memory);
     standin_delay(1000);
     el_transfer *transfer = nullptr;
     CHECK(fixture.submit(plan, &transfer) == EL_OK && el_wait(transfer, -1, -1) == EL_OK);
-    check_all(plan, place);
+    check_all(plan, destination);
     el_release(transfer);
 }
 
 void several_copies_are_in_flight(const Files &files) {
     Fixture fixture(small_blocks(), 64 << 20);
-    Place place(files[0].content.size());
-    const Plan plan = whole_file(files[0], 1, place);
+    Destination destination(files[0].content.size());
+    const Plan plan = whole_file(files[0], 1, destination);
     standin_hold_copies(1);
     el_transfer *transfer = nullptr;
     CHECK(fixture.submit(plan, &transfer) == EL_OK);
     until([] { return standin_in_flight() >= 4; });
     standin_hold_copies(0);
     CHECK(el_wait(transfer, -1, -1) == EL_OK);
-    check_all(plan, place);
+    check_all(plan, destination);
     standin_done_info done{};
     standin_done(&done);
     CHECK(done.bytes == plan.expected.size());
@@ -405,11 +405,11 @@ void what_cannot_be_made_is_told(const Files &) {
 void run_one(Fixture &fixture, const Files &files, uint64_t seed, bool faulty) {
     Random random(seed);
     Plan plan = make_plan(files, random);
-    Place place(plan.expected.size());
-    plan.place_at(place.memory);
+    Destination destination(plan.expected.size());
+    plan.place_at(destination.memory);
     if (below(random, 2) == 0) {  // what the owner does before, late
-        standin_fill(nullptr, place.memory, 'y', plan.expected.size());
-        standin_fill(nullptr, place.memory, 'x', plan.expected.size());
+        standin_fill(nullptr, destination.memory, 'y', plan.expected.size());
+        standin_fill(nullptr, destination.memory, 'x', plan.expected.size());
     }
     el_transfer *transfer = nullptr;
     const int submitted = fixture.submit(plan, &transfer, nullptr, static_cast<uint32_t>(below(random, 2)));
@@ -419,19 +419,19 @@ void run_one(Fixture &fixture, const Files &files, uint64_t seed, bool faulty) {
         return;
     }
     if (below(random, 3) == 0) el_wait(transfer, -1, static_cast<int64_t>(below(random, 3)));
-    check_completed(transfer, plan, place.memory);
+    check_completed(transfer, plan, destination.memory);
     if (below(random, 4) == 0) CHECK(el_cancel(transfer, -1) == EL_OK);
     if (el_wait(transfer, -1, -1) == EL_OK) {
         // Copies wait for the owner's work. Where nothing had to be copied, nothing has waited.
         if (el_bytes_done(transfer) == 0) until_idle();
-        check_all(plan, place);
+        check_all(plan, destination);
     } else {
         const el_failure_info failure = failure_of(transfer);
         CHECK(failure.in_flight == 0);
         const bool injected = failure.error == EIO || failure.error == EINTR;
         CHECK(failure.kind == EL_FAIL_CANCELLED || (failure.kind == EL_FAIL_IO && injected) ||
               (failure.kind == EL_FAIL_DEVICE && faulty));
-        check_completed(transfer, plan, place.memory);
+        check_completed(transfer, plan, destination.memory);
     }
     until_idle();
     el_release(transfer);

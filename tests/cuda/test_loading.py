@@ -26,7 +26,8 @@ from engine_loader.report.load import LoadReport
 from engine_loader.report.progress import byte_progress
 from engine_loader.settings import LoaderSettings, load_settings
 from engine_loader.sources.posix import PosixSource
-from engine_loader.transfer.device_stream import DeviceStream, obstacle_to_devices
+from engine_loader.transfer.device_stream import DeviceStream
+from engine_loader.transfer.native.device_errors import obstacle_to_devices
 from engine_loader.transfer.native.native_readers import NativeReaders
 from engine_loader.transfer.plan import extent, make_extents
 from tests.support.training_checkpoints import save_chunked

@@ -70,7 +70,7 @@ MUTANTS = [
         "a_copy_that_fails_late_is_told",
         "device_ring",
         {
-            "        if (state != 0) fail_with(*flight.transfer, flight.place, state);\n": "",
+            "        if (state != 0) fail_with(*flight.transfer, flight.position, state);\n": "",
             "landed(*flight.slot, state == 0, lock)": "landed(*flight.slot, true, lock)",
         },
     ),
@@ -90,13 +90,13 @@ MUTANTS = [
         "a_close_does_not_wait_for_copies",
         "a_close_waits_for_copies",
         "device_ring",
-        {"while (flying_ > 0 || !engine_.closing": "while (!engine_.closing"},
+        {"while (flying_ > 0 || !readers_.closing": "while (!readers_.closing"},
     ),
     Mutant(
         "nobody_looks_at_the_clock",
         "a_device_that_hangs_is_told",
         "device_ring",
-        {"    fail_late(*flight.transfer, flight.place);\n": ""},
+        {"    fail_late(*flight.transfer, flight.position);\n": ""},
     ),
     Mutant(
         "rows_are_put_where_they_lay_in_the_file",

@@ -26,7 +26,7 @@
         }                                                                             \
     } while (0)
 
-// What the library's objects, which are shared with another driver, call in place of preadv.
+// What the library's objects, which are shared with another driver, call instead of preadv.
 extern "C" ssize_t faulty_preadv(int fd, const struct iovec *vectors, int n, off_t offset) {
     return preadv(fd, vectors, n, offset);
 }
@@ -78,20 +78,20 @@ struct ReaderThreads {
 };
 
 // Device memory, which its owner's stream is still writing to.
-struct Place {
-    explicit Place(uint64_t bytes) : memory(static_cast<char *>(standin_malloc(bytes))) {
+struct Destination {
+    explicit Destination(uint64_t bytes) : memory(static_cast<char *>(standin_malloc(bytes))) {
         standin_fill(nullptr, memory, 'x', bytes);
     }
-    ~Place() { standin_free(memory); }
+    ~Destination() { standin_free(memory); }
     char *memory;
 };
 
 // Whether all arrived.
 bool read_once(const ReaderThreads &on, int fd, const std::vector<char> &content, Random &random) {
     const uint64_t begin = below(random, content.size()), bytes = content.size() - begin;
-    Place place(bytes);
+    Destination destination(bytes);
     const el_file file{fd, -1, content.size(), EL_USRBIO, EL_FILE_USRBIO(on.usrbio)};
-    const auto address = reinterpret_cast<uint64_t>(place.memory);
+    const auto address = reinterpret_cast<uint64_t>(destination.memory);
     const uint64_t half = bytes / 2;
     const el_extent extents[] = {{0, 1, begin, half, 0, address, 0}, {0, 1, begin + half, bytes - half, 0, address + half, 0}};
     el_transfer *transfer = nullptr;
@@ -108,7 +108,7 @@ bool read_once(const ReaderThreads &on, int fd, const std::vector<char> &content
     }
     int result;
     while ((result = el_wait(transfer, -1, 50)) == EL_TIMEOUT) continue;
-    if (result == EL_OK) CHECK(std::memcmp(place.memory, content.data() + begin, bytes) == 0);
+    if (result == EL_OK) CHECK(std::memcmp(destination.memory, content.data() + begin, bytes) == 0);
     CHECK(el_cancel(transfer, -1) == EL_OK);
     el_release(transfer);
     while (standin_idle(nullptr) == 0) usleep(100);  // the owner's own work, which is not ours to wait for

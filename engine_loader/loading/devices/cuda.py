@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from ...settings import LoaderSettings
-from ...transfer.device_stream import obstacle_to_devices
+from ...transfer.native.device_errors import obstacle_to_devices
 from .trial import obstacle_on
 
 logger = logging.getLogger(__name__)

@@ -9,14 +9,13 @@ from pathlib import Path
 
 from ...errors import TransferError
 
-_ABI_VERSION = 3
+_ABI_VERSION = 4
 OK, TIMEOUT, FAILED = 0, 1, 2
 E_CLOSED, E_FORKED, E_ARGUMENT, E_MEMORY, E_THREAD, E_DEVICE = -1, -2, -3, -4, -5, -6
-FAIL_IO, FAIL_EOF, FAIL_DEADLINE, FAIL_CANCELLED, FAIL_MEMORY, FAIL_UNSUPPORTED, FAIL_USRBIO, FAIL_DEVICE = range(1, 9)
+FAIL_IO, FAIL_EOF, FAIL_DEADLINE, FAIL_CANCELLED, FAIL_USRBIO, FAIL_DEVICE = range(1, 7)
 USRBIO_LIBRARY, USRBIO_MEMORY, USRBIO_BUFFER, USRBIO_RING = range(1, 5)
 DEVICE_LIBRARY, DEVICE_SELECT, DEVICE_MEMORY, DEVICE_STREAM, DEVICE_THREAD = range(1, 6)
 MODES = {"buffered": 0, "direct": 1, "mixed": 2, "usrbio": 3}
-POPULATE_READ, POPULATE_WRITE, MAKE_PRIVATE = range(3)
 FILE_WIDE = 1
 ORDERED = 1
 HUGE_PAGES = 1
@@ -105,10 +104,8 @@ COUNTERS = (
     "direct_bytes",
     "direct_straight_bytes",
     "direct_refused",
-    "populated_bytes",
     "read_ns",
     "scatter_ns",
-    "populate_ns",
     "backoff_ns",
     "idle_ns",
     "wait_ns",
@@ -175,7 +172,6 @@ def _declare(library: ctypes.CDLL) -> None:
         ("el_readers_destroy", None, (handle,)),
         ("el_stats", code, (handle, ctypes.POINTER(Stats))),
         ("el_submit", code, (handle, files, u32, ctypes.c_void_p, u64, u32, out)),
-        ("el_populate", code, (handle, u64, u64, u32, out)),
         ("el_submit_to_device", code, (handle, files, u32, ctypes.c_void_p, u64, u32, u32, u64, out)),
         ("el_device_runtime", code, (ctypes.c_char_p, ctypes.POINTER(DeviceFailure))),
         ("el_device_add", code, (handle, ctypes.POINTER(DeviceConfig), ctypes.POINTER(DeviceFailure))),

@@ -15,7 +15,7 @@ from ...errors import TransferCancelled, TransferError
 from ...failures import deadline_passed, end_of_file, io_error
 from ...sources.source import SourceFile
 from ...sources.threefs.source import UsrbioFile
-from ..device_stream import copy_error, copy_overdue
+from .device_errors import copy_error, copy_overdue
 from .library import (
     E_CLOSED,
     E_FORKED,
@@ -25,8 +25,6 @@ from .library import (
     FAIL_DEADLINE,
     FAIL_DEVICE,
     FAIL_EOF,
-    FAIL_MEMORY,
-    FAIL_UNSUPPORTED,
     FAILED,
     OK,
     TIMEOUT,
@@ -44,8 +42,8 @@ stuck: set[NativeTransfer] = set()
 """Transfers given up with a read that never came back from the kernel. They own memory that it may still write to."""
 
 
-class ReaderThreads(Protocol):
-    """What a transfer needs of its reader threads."""
+class Owner(Protocol):
+    """What a transfer needs of the NativeReaders that made it."""
 
     deadline_s: float
 
@@ -71,7 +69,7 @@ class NativeTransfer:
 
     def __init__(
         self,
-        readers: ReaderThreads,
+        readers: Owner,
         handle: ctypes.c_void_p,
         nbytes: int,
         files: Sequence[SourceFile],
@@ -178,8 +176,6 @@ class NativeTransfer:
             return deadline_passed(path, info.offset, deadline_of(file, self._readers.deadline_s))
         if info.kind == FAIL_CANCELLED:
             return TransferCancelled("the transfer was cancelled")
-        if info.kind in (FAIL_MEMORY, FAIL_UNSUPPORTED):
-            return _populate_error(path, info)
         if isinstance(file, UsrbioFile):
             return usrbio_error(file, info)
         return io_error(path, info.offset, info.error, tries=info.tries)
@@ -188,19 +184,6 @@ class NativeTransfer:
 def _milliseconds(seconds: float) -> int:
     # Rounded up: a wait of 0.4 ms must not become a busy loop of waits of 0.
     return max(0, int(seconds * 1e3 + 0.999))
-
-
-def _populate_error(path: str, info: Failure) -> TransferError:
-    if info.kind == FAIL_UNSUPPORTED:
-        return TransferError("this kernel cannot make mapped pages present (MADV_POPULATE)", hint="Linux 5.14 can")
-    error = TransferError(
-        f"could not make mapped pages present: {os.strerror(info.error)}",
-        file=path,
-        offset=info.offset,
-        hint="was the file cut short or replaced, or does its storage fail? read it without mapping",
-    )
-    error.errno = info.error
-    return error
 
 
 def call_error(result: int) -> TransferError:

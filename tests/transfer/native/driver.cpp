@@ -65,20 +65,6 @@ void run_one(el_readers *readers, const std::vector<TestFile> &files, uint64_t s
     el_release(transfer);
 }
 
-void populate(el_readers *readers, const std::vector<TestFile> &files) {
-    const std::string &content = files.front().content;
-    void *mapped = mmap(nullptr, content.size(), PROT_READ | PROT_WRITE, MAP_PRIVATE, files.front().fd, 0);
-    CHECK(mapped != MAP_FAILED);
-    for (const uint32_t how : {EL_POPULATE_READ, EL_POPULATE_WRITE, EL_MAKE_PRIVATE}) {
-        el_transfer *transfer = nullptr;
-        CHECK(el_populate(readers, reinterpret_cast<uint64_t>(mapped), content.size(), how, &transfer) == EL_OK);
-        CHECK(el_wait(transfer, -1, -1) == EL_OK);
-        CHECK(std::memcmp(mapped, content.data(), content.size()) == 0);
-        el_release(transfer);
-    }
-    CHECK(munmap(mapped, content.size()) == 0);
-}
-
 // Several threads share reader threads; sometimes they are closed meanwhile.
 void round(const std::vector<TestFile> &files, Random &random) {
     set_faults(random);
@@ -86,7 +72,6 @@ void round(const std::vector<TestFile> &files, Random &random) {
     int error = 0;
     el_readers *readers = el_readers_create(&config, &error);
     CHECK(readers != nullptr && error == EL_OK);
-    if (below(random, 8) == 0) populate(readers, files);
     std::vector<std::thread> users;
     for (uint64_t i = 1 + below(random, 3); i > 0; i--) {
         users.emplace_back([&files, readers, seed = random()] { run_one(readers, files, seed); });
@@ -105,7 +90,7 @@ void check_null_handles() {
     el_transfer *transfer = nullptr;
     CHECK(el_readers_close(nullptr, 0) == EL_OK && el_stats(nullptr, &stats) == EL_E_CLOSED);
     CHECK(el_submit(nullptr, nullptr, 0, nullptr, 0, 0, &transfer) == EL_E_CLOSED);
-    CHECK(el_populate(nullptr, 0, 0, 0, &transfer) == EL_E_CLOSED && el_wait(nullptr, -1, 0) == EL_E_CLOSED);
+    CHECK(el_wait(nullptr, -1, 0) == EL_E_CLOSED);
     CHECK(el_cancel(nullptr, 0) == EL_E_CLOSED && el_failure(nullptr, &failure) == EL_E_CLOSED);
     CHECK(el_bytes_done(nullptr) == 0 && el_completed(nullptr, 0, nullptr, 0) == 0 && el_event_fd(nullptr) < 0);
     CHECK(el_readers_create(nullptr, nullptr) == nullptr);

@@ -22,7 +22,6 @@ from engine_loader.sources.memory import MemorySource
 from engine_loader.sources.posix import PosixFile
 from engine_loader.transfer.modes import ReadMode
 from engine_loader.transfer.native import library as native_library
-from engine_loader.transfer.native.library import MAKE_PRIVATE, POPULATE_READ, POPULATE_WRITE
 from engine_loader.transfer.native.native_readers import NativeReaders, NativeTransfer
 from engine_loader.transfer.plan import Extents, extent, make_extents
 from tests.support.mappings import need_huge_pages, vm_flags
@@ -378,60 +377,6 @@ def test_large_destinations_get_huge_pages(make_file: MakeFile) -> None:
         assert "hg" in vm_flags(address(to) + (8 << 20))
         assert to.tobytes() == content(file)
         del to
-
-
-def test_pages_of_a_mapping_are_made_present(readers: NativeReaders, make_file: MakeFile) -> None:
-    file = make_file((8 << 20) + 5)
-    data = content(file)
-    area = _map(file)
-    view = np.frombuffer(area, np.uint8)
-    assert readers.populate(address(view), file.size, False, file=file).wait()
-    assert view.tobytes() == data
-    assert readers.populate(address(view), file.size, True, file=file).wait()
-    # What is written to the file later does not show.
-    with open(file.path, "r+b") as writer:
-        writer.write(b"x" * file.size)
-    assert view.tobytes() == data
-
-
-@pytest.mark.parametrize("begin", [0, 5000])
-def test_pages_of_a_mapping_are_made_private(readers: NativeReaders, make_file: MakeFile, begin: int) -> None:
-    file = make_file((9 << 20) + 5)
-    expected = bytearray(content(file))
-    area = _map(file)
-    view = np.frombuffer(area, np.uint8)
-    view[7000:7010] = 1
-    expected[7000:7010] = bytes([1]) * 10
-    assert readers.make_private(address(view) + begin, file.size - begin, file=file).wait()
-    os.truncate(file.path, 0)
-    with open(file.path, "wb") as writer:
-        writer.write(b"x" * 100_000)
-    assert view[begin:].tobytes() == bytes(expected[begin:])
-    view[begin] = 7
-    assert view[begin] == 7
-
-
-@pytest.mark.parametrize("how", [POPULATE_READ, POPULATE_WRITE, MAKE_PRIVATE])
-def test_pages_that_cannot_be_had_are_an_error_not_a_signal(
-    readers: NativeReaders, make_file: MakeFile, how: int
-) -> None:
-    file = make_file(8 << 20)
-    area = _map(file)
-    view = np.frombuffer(area, np.uint8)
-    os.truncate(file.path, 1 << 20)
-    if how == MAKE_PRIVATE:
-        transfer = readers.make_private(address(view), file.size, file=file)
-    else:
-        transfer = readers.populate(address(view), file.size, how == POPULATE_WRITE, file=file)
-    with pytest.raises(TransferError, match="mapped pages present") as caught:
-        transfer.wait()
-    assert caught.value.file == file.path
-
-
-def _map(file: PosixFile) -> mmap.mmap:
-    fd = file.fileno()
-    assert fd is not None
-    return mmap.mmap(fd, file.size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 def test_a_missing_library_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

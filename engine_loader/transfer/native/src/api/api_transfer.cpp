@@ -151,23 +151,6 @@ int el_submit_to_device(el_readers *submitting, const el_file *files, uint32_t n
     return submit(*readers, files, n_files, extents, n_extents, flags, owner, out);
 }
 
-int el_populate(el_readers *submitting, uint64_t address, uint64_t nbytes, uint32_t how, el_transfer **out) {
-    ReaderThreads *readers = unwrap(submitting);
-    const int state = usable(readers);
-    if (state != EL_OK) return state;
-    if (out == nullptr || how > EL_MAKE_PRIVATE) return EL_E_ARGUMENT;
-    try {
-        auto transfer = std::make_unique<Transfer>(*readers);
-        constexpr Work kinds[] = {Work::populate_read, Work::populate_write, Work::make_private};
-        transfer->work = kinds[how];
-        transfer->address = address;
-        plan_populate(*transfer, nbytes);
-        return start(*readers, std::move(transfer), out);
-    } catch (const std::bad_alloc &) {
-        return EL_E_MEMORY;
-    }
-}
-
 int el_wait(el_transfer *waiting, int64_t extent, int64_t timeout_ms) {
     Transfer *transfer = unwrap(waiting);
     const int state = usable(transfer);

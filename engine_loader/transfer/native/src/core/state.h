@@ -20,7 +20,7 @@ struct UsrbioConfig;
 class DeviceRing;
 
 // Where in the files something went wrong.
-struct Place {
+struct Position {
     uint32_t file;
     uint32_t extent;
     uint64_t offset;
@@ -39,9 +39,9 @@ struct Piece {
     uint64_t bytes() const { return uint64_t{rows} * row_bytes; }
 };
 
-// What a thread takes at a time: pieces near each other in one file (or a range of memory to populate).
+// What a thread takes at a time: pieces near each other in one file.
 struct Block {
-    uint64_t offset;  // of the first piece; of the range within the populated memory
+    uint64_t offset;  // of the first piece
     uint64_t bytes;   // wanted ones
     uint32_t first_piece;
     uint32_t pieces;
@@ -76,7 +76,6 @@ struct Lane {
     uint32_t head() const { return blocks[next]; }
 };
 
-enum class Work { read, populate_read, populate_write, make_private };
 enum class Phase { active, done, failed };
 
 struct ReaderThreads;
@@ -98,12 +97,10 @@ struct Transfer {
     Transfer &operator=(const Transfer &) = delete;
 
     ReaderThreads &readers;
-    Work work = Work::read;
     std::unique_ptr<File[]> files;
     uint32_t n_files = 0;
     std::vector<Piece> pieces;
     std::vector<Block> blocks;
-    uint64_t address = 0;  // of the memory to populate
     uint64_t n_extents = 0;
     DeviceRing *device = nullptr;  // on which the destinations are
     OwnedEvent ready;              // of the destinations' owner; copies come after it
@@ -136,7 +133,7 @@ struct Segment {
 };
 
 // One reader thread and its memory. Its transfer is guarded by the mutex of the ReaderThreads; io_* may be looked at by
-// anyone, and say which system call it is in (io_since 0: none), so that a waiter can tell a stuck read.
+// anyone, and say which system call it is in (io_since 0: none), so that a waiter can recognise a stuck read.
 struct Worker {
     Worker(ReaderThreads &owner, uint32_t number) : readers(owner), index(number) {
         segments.reserve(kMaxSegments);

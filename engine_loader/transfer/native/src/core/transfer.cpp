@@ -88,8 +88,7 @@ int64_t check_starved(Transfer &transfer, int64_t now, int64_t limit) {
     if (now < since + limit) return since + limit;
     const Lane &lane = transfer.narrow.empty() ? transfer.wide : transfer.narrow;
     const Block &block = transfer.blocks[lane.head()];
-    const uint32_t extent = transfer.work == Work::read ? transfer.pieces[block.first_piece].extent : 0;
-    fail_by_deadline(transfer, block.file, extent, block.offset);
+    fail_by_deadline(transfer, block.file, transfer.pieces[block.first_piece].extent, block.offset);
     return now;
 }
 
@@ -146,11 +145,9 @@ void cancel(Transfer &transfer) {
 
 bool finish_block(Transfer &transfer, const Block &block, bool complete) {
     const size_t completed = transfer.completed.size();
-    if (complete && transfer.work == Work::read) {
+    if (complete) {
         const Piece *pieces = transfer.pieces.data() + block.first_piece;
         for (uint32_t i = 0; i < block.pieces; i++) count_bytes(transfer, pieces[i].extent, pieces[i].bytes());
-    } else if (complete) {
-        count_bytes(transfer, 0, block.bytes);
     }
     transfer.in_flight--;
     if (transfer.phase == Phase::active && transfer.completed.size() == transfer.n_extents) transfer.phase = Phase::done;
@@ -179,9 +176,9 @@ void wait_until(Transfer &transfer, int64_t extent, int64_t when_ns, Lock &lock)
     Waiter waiter{extent, transfer.waiters, {}};
     transfer.waiters = &waiter;
     waiter.condition.wait_until(lock, when_ns);
-    Waiter **place = &transfer.waiters;
-    while (*place != &waiter) place = &(*place)->next;
-    *place = waiter.next;
+    Waiter **link = &transfer.waiters;
+    while (*link != &waiter) link = &(*link)->next;
+    *link = waiter.next;
 }
 
 bool dereference(Transfer &transfer) { return --transfer.references == 0; }

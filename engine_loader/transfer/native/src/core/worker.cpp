@@ -52,9 +52,8 @@ void work_on(Worker &worker, const Task &task, Lock &lock) {
         lock.lock();
         return;
     }
-    const bool reading = task.transfer->work == Work::read;
-    const Outcome outcome = reading ? read_block(reader, task.block) : populate_block(reader, task.block);
-    if (outcome == Outcome::done) (reading ? worker.counters.bytes : worker.counters.populated_bytes).add(task.block.bytes);
+    const Outcome outcome = read_block(reader, task.block);
+    if (outcome == Outcome::done) worker.counters.bytes.add(task.block.bytes);
     lock.lock();
     worker.transfer = nullptr;
     if (!finish_block(*task.transfer, task.block, outcome == Outcome::done)) return;

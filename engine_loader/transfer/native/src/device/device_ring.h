@@ -29,7 +29,7 @@ struct PinnedSlot {
     OwnedEvent event;
 };
 
-// Whoever waits for copies to land. It is told once for every flight, by the ring's thread, with the mutex held;
+// Waits for copies to land. The ring's thread calls it once for every flight, with the mutex held;
 // `lock` may be let go of at the end.
 class Lander {
   public:
@@ -44,7 +44,7 @@ struct Flight {
     Transfer *transfer;
     Lander *lander;
     PinnedSlot *slot;
-    Place place;  // of the first byte, for messages
+    Position position;  // of the first byte, for messages
     uint32_t stream;
     int64_t since;
 };
@@ -92,7 +92,7 @@ class DeviceRing {
     void launch(Flight flight);
 
     // Fail the transfer with an error of the runtime.
-    void fail_copy(Transfer &transfer, Place place, int error);
+    void fail_copy(Transfer &transfer, Position position, int error);
 
   private:
     static void *thread_main(void *ring);
@@ -106,7 +106,7 @@ class DeviceRing {
     void prefer_near_node(char *memory, uint64_t bytes) const;
     bool explain(el_device_failure &failure, uint32_t step, int error) const;
 
-    ReaderThreads &engine_;
+    ReaderThreads &readers_;
     const DeviceConfig config_;
     const DeviceRuntime *runtime_ = nullptr;
     const uint64_t slot_bytes_;

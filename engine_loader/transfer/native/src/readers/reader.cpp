@@ -1,4 +1,4 @@
-// Picks the way to read: per file as asked, per run where only the page cache can tell.
+// Picks the way to read: per file as asked, per run where the page cache decides.
 #include "readers/readers.h"
 
 #include <algorithm>

@@ -31,7 +31,7 @@ struct Work {
     bool failed = false;
 };
 
-// A place in the ring's buffer, and the run that is read into it.
+// A part of the ring's buffer, and the run that is read into it.
 struct Slot final : Lander {
     // orphaned: in flight, but nobody wants it any more; copying: has come, and is on its way to a device
     enum State { free, waiting, flying, orphaned, copying };
@@ -55,7 +55,7 @@ struct Slot final : Lander {
 
 class RingReader {
   public:
-    explicit RingReader(Worker &worker) : worker_(worker), engine_(worker.readers) {}
+    explicit RingReader(Worker &worker) : worker_(worker), readers_(worker.readers) {}
 
     // One round: drop what was cancelled, start what has room, take what came back. False after el_readers_close.
     bool step() {
@@ -96,11 +96,11 @@ class RingReader {
     }
 
     bool wait_for_work() {
-        Lock lock(engine_.mutex);
+        Lock lock(readers_.mutex);
         const int64_t begin = now_ns();
-        while (!engine_.closing && first_with_blocks(engine_) == nullptr) engine_.ring_work.wait(lock);
+        while (!readers_.closing && first_with_blocks(readers_) == nullptr) readers_.ring_work.wait(lock);
         worker_.counters.idle_ns.add(static_cast<uint64_t>(now_ns() - begin));
-        return !engine_.closing;
+        return !readers_.closing;
     }
 
     void fill() {
@@ -119,10 +119,10 @@ class RingReader {
     bool take_block() {
         const UsrbioConfig *config = nullptr;
         {
-            Lock lock(engine_.mutex);
-            if (engine_.closing && !closing_) give_up_at_ = now_ns() + kClosingGrace;
-            closing_ = engine_.closing;
-            Transfer *transfer = closing_ ? nullptr : first_with_blocks(engine_);
+            Lock lock(readers_.mutex);
+            if (readers_.closing && !closing_) give_up_at_ = now_ns() + kClosingGrace;
+            closing_ = readers_.closing;
+            Transfer *transfer = closing_ ? nullptr : first_with_blocks(readers_);
             if (transfer == nullptr) return false;
             const Block &block = transfer->blocks[transfer->rings.blocks[transfer->rings.next]];
             config = transfer->files[block.file].usrbio;
@@ -132,11 +132,11 @@ class RingReader {
             transfer->rings.next++;
             transfer->in_flight++;
             if (transfer->narrow.empty() && transfer->wide.empty() && transfer->rings.empty()) {
-                engine_.queue.erase(std::find(engine_.queue.begin(), engine_.queue.end(), transfer));
+                readers_.queue.erase(std::find(readers_.queue.begin(), readers_.queue.end(), transfer));
             }
         }
         if (config != config_) change_mount(*config);
-        const RunLimits limits{std::min(read_bytes_, config->slot_bytes()), engine_.config.wide_gap_bytes};
+        const RunLimits limits{std::min(read_bytes_, config->slot_bytes()), readers_.config.wide_gap_bytes};
         cutter_.emplace(*current_->transfer, current_->block, limits, cut_segments_);
         return true;
     }
@@ -201,8 +201,8 @@ class RingReader {
         const int64_t begin = now_ns();
         const int64_t timeout = slice(begin);
         if (flying == 0) {
-            Lock lock(engine_.mutex);
-            engine_.stopped.wait_until(lock, begin + timeout);
+            Lock lock(readers_.mutex);
+            readers_.stopped.wait_until(lock, begin + timeout);
             return;
         }
         Hf3fsCqe cqes[kReaped];
@@ -275,7 +275,7 @@ class RingReader {
         }
     }
 
-    // An empty result before the end of the file is a hole or a failure of 3FS; the kernel's way tells which.
+    // An empty result before the end of the file is a hole or a failure of 3FS; reading by the kernel shows which.
     void read_by_posix(Slot &slot) {
         Transfer &transfer = *slot.work->transfer;
         const uint64_t left = slot.run.span - slot.done;
@@ -289,7 +289,7 @@ class RingReader {
 
     // Lets waiters see that this thread is in a system call for the transfer.
     void note_transfer(Transfer *transfer) {
-        Lock lock(engine_.mutex);
+        Lock lock(readers_.mutex);
         worker_.transfer = transfer;
     }
 
@@ -311,12 +311,12 @@ class RingReader {
     void copy_to_device(Slot &slot) {
         Transfer &transfer = *slot.work->transfer;
         DeviceRing &ring = *transfer.device;
-        const Place place{slot.run.file, slot.run.extent, slot.run.offset};
+        const Position position{slot.run.file, slot.run.extent, slot.run.offset};
         const int entered = ring.enter();
         const int error = entered != 0 ? entered : prepare_event(slot, ring);
         slot.state = Slot::copying;
         if (error != 0) {
-            ring.fail_copy(transfer, place, error);
+            ring.fail_copy(transfer, position, error);
             slot.copied.store(-1, std::memory_order_relaxed);
             return;
         }
@@ -324,8 +324,8 @@ class RingReader {
         const uint32_t stream = worker_.index % ring.streams();
         int refused = ring.begin(stream, transfer);
         if (refused == 0) refused = ring.copy(stream, slot.run, channel_.memory(number(slot)));
-        if (refused != 0) ring.fail_copy(transfer, place, refused);
-        ring.launch(Flight{&transfer, &slot, &slot.pinned, place, stream, 0});
+        if (refused != 0) ring.fail_copy(transfer, position, refused);
+        ring.launch(Flight{&transfer, &slot, &slot.pinned, position, stream, 0});
     }
 
     static int prepare_event(Slot &slot, DeviceRing &ring) {
@@ -350,7 +350,7 @@ class RingReader {
     // --- failing -----------------------------------------------------------------------------------------------------
 
     void retry(Slot &slot, int error) {
-        const el_config &config = engine_.config;
+        const el_config &config = readers_.config;
         slot.tries++;
         if (!may_pass(error) || slot.tries >= config.max_tries) {
             fail_slot(slot, EL_FAIL_IO, error, slot.tries);
@@ -364,7 +364,7 @@ class RingReader {
 
     void fail_slot(Slot &slot, uint32_t kind, int error, uint32_t tries) {
         const uint64_t offset = slot.run.offset + slot.done;
-        Lock lock(engine_.mutex);
+        Lock lock(readers_.mutex);
         fail(*slot.work->transfer, el_failure_info{kind, error, slot.run.file, slot.run.extent, offset, tries, 0});
     }
 
@@ -398,8 +398,8 @@ class RingReader {
         Transfer *transfer = work->transfer;
         const bool on_device = transfer->device != nullptr;
         if (!work->failed && !on_device) worker_.counters.bytes.add(work->block.bytes);
-        Lock lock(engine_.mutex);
-        if (!work->failed && on_device) engine_.device_bytes += work->block.bytes;
+        Lock lock(readers_.mutex);
+        if (!work->failed && on_device) readers_.device_bytes += work->block.bytes;
         const bool last = finish_block(*transfer, work->block, !work->failed);
         lock.unlock();
         if (last) delete transfer;
@@ -425,8 +425,8 @@ class RingReader {
     void retire_channel() {
         while (count(Slot::copying) > 0) {
             take_landed();
-            Lock lock(engine_.mutex);
-            engine_.stopped.wait_until(lock, now_ns() + kMillisecond / 10);
+            Lock lock(readers_.mutex);
+            readers_.stopped.wait_until(lock, now_ns() + kMillisecond / 10);
         }
         channel_.close();
         for (Slot &slot : slots_) {
@@ -439,7 +439,7 @@ class RingReader {
     static constexpr int kReaped = 64;
 
     Worker &worker_;
-    ReaderThreads &engine_;
+    ReaderThreads &readers_;
     const UsrbioConfig *config_ = nullptr;
     Channel channel_;
     std::vector<Slot> slots_;
