@@ -113,7 +113,8 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (
         "native.native_readers.CANCEL_GRACE_S",
         "native.transfer.CANCEL_GRACE_S",
-        "python.python_readers._CANCEL_GRACE_S",
+        "python.python_readers.CANCEL_GRACE_S",
+        "python.python_transfer.CANCEL_GRACE_S",
     ):
         monkeypatch.setattr(f"engine_loader.transfer.{name}", 600.0)
 

@@ -251,7 +251,8 @@ class SlowTime:
 @pytest.fixture
 def slow_time(monkeypatch):
     clock = SlowTime()
-    monkeypatch.setattr("engine_loader.transfer.python.python_readers.time", clock)
+    for module in ("python_readers", "python_transfer"):
+        monkeypatch.setattr(f"engine_loader.transfer.python.{module}.time", clock)
     return clock
 
 

@@ -24,7 +24,7 @@ from ...errors import CheckpointError, TransferError
 from ...formats.safetensors import TensorInfo
 from ...report.load import LoadReport
 from ...report.progress import Progress
-from ...transfer.plan import ExtentRow
+from ...transfer.plan import ExtentRow, extent
 from ...transfer.protocol import Transfer
 from ..geometry import view_extents
 from ..targets import overlaps_itself
@@ -347,7 +347,7 @@ class DirectLoad:
             part = self._parts[info.file]
             part.report.loaded(nbytes)
         if nbytes:
-            row = (part.reader.file_number(info), 1, info.offset + begin, nbytes, 0, _address_of(target), 0)
+            row = extent(part.reader.file_number(info), info.offset + begin, nbytes, _address_of(target))
             self._named(part, lambda: part.reader.read([row], target))
         return target
 
@@ -358,7 +358,7 @@ class DirectLoad:
         offset = origin.info.offset + int(view.storage_offset()) * itemsize
         if view.is_contiguous() and target.is_contiguous():
             nbytes = view.numel() * itemsize
-            return [(number, 1, offset, nbytes, 0, _address_of(target), 0)] if nbytes else []
+            return [extent(number, offset, nbytes, _address_of(target))] if nbytes else []
         sizes = tuple(target.shape)
         if any(stride == 0 and size > 1 for size, stride in zip(sizes, view.stride(), strict=True)):
             return None
@@ -376,7 +376,7 @@ class DirectLoad:
             dst_strides=target.stride(),
             address=_address_of(target),
         )
-        if extents and extents[0][1] > 1 and extents[0][3] < _MIN_RUN_BYTES:
+        if extents and extents[0].rows > 1 and extents[0].row_bytes < _MIN_RUN_BYTES:
             return None
         return extents
 
@@ -391,9 +391,9 @@ class DirectLoad:
             self._batch.part, self._batch.device = part, device
         batch = self._batch
         nbytes = 0
-        for extent in extents:
-            _note(storage, extent)
-            nbytes += extent[1] * extent[3]
+        for row in extents:
+            _note(storage, row)
+            nbytes += row.rows * row.row_bytes
         batch.extents += extents
         batch.owners.append(memory)  # not the tensor, which may be given other memory
         batch.nbytes += nbytes
@@ -533,8 +533,8 @@ def _takes_bytes(target: torch.Tensor) -> bool:
     return target.is_contiguous() or not overlaps_itself(target)
 
 
-def _note(storage: _Storage, extent: ExtentRow) -> None:
-    _, rows, _, row_bytes, _, address, dst_stride = extent
+def _note(storage: _Storage, row: ExtentRow) -> None:
+    _, rows, _, row_bytes, _, address, dst_stride = row
     end = address + (rows - 1) * dst_stride + row_bytes
     at = bisect.bisect(storage.begins, address)
     storage.begins.insert(at, address)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from ...formats.safetensors import TensorInfo
-from ...transfer.plan import ExtentRow
+from ...transfer.plan import ExtentRow, extent
 from ...transfer.protocol import Transfer
 
 # Two windows are in memory at once, beside what the engine still holds of them.
@@ -86,5 +86,5 @@ class SmallTensors:
                 target = self._coming[id(info)] = torch.empty(shape, dtype=dtype, device="cpu")
                 if info.nbytes:
                     address = torch._C.TensorBase.data_ptr(target)
-                    extents.append((self._file_number(info), 1, info.offset, info.nbytes, 0, address, 0))
+                    extents.append(extent(self._file_number(info), info.offset, info.nbytes, address))
         self._transfer = self._submit(window, extents, self._coming)

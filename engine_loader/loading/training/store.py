@@ -74,7 +74,7 @@ class _Pieces:
             box = self._box(first, begin, begin + (rows - 1) * stride + nbytes)
             if box is not None:
                 place = box.offset + (first - box.first_row) * (box.end - box.begin) + begin - box.begin
-                yield (box.file, rows, place, nbytes, stride, address, dst_stride)
+                yield ExtentRow(box.file, rows, place, nbytes, stride, address, dst_stride)
                 return
             for number in range(rows):
                 at = divmod(offset + number * stride, self.pitch)
@@ -106,9 +106,9 @@ class _Pieces:
             src = box.offset + (first + low * step - box.first_row) * pitch + left - box.begin
             dst = address + low * dst_stride + left - begin
             if rows == 1 or (step == 1 and width == pitch == dst_stride):
-                yield (box.file, 1, src, rows * width, 0, dst, 0)
+                yield ExtentRow(box.file, 1, src, rows * width, 0, dst, 0)
             else:
-                yield (box.file, rows, src, width, step * pitch, dst, dst_stride)
+                yield ExtentRow(box.file, rows, src, width, step * pitch, dst, dst_stride)
 
     def _box(self, row: int, begin: int, end: int) -> _Box | None:
         return next((box for box in self.boxes if box.holds(row, begin, end)), None)
