@@ -175,7 +175,7 @@ void check_late_failure(const TestFile &file, uint64_t parts, uint32_t nth) {
     el_release(transfer);
 }
 
-void a_copy_that_fails_late_is_told(const Files &files) {
+void a_copy_that_fails_late_is_reported(const Files &files) {
     check_late_failure(files[0], 4, 9);
     check_late_failure(files[1], 1, 1);  // no later call reports it
 }
@@ -194,7 +194,7 @@ void submit_and_wait(Fixture &fixture, const TestFile &file, int expected) {
     el_release(transfer);
 }
 
-void a_copy_that_cannot_begin_is_told(const Files &files) {
+void a_copy_that_cannot_begin_is_reported(const Files &files) {
     for (const char *call : {"MemcpyAsync", "EventRecord", "StreamWaitEvent", "SetDevice"}) {
         Fixture fixture(small_blocks(), 1, 1);
         submit_and_wait(fixture, files[0], EL_OK);
@@ -207,7 +207,7 @@ void a_copy_that_cannot_begin_is_told(const Files &files) {
     }
 }
 
-void an_owner_whose_stream_is_refused_is_told(const Files &files) {
+void an_owner_whose_stream_is_refused_is_reported(const Files &files) {
     Fixture fixture(small_blocks());
     Destination destination(files[0].content.size());
     const Plan plan = whole_file(files[0], 1, destination);
@@ -300,7 +300,7 @@ void check_hanging(const Files &files, uint64_t pinned_bytes) {
     el_release(transfer);
 }
 
-void a_device_that_hangs_is_told(const Files &files) {
+void a_device_that_hangs_is_reported(const Files &files) {
     check_hanging(files, 64 << 20);
     check_hanging(files, 1);
 }
@@ -368,7 +368,7 @@ void several_copies_are_in_flight(const Files &files) {
     el_release(transfer);
 }
 
-void what_cannot_be_made_is_told(const Files &) {
+void what_cannot_be_made_is_reported(const Files &) {
     const std::map<std::string, uint32_t> steps = {{"SetDevice", EL_DEVICE_SELECT},
                                                    {"StreamCreateWithFlags", EL_DEVICE_STREAM},
                                                    {"EventCreateWithFlags", EL_DEVICE_STREAM}};
@@ -474,18 +474,18 @@ const std::map<std::string, void (*)(const Files &)> scenarios = {
     SCENARIO(slots_are_used_again_when_their_copies_have_landed),
     SCENARIO(copies_come_after_the_owners_work),
     SCENARIO(an_extent_is_complete_when_its_copies_have_landed),
-    SCENARIO(a_copy_that_fails_late_is_told),
-    SCENARIO(a_copy_that_cannot_begin_is_told),
-    SCENARIO(an_owner_whose_stream_is_refused_is_told),
+    SCENARIO(a_copy_that_fails_late_is_reported),
+    SCENARIO(a_copy_that_cannot_begin_is_reported),
+    SCENARIO(an_owner_whose_stream_is_refused_is_reported),
     SCENARIO(a_cancel_waits_for_copies),
     SCENARIO(a_release_waits_for_copies_behind_the_back),
     SCENARIO(a_close_waits_for_copies),
     SCENARIO(a_destroyed_engine_waits_for_copies_behind_the_back),
-    SCENARIO(a_device_that_hangs_is_told),
+    SCENARIO(a_device_that_hangs_is_reported),
     SCENARIO(strided_destinations_are_filled_by_copies_in_two_dimensions),
     SCENARIO(runs_share_a_slot),
     SCENARIO(several_copies_are_in_flight),
-    SCENARIO(what_cannot_be_made_is_told),
+    SCENARIO(what_cannot_be_made_is_reported),
 #undef SCENARIO
 };
 

@@ -280,7 +280,7 @@ def test_without_a_runtime_there_is_an_obstacle_that_says_so(path: Path) -> None
     assert cpu.number_of(torch.zeros(3)) is None and cpu.number(torch.device("cpu")) is None
 
 
-def test_a_device_that_does_not_exist_is_told(path: Path, standin: StandIn, readers: NativeReaders) -> None:
+def test_a_device_that_does_not_exist_is_reported(path: Path, standin: StandIn, readers: NativeReaders) -> None:
     file = PosixSource().open(str(path))
     with pytest.raises(TransferError, match=r"device 7 cannot be selected: invalid device ordinal \(101\)"):
         readers.submit_to_device([file], make_extents([]), DeviceStream(7))

@@ -67,7 +67,7 @@ MUTANTS = [
     ),
     Mutant(
         "a_copy_that_failed_counts_as_landed",
-        "a_copy_that_fails_late_is_told",
+        "a_copy_that_fails_late_is_reported",
         "device_ring",
         {
             "        if (state != 0) fail_with(*flight.transfer, flight.position, state);\n": "",
@@ -76,7 +76,7 @@ MUTANTS = [
     ),
     Mutant(
         "a_slot_without_an_event_is_used_again_at_once",
-        "a_copy_that_cannot_begin_is_told",
+        "a_copy_that_cannot_begin_is_reported",
         "device_ring",
         {"    if (error != 0) checked(*runtime_, runtime_->StreamSynchronize(streams_[flight.stream]));\n": ""},
     ),
@@ -94,7 +94,7 @@ MUTANTS = [
     ),
     Mutant(
         "nobody_looks_at_the_clock",
-        "a_device_that_hangs_is_told",
+        "a_device_that_hangs_is_reported",
         "device_ring",
         {"    fail_late(*flight.transfer, flight.position);\n": ""},
     ),

@@ -78,7 +78,7 @@ def test_rows_arrive(path: Path, standin: StandIn, readers: NativeReaders) -> No
     assert not memory[:, 1000:].any(), "bytes between rows are not ours to write"
 
 
-def test_a_copy_that_fails_is_told(path: Path, standin: StandIn, readers: NativeReaders) -> None:
+def test_a_copy_that_fails_is_reported(path: Path, standin: StandIn, readers: NativeReaders) -> None:
     standin.delay(500)
     memory = StandInDevices(standin).empty(len(CONTENT), torch.device("cpu"))
     standin.fail_copy(5)

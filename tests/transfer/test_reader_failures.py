@@ -54,7 +54,7 @@ def test_errors_that_may_pass_are_tried_again(python_readers, code):
     assert readers.statistics().retries == 8
 
 
-def test_an_error_that_stays_is_told_once_with_all_that_is_known(python_readers):
+def test_an_error_that_stays_is_reported_once_with_all_that_is_known(python_readers):
     readers = python_readers(block_bytes=BLOCK_BYTES, retry_delay_s=0.001, max_tries=3)
     file = fake(lambda offset, wanted: wanted)
     file.behave = Failing(errno.EIO, 10**9)
@@ -277,7 +277,7 @@ def test_a_wait_can_end_before_the_transfer_does(python_readers, stuck):
     assert transfer.bytes_done == 0
 
 
-def test_a_failure_is_told_only_when_nothing_will_be_written_any_more(python_readers, stuck):
+def test_a_failure_is_reported_only_when_nothing_will_be_written_any_more(python_readers, stuck):
     """Else a fallback that reads the same tensors would have its bytes overwritten."""
 
     def behave(offset: int, wanted: int) -> int:

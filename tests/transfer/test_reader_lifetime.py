@@ -1,4 +1,4 @@
-"""Reader threads and transfers end when they are told to, and leave nothing behind."""
+"""Reader threads and transfers end when they are asked to, and leave nothing behind."""
 
 import gc
 import os
@@ -73,24 +73,24 @@ def test_a_transfer_that_waits_its_turn_can_be_cancelled(make_readers, file):
 def test_closing_reader_threads_ends_waits_on_other_threads(make_readers, file):
     readers = make_readers()
     transfer = start(readers, [file], endless(1 << 20), Destination(1 << 20))
-    told: list[Exception] = []
+    raised: list[Exception] = []
 
     def wait() -> None:
         try:
             transfer.wait()
         except TransferError as error:
-            told.append(error)
+            raised.append(error)
 
     waiting = threading.Thread(target=wait)
     waiting.start()
     time.sleep(0.05)
     readers.close()
     waiting.join(GENEROUS_S)
-    assert [type(error) for error in told] == [TransferCancelled]
+    assert [type(error) for error in raised] == [TransferCancelled]
 
 
 def test_ctrl_c_while_reader_threads_is_closed_leaves_no_thread(file, monkeypatch):
-    """Also when somebody still holds the reader threads, as a session that was interrupted does."""
+    """Also when something still holds the reader threads, as a session that was interrupted does."""
     before = open_resources()
     readers = NativeReaders(2)
     read(readers, [file], ALL, len(CONTENT))
@@ -211,7 +211,7 @@ def test_a_destination_of_a_read_that_hangs_is_kept_until_it_comes_back(python_r
     wait_for(lambda: gone(held))
 
 
-def test_a_child_process_is_told_that_reader_threads_do_not_survive_a_fork(make_readers, file):
+def test_a_child_process_is_reported_that_reader_threads_do_not_survive_a_fork(make_readers, file):
     readers = make_readers()
     transfer = start(readers, [file], endless(1 << 20), Destination(1 << 20))
 
@@ -226,8 +226,8 @@ def test_a_child_process_is_told_that_reader_threads_do_not_survive_a_fork(make_
         readers.close()
         return found
 
-    told = in_child(messages)
-    assert told == ["reader threads do not survive a fork (open the checkpoint again here)"] * 2
+    reported = in_child(messages)
+    assert reported == ["reader threads do not survive a fork (open the checkpoint again here)"] * 2
     transfer.cancel()
     assert read(readers, [file], ALL, len(CONTENT)) == CONTENT
 

@@ -1,4 +1,4 @@
-"""What native reader threads promise: right bytes, told as they come, and nothing left behind."""
+"""What native reader threads promise: right bytes, reported as they come, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_an_extent_without_bytes_is_complete_at_once(readers: NativeReaders, mak
 
 
 @pytest.mark.parametrize("ordered", [True, False])
-def test_extents_are_told_as_they_complete(make_file: MakeFile, ordered: bool) -> None:
+def test_extents_are_reported_as_they_complete(make_file: MakeFile, ordered: bool) -> None:
     file = make_file(4 << 20)
     # Of several threads any may be the slower one; a single one shows the order in which they take blocks.
     readers = NativeReaders(1 if ordered else 2, block_bytes=64 << 10)

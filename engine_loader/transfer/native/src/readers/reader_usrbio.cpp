@@ -55,6 +55,12 @@ void finish_if_done(Worker &worker, Work *work) {
     delete work;
 }
 
+void fail_slot(Worker &worker, Slot &slot, uint32_t kind, int error, uint32_t tries) {
+    const uint64_t offset = slot.run.offset + slot.done;
+    Lock lock(worker.readers.mutex);
+    fail(*slot.work->transfer, el_failure_info{kind, error, slot.run.file, slot.run.extent, offset, tries, 0});
+}
+
 // Lets waiters see that this thread is in a system call for the transfer.
 void note_transfer(Worker &worker, Transfer *transfer) {
     Lock lock(worker.readers.mutex);
@@ -162,7 +168,7 @@ class RingReader {
         if (!channel_.is_open()) {
             UsrbioFailure failure{};
             if (!channel_.open(*config_, failure)) {
-                fail_slot(slot, EL_FAIL_USRBIO, failure.error, failure.step);
+                fail_slot(worker_, slot, EL_FAIL_USRBIO, failure.error, failure.step);
                 return;
             }
         }
@@ -173,7 +179,7 @@ class RingReader {
         } else if (error == EAGAIN) {
             full_ = true;
         } else {
-            fail_slot(slot, EL_FAIL_IO, error, slot.tries + 1);
+            fail_slot(worker_, slot, EL_FAIL_IO, error, slot.tries + 1);
         }
     }
 
@@ -305,19 +311,13 @@ class RingReader {
         const el_config &config = readers_.config;
         slot.tries++;
         if (!may_pass(error) || slot.tries >= config.max_tries) {
-            fail_slot(slot, EL_FAIL_IO, error, slot.tries);
+            fail_slot(worker_, slot, EL_FAIL_IO, error, slot.tries);
             return;
         }
         const uint64_t doubled = uint64_t{config.retry_base_ms} << std::min(slot.tries - 1, 20u);
         const uint64_t pause_ms = error == EINTR ? 0 : std::min<uint64_t>(doubled, config.retry_cap_ms);
         slot.retry_at = now_ns() + static_cast<int64_t>(pause_ms) * kMillisecond;
         worker_.counters.retries.add(1);
-    }
-
-    void fail_slot(Slot &slot, uint32_t kind, int error, uint32_t tries) {
-        const uint64_t offset = slot.run.offset + slot.done;
-        Lock lock(readers_.mutex);
-        fail(*slot.work->transfer, el_failure_info{kind, error, slot.run.file, slot.run.extent, offset, tries, 0});
     }
 
     // Give up everything of transfers that failed or were cancelled. Their destinations are safe at once: what is still
@@ -345,7 +345,7 @@ class RingReader {
         bool lost = false;
         for (Slot &slot : slots_) {
             if (slot.work != nullptr && slot.state != Slot::copying && now - slot.since > limit) {
-                fail_slot(slot, EL_FAIL_DEADLINE, ETIMEDOUT, slot.tries + 1);
+                fail_slot(worker_, slot, EL_FAIL_DEADLINE, ETIMEDOUT, slot.tries + 1);
                 lost |= slot.state == Slot::flying;
             }
             lost |= slot.state == Slot::orphaned && now > slot.since;
