@@ -90,7 +90,7 @@ def test_forks_in_the_midst_of_reading_do_not_hang(path, way):
         try:
             time.sleep(0.05)
             for _ in range(10):
-                assert "does not survive a fork" in in_child(message)
+                assert "reader threads do not survive a fork" in in_child(message)
         finally:
             stop.set()
             for thread in threads:

@@ -158,7 +158,7 @@ if child == 0:
         try:
             reader.read(path)
         except TransferError as error:
-            assert "does not survive a fork" in str(error), error
+            assert "reader threads do not survive a fork" in str(error), error
         else:
             os._exit(3)
         held.close()
