@@ -11,7 +11,7 @@ ARGS ?=
 UNIT := not engine and not sglang and not servers and not sanitizers and not slow
 # So many test files at a time, in their order (the longest are not the last); an engine takes up to 3 GB.
 WORKERS ?= 2
-# Here a native engine that does not compile is an error; elsewhere (pip install) it is a warning.
+# Here a native library that does not compile is an error; elsewhere (pip install) it is a warning.
 export ENGINE_LOADER_NATIVE_BUILD ?= require
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

@@ -1,7 +1,7 @@
-"""Builds the native transfer engine; everything else is in pyproject.toml.
+"""Builds the native library; everything else is in pyproject.toml.
 
-The engine is a plain shared library with a C ABI that is loaded by ctypes. It does not use Python's C API, so one build
-serves every Python version, and where it cannot be built the package falls back to its pure-Python engine.
+It is a plain shared library with a C ABI that is loaded by ctypes. It does not use Python's C API, so one build
+serves every Python version, and where it cannot be built the package falls back to pure-Python reader threads.
 
 ENGINE_LOADER_NATIVE_BUILD: "auto" (default) warns when the build fails, "require" makes that fatal, "0" skips it.
 CXX and CXXFLAGS are respected.
@@ -33,7 +33,7 @@ BUILD_MODES = ("auto", "require", "0")
 
 
 class NativeBuildError(Exception):
-    """The native engine could not be built; the message says why."""
+    """The native library could not be built; the message says why."""
 
 
 def build_mode() -> str:
@@ -103,8 +103,8 @@ class BuildNative(build_ext):
                 compile_library(ext.sources, library)
         except NativeBuildError as error:
             if mode == "require":
-                sys.exit(f"engine_loader: the native engine could not be built, and is required: {error}")
-            self.warn(f"the native engine was not built: {error}. {WITHOUT_NATIVE}")
+                sys.exit(f"engine_loader: the native library could not be built, and is required: {error}")
+            self.warn(f"the native library was not built: {error}. {WITHOUT_NATIVE}")
             for _, library in libraries:
                 library.unlink(missing_ok=True)  # one from an earlier build would be packed as if it were this one's
             self.extensions = []

@@ -38,8 +38,7 @@ from engine_loader.bench.rounds import back_free_memory
 from engine_loader.engines.vllm.rank import Rank, RankModel, rank_model
 from engine_loader.formats.safetensors import TensorInfo
 from engine_loader.loading.direct.load import DirectLoad
-from engine_loader.transfer.native import engine as native_engine
-from engine_loader.transfer.native.library import Config
+from engine_loader.transfer.native import native_readers
 from engine_loader.transfer.plan import ExtentRow
 
 PIECE_BYTES = 8 << 20
@@ -211,7 +210,7 @@ def measure_many_tensors(path: Path, rounds: int) -> None:
 
 
 def tuned(config: Any, limits: dict[str, int]) -> Any:
-    """The native engine's configuration, with limits of its own."""
+    """The configuration of native reader threads, with limits of its own."""
 
     class Tuned(config):  # type: ignore[misc]
         def __init__(self, **fields: Any) -> None:
@@ -230,11 +229,12 @@ def in_memory(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 def measure_cost_model(path: Path, rounds: int) -> None:
     rows = []
     files = [str(file) for file in path.glob("*.safetensors")]
+    config = native_readers.Config
     with model(path, Rank(4, rank=1)) as built:
         for mode in ("buffered", "direct"):
             for name, limits in GAPS.items():
                 times, read, kept = [], 0, 0
-                with mock.patch.object(native_engine, "Config", tuned(Config, limits)):
+                with mock.patch.object(native_readers, "Config", tuned(config, limits)):
                     for _ in range(rounds):
                         if mode == "direct":
                             page_cache.drop(files)

@@ -181,16 +181,16 @@ def _serve(name: str, file: Path) -> None:
 def _ours(name: str, path: Path, target: "object") -> Callable[[], object]:
     from engine_loader.settings import LoaderSettings
     from engine_loader.sources.registry import make_source
-    from engine_loader.transfer.constructor import make_engine
+    from engine_loader.transfer.constructor import make_readers
     from engine_loader.transfer.plan import extent, make_extents
 
     settings = LoaderSettings(
         backend="posix" if name == "posix" else "usrbio", engine="python" if name == "python" else "cpp"
     )
     file = make_source(settings.backend, settings=settings).open(str(path))
-    engine = make_engine(settings)
+    readers = make_readers(settings)
     plan = make_extents([extent(0, 0, file.size, target.ctypes.data)])  # type: ignore[attr-defined]
-    return lambda: engine.submit([file], plan).wait()
+    return lambda: readers.submit([file], plan).wait()
 
 
 def _published(name: str, path: Path, target: "object") -> Callable[[], object]:

@@ -66,7 +66,7 @@ def _findings(paths: list[str], *, quick: bool, quiet: bool) -> Iterator[Finding
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("versions", software.check_versions),
         ("settings", software.check_settings),
-        ("the native engine", software.check_native_engine),
+        ("the native library", software.check_native_library),
         ("engines; this takes some seconds", lambda: engine_plugins.check_engines(start=not quick)),
         *([] if quick else [("sources", software.check_reading)]),
         *([] if quick else [("GPUs", gpus.check_gpus)]),

@@ -1,4 +1,4 @@
-"""Reads bytes of files to addresses over a source and a transfer engine: what the drop-in readers have in common."""
+"""Reads bytes of files to addresses over a source and reader threads: what the drop-in readers have in common."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import numpy as np
 from ..formats.safetensors import LENGTH_BYTES, header_length, parse_header
 from ..settings import LoaderSettings
 from ..sources.source import Source, SourceFile
-from ..transfer.constructor import make_engine
+from ..transfer.constructor import make_readers
 from ..transfer.device_copy import DeviceWriter, is_device_pointer
 from ..transfer.plan import extent, make_extents
-from ..transfer.protocol import Transfer, TransferEngine
+from ..transfer.protocol import ReaderThreads, Transfer
 
 _DISCARD_BYTES = 64 << 20
 # One read gets the length of a header and, mostly, all of it.
@@ -32,14 +32,14 @@ class AddressReader:
 
     Args:
         source: where files are opened.
-        settings: of the transfer engine.
+        settings: of the reader threads.
     """
 
     def __init__(self, source: Source, settings: LoaderSettings) -> None:
         self._source = source
         self._settings = settings
         self._files: dict[str, SourceFile] = {}
-        self._engine: TransferEngine | None = None
+        self._readers: ReaderThreads | None = None
         self._lock = threading.Lock()
         self._pid = os.getpid()
 
@@ -58,7 +58,7 @@ class AddressReader:
             path: the file.
             dev_ptr: address of host or CUDA memory; 0 reads and throws away.
             file_offset, total_length: in bytes.
-            chunk_size, pipelined: not needed: the transfer engine cuts and pipelines reads to suit the storage.
+            chunk_size, pipelined: not needed: the reader threads cut and pipeline reads to suit the storage.
 
         Raises:
             CheckpointError: the file cannot be opened, or not all of these bytes could be read.
@@ -95,10 +95,10 @@ class AddressReader:
     def close(self) -> None:
         """Give back files, rings and threads. Safe to call twice."""
         with self._lock:
-            engine, self._engine = self._engine, None
+            readers, self._readers = self._readers, None
             files, self._files = list(self._files.values()), {}
-        if engine is not None:
-            engine.close()
+        if readers is not None:
+            readers.close()
         for file in files:
             file.close()
 
@@ -122,16 +122,16 @@ class AddressReader:
 
     def _start(self, file: SourceFile, offset: int, length: int, address: int) -> Transfer:
         plan = make_extents([extent(0, offset, length, address)])
-        return self._running_engine().submit([file], plan)
+        return self._running_readers().submit([file], plan)
 
-    def _running_engine(self) -> TransferEngine:
+    def _running_readers(self) -> ReaderThreads:
         with self._lock:
             if self._pid != os.getpid():  # threads and rings stayed with the parent
-                self._engine, self._pid = None, os.getpid()
-            if self._engine is None:
+                self._readers, self._pid = None, os.getpid()
+            if self._readers is None:
                 descriptors = all(file.fileno() is not None for file in self._files.values())
-                self._engine = make_engine(self._settings, descriptors=descriptors)
-            return self._engine
+                self._readers = make_readers(self._settings, descriptors=descriptors)
+            return self._readers
 
     def _discard(self, file: SourceFile, offset: int, length: int) -> None:
         with mmap.mmap(-1, min(length, _DISCARD_BYTES)) as memory:

@@ -21,7 +21,7 @@ from ..sources.threefs.discovery import find_client
 from ..sources.threefs.discovery import is_available as _is_available
 from ..sources.threefs.shared_library import ThreeFsError, find_library
 from ..sources.threefs.threefs_source import ThreeFsOptions, ThreeFsSource
-from ..transfer.constructor import make_engine
+from ..transfer.constructor import make_readers
 from .address_reader import AddressReader
 
 __all__ = [
@@ -162,9 +162,9 @@ def get_backend() -> str:
         return "mock"
     if client.library is None:
         return "python"
-    engine = make_engine(LoaderSettings(engine="auto"))
-    engine.close()
-    return engine.name
+    readers = make_readers(LoaderSettings(engine="auto"))
+    readers.close()
+    return readers.name
 
 
 def is_available() -> bool:

@@ -16,7 +16,7 @@ from ..report.load import LoadReport
 from ..settings import LoaderSettings, load_settings
 from ..sources.registry import make_source
 from ..sources.source import Source
-from ..transfer.plan import ExtentRow
+from ..transfer.plan import ExtentRow, extent
 from .devices.cuda import Devices
 from .find import OpenFiles, PathLike, is_dcp, open_files, sharded_files
 from .geometry import contiguous_strides, view_extents
@@ -267,7 +267,7 @@ class Checkpoint:
         for info, target in pairs:
             number, address = self._reader.file_number(info), target.data_ptr()
             if target.is_contiguous():
-                extents.append((number, 1, info.offset, info.nbytes, 0, address, 0))
+                extents.append(extent(number, info.offset, info.nbytes, address))
                 continue
             extents += view_extents(
                 number,

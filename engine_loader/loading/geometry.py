@@ -47,7 +47,8 @@ def view_extents(
     for index in itertools.product(*(range(size) for size, _, _ in dims)):
         src = sum(i * stride for i, (_, stride, _) in zip(index, dims, strict=True)) * itemsize
         dst = sum(i * stride for i, (_, _, stride) in zip(index, dims, strict=True)) * itemsize
-        extents.append((file, rows, offset + src, run, src_row * itemsize, address + dst, dst_row * itemsize))
+        row = (file, rows, offset + src, run, src_row * itemsize, address + dst, dst_row * itemsize)
+        extents.append(ExtentRow(*row))
     return extents
 
 

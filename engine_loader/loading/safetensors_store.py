@@ -1,4 +1,4 @@
-"""Open files together with the engine that reads them: what every way of loading stands on."""
+"""Open files together with the reader threads: what every way of loading stands on."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ..formats.safetensors import TensorInfo
 from ..report.load import LoadReport
 from ..settings import LoaderSettings
 from ..sources.source import SourceFile
-from ..transfer.constructor import make_engine_for
-from ..transfer.devices import Place
+from ..transfer.constructor import make_readers_for
+from ..transfer.device_stream import DeviceStream
 from ..transfer.modes import can_map
-from ..transfer.native.engine import NativeEngine
+from ..transfer.native.native_readers import NativeReaders
 from ..transfer.plan import ExtentRow, Extents, make_extents
-from ..transfer.protocol import Transfer, TransferEngine, wait_or_cancel
+from ..transfer.protocol import ReaderThreads, Transfer, wait_or_cancel
 from .devices.cuda import CudaDevices, Devices
 from .find import OpenFiles
 from .streaming.filling import DeviceFiller, PooledFiller
@@ -45,7 +45,7 @@ class Reader:
         self._devices: Devices = CudaDevices(settings) if devices is None else devices
         self._open = {opened.file.path: opened.file for opened in files.files}
         self._numbers = {path: number for number, path in enumerate(self._open)}
-        self._engine: TransferEngine | None = None
+        self._readers: ReaderThreads | None = None
         self._lock = threading.Lock()
         self._closed = False
 
@@ -84,7 +84,7 @@ class Reader:
             if tensor.device.type == "cpu":
                 raise _no_gds("these tensors are in the CPU's memory")
             return None
-        return device_for(tensor, self._devices, self._running_engine)
+        return device_for(tensor, self._devices, self._running_readers)
 
     def read(self, extents: Sequence[ExtentRow], owner: object, device: int | None = None) -> None:
         """Carry out a plan and wait for it.
@@ -107,8 +107,8 @@ class Reader:
         On a device, the bytes come after what is on the current stream, and are there for any stream once they were
         waited for.
         """
-        place = None if device is None else Place(device, self._devices.stream(device))
-        return submit_to(place, self._running_engine(), list(self._open.values()), make_extents(extents), owner)
+        place = None if device is None else DeviceStream(device, self._devices.stream(device))
+        return submit_to(place, self._running_readers(), list(self._open.values()), make_extents(extents), owner)
 
     def stream(self, infos: Iterable[TensorInfo], report: LoadReport) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, CPU tensor) of ``infos``, in their order, reading ahead (see stream.py).
@@ -132,15 +132,15 @@ class Reader:
             filler = self._gds_filler(device, report)
             yield from stream_tensors(infos, lambda info: filler, report)
             return
-        engine, number = self._running_engine(), self._devices.number(device)
-        if number is None or not isinstance(engine, NativeEngine):
+        readers, number = self._running_readers(), self._devices.number(device)
+        if number is None or not isinstance(readers, NativeReaders):
             for name, tensor in self.stream(infos, report):
                 yield name, tensor.to(device)
             return
         placing = DeviceFiller(
             self._open,
-            engine,
-            place=lambda: Place(number, self._devices.stream(number)),
+            readers,
+            place=lambda: DeviceStream(number, self._devices.stream(number)),
             empty=lambda nbytes: self._devices.empty(nbytes, device),
             buffer_bytes=int(self._settings.device_buffer_bytes),
             block_bytes=int(self._settings.block_bytes),
@@ -168,29 +168,29 @@ class Reader:
             CheckpointError: a file is shorter than it was.
         """
         self.files.verify_unchanged()
-        complete_report(report, self._source, self._running_engine())
+        complete_report(report, self._source, self._running_readers())
 
     def close(self) -> None:
         """Cancel what is in flight; give back files and threads. Safe to call twice."""
         with self._lock:
             self._closed = True
-            engine, self._engine = self._engine, None
+            readers, self._readers = self._readers, None
         try:
-            if engine is not None:
-                engine.close()
-        finally:  # Ctrl-C may end the wait for the engine's threads
+            if readers is not None:
+                readers.close()
+        finally:  # Ctrl-C may end the wait for the reader threads
             self.files.close()
 
     def _filler_of(self, report: LoadReport) -> Callable[[TensorInfo], AnyFiller]:
         """How each file is brought into memory: mapped where it lies in memory anyway, else read into buffers."""
-        engine = self._running_engine()
+        readers = self._running_readers()
         pooled = PooledFiller(
             self._open,
-            engine,
+            readers,
             buffer_bytes=int(self._settings.buffer_bytes),
             block_bytes=int(self._settings.block_bytes),
         )
-        if not isinstance(engine, NativeEngine) or self._settings.read_mode not in ("auto", "mapped"):
+        if not isinstance(readers, NativeReaders) or self._settings.read_mode not in ("auto", "mapped"):
             return lambda info: pooled
         mapped = MappedFiller(
             self._open, buffer_bytes=int(self._settings.buffer_bytes), count=report.count_bytes_mapped
@@ -228,13 +228,13 @@ class Reader:
             count=report.count_bytes_by_gds,
         )
 
-    def _running_engine(self) -> TransferEngine:
+    def _running_readers(self) -> ReaderThreads:
         with self._lock:
             if self._closed:
                 raise CheckpointError("the checkpoint is closed")
-            if self._engine is None:
-                self._engine = make_engine_for(self._open.values(), self._settings)
-            return self._engine
+            if self._readers is None:
+                self._readers = make_readers_for(self._open.values(), self._settings)
+            return self._readers
 
 
 def _no_gds(why: str) -> SettingsError:
@@ -246,20 +246,20 @@ def no_gds_for_training(path: str) -> SettingsError:
     return _no_gds(f"it reads safetensors files, and {path} is a training checkpoint")
 
 
-def device_for(tensor: torch.Tensor, devices: Devices, engine: Callable[[], TransferEngine]) -> int | None:
+def device_for(tensor: torch.Tensor, devices: Devices, readers: Callable[[], ReaderThreads]) -> int | None:
     """The device into whose memory ``engine`` can read a tensor; None: it lies elsewhere, or that cannot do it."""
     number = devices.number_of(tensor)
-    return number if number is not None and isinstance(engine(), NativeEngine) else None
+    return number if number is not None and isinstance(readers(), NativeReaders) else None
 
 
 def submit_to(
-    place: Place | None, engine: TransferEngine, files: Sequence[SourceFile], plan: Extents, owner: object
+    place: DeviceStream | None, readers: ReaderThreads, files: Sequence[SourceFile], plan: Extents, owner: object
 ) -> Transfer:
     """Start a plan whose destinations are on a device, from ``device_for``, or in the CPU's memory (None)."""
     if place is None:
-        return engine.submit(files, plan, owner=owner)
-    assert isinstance(engine, NativeEngine)
-    return engine.submit_to_device(files, plan, place, owner=owner)
+        return readers.submit(files, plan, owner=owner)
+    assert isinstance(readers, NativeReaders)
+    return readers.submit_to_device(files, plan, place, owner=owner)
 
 
 def error_of(name: str | None, error: TransferError) -> TransferError:
@@ -271,10 +271,10 @@ def error_of(name: str | None, error: TransferError) -> TransferError:
     return named
 
 
-def complete_report(report: LoadReport, source: str, engine: TransferEngine) -> None:
+def complete_report(report: LoadReport, source: str, readers: ReaderThreads) -> None:
     """Put into an account who read, from where, and how much; its clock stops."""
-    statistics = engine.statistics()
-    report.source, report.engine = source, f"{engine.name} engine, {engine.threads} threads"
+    statistics = readers.statistics()
+    report.source, report.engine = source, f"{readers.name} engine, {readers.threads} threads"
     report.modes |= statistics.modes
     report.bytes_read = statistics.bytes_read + statistics.overread_bytes
     report.stop_clock()

@@ -21,7 +21,7 @@ Index: TypeAlias = Any
 """Whatever torch takes between brackets: integers, slices, None, ``...``, lists and tensors of indices, masks."""
 _Item: TypeAlias = int | slice | torch.Tensor | None
 _NEAR_BYTES = 64 << 10
-"""Engines read what is nearer to each other than this in one go, with what lies between."""
+"""Reader threads read what is nearer to each other than this in one go, with what lies between."""
 _OTHER = object()
 """Stands for an index of a kind that is not taken apart here: then the whole tensor is read, and torch indexes it."""
 

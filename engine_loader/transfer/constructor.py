@@ -1,4 +1,4 @@
-"""Picks the transfer engine."""
+"""Picks the kind of reader threads: native or Python."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from functools import cache
 from ..errors import TransferError
 from ..settings import LoaderSettings
 from ..sources.source import SourceFile
-from .native.engine import NativeEngine
 from .native.library import load_library
-from .protocol import TransferEngine
-from .python.engine import DEFAULT_GAP_BYTES, PythonEngine
+from .native.native_readers import NativeReaders
+from .protocol import ReaderThreads
+from .python.python_readers import DEFAULT_GAP_BYTES, PythonReaders
 
 logger = logging.getLogger(__name__)
 
@@ -20,9 +20,9 @@ logger = logging.getLogger(__name__)
 REMOTE_GAP_BYTES = 1 << 20
 
 
-def make_engine_for(files: Collection[SourceFile], settings: LoaderSettings) -> TransferEngine:
-    """The engine that reads these open files; see ``make_engine``."""
-    return make_engine(
+def make_readers_for(files: Collection[SourceFile], settings: LoaderSettings) -> ReaderThreads:
+    """The reader threads that read these open files; see ``make_readers``."""
+    return make_readers(
         settings,
         descriptors=all(file.fileno() is not None for file in files),
         remote=any(file.remote for file in files),
@@ -30,10 +30,10 @@ def make_engine_for(files: Collection[SourceFile], settings: LoaderSettings) -> 
     )
 
 
-def make_engine(
+def make_readers(
     settings: LoaderSettings, *, descriptors: bool = True, remote: bool = False, nbytes: int | None = None
-) -> TransferEngine:
-    """The engine that ``settings.engine`` asks for.
+) -> ReaderThreads:
+    """The reader threads that ``settings.engine`` asks for.
 
     Args:
         settings: the loader's settings.
@@ -43,16 +43,16 @@ def make_engine(
         nbytes: that there are to read; no more memory is page-locked. None: not known.
 
     Raises:
-        TransferError: the native engine was asked for by name and cannot be had.
+        TransferError: native reader threads were asked for by name and are not available.
     """
     if settings.engine == "cpp" and not descriptors:
         raise TransferError(
-            "the native engine reads files by their descriptors, and these have none", hint="set engine to auto"
+            "native reader threads read files by their descriptors, and these have none", hint="set engine to auto"
         )
     native = settings.engine == "cpp" or (settings.engine == "auto" and descriptors and _native_is_there())
     if native:
         pinned = int(settings.device_pinned_bytes)
-        return NativeEngine(
+        return NativeReaders(
             settings.threads,
             block_bytes=int(settings.io_bytes),
             max_tries=settings.max_tries,
@@ -61,7 +61,7 @@ def make_engine(
             pinned_bytes=pinned if nbytes is None else min(pinned, max(nbytes, 1)),
             device_runtime=settings.device_runtime,
         )
-    return PythonEngine(
+    return PythonReaders(
         settings.object_store_requests if remote else settings.threads,
         block_bytes=int(settings.object_store_range_bytes if remote else settings.io_bytes),
         max_tries=settings.max_tries,
@@ -76,6 +76,6 @@ def _native_is_there() -> bool:
         load_library()
     except TransferError as error:
         # Said once; pip hides what the build said.
-        logger.warning("reading with the slower pure-Python engine: %s", error)
+        logger.warning("reading with the slower pure-Python reader threads: %s", error)
         return False
     return True

@@ -44,8 +44,8 @@ def local_cpus(nodes: Path = _NODES) -> frozenset[int] | None:
     return next((frozenset(cpus) for cpus in groups if here in cpus), None)
 
 
-# Engines come and go with the checkpoints that they read; what these files say stays, and asking takes longer than all
-# else that starts one.
+# Reader threads come and go with the checkpoints that they read; what these files say stays, and asking takes longer
+# than all else that starts one.
 @cache
 def _quota() -> float | None:
     return cgroup_cpus()

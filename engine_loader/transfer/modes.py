@@ -117,7 +117,7 @@ def _choose(kind: int, share: float | None) -> ReadMode:
 
 
 def resident_share(fd: int, size: int) -> float | None:
-    """The share (0 to 1) of a file that lies in the page cache, by samples; None where the kernel does not tell."""
+    """The share (0 to 1) of a file that lies in the page cache, by samples; None where the kernel does not say."""
     if size == 0:
         return 1.0
     pages = cached = 0
@@ -154,7 +154,7 @@ def _cachestat(fd: int, offset: int, length: int) -> int | None:
 
 
 def _mincore(fd: int, offset: int, length: int) -> int | None:
-    """By mapping the file; the kernel tells the truth only to those who could write to it."""
+    """By mapping the file; the kernel answers truthfully only to those who may write to it."""
     status = os.fstat(fd)
     if os.geteuid() not in (0, status.st_uid):
         return None
@@ -172,7 +172,7 @@ def _mincore(fd: int, offset: int, length: int) -> int | None:
 
 
 def _file_system(fd: int) -> int:
-    """The magic number of the file system; 0 where it cannot be told."""
+    """The magic number of the file system; 0 where it is not known."""
     # `struct statfs` begins with the type, a word; the rest takes less than 128 bytes.
     answer = (ctypes.c_ulong * 32)()
     if _libc().fstatfs(ctypes.c_int(fd), answer) != 0:

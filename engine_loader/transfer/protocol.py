@@ -1,4 +1,4 @@
-"""What a transfer engine is: the interface that the pure-Python and the native engine share."""
+"""What reader threads are: the interface that the pure-Python and the native ones share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .plan import Extents
 
 @dataclass
 class TransferStatistics:
-    """What an engine has done since it was made.
+    """What reader threads have done since they were made.
 
     Attributes:
         bytes_read: bytes that reached their destinations.
@@ -78,7 +78,7 @@ def wait_or_cancel(transfer: Transfer) -> None:
         raise
 
 
-class TransferEngine(Protocol):
+class ReaderThreads(Protocol):
     """Moves bytes from files into memory on threads of its own.
 
     Attributes:
@@ -100,7 +100,7 @@ class TransferEngine(Protocol):
             files: what the plan's ``file`` numbers refer to. They stay open until the transfer is done.
             extents: the plan (see plan.py). Destinations must not overlap.
             ordered: read in the order of files and offsets, so that early extents are complete early; False lets the
-                engine choose (largest blocks first).
+                readers choose (largest blocks first).
             owner: whatever keeps the destinations alive; held until nothing can be written to them any more, which
                 after a read that never returns is for ever.
 

@@ -81,15 +81,15 @@ class TestSoftware:
     def test_a_native_engine_that_was_not_built_is_a_warning_with_the_reason(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def make_engine(settings: Any) -> Any:
+        def make_readers(settings: Any) -> Any:
             assert settings.engine == "cpp"
-            raise TransferError("the native engine was not built")
+            raise TransferError("the native library was not built")
 
-        monkeypatch.setattr("engine_loader.transfer.constructor.make_engine", make_engine)
+        monkeypatch.setattr("engine_loader.transfer.constructor.make_readers", make_readers)
         monkeypatch.setattr(software.shutil, "which", lambda name: None)
-        finding = only(software.check_native_engine())
+        finding = only(software.check_native_library())
         assert finding.status == "warn"
-        assert finding.value == "the native engine was not built; the pure-Python engine is used instead"
+        assert finding.value == "the native library was not built; the pure-Python one serves instead"
         assert "apt-get install g++" in finding.repair
 
     def test_an_installed_package_of_another_version_is_noticed(self, monkeypatch: pytest.MonkeyPatch) -> None:

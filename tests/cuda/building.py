@@ -1,4 +1,4 @@
-"""Compiles the stand-in for the CUDA runtime, the driver over it, and engines with a fault put in."""
+"""Compiles the stand-in for the CUDA runtime, the driver over it, and native libraries with a fault put in."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.transfer.native.building import NATIVE, compile_driver, compile_library, compile_object, engine_objects, link
+from tests.transfer.native.building import NATIVE, compile_driver, compile_library, compile_object, link, native_objects
 
 HERE = Path(__file__).parent
 STANDIN = HERE / "standin" / "standin.cpp"
@@ -17,12 +17,12 @@ _FLAGS = ["-std=c++17", "-O2", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra
 
 @dataclass(frozen=True)
 class Mutant:
-    """An engine with a rule taken out.
+    """The native library with a rule taken out.
 
     Attributes:
         name: what is wrong with it.
         caught_by: the driver's scenario that must see it.
-        source: of the engine, without its suffix.
+        source: of the library, without its suffix.
         changes: what stands there -> what the mutant has instead.
     """
 
@@ -50,11 +50,11 @@ class Drivers:
         return library
 
     def make(self, mutant: Mutant | None = None) -> Path:
-        """The driver with the engine, or with a mutant of it."""
+        """The driver with the native library, or with a mutant of it."""
         driver = self.folder / (mutant.name if mutant else "driver")
         if driver.exists():
             return driver
-        objects = engine_objects(self.kept, self.sanitizers)
+        objects = native_objects(self.kept, self.sanitizers)
         if mutant is not None:
             objects[mutant.source] = self._mutate(mutant)
         own = compile_driver(self.kept, self.sanitizers, self.source)
@@ -99,7 +99,7 @@ def found_by(run: Callable[[int], subprocess.CompletedProcess[str]], tries: int)
     for number in range(tries):
         try:
             done = run(number)
-        except subprocess.TimeoutExpired:  # a broken engine may also wait for ever
+        except subprocess.TimeoutExpired:  # broken reader threads may also wait for ever
             continue
         if done.returncode != 0:
             return done.stderr

@@ -1,4 +1,4 @@
-// Exercises the native engine's way to a device over the stand-in runtime.
+// Exercises the way of native reader threads to a device over the stand-in runtime.
 //
 // driver LIBRARY FOLDER random ROUNDS SEED: random plans with faults, cancels and closes in mid-flight; or
 // driver LIBRARY FOLDER SCENARIO: one of those below. Exits with 0 when everything was right and nothing leaked.
@@ -19,29 +19,29 @@ constexpr int kIllegalAddress = 700, kBusy = 46;
 
 std::string library;
 
-// An engine with one device, whose slots are few: they are used over and over.
+// Reader threads with one device, whose slots are few: they are used over and over.
 struct Fixture {
     explicit Fixture(const el_config &config, uint64_t pinned_bytes = 1, int device = 0) {
         int error = 0;
-        engine = el_engine_create(&config, &error);
-        CHECK(engine != nullptr && error == EL_OK);
+        readers = el_readers_create(&config, &error);
+        CHECK(readers != nullptr && error == EL_OK);
         el_device_failure failure{};
         const el_device_config wanted{sizeof wanted, device, 2, 0, pinned_bytes, library.c_str()};
-        number = el_device_add(engine, &wanted, &failure);
+        number = el_device_add(readers, &wanted, &failure);
         if (number < 0) std::fprintf(stderr, "step %u: %s\n", failure.step, failure.text);
     }
     ~Fixture() {
-        if (waits) CHECK(el_engine_close(engine, -1) == EL_OK);
-        el_engine_destroy(engine);
+        if (waits) CHECK(el_readers_close(readers, -1) == EL_OK);
+        el_readers_destroy(readers);
     }
 
     int submit(const Plan &plan, el_transfer **transfer, void *stream = nullptr, uint32_t flags = EL_ORDERED) {
-        return el_submit_to_device(engine, plan.files.data(), static_cast<uint32_t>(plan.files.size()),
+        return el_submit_to_device(readers, plan.files.data(), static_cast<uint32_t>(plan.files.size()),
                                    plan.extents.data(), plan.extents.size(), flags, static_cast<uint32_t>(number),
                                    reinterpret_cast<uint64_t>(stream), transfer);
     }
 
-    el_engine *engine = nullptr;
+    el_readers *readers = nullptr;
     int number = -1;
     bool waits = true;  // for its threads, when it goes
 };
@@ -57,25 +57,25 @@ el_config small_blocks(uint32_t deadline_ms = 60000) {
 }
 
 // Device memory, full of x.
-struct Place {
-    explicit Place(uint64_t bytes) : memory(static_cast<char *>(standin_malloc(bytes))) { std::memset(memory, 'x', bytes); }
-    ~Place() { standin_free(memory); }
+struct Destination {
+    explicit Destination(uint64_t bytes) : memory(static_cast<char *>(standin_malloc(bytes))) { std::memset(memory, 'x', bytes); }
+    ~Destination() { standin_free(memory); }
     char *memory;
 };
 
 // All of a file, in `parts` extents.
-Plan whole_file(const TestFile &file, uint64_t parts, const Place &place) {
+Plan whole_file(const TestFile &file, uint64_t parts, const Destination &destination) {
     Plan plan;
     plan.files.push_back(el_file{file.fd, -1, file.content.size(), EL_BUFFERED, 0});
     const uint64_t bytes = file.content.size() / parts;
     for (uint64_t i = 0; i < parts; i++) plan.extents.push_back(el_extent{0, 1, i * bytes, bytes, 0, i * bytes, 0});
     plan.expected.assign(file.content.begin(), file.content.begin() + static_cast<std::ptrdiff_t>(parts * bytes));
-    plan.place_at(place.memory);
+    plan.place_at(destination.memory);
     return plan;
 }
 
-void check_all(const Plan &plan, const Place &place) {
-    const auto wrong = std::mismatch(plan.expected.begin(), plan.expected.end(), place.memory);
+void check_all(const Plan &plan, const Destination &destination) {
+    const auto wrong = std::mismatch(plan.expected.begin(), plan.expected.end(), destination.memory);
     if (wrong.first == plan.expected.end()) return;
     std::fprintf(stderr, "byte %td of %zu, of %zu extents, is %d instead of %d\n", wrong.first - plan.expected.begin(),
                  plan.expected.size(), plan.extents.size(), *wrong.second, *wrong.first);
@@ -111,36 +111,36 @@ void slots_are_used_again_when_their_copies_have_landed(const Files &files) {
     standin_delay(300);
     for (int i = 0; i < 5; i++) {
         Fixture fixture(small_blocks());
-        Place place(files[0].content.size());
-        const Plan plan = whole_file(files[0], 7, place);
+        Destination destination(files[0].content.size());
+        const Plan plan = whole_file(files[0], 7, destination);
         el_transfer *transfer = nullptr;
         CHECK(fixture.submit(plan, &transfer) == EL_OK);
-        while (el_wait(transfer, -1, 1) == EL_TIMEOUT) check_completed(transfer, plan, place.memory);
+        while (el_wait(transfer, -1, 1) == EL_TIMEOUT) check_completed(transfer, plan, destination.memory);
         CHECK(el_wait(transfer, -1, -1) == EL_OK);
-        check_all(plan, place);
+        check_all(plan, destination);
         el_release(transfer);
     }
 }
 
 void copies_come_after_the_owners_work(const Files &files) {
     Fixture fixture(small_blocks(), 64 << 20);
-    Place place(files[0].content.size());
-    const Plan plan = whole_file(files[0], 3, place);
+    Destination destination(files[0].content.size());
+    const Plan plan = whole_file(files[0], 3, destination);
     standin_hold(nullptr, 1);
-    standin_fill(nullptr, place.memory, 0, plan.expected.size());
+    standin_fill(nullptr, destination.memory, 0, plan.expected.size());
     el_transfer *transfer = nullptr;
     CHECK(fixture.submit(plan, &transfer) == EL_OK);
     CHECK(el_wait(transfer, -1, 50) == EL_TIMEOUT && el_bytes_done(transfer) == 0);
     standin_hold(nullptr, 0);
     CHECK(el_wait(transfer, -1, -1) == EL_OK);
-    check_all(plan, place);
+    check_all(plan, destination);
     el_release(transfer);
 }
 
 void an_extent_is_complete_when_its_copies_have_landed(const Files &files) {
     Fixture fixture(small_blocks(), 64 << 20);
-    Place place(files[0].content.size());
-    const Plan plan = whole_file(files[0], 5, place);
+    Destination destination(files[0].content.size());
+    const Plan plan = whole_file(files[0], 5, destination);
     standin_hold_copies(1);
     el_transfer *transfer = nullptr;
     CHECK(fixture.submit(plan, &transfer) == EL_OK);
@@ -151,15 +151,15 @@ void an_extent_is_complete_when_its_copies_have_landed(const Files &files) {
     standin_hold_copies(0);
     for (int64_t extent = 0; extent < 5; extent++) {
         CHECK(el_wait(transfer, extent, -1) == EL_OK);
-        check_extent(plan, plan.extents[static_cast<size_t>(extent)], place.memory);
+        check_extent(plan, plan.extents[static_cast<size_t>(extent)], destination.memory);
     }
     el_release(transfer);
 }
 
 void check_late_failure(const TestFile &file, uint64_t parts, uint32_t nth) {
     Fixture fixture(small_blocks());
-    Place place(file.content.size());
-    const Plan plan = whole_file(file, parts, place);
+    Destination destination(file.content.size());
+    const Plan plan = whole_file(file, parts, destination);
     standin_fail_copy(nth, kIllegalAddress);
     el_transfer *transfer = nullptr;
     CHECK(fixture.submit(plan, &transfer) == EL_OK);
@@ -169,24 +169,24 @@ void check_late_failure(const TestFile &file, uint64_t parts, uint32_t nth) {
     const el_extent &e = plan.extents[failure.extent];
     CHECK(failure.offset >= e.offset && failure.offset < e.offset + e.row_bytes);
     char text[100] = "";
-    el_device_error_text(fixture.engine, 0, failure.error, text, sizeof text);
+    el_device_error_text(fixture.readers, 0, failure.error, text, sizeof text);
     CHECK(std::string(text) == "an illegal memory access was encountered");
-    check_completed(transfer, plan, place.memory);
+    check_completed(transfer, plan, destination.memory);
     el_release(transfer);
 }
 
-void a_copy_that_fails_late_is_told(const Files &files) {
+void a_copy_that_fails_late_is_reported(const Files &files) {
     check_late_failure(files[0], 4, 9);
-    check_late_failure(files[1], 1, 1);  // no later call can tell of it
+    check_late_failure(files[1], 1, 1);  // no later call reports it
 }
 
 void submit_and_wait(Fixture &fixture, const TestFile &file, int expected) {
-    Place place(file.content.size());
-    const Plan plan = whole_file(file, 4, place);
+    Destination destination(file.content.size());
+    const Plan plan = whole_file(file, 4, destination);
     el_transfer *transfer = nullptr;
     CHECK(fixture.submit(plan, &transfer) == EL_OK && el_wait(transfer, -1, -1) == expected);
     if (expected == EL_OK) {
-        check_all(plan, place);
+        check_all(plan, destination);
     } else {
         const el_failure_info failure = failure_of(transfer);
         CHECK(failure.kind == EL_FAIL_DEVICE && failure.error == kBusy && failure.in_flight == 0);
@@ -194,7 +194,7 @@ void submit_and_wait(Fixture &fixture, const TestFile &file, int expected) {
     el_release(transfer);
 }
 
-void a_copy_that_cannot_begin_is_told(const Files &files) {
+void a_copy_that_cannot_begin_is_reported(const Files &files) {
     for (const char *call : {"MemcpyAsync", "EventRecord", "StreamWaitEvent", "SetDevice"}) {
         Fixture fixture(small_blocks(), 1, 1);
         submit_and_wait(fixture, files[0], EL_OK);
@@ -207,22 +207,22 @@ void a_copy_that_cannot_begin_is_told(const Files &files) {
     }
 }
 
-void an_owner_whose_stream_is_refused_is_told(const Files &files) {
+void an_owner_whose_stream_is_refused_is_reported(const Files &files) {
     Fixture fixture(small_blocks());
-    Place place(files[0].content.size());
-    const Plan plan = whole_file(files[0], 1, place);
+    Destination destination(files[0].content.size());
+    const Plan plan = whole_file(files[0], 1, destination);
     el_transfer *transfer = nullptr;
     standin_fail_call("EventRecord", 1, kBusy);
     CHECK(fixture.submit(plan, &transfer) == EL_E_DEVICE && errno == kBusy && transfer == nullptr);
-    CHECK(el_submit_to_device(fixture.engine, plan.files.data(), 1, plan.extents.data(), 1, 0, 7, 0, &transfer) == EL_E_ARGUMENT);
+    CHECK(el_submit_to_device(fixture.readers, plan.files.data(), 1, plan.extents.data(), 1, 0, 7, 0, &transfer) == EL_E_ARGUMENT);
 }
 
 void a_cancel_waits_for_copies(const Files &files) {
     Fixture fixture(small_blocks());
     el_transfer *transfer = nullptr;
     {
-        Place place(files[0].content.size());
-        const Plan plan = whole_file(files[0], 2, place);
+        Destination destination(files[0].content.size());
+        const Plan plan = whole_file(files[0], 2, destination);
         standin_hold_copies(1);
         CHECK(fixture.submit(plan, &transfer) == EL_OK);
         until([] { return standin_in_flight() >= 2; });
@@ -235,40 +235,40 @@ void a_cancel_waits_for_copies(const Files &files) {
 }
 
 void a_release_waits_for_copies_behind_the_back(const Files &files) {
-    Place place(files[0].content.size());
+    Destination destination(files[0].content.size());
     Fixture fixture(small_blocks());
-    const Plan plan = whole_file(files[0], 2, place);
+    const Plan plan = whole_file(files[0], 2, destination);
     standin_hold_copies(1);
     el_transfer *transfer = nullptr;
     CHECK(fixture.submit(plan, &transfer) == EL_OK);
     until([] { return standin_in_flight() >= 2; });
     el_release(transfer);
     standin_hold_copies(0);
-    CHECK(el_engine_close(fixture.engine, -1) == EL_OK);
+    CHECK(el_readers_close(fixture.readers, -1) == EL_OK);
 }
 
 void a_close_waits_for_copies(const Files &files) {
-    Place place(files[0].content.size());
+    Destination destination(files[0].content.size());
     Fixture fixture(small_blocks());
-    const Plan plan = whole_file(files[0], 2, place);
+    const Plan plan = whole_file(files[0], 2, destination);
     standin_hold_copies(1);
     el_transfer *transfer = nullptr;
     CHECK(fixture.submit(plan, &transfer) == EL_OK);
     until([] { return standin_in_flight() >= 2; });
-    CHECK(el_engine_close(fixture.engine, 50) == EL_TIMEOUT);
+    CHECK(el_readers_close(fixture.readers, 50) == EL_TIMEOUT);
     standin_hold_copies(0);
-    CHECK(el_engine_close(fixture.engine, -1) == EL_OK);
+    CHECK(el_readers_close(fixture.readers, -1) == EL_OK);
     CHECK(el_wait(transfer, -1, 0) == EL_FAILED && failure_of(transfer).kind == EL_FAIL_CANCELLED);
     el_release(transfer);
 }
 
-// The engine is destroyed while the device hangs; its thread frees everything when that is over.
+// el_readers_destroy while the device hangs; the device's thread frees everything when that is over.
 void a_destroyed_engine_waits_for_copies_behind_the_back(const Files &files) {
-    Place place(files[0].content.size());
+    Destination destination(files[0].content.size());
     {
         Fixture fixture(small_blocks());
         fixture.waits = false;
-        const Plan plan = whole_file(files[0], 2, place);
+        const Plan plan = whole_file(files[0], 2, destination);
         standin_hold_copies(1);
         el_transfer *transfer = nullptr;
         CHECK(fixture.submit(plan, &transfer) == EL_OK);
@@ -287,8 +287,8 @@ void a_destroyed_engine_waits_for_copies_behind_the_back(const Files &files) {
 // Whether there are slots for all that is read, or readers wait for them.
 void check_hanging(const Files &files, uint64_t pinned_bytes) {
     Fixture fixture(small_blocks(400), pinned_bytes);
-    Place place(files[0].content.size());
-    const Plan plan = whole_file(files[0], 2, place);
+    Destination destination(files[0].content.size());
+    const Plan plan = whole_file(files[0], 2, destination);
     standin_hold_copies(1);
     el_transfer *transfer = nullptr;
     CHECK(fixture.submit(plan, &transfer) == EL_OK);
@@ -300,7 +300,7 @@ void check_hanging(const Files &files, uint64_t pinned_bytes) {
     el_release(transfer);
 }
 
-void a_device_that_hangs_is_told(const Files &files) {
+void a_device_that_hangs_is_reported(const Files &files) {
     check_hanging(files, 64 << 20);
     check_hanging(files, 1);
 }
@@ -309,7 +309,7 @@ void strided_destinations_are_filled_by_copies_in_two_dimensions(const Files &fi
     Fixture fixture(small_blocks());
     constexpr uint32_t rows = 400;
     constexpr uint64_t width = 300, pitch = 512, from_pitch = 700;
-    Place place(rows * pitch);
+    Destination destination(rows * pitch);
     Plan plan;
     plan.files.push_back(el_file{files[0].fd, -1, files[0].content.size(), EL_BUFFERED, 0});
     plan.extents.push_back(el_extent{0, rows, 11, width, from_pitch, 3, pitch});
@@ -317,10 +317,10 @@ void strided_destinations_are_filled_by_copies_in_two_dimensions(const Files &fi
     for (uint64_t row = 0; row < rows; row++) {
         std::memcpy(plan.expected.data() + 3 + row * pitch, files[0].content.data() + 11 + row * from_pitch, width);
     }
-    plan.place_at(place.memory);
+    plan.place_at(destination.memory);
     el_transfer *transfer = nullptr;
     CHECK(fixture.submit(plan, &transfer) == EL_OK && el_wait(transfer, -1, -1) == EL_OK);
-    check_all(plan, place);
+    check_all(plan, destination);
     standin_done_info done{};
     standin_done(&done);
     CHECK(done.copies_2d > 0 && done.copies < rows / 8);
@@ -332,7 +332,7 @@ void runs_share_a_slot(const Files &files) {
     el_config config = small_blocks();
     config.block_bytes = config.direct_block_bytes = 256 * kKiB;
     Fixture fixture(config);
-    Place place(30 * kKiB);
+    Destination destination(30 * kKiB);
     Plan plan;
     plan.files.push_back(el_file{files[0].fd, -1, files[0].content.size(), EL_BUFFERED, 0});
     for (uint64_t i = 0; i < 30; i++) {
@@ -340,64 +340,64 @@ void runs_share_a_slot(const Files &files) {
         plan.expected.insert(plan.expected.end(), files[0].content.data() + i * 20 * kKiB,
                              files[0].content.data() + i * 20 * kKiB + kKiB);
     }
-    plan.place_at(place.memory);
+    plan.place_at(destination.memory);
     standin_delay(1000);
     el_transfer *transfer = nullptr;
     CHECK(fixture.submit(plan, &transfer) == EL_OK && el_wait(transfer, -1, -1) == EL_OK);
-    check_all(plan, place);
+    check_all(plan, destination);
     el_release(transfer);
 }
 
 void several_copies_are_in_flight(const Files &files) {
     Fixture fixture(small_blocks(), 64 << 20);
-    Place place(files[0].content.size());
-    const Plan plan = whole_file(files[0], 1, place);
+    Destination destination(files[0].content.size());
+    const Plan plan = whole_file(files[0], 1, destination);
     standin_hold_copies(1);
     el_transfer *transfer = nullptr;
     CHECK(fixture.submit(plan, &transfer) == EL_OK);
     until([] { return standin_in_flight() >= 4; });
     standin_hold_copies(0);
     CHECK(el_wait(transfer, -1, -1) == EL_OK);
-    check_all(plan, place);
+    check_all(plan, destination);
     standin_done_info done{};
     standin_done(&done);
     CHECK(done.bytes == plan.expected.size());
     el_stats_info stats{};
-    CHECK(el_stats(fixture.engine, &stats) == EL_OK);
+    CHECK(el_stats(fixture.readers, &stats) == EL_OK);
     CHECK(stats.bytes == done.bytes && stats.device_bytes == done.bytes && stats.buffered_bytes == done.bytes);
     el_release(transfer);
 }
 
-void what_cannot_be_made_is_told(const Files &) {
+void what_cannot_be_made_is_reported(const Files &) {
     const std::map<std::string, uint32_t> steps = {{"SetDevice", EL_DEVICE_SELECT},
                                                    {"StreamCreateWithFlags", EL_DEVICE_STREAM},
                                                    {"EventCreateWithFlags", EL_DEVICE_STREAM}};
     const el_config config = small_blocks();
     int error = 0;
-    el_engine *engine = el_engine_create(&config, &error);
+    el_readers *readers = el_readers_create(&config, &error);
     el_device_config wanted{sizeof wanted, 1, 2, 0, 1, library.c_str()};
     el_device_failure failure{};
     for (const auto &[call, step] : steps) {
         standin_fail_call(call.c_str(), 1, kBusy);
-        CHECK(el_device_add(engine, &wanted, &failure) == EL_E_DEVICE);
+        CHECK(el_device_add(readers, &wanted, &failure) == EL_E_DEVICE);
         CHECK(failure.step == step && failure.error == kBusy && std::strstr(failure.text, "busy") != nullptr);
     }
     standin_fail_call("HostRegister", 1, kBusy);
     standin_fail_call("HostAlloc", 1, 2);
-    CHECK(el_device_add(engine, &wanted, &failure) == EL_E_DEVICE);
+    CHECK(el_device_add(readers, &wanted, &failure) == EL_E_DEVICE);
     CHECK(failure.step == EL_DEVICE_MEMORY && std::strcmp(failure.text, "out of memory") == 0);
     // Memory of our own that cannot be locked: the runtime's.
     standin_fail_call("HostRegister", 1, kBusy);
-    CHECK(el_device_add(engine, &wanted, &failure) == 0 && el_device_add(engine, &wanted, &failure) == 0);
+    CHECK(el_device_add(readers, &wanted, &failure) == 0 && el_device_add(readers, &wanted, &failure) == 0);
     wanted.device = 9;
-    CHECK(el_device_add(engine, &wanted, &failure) == EL_E_DEVICE && failure.step == EL_DEVICE_SELECT);
+    CHECK(el_device_add(readers, &wanted, &failure) == EL_E_DEVICE && failure.step == EL_DEVICE_SELECT);
     wanted.library = "/nowhere/libcudart.so";
-    CHECK(el_device_add(engine, &wanted, &failure) == EL_E_DEVICE && failure.step == EL_DEVICE_LIBRARY);
+    CHECK(el_device_add(readers, &wanted, &failure) == EL_E_DEVICE && failure.step == EL_DEVICE_LIBRARY);
     CHECK(std::strstr(failure.text, "/nowhere/libcudart.so") != nullptr);
     CHECK(el_device_runtime("libc.so.6", &failure) == EL_E_DEVICE && std::strstr(failure.text, "SetDevice") != nullptr);
     CHECK(el_device_runtime(library.c_str(), &failure) == EL_OK);
-    CHECK(el_engine_close(engine, -1) == EL_OK);
-    el_engine_destroy(engine);
+    CHECK(el_readers_close(readers, -1) == EL_OK);
+    el_readers_destroy(readers);
 }
 
 // --- random ----------------------------------------------------------------------------------------------------------
@@ -405,11 +405,11 @@ void what_cannot_be_made_is_told(const Files &) {
 void run_one(Fixture &fixture, const Files &files, uint64_t seed, bool faulty) {
     Random random(seed);
     Plan plan = make_plan(files, random);
-    Place place(plan.expected.size());
-    plan.place_at(place.memory);
+    Destination destination(plan.expected.size());
+    plan.place_at(destination.memory);
     if (below(random, 2) == 0) {  // what the owner does before, late
-        standin_fill(nullptr, place.memory, 'y', plan.expected.size());
-        standin_fill(nullptr, place.memory, 'x', plan.expected.size());
+        standin_fill(nullptr, destination.memory, 'y', plan.expected.size());
+        standin_fill(nullptr, destination.memory, 'x', plan.expected.size());
     }
     el_transfer *transfer = nullptr;
     const int submitted = fixture.submit(plan, &transfer, nullptr, static_cast<uint32_t>(below(random, 2)));
@@ -419,19 +419,19 @@ void run_one(Fixture &fixture, const Files &files, uint64_t seed, bool faulty) {
         return;
     }
     if (below(random, 3) == 0) el_wait(transfer, -1, static_cast<int64_t>(below(random, 3)));
-    check_completed(transfer, plan, place.memory);
+    check_completed(transfer, plan, destination.memory);
     if (below(random, 4) == 0) CHECK(el_cancel(transfer, -1) == EL_OK);
     if (el_wait(transfer, -1, -1) == EL_OK) {
         // Copies wait for the owner's work. Where nothing had to be copied, nothing has waited.
         if (el_bytes_done(transfer) == 0) until_idle();
-        check_all(plan, place);
+        check_all(plan, destination);
     } else {
         const el_failure_info failure = failure_of(transfer);
         CHECK(failure.in_flight == 0);
         const bool injected = failure.error == EIO || failure.error == EINTR;
         CHECK(failure.kind == EL_FAIL_CANCELLED || (failure.kind == EL_FAIL_IO && injected) ||
               (failure.kind == EL_FAIL_DEVICE && faulty));
-        check_completed(transfer, plan, place.memory);
+        check_completed(transfer, plan, destination.memory);
     }
     until_idle();
     el_release(transfer);
@@ -462,10 +462,10 @@ void round(const Files &files, Random &random) {
     for (uint64_t i = 1 + below(random, 3); i > 0; i--) {
         users.emplace_back([&files, &fixture, faulty, seed = random()] { run_one(fixture, files, seed, faulty); });
     }
-    if (below(random, 3) == 0) CHECK(el_engine_close(fixture.engine, -1) == EL_OK);
+    if (below(random, 3) == 0) CHECK(el_readers_close(fixture.readers, -1) == EL_OK);
     for (std::thread &user : users) user.join();
     standin_faults(0, 0);
-    CHECK(el_engine_close(fixture.engine, -1) == EL_OK);
+    CHECK(el_readers_close(fixture.readers, -1) == EL_OK);
     check_nothing_is_left();
 }
 
@@ -474,18 +474,18 @@ const std::map<std::string, void (*)(const Files &)> scenarios = {
     SCENARIO(slots_are_used_again_when_their_copies_have_landed),
     SCENARIO(copies_come_after_the_owners_work),
     SCENARIO(an_extent_is_complete_when_its_copies_have_landed),
-    SCENARIO(a_copy_that_fails_late_is_told),
-    SCENARIO(a_copy_that_cannot_begin_is_told),
-    SCENARIO(an_owner_whose_stream_is_refused_is_told),
+    SCENARIO(a_copy_that_fails_late_is_reported),
+    SCENARIO(a_copy_that_cannot_begin_is_reported),
+    SCENARIO(an_owner_whose_stream_is_refused_is_reported),
     SCENARIO(a_cancel_waits_for_copies),
     SCENARIO(a_release_waits_for_copies_behind_the_back),
     SCENARIO(a_close_waits_for_copies),
     SCENARIO(a_destroyed_engine_waits_for_copies_behind_the_back),
-    SCENARIO(a_device_that_hangs_is_told),
+    SCENARIO(a_device_that_hangs_is_reported),
     SCENARIO(strided_destinations_are_filled_by_copies_in_two_dimensions),
     SCENARIO(runs_share_a_slot),
     SCENARIO(several_copies_are_in_flight),
-    SCENARIO(what_cannot_be_made_is_told),
+    SCENARIO(what_cannot_be_made_is_reported),
 #undef SCENARIO
 };
 

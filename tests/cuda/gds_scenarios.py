@@ -175,14 +175,14 @@ def a_stream_that_is_left_waits_for_reads(on: Rehearsal) -> None:
             break
 
 
-def a_read_that_fails_is_told(on: Rehearsal) -> None:
+def a_read_that_fails_is_reported(on: Rehearsal) -> None:
     on.read()
     on.cufile.cufile_fail_read(3)
     said = on.failure(**SMALL)
     assert "model-" in said and "GPUDirect Storage could not read" in said and "set transport to auto" in said, said
 
 
-def wrong_bytes_are_told_before_any_is_handed_out(on: Rehearsal) -> None:
+def wrong_bytes_are_reported_before_any_is_handed_out(on: Rehearsal) -> None:
     on.cufile.cufile_spoil(1)
     said = on.failure()
     assert "GPUDirect Storage got" in said and "bytes wrong" in said, said
@@ -207,7 +207,7 @@ def without_the_kernel_module_it_says_so(on: Rehearsal) -> None:
     assert "nvidia-fs0 is not there" in on.failure(SettingsError)
 
 
-def a_device_without_direct_memory_access_is_told(on: Rehearsal) -> None:
+def a_device_without_direct_memory_access_is_reported(on: Rehearsal) -> None:
     on.cufile.cufile_supported(0)
     assert "device 0 has no GPUDirect RDMA" in on.failure(SettingsError)
 
@@ -227,11 +227,11 @@ SCENARIOS: dict[str, Callable[[Rehearsal], None]] = {
         tensors_that_are_kept_keep_their_memory,
         some_tensors_are_read_alone,
         a_stream_that_is_left_waits_for_reads,
-        a_read_that_fails_is_told,
-        wrong_bytes_are_told_before_any_is_handed_out,
+        a_read_that_fails_is_reported,
+        wrong_bytes_are_reported_before_any_is_handed_out,
         a_file_that_is_refused_is_not_read_in_another_way,
         without_the_kernel_module_it_says_so,
-        a_device_without_direct_memory_access_is_told,
+        a_device_without_direct_memory_access_is_reported,
     )
 }
 

@@ -26,8 +26,9 @@ from engine_loader.report.load import LoadReport
 from engine_loader.report.progress import byte_progress
 from engine_loader.settings import LoaderSettings, load_settings
 from engine_loader.sources.posix import PosixSource
-from engine_loader.transfer.devices import Place, obstacle_to_devices
-from engine_loader.transfer.native.engine import NativeEngine
+from engine_loader.transfer.device_stream import DeviceStream
+from engine_loader.transfer.native.device_errors import obstacle_to_devices
+from engine_loader.transfer.native.native_readers import NativeReaders
 from engine_loader.transfer.plan import extent, make_extents
 from tests.support.training_checkpoints import save_chunked
 
@@ -211,24 +212,24 @@ def test_direct_mode_names_the_tensor_whose_copy_failed(path: Path, standin: Sta
 
 
 @pytest.fixture
-def engine(standin: StandIn) -> Iterator[NativeEngine]:
-    engine = NativeEngine(2, block_bytes=64 << 10, pinned_bytes=MIB, device_runtime=str(standin.path))
-    yield engine
-    engine.close()
+def readers(standin: StandIn) -> Iterator[NativeReaders]:
+    readers = NativeReaders(2, block_bytes=64 << 10, pinned_bytes=MIB, device_runtime=str(standin.path))
+    yield readers
+    readers.close()
 
 
-def submit_all(engine: NativeEngine, path: Path, target: torch.Tensor, owner: object) -> SimpleNamespace:
+def submit_all(readers: NativeReaders, path: Path, target: torch.Tensor, owner: object) -> SimpleNamespace:
     file = PosixSource().open(str(path))
     plan = make_extents([extent(0, 0, file.size, target.data_ptr())])
-    return SimpleNamespace(transfer=engine.submit_to_device([file], plan, Place(0), owner=owner), file=file)
+    return SimpleNamespace(transfer=readers.submit_to_device([file], plan, DeviceStream(0), owner=owner), file=file)
 
 
 def test_memory_under_a_copy_that_hangs_is_kept_until_it_ends(
-    path: Path, standin: StandIn, engine: NativeEngine, devices: StandInDevices
+    path: Path, standin: StandIn, readers: NativeReaders, devices: StandInDevices
 ) -> None:
     standin.hold_copies(True)
     target = devices.empty(path.stat().st_size, torch.device("cpu"))
-    begun = submit_all(engine, path, target, target)
+    begun = submit_all(readers, path, target, target)
     while standin.in_flight() < 2:
         time.sleep(0.001)
     del target
@@ -243,46 +244,46 @@ def test_memory_under_a_copy_that_hangs_is_kept_until_it_ends(
     begun.file.close()
 
 
-def test_an_engine_that_is_closed_under_load_leaves_nothing(
-    path: Path, standin: StandIn, engine: NativeEngine, devices: StandInDevices
+def test_an_reader_threads_that_is_closed_under_load_leaves_nothing(
+    path: Path, standin: StandIn, readers: NativeReaders, devices: StandInDevices
 ) -> None:
     standin.delay(3000)
     target = devices.empty(path.stat().st_size, torch.device("cpu"))
-    begun = submit_all(engine, path, target, target)
+    begun = submit_all(readers, path, target, target)
     while standin.in_flight() < 2:
         time.sleep(0.001)
-    engine.close()
+    readers.close()
     assert standin.in_flight() == 0
     with pytest.raises(TransferError, match="cancelled"):
         begun.transfer.wait()
     begun.file.close()
 
 
-def test_what_arrived_is_counted(path: Path, standin: StandIn, engine: NativeEngine, devices: StandInDevices) -> None:
+def test_what_arrived_is_counted(path: Path, standin: StandIn, readers: NativeReaders, devices: StandInDevices) -> None:
     target = devices.empty(path.stat().st_size, torch.device("cpu"))
-    begun = submit_all(engine, path, target, target)
+    begun = submit_all(readers, path, target, target)
     assert begun.transfer.wait()
     assert bytes(target.numpy()) == path.read_bytes()
-    assert engine.statistics().bytes_read == engine.counters()["device_bytes"] == path.stat().st_size
+    assert readers.statistics().bytes_read == readers.counters()["device_bytes"] == path.stat().st_size
     begun.file.close()
 
 
 def test_without_a_runtime_there_is_an_obstacle_that_says_so(path: Path) -> None:
     obstacle = obstacle_to_devices("/nowhere/libcudart.so")
     assert obstacle is not None and "/nowhere/libcudart.so" in obstacle
-    engine = NativeEngine(1, device_runtime="/nowhere/libcudart.so")
+    readers = NativeReaders(1, device_runtime="/nowhere/libcudart.so")
     with pytest.raises(TransferError, match="device_runtime"):
-        submit_all(engine, path, torch.empty(0), None)
-    engine.close()
+        submit_all(readers, path, torch.empty(0), None)
+    readers.close()
     assert CudaDevices(load_settings({"engine": "python"}).settings.loader).obstacle() == "engine is set to python"
     cpu = CudaDevices(load_settings().settings.loader)
     assert cpu.number_of(torch.zeros(3)) is None and cpu.number(torch.device("cpu")) is None
 
 
-def test_a_device_that_does_not_exist_is_told(path: Path, standin: StandIn, engine: NativeEngine) -> None:
+def test_a_device_that_does_not_exist_is_reported(path: Path, standin: StandIn, readers: NativeReaders) -> None:
     file = PosixSource().open(str(path))
     with pytest.raises(TransferError, match=r"device 7 cannot be selected: invalid device ordinal \(101\)"):
-        engine.submit_to_device([file], make_extents([]), Place(7))
+        readers.submit_to_device([file], make_extents([]), DeviceStream(7))
     file.close()
 
 

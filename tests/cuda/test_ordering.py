@@ -1,6 +1,6 @@
 """The order of reads, copies and their ends on the way to a device, over a stand-in for the CUDA runtime.
 
-The scenarios are in driver.cpp. Each rule is also taken out of the engine once (a mutant): its scenario must see that.
+The scenarios are in driver.cpp. Each rule is also taken out of the library once (a mutant): its scenario must see that.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MUTANTS = [
         {
             "        ring_.give(slot);\n": "        (void)slot;\n",
             "        landing_.launched();\n": "        landing_.launched();\n"
-            "        { Lock lock(reader_.transfer.engine.mutex); ring_.give(*slot_); }\n",
+            "        { Lock lock(reader_.transfer.readers.mutex); ring_.give(*slot_); }\n",
         },
     ),
     Mutant(
@@ -68,16 +68,16 @@ MUTANTS = [
     ),
     Mutant(
         "a_copy_that_failed_counts_as_landed",
-        "a_copy_that_fails_late_is_told",
+        "a_copy_that_fails_late_is_reported",
         "device_ring",
         {
-            "        if (state != 0) fail_with(*flight.transfer, flight.place, state);\n": "",
+            "        if (state != 0) fail_with(*flight.transfer, flight.position, state);\n": "",
             "landed(*flight.slot, state == 0, lock)": "landed(*flight.slot, true, lock)",
         },
     ),
     Mutant(
         "a_slot_without_an_event_is_used_again_at_once",
-        "a_copy_that_cannot_begin_is_told",
+        "a_copy_that_cannot_begin_is_reported",
         "device_ring",
         {"    if (error != 0) checked(*runtime_, runtime_->StreamSynchronize(streams_[flight.stream]));\n": ""},
     ),
@@ -91,13 +91,13 @@ MUTANTS = [
         "a_close_does_not_wait_for_copies",
         "a_close_waits_for_copies",
         "device_ring",
-        {"while (flying_ > 0 || !engine_.closing": "while (!engine_.closing"},
+        {"while (flying_ > 0 || !readers_.closing": "while (!readers_.closing"},
     ),
     Mutant(
         "nobody_looks_at_the_clock",
-        "a_device_that_hangs_is_told",
+        "a_device_that_hangs_is_reported",
         "device_ring",
-        {"    fail_late(*flight.transfer, flight.place);\n": ""},
+        {"    fail_late(*flight.transfer, flight.position);\n": ""},
     ),
     Mutant(
         "rows_are_put_where_they_lay_in_the_file",

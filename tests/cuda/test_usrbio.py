@@ -11,8 +11,8 @@ import torch
 
 from engine_loader.errors import TransferError
 from engine_loader.sources.threefs.threefs_source import ThreeFsOptions, ThreeFsSource
-from engine_loader.transfer.devices import Place
-from engine_loader.transfer.native.engine import NativeEngine
+from engine_loader.transfer.device_stream import DeviceStream
+from engine_loader.transfer.native.native_readers import NativeReaders
 from engine_loader.transfer.plan import make_extents
 from tests.support.threefs import clean_emulator
 
@@ -36,18 +36,18 @@ def path(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture
-def engine(standin: StandIn) -> Iterator[NativeEngine]:
-    engine = NativeEngine(2, block_bytes=256 * KIB, pinned_bytes=MIB, device_runtime=str(standin.path))
-    yield engine
-    engine.close()
+def readers(standin: StandIn) -> Iterator[NativeReaders]:
+    readers = NativeReaders(2, block_bytes=256 * KIB, pinned_bytes=MIB, device_runtime=str(standin.path))
+    yield readers
+    readers.close()
 
 
-def place(engine: NativeEngine, path: Path, memory: torch.Tensor, rows: list[tuple[int, ...]]) -> None:
+def place(readers: NativeReaders, path: Path, memory: torch.Tensor, rows: list[tuple[int, ...]]) -> None:
     """Carry out a plan whose addresses count from the start of ``memory``."""
     file = ThreeFsSource(OPTIONS).open(str(path))
     plan = make_extents(rows)
     plan["address"] += np.uint64(memory.data_ptr())
-    transfer = engine.submit_to_device([file], plan, Place(0), owner=memory)
+    transfer = readers.submit_to_device([file], plan, DeviceStream(0), owner=memory)
     try:
         transfer.wait()
     finally:
@@ -55,44 +55,44 @@ def place(engine: NativeEngine, path: Path, memory: torch.Tensor, rows: list[tup
         file.close()
 
 
-def test_a_file_arrives_again_and_again(path: Path, standin: StandIn, engine: NativeEngine) -> None:
+def test_a_file_arrives_again_and_again(path: Path, standin: StandIn, readers: NativeReaders) -> None:
     standin.delay(1500)
     devices = StandInDevices(standin)
     for _ in range(3):
         memory = devices.empty(len(CONTENT), torch.device("cpu"))
         standin.fill(memory, 0)
-        place(engine, path, memory, [(0, 1, 0, len(CONTENT), 0, 0, 0)])
+        place(readers, path, memory, [(0, 1, 0, len(CONTENT), 0, 0, 0)])
         assert memory.numpy().tobytes() == CONTENT
-    counters = engine.counters()
-    assert counters["usrbio_bytes"] == counters["device_bytes"] == 3 * len(CONTENT) == engine.statistics().bytes_read
+    counters = readers.counters()
+    assert counters["usrbio_bytes"] == counters["device_bytes"] == 3 * len(CONTENT) == readers.statistics().bytes_read
 
 
-def test_rows_arrive(path: Path, standin: StandIn, engine: NativeEngine) -> None:
+def test_rows_arrive(path: Path, standin: StandIn, readers: NativeReaders) -> None:
     standin.delay(500)
     memory = StandInDevices(standin).tensor(300, 1024, dtype=torch.uint8)
     standin.fill(memory, 0)
-    place(engine, path, memory, [(0, 300, 11, 1000, 10_000, 0, 1024)])
+    place(readers, path, memory, [(0, 300, 11, 1000, 10_000, 0, 1024)])
     for number in range(300):
         start = 11 + number * 10_000
         assert memory[number, :1000].numpy().tobytes() == CONTENT[start : start + 1000]
     assert not memory[:, 1000:].any(), "bytes between rows are not ours to write"
 
 
-def test_a_copy_that_fails_is_told(path: Path, standin: StandIn, engine: NativeEngine) -> None:
+def test_a_copy_that_fails_is_reported(path: Path, standin: StandIn, readers: NativeReaders) -> None:
     standin.delay(500)
     memory = StandInDevices(standin).empty(len(CONTENT), torch.device("cpu"))
     standin.fail_copy(5)
     with pytest.raises(TransferError, match="illegal memory access") as failure:
-        place(engine, path, memory, [(0, 1, 0, len(CONTENT), 0, 0, 0)])
+        place(readers, path, memory, [(0, 1, 0, len(CONTENT), 0, 0, 0)])
     assert failure.value.file == str(path)
 
 
-def test_a_cancel_waits_for_copies(path: Path, standin: StandIn, engine: NativeEngine) -> None:
+def test_a_cancel_waits_for_copies(path: Path, standin: StandIn, readers: NativeReaders) -> None:
     standin.delay(5000)
     memory = StandInDevices(standin).empty(len(CONTENT), torch.device("cpu"))
     file = ThreeFsSource(OPTIONS).open(str(path))
     plan = make_extents([(0, 1, 0, len(CONTENT), 0, memory.data_ptr(), 0)])
-    transfer = engine.submit_to_device([file], plan, Place(0), owner=memory)
+    transfer = readers.submit_to_device([file], plan, DeviceStream(0), owner=memory)
     while standin.in_flight() < 2:
         transfer.wait(timeout_s=0.001)
     transfer.cancel()

@@ -26,7 +26,7 @@
         }                                                                             \
     } while (0)
 
-// What the engine's objects, which are shared with another driver, call in place of preadv.
+// What the library's objects, which are shared with another driver, call instead of preadv.
 extern "C" ssize_t faulty_preadv(int fd, const struct iovec *vectors, int n, off_t offset) {
     return preadv(fd, vectors, n, offset);
 }
@@ -50,52 +50,52 @@ const char *const kFaults[] = {
 
 const char *standin_path, *emulator_path, *mount_path;
 
-struct Engine {
-    Engine() {
+struct ReaderThreads {
+    ReaderThreads() {
         el_config config{};
         config.struct_bytes = sizeof config;
         config.retry_base_ms = 1;
         config.block_bytes = 64 * kKiB;
         config.deadline_ms = 60000;
         int error = 0;
-        engine = el_engine_create(&config, &error);
-        CHECK(engine != nullptr && error == EL_OK);
+        readers = el_readers_create(&config, &error);
+        CHECK(readers != nullptr && error == EL_OK);
         el_device_failure failure{};
         const el_device_config wanted{sizeof wanted, 0, 2, 0, 1, standin_path};
-        device = el_device_add(engine, &wanted, &failure);
+        device = el_device_add(readers, &wanted, &failure);
         CHECK(device >= 0);
         const el_usrbio_config rings{sizeof rings, 2, 4, 3000, 32 * kKiB, emulator_path, mount_path};
-        usrbio = el_usrbio_add(engine, &rings);
+        usrbio = el_usrbio_add(readers, &rings);
         CHECK(usrbio >= 0);
     }
-    ~Engine() {
-        CHECK(el_engine_close(engine, -1) == EL_OK);
-        el_engine_destroy(engine);
+    ~ReaderThreads() {
+        CHECK(el_readers_close(readers, -1) == EL_OK);
+        el_readers_destroy(readers);
     }
 
-    el_engine *engine = nullptr;
+    el_readers *readers = nullptr;
     int device = -1, usrbio = -1;
 };
 
 // Device memory, which its owner's stream is still writing to.
-struct Place {
-    explicit Place(uint64_t bytes) : memory(static_cast<char *>(standin_malloc(bytes))) {
+struct Destination {
+    explicit Destination(uint64_t bytes) : memory(static_cast<char *>(standin_malloc(bytes))) {
         standin_fill(nullptr, memory, 'x', bytes);
     }
-    ~Place() { standin_free(memory); }
+    ~Destination() { standin_free(memory); }
     char *memory;
 };
 
 // Whether all arrived.
-bool read_once(const Engine &on, int fd, const std::vector<char> &content, Random &random) {
+bool read_once(const ReaderThreads &on, int fd, const std::vector<char> &content, Random &random) {
     const uint64_t begin = below(random, content.size()), bytes = content.size() - begin;
-    Place place(bytes);
+    Destination destination(bytes);
     const el_file file{fd, -1, content.size(), EL_USRBIO, EL_FILE_USRBIO(on.usrbio)};
-    const auto address = reinterpret_cast<uint64_t>(place.memory);
+    const auto address = reinterpret_cast<uint64_t>(destination.memory);
     const uint64_t half = bytes / 2;
     const el_extent extents[] = {{0, 1, begin, half, 0, address, 0}, {0, 1, begin + half, bytes - half, 0, address + half, 0}};
     el_transfer *transfer = nullptr;
-    const int submitted = el_submit_to_device(on.engine, &file, 1, extents, 2, EL_ORDERED, static_cast<uint32_t>(on.device),
+    const int submitted = el_submit_to_device(on.readers, &file, 1, extents, 2, EL_ORDERED, static_cast<uint32_t>(on.device),
                                               0, &transfer);
     if (submitted != EL_OK) {  // closed meanwhile, or the stream was refused
         while (standin_idle(nullptr) == 0) usleep(100);
@@ -108,7 +108,7 @@ bool read_once(const Engine &on, int fd, const std::vector<char> &content, Rando
     }
     int result;
     while ((result = el_wait(transfer, -1, 50)) == EL_TIMEOUT) continue;
-    if (result == EL_OK) CHECK(std::memcmp(place.memory, content.data() + begin, bytes) == 0);
+    if (result == EL_OK) CHECK(std::memcmp(destination.memory, content.data() + begin, bytes) == 0);
     CHECK(el_cancel(transfer, -1) == EL_OK);
     el_release(transfer);
     while (standin_idle(nullptr) == 0) usleep(100);  // the owner's own work, which is not ours to wait for
@@ -119,7 +119,7 @@ void round(int fd, const std::vector<char> &content, bool faulty, Random &random
     standin_reset(random());
     standin_delay(static_cast<uint32_t>(1 + below(random, 2000)));
     {
-        Engine on;
+        ReaderThreads on;
         if (faulty) standin_faults(static_cast<uint32_t>(below(random, 60)), static_cast<uint32_t>(below(random, 60)));
         const bool closes = below(random, 3) == 0;
         const auto use = [&](uint64_t seed) {
@@ -130,7 +130,7 @@ void round(int fd, const std::vector<char> &content, bool faulty, Random &random
         std::thread one([&] { use(seeds[0]); }), other([&] { use(seeds[1]); });
         if (closes) {
             usleep(static_cast<useconds_t>(below(random, 5000)));
-            CHECK(el_engine_close(on.engine, -1) == EL_OK);
+            CHECK(el_readers_close(on.readers, -1) == EL_OK);
         }
         one.join();
         other.join();

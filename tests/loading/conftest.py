@@ -21,5 +21,5 @@ def way(request: pytest.FixtureRequest) -> dict[str, object]:
         try:
             load_library()
         except TransferError as error:
-            pytest.skip(f"no native engine: {error}")
+            pytest.skip(f"no native library: {error}")
     return options

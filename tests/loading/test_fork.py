@@ -41,9 +41,7 @@ def test_a_child_that_reads_on_is_told_to_open_again(path, way):
         told = in_child(messages)
         # Mapped pages need no threads: streams work on in the child.
         refused = 1 if way.get("read_mode") == "mapped" else 3
-        assert [message.partition(" (")[0] for message in told] == [
-            "the transfer engine does not survive a fork"
-        ] * refused
+        assert [message.partition(" (")[0] for message in told] == ["reader threads do not survive a fork"] * refused
         assert all("open the checkpoint again here" in message for message in told)
         rest = {name: tensor_bytes(tensor) for name, tensor in pairs}
         assert rest == {name: content for name, (_, _, content) in list(TENSORS.items())[1:]}
@@ -92,7 +90,7 @@ def test_forks_in_the_midst_of_reading_do_not_hang(path, way):
         try:
             time.sleep(0.05)
             for _ in range(10):
-                assert "does not survive a fork" in in_child(message)
+                assert "reader threads do not survive a fork" in in_child(message)
         finally:
             stop.set()
             for thread in threads:

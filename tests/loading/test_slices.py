@@ -18,7 +18,7 @@ from tests.support.checkpoints import checkpoint, encode, entry, tensor_bytes
 from tests.support.sources import FakeFile, open_fake
 
 GAP_BYTES = 64 << 10
-"""Bytes between wanted ones that an engine may read along."""
+"""Bytes between wanted ones that reader threads may read along."""
 
 
 def opened(dtype: str, shape: list[int]) -> tuple[Checkpoint, FakeFile, torch.Tensor]:

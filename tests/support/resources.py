@@ -15,7 +15,7 @@ _FOREIGN = ("MainThread", "tqdm_monitor")
 
 
 def open_resources() -> Resources:
-    """File descriptors, threads of Python, and threads of the native engine and the 3FS emulator.
+    """File descriptors, threads of Python, and threads of the native library and the 3FS emulator.
 
     Threads that libraries started by themselves come and go, and are not among them.
     """

@@ -1,4 +1,4 @@
-"""The transfer engines, each of which passes the same tests."""
+"""The kinds of reader threads, each of which passes the same tests."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -9,12 +9,12 @@ import pytest
 from engine_loader.errors import TransferError
 from engine_loader.sources.posix import PosixFile, PosixSource
 from engine_loader.sources.source import SourceFile
-from engine_loader.transfer.native.engine import NativeEngine, load_library
+from engine_loader.transfer.native.native_readers import NativeReaders, load_library
 from engine_loader.transfer.plan import ExtentRow, Extents, extent, make_extents
-from engine_loader.transfer.protocol import Transfer, TransferEngine
-from engine_loader.transfer.python.engine import PythonEngine
+from engine_loader.transfer.protocol import ReaderThreads, Transfer
+from engine_loader.transfer.python.python_readers import PythonReaders
 
-MakeEngine = Callable[..., TransferEngine]
+MakeReaders = Callable[..., ReaderThreads]
 
 GUARD = 0xEE
 """What destinations hold before, and beside what is read into them."""
@@ -32,18 +32,18 @@ class Destination:
 
 
 def read(
-    engine: TransferEngine, files: Sequence[SourceFile], rows: Sequence[ExtentRow], nbytes: int, **options: bool
+    readers: ReaderThreads, files: Sequence[SourceFile], rows: Sequence[ExtentRow], nbytes: int, **options: bool
 ) -> bytes:
     """Carry out a plan whose addresses count from the start of ``nbytes`` of new memory; what is there in the end."""
     target = Destination(nbytes)
-    transfer = start(engine, files, rows, target, **options)
+    transfer = start(readers, files, rows, target, **options)
     assert transfer.wait()
     assert transfer.bytes_done == transfer.nbytes
     return bytes(target)
 
 
 def start(
-    engine: TransferEngine,
+    readers: ReaderThreads,
     files: Sequence[SourceFile],
     rows: Sequence[ExtentRow] | Extents,
     target: Destination,
@@ -52,7 +52,7 @@ def start(
     """Submit a plan whose addresses count from the start of ``target``."""
     plan = rows.copy() if isinstance(rows, np.ndarray) else make_extents(rows)
     plan["address"] += np.uint64(target.address)
-    return engine.submit(files, plan, owner=target.memory, **options)
+    return readers.submit(files, plan, owner=target.memory, **options)
 
 
 def endless(nbytes: int) -> Extents:
@@ -60,48 +60,48 @@ def endless(nbytes: int) -> Extents:
     return np.repeat(make_extents([extent(0, 0, nbytes, 0)]), (1 << 38) // nbytes)
 
 
-def _python(**options: object) -> TransferEngine:
-    return PythonEngine(**options)  # type: ignore[arg-type]
+def _python(**options: object) -> ReaderThreads:
+    return PythonReaders(**options)  # type: ignore[arg-type]
 
 
-def _buffered(**options: object) -> TransferEngine:
-    return NativeEngine(**options, read_mode="buffered")  # type: ignore[arg-type]
+def _buffered(**options: object) -> ReaderThreads:
+    return NativeReaders(**options, read_mode="buffered")  # type: ignore[arg-type]
 
 
-def _direct(**options: object) -> TransferEngine:
-    return NativeEngine(**options, read_mode="direct")  # type: ignore[arg-type]
+def _direct(**options: object) -> ReaderThreads:
+    return NativeReaders(**options, read_mode="direct")  # type: ignore[arg-type]
 
 
-ENGINES = {"python": _python, "native": _buffered, "native-direct": _direct}
+READERS = {"python": _python, "native": _buffered, "native-direct": _direct}
 
 
 @pytest.fixture
-def python_engine() -> Iterator[MakeEngine]:
-    """Makes Python engines, and closes them after the test: for sources that have no descriptor."""
+def python_readers() -> Iterator[MakeReaders]:
+    """Makes PythonReaders, and closes them after the test: for sources that have no descriptor."""
     yield from _making(_python)
 
 
-@pytest.fixture(params=list(ENGINES))
-def make_engine(request: pytest.FixtureRequest) -> Iterator[MakeEngine]:
-    """Makes engines of one kind, and closes them after the test."""
+@pytest.fixture(params=list(READERS))
+def make_readers(request: pytest.FixtureRequest) -> Iterator[MakeReaders]:
+    """Makes reader threads of one kind, and closes them after the test."""
     if request.param != "python":
         try:
             load_library()
         except TransferError as error:
-            pytest.skip(f"no native engine: {error}")
-    yield from _making(ENGINES[request.param])
+            pytest.skip(f"no native readers: {error}")
+    yield from _making(READERS[request.param])
 
 
-def _making(kind: MakeEngine) -> Iterator[MakeEngine]:
-    made: list[TransferEngine] = []
+def _making(kind: MakeReaders) -> Iterator[MakeReaders]:
+    made: list[ReaderThreads] = []
 
-    def make(threads: int = 2, **options: object) -> TransferEngine:
+    def make(threads: int = 2, **options: object) -> ReaderThreads:
         made.append(kind(threads=threads, **options))
         return made[-1]
 
     yield make
-    for engine in made:
-        engine.close()
+    for readers in made:
+        readers.close()
 
 
 @pytest.fixture
@@ -110,7 +110,12 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Else a machine that stalls for half a second makes a read look stuck, which is then given up and left to itself.
     """
-    for name in ("native.engine.CANCEL_GRACE_S", "native.transfer.CANCEL_GRACE_S", "python.engine._CANCEL_GRACE_S"):
+    for name in (
+        "native.native_readers.CANCEL_GRACE_S",
+        "native.transfer.CANCEL_GRACE_S",
+        "python.python_readers.CANCEL_GRACE_S",
+        "python.python_transfer.CANCEL_GRACE_S",
+    ):
         monkeypatch.setattr(f"engine_loader.transfer.{name}", 600.0)
 
 

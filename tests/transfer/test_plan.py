@@ -10,7 +10,7 @@ from tests.support.sources import FakeFile
 FILES = [FakeFile(bytes(100), "/a"), FakeFile(b"", "/empty")]
 
 
-def test_a_row_of_a_plan_has_the_layout_of_the_native_engine():
+def test_a_row_of_a_plan_has_the_layout_of_the_native_readers():
     assert EXTENT.itemsize == 48
     assert [EXTENT.fields[name][1] for name in EXTENT.names] == [0, 4, 8, 16, 24, 32, 40]
 

@@ -57,20 +57,20 @@ def check_settings() -> Iterator[Finding]:
     yield Finding(_AREA, "settings", "ok", changed or "all at their defaults")
 
 
-def check_native_engine() -> Iterator[Finding]:
-    """Whether the native transfer engine is available."""
+def check_native_library() -> Iterator[Finding]:
+    """Whether the native library is available."""
     from ...settings import LoaderSettings
-    from ...transfer.constructor import make_engine
+    from ...transfer.constructor import make_readers
 
     try:
-        engine = make_engine(LoaderSettings(engine="cpp"))
+        readers = make_readers(LoaderSettings(engine="cpp"))
     except TransferError as error:
-        value = f"{error.message}; the pure-Python engine is used instead"
-        yield Finding(_AREA, "native engine", "warn", value, _native_repair())
+        value = f"{error.message}; the pure-Python one serves instead"
+        yield Finding(_AREA, "native library", "warn", value, _native_repair())
         return
-    threads = engine.threads
-    engine.close()
-    yield Finding(_AREA, "native engine", "ok", f"works, {threads} threads")
+    threads = readers.threads
+    readers.close()
+    yield Finding(_AREA, "native library", "ok", f"works, {threads} threads")
 
 
 def check_reading() -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""Device memory as torch has it: which tensors the native engine can fill, after which stream, and fresh blocks."""
+"""Device memory as torch has it: which tensors native reader threads can fill, after which stream, and fresh blocks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from ...settings import LoaderSettings
-from ...transfer.devices import obstacle_to_devices
+from ...transfer.native.device_errors import obstacle_to_devices
 from .trial import obstacle_on
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ class Devices(Protocol):
         ...
 
     def number(self, device: torch.device) -> int | None:
-        """The runtime's number of a device that the native engine can put bytes on; None: it cannot, or the CPU's."""
+        """The runtime's number of a device that native reader threads can fill; None: they cannot, or the CPU's."""
         ...
 
     def number_of(self, tensor: torch.Tensor) -> int | None:
@@ -54,7 +54,7 @@ class CudaDevices:
     """Those of torch.cuda, which are ROCm's, too.
 
     torch's caching allocator hands memory out again on the stream on which it was freed, so whoever used it before is
-    waited for with the current stream. Nothing has to be recorded for the engine's own streams: it holds the memory
+    waited for with the current stream. Nothing has to be recorded for the library's own streams: it holds the memory
     until its copies have ended.
     """
 
@@ -68,7 +68,7 @@ class CudaDevices:
         self._usable: dict[int, bool] = {}  # by number; asked for with every tensor
 
     def obstacle(self) -> str | None:
-        """Why the native engine cannot put bytes on these devices, if so."""
+        """Why native reader threads cannot put bytes on these devices, if so."""
         if not self._asked:
             self._obstacle = obstacle_to_devices(self._runtime)
             self._asked = True

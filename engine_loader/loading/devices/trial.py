@@ -1,7 +1,7 @@
 """A trial of placing bytes on a device, before anything depends on it: a few megabytes are read there and compared.
 
 What a driver, a container or a virtual GPU may get wrong shows here, in milliseconds, as a reason to let torch copy
-instead. That copies keep their order is a matter of the engine, and is tested (tests/cuda).
+instead. That copies keep their order is a matter of the native library, and is tested (tests/cuda).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from ...errors import TransferError
 from ...settings import LoaderSettings
 from ...sources.posix import PosixSource
-from ...transfer.devices import Place
-from ...transfer.native.engine import NativeEngine
+from ...transfer.device_stream import DeviceStream
+from ...transfer.native.native_readers import NativeReaders
 from ...transfer.plan import extent, make_extents
 
 _BLOCK_BYTES = 256 << 10
@@ -73,7 +73,7 @@ def _placed(
                 (0, _ROWS, _PLAIN_BYTES, _ROW_BYTES, _SOURCE_STRIDE, address + _PLAIN_BYTES, _TARGET_STRIDE),
             ]
         )
-        engine = NativeEngine(
+        readers = NativeReaders(
             2,
             block_bytes=_BLOCK_BYTES,
             deadline_s=min(10.0, settings.deadline_s),
@@ -82,9 +82,9 @@ def _placed(
             device_runtime=settings.device_runtime,
         )
         try:
-            engine.submit_to_device([file], plan, Place(number, memory.stream(number)), owner=target).wait()
+            readers.submit_to_device([file], plan, DeviceStream(number, memory.stream(number)), owner=target).wait()
         finally:
-            engine.close()
+            readers.close()
             file.close()
         return memory.read_back(target)
     finally:

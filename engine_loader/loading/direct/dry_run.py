@@ -21,7 +21,7 @@ GAP_BYTES = 4 << 10
 bytes of a copy."""
 WIDE_GAP_BYTES = 128 << 10
 """Unwanted bytes between two wanted runs that are read through from storage: what a read's latency costs, in bytes of
-its bandwidth. (The native reader threads use both limits: transfer/native/src/core/engine.cpp.)"""
+its bandwidth. (The native reader threads use both limits: transfer/native/src/api/api_readers.cpp.)"""
 _ALIGNMENT = 4096
 
 _KINDS = (

@@ -11,11 +11,11 @@ import torch
 
 from ...formats.safetensors import TensorInfo
 from ...sources.source import SourceFile
-from ...transfer.devices import Place
+from ...transfer.device_stream import DeviceStream
 from ...transfer.memory.buffers import BufferPool
-from ...transfer.native.engine import NativeEngine
+from ...transfer.native.native_readers import NativeReaders
 from ...transfer.plan import Extents, extent, make_extents
-from ...transfer.protocol import Transfer, TransferEngine
+from ...transfer.protocol import ReaderThreads, Transfer
 from .blocks import Block, block_tensor, device_blocks, packed_blocks, shaped
 
 
@@ -117,10 +117,10 @@ class PooledFiller:
     blocks_ahead = 8
 
     def __init__(
-        self, files: Mapping[str, SourceFile], engine: TransferEngine, *, buffer_bytes: int, block_bytes: int
+        self, files: Mapping[str, SourceFile], readers: ReaderThreads, *, buffer_bytes: int, block_bytes: int
     ) -> None:
         self._files = files
-        self._engine = engine
+        self._readers = readers
         self._block_bytes = block_bytes
         self._pool = BufferPool(buffer_bytes)
 
@@ -136,7 +136,7 @@ class PooledFiller:
         if lease is None:
             return None
         files, extents = _plan(self._files, block, lease.address)
-        return _Reading(block, lease.memory, self._engine.submit(files, extents, owner=lease.memory), lease.number)
+        return _Reading(block, lease.memory, self._readers.submit(files, extents, owner=lease.memory), lease.number)
 
     def passed(self, filling: _Reading) -> None:
         filling.memory = None
@@ -221,7 +221,7 @@ class DeviceFiller(FreshMemoryFiller[_Placing]):
 
     Args:
         files: by path.
-        engine: reads.
+        readers: reads.
         place: the device, and the stream that is the current one now.
         empty: so many fresh bytes there.
         buffer_bytes: the budget.
@@ -231,16 +231,16 @@ class DeviceFiller(FreshMemoryFiller[_Placing]):
     def __init__(
         self,
         files: Mapping[str, SourceFile],
-        engine: NativeEngine,
+        readers: NativeReaders,
         *,
-        place: Callable[[], Place],
+        place: Callable[[], DeviceStream],
         empty: Callable[[int], torch.Tensor],
         buffer_bytes: int,
         block_bytes: int,
     ) -> None:
         super().__init__(buffer_bytes)
         self._files = files
-        self._engine = engine
+        self._readers = readers
         self._place = place
         self._empty = empty
         self._block_bytes = block_bytes
@@ -251,7 +251,7 @@ class DeviceFiller(FreshMemoryFiller[_Placing]):
     def _begin(self, block: Block) -> _Placing:
         memory = self._empty(block.nbytes)
         files, extents = _plan(self._files, block, memory.data_ptr())
-        return _Placing(block, memory, self._engine.submit_to_device(files, extents, self._place(), owner=memory))
+        return _Placing(block, memory, self._readers.submit_to_device(files, extents, self._place(), owner=memory))
 
 
 def _plan(files: Mapping[str, SourceFile], block: Block, address: int) -> tuple[list[SourceFile], Extents]:

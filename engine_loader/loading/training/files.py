@@ -26,10 +26,10 @@ from ...garbage import no_garbage_collection
 from ...report.load import LoadReport
 from ...settings import LoaderSettings
 from ...sources.source import Source, SourceFile
-from ...transfer.constructor import make_engine_for
-from ...transfer.devices import Place
+from ...transfer.constructor import make_readers_for
+from ...transfer.device_stream import DeviceStream
 from ...transfer.plan import ExtentRow, extent, make_extents
-from ...transfer.protocol import Transfer, TransferEngine, wait_or_cancel
+from ...transfer.protocol import ReaderThreads, Transfer, wait_or_cancel
 from ..geometry import contiguous_strides, view_extents
 from ..safetensors_store import complete_report, submit_to
 from ..targets import overlaps_itself
@@ -50,7 +50,7 @@ _MOST_SPAN_BYTES = 64 << 20
 _MOST_SPAN_FACTOR = 16
 _FIRST_ITEMS, _ITEMS_AT_ONCE = 16, 4096
 _FEW_FILES = 16
-"""The engine is told of so many without finding out which of them a plan needs."""
+"""So many are passed to the reader threads without finding out which of them a plan needs."""
 _FIRST_READ_BYTES = 32 << 10
 """Of a file: mostly all of its header, where it has one."""
 _LEAST_END, _MOST_END = LENGTH_BYTES + 2, LENGTH_BYTES + MAX_HEADER_BYTES
@@ -123,7 +123,7 @@ class _Ends:
 
 
 class DcpFiles:
-    """The data files of a checkpoint, opened when they are needed, and the engine that reads them.
+    """The data files of a checkpoint, opened when they are needed, and the reader threads.
 
     May be used from several threads.
 
@@ -141,7 +141,7 @@ class DcpFiles:
         self._numbers: dict[str, int] = {}
         self._headers: dict[int, _Contents | None] = {}
         self._stored: dict[_Key, StoredTensor | None] = {}
-        self._engine: TransferEngine | None = None
+        self._readers: ReaderThreads | None = None
         self._lock = threading.RLock()
         self._closed = False
 
@@ -316,16 +316,16 @@ class DcpFiles:
         """
         self.verify_unchanged()
         report.count_files(file.path for file in self._files if file.path != self.metadata_path)
-        complete_report(report, self.source.name, self.running_engine())
+        complete_report(report, self.source.name, self.running_readers())
 
     def close(self) -> None:
         """Cancel what is in flight; give back files and threads. Safe to call twice."""
         with self._lock:
             self._closed = True
-            engine, self._engine = self._engine, None
+            readers, self._readers = self._readers, None
             files, self._files = self._files, []
-        if engine is not None:
-            engine.close()
+        if readers is not None:
+            readers.close()
         for file in files:
             file.close()
 
@@ -389,22 +389,22 @@ class DcpFiles:
             place += 2 * ENDS_BYTES
         return _Ends(items, content, self.submit_extents(rows, content))
 
-    def submit_extents(self, rows: Sequence[ExtentRow], owner: object, place: Place | None = None) -> Transfer:
-        """Start a plan; of a checkpoint's many files, the engine is told of those only that it needs."""
+    def submit_extents(self, rows: Sequence[ExtentRow], owner: object, place: DeviceStream | None = None) -> Transfer:
+        """Start a plan; of a checkpoint's many files, only those that it needs are passed to the reader threads."""
         extents, files = make_extents(rows), list(self._files)
         if len(files) > _FEW_FILES:
             numbers, extents["file"] = np.unique(extents["file"], return_inverse=True)
             files = [files[number] for number in numbers]
-        return submit_to(place, self.running_engine(), files, extents, owner)
+        return submit_to(place, self.running_readers(), files, extents, owner)
 
-    def running_engine(self) -> TransferEngine:
-        """The engine that reads the files, which begins with the first read."""
+    def running_readers(self) -> ReaderThreads:
+        """The reader threads, which begin with the first read."""
         with self._lock:
             if self._closed:
                 raise CheckpointError("the checkpoint is closed", file=self.directory)
-            if self._engine is None:
-                self._engine = make_engine_for(self._files, self._settings)
-            return self._engine
+            if self._readers is None:
+                self._readers = make_readers_for(self._files, self._settings)
+            return self._readers
 
 
 def load_item(content: bytes, name: str, file: str, offset: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ from ...formats.safetensors import TensorInfo
 from ...report.load import LoadReport
 from ...settings import LoaderSettings
 from ...sources.source import Source
-from ...transfer.devices import Place
+from ...transfer.device_stream import DeviceStream
 from ...transfer.plan import ExtentRow
 from ...transfer.protocol import Transfer, wait_or_cancel
 from ..devices.cuda import CudaDevices, Devices
@@ -74,7 +74,7 @@ class _Pieces:
             box = self._box(first, begin, begin + (rows - 1) * stride + nbytes)
             if box is not None:
                 place = box.offset + (first - box.first_row) * (box.end - box.begin) + begin - box.begin
-                yield (box.file, rows, place, nbytes, stride, address, dst_stride)
+                yield ExtentRow(box.file, rows, place, nbytes, stride, address, dst_stride)
                 return
             for number in range(rows):
                 at = divmod(offset + number * stride, self.pitch)
@@ -106,9 +106,9 @@ class _Pieces:
             src = box.offset + (first + low * step - box.first_row) * pitch + left - box.begin
             dst = address + low * dst_stride + left - begin
             if rows == 1 or (step == 1 and width == pitch == dst_stride):
-                yield (box.file, 1, src, rows * width, 0, dst, 0)
+                yield ExtentRow(box.file, 1, src, rows * width, 0, dst, 0)
             else:
-                yield (box.file, rows, src, width, step * pitch, dst, dst_stride)
+                yield ExtentRow(box.file, rows, src, width, step * pitch, dst, dst_stride)
 
     def _box(self, row: int, begin: int, end: int) -> _Box | None:
         return next((box for box in self.boxes if box.holds(row, begin, end)), None)
@@ -168,7 +168,7 @@ class DcpReader:
 
     def device_of(self, tensor: torch.Tensor) -> int | None:
         """The device into whose memory a tensor can be read; see ``Reader.device_of``."""
-        return device_for(tensor, self._devices, self._checkpoint.files.running_engine)
+        return device_for(tensor, self._devices, self._checkpoint.files.running_readers)
 
     def read(self, extents: Sequence[ExtentRow], owner: object, device: int | None = None) -> None:
         """Carry out a plan and wait for it; see ``Reader.read``."""
@@ -182,7 +182,7 @@ class DcpReader:
             pieces = self._pieces[row[0]]
             assert pieces is not None
             rows += pieces.extents(row, row[2] - self.infos[row[0]].offset)
-        place = None if device is None else Place(device, self._devices.stream(device))
+        place = None if device is None else DeviceStream(device, self._devices.stream(device))
         return self._checkpoint.files.submit_extents(rows, owner, place)
 
     def stream(self, infos: Iterable[TensorInfo], report: LoadReport) -> Iterator[tuple[str, torch.Tensor]]:

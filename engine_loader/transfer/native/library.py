@@ -1,4 +1,4 @@
-"""The native library: where it is, how it is loaded, and its C interface (native/engine.h) for ctypes."""
+"""The native library: where it is, how it is loaded, and its C interface (native/src/core/c_interface.h) for ctypes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from pathlib import Path
 
 from ...errors import TransferError
 
-_ABI_VERSION = 3
+_ABI_VERSION = 4
 OK, TIMEOUT, FAILED = 0, 1, 2
 E_CLOSED, E_FORKED, E_ARGUMENT, E_MEMORY, E_THREAD, E_DEVICE = -1, -2, -3, -4, -5, -6
-FAIL_IO, FAIL_EOF, FAIL_DEADLINE, FAIL_CANCELLED, FAIL_MEMORY, FAIL_UNSUPPORTED, FAIL_USRBIO, FAIL_DEVICE = range(1, 9)
+FAIL_IO, FAIL_EOF, FAIL_DEADLINE, FAIL_CANCELLED, FAIL_USRBIO, FAIL_DEVICE = range(1, 7)
 USRBIO_LIBRARY, USRBIO_MEMORY, USRBIO_BUFFER, USRBIO_RING = range(1, 5)
 DEVICE_LIBRARY, DEVICE_SELECT, DEVICE_MEMORY, DEVICE_STREAM, DEVICE_THREAD = range(1, 6)
 MODES = {"buffered": 0, "direct": 1, "mixed": 2, "usrbio": 3}
-POPULATE_READ, POPULATE_WRITE, MAKE_PRIVATE = range(3)
 FILE_WIDE = 1
 ORDERED = 1
 HUGE_PAGES = 1
@@ -105,10 +104,8 @@ COUNTERS = (
     "direct_bytes",
     "direct_straight_bytes",
     "direct_refused",
-    "populated_bytes",
     "read_ns",
     "scatter_ns",
-    "populate_ns",
     "backoff_ns",
     "idle_ns",
     "wait_ns",
@@ -137,15 +134,15 @@ def load_library() -> ctypes.CDLL:
     path = library_path()
     hint = "install a C++17 compiler (g++ or clang) and install engine-loader again"
     if not path.exists():
-        raise TransferError("the native engine was not built when this package was installed", file=path, hint=hint)
+        raise TransferError("the native library was not built when this package was installed", file=path, hint=hint)
     try:
         library = ctypes.CDLL(os.fspath(path), use_errno=True)
         version = library.el_abi_version()
     except (OSError, AttributeError) as error:
-        raise TransferError(f"the native engine cannot be loaded: {error}", file=path, hint=hint) from error
+        raise TransferError(f"the native library cannot be loaded: {error}", file=path, hint=hint) from error
     if version != _ABI_VERSION:
         raise TransferError(
-            f"the native engine is of another build of this package (interface {version}, not {_ABI_VERSION})",
+            f"the native library is of another build of this package (interface {version}, not {_ABI_VERSION})",
             file=path,
             hint="install engine-loader again",
         )
@@ -170,12 +167,11 @@ def _declare(library: ctypes.CDLL) -> None:
     u32, u64, i64, code = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_int64, ctypes.c_int
     files, config = ctypes.POINTER(File), ctypes.POINTER(Config)
     for name, result, arguments in (
-        ("el_engine_create", handle, (config, ctypes.POINTER(code))),
-        ("el_engine_close", code, (handle, i64)),
-        ("el_engine_destroy", None, (handle,)),
+        ("el_readers_create", handle, (config, ctypes.POINTER(code))),
+        ("el_readers_close", code, (handle, i64)),
+        ("el_readers_destroy", None, (handle,)),
         ("el_stats", code, (handle, ctypes.POINTER(Stats))),
         ("el_submit", code, (handle, files, u32, ctypes.c_void_p, u64, u32, out)),
-        ("el_populate", code, (handle, u64, u64, u32, out)),
         ("el_submit_to_device", code, (handle, files, u32, ctypes.c_void_p, u64, u32, u32, u64, out)),
         ("el_device_runtime", code, (ctypes.c_char_p, ctypes.POINTER(DeviceFailure))),
         ("el_device_add", code, (handle, ctypes.POINTER(DeviceConfig), ctypes.POINTER(DeviceFailure))),

@@ -1,4 +1,4 @@
-"""A transfer of the native engine: waiting for it, cancelling it, and telling how it failed."""
+"""A transfer of the native reader threads: waiting for it, cancelling it, and telling how it failed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from ...errors import TransferCancelled, TransferError
 from ...failures import deadline_passed, end_of_file, io_error
 from ...sources.source import SourceFile
-from ..devices import copy_error, copy_overdue
+from .device_errors import copy_error, copy_overdue
 from .library import (
     E_CLOSED,
     E_FORKED,
@@ -24,8 +24,6 @@ from .library import (
     FAIL_DEADLINE,
     FAIL_DEVICE,
     FAIL_EOF,
-    FAIL_MEMORY,
-    FAIL_UNSUPPORTED,
     FAILED,
     OK,
     TIMEOUT,
@@ -43,8 +41,8 @@ stuck: set[NativeTransfer] = set()
 """Transfers given up with a read that never came back from the kernel. They own memory that it may still write to."""
 
 
-class Engine(Protocol):
-    """What a transfer needs of its engine."""
+class Owner(Protocol):
+    """What a transfer needs of the NativeReaders that made it."""
 
     deadline_s: float
 
@@ -58,19 +56,19 @@ class Engine(Protocol):
 
 
 class NativeTransfer:
-    """A plan being carried out; made by NativeEngine.
+    """A plan being carried out; made by NativeReaders.
 
     Args:
-        engine: kept as long as the transfer is.
+        readers: kept as long as the transfer is.
         handle: of the library; the transfer gives it back.
         files: what ``file`` numbers in failures refer to.
-        owner: see TransferEngine.submit.
+        owner: see ReaderThreads.submit.
         device: the library's number of the device that holds the destinations, if one does.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        readers: Owner,
         handle: ctypes.c_void_p,
         nbytes: int,
         files: Sequence[SourceFile],
@@ -79,7 +77,7 @@ class NativeTransfer:
         device: int | None = None,
     ) -> None:
         self.nbytes = nbytes
-        self._engine = engine
+        self._readers = readers
         self._library = load_library()
         self._quick = load_quick()
         self._handle = handle
@@ -154,7 +152,7 @@ class NativeTransfer:
 
     def _forget(self) -> None:
         self._owner = None
-        self._engine.transfer_ended(self)
+        self._readers.transfer_ended(self)
 
     def _info(self) -> Failure:
         info = Failure()
@@ -170,15 +168,13 @@ class NativeTransfer:
         if info.kind == FAIL_EOF and file is not None:
             return end_of_file(path, info.offset, file.size)
         if info.kind == FAIL_DEVICE and self._device is not None:
-            return copy_error(path, info, self._engine.device_error(self._device, info.error))
+            return copy_error(path, info, self._readers.device_error(self._device, info.error))
         if info.kind == FAIL_DEADLINE and self._device is not None and info.tries == 0:
-            return copy_overdue(path, info, self._engine.deadline_s)
+            return copy_overdue(path, info, self._readers.deadline_s)
         if info.kind == FAIL_DEADLINE:
-            return deadline_passed(path, info.offset, deadline_of(file, self._engine.deadline_s))
+            return deadline_passed(path, info.offset, deadline_of(file, self._readers.deadline_s))
         if info.kind == FAIL_CANCELLED:
             return TransferCancelled("the transfer was cancelled")
-        if info.kind in (FAIL_MEMORY, FAIL_UNSUPPORTED):
-            return _populate_error(path, info)
         if file is not None and file.native_access is not None:
             return usrbio_error(path, file.native_access, info)
         return io_error(path, info.offset, info.error, tries=info.tries)
@@ -189,27 +185,14 @@ def _milliseconds(seconds: float) -> int:
     return max(0, int(seconds * 1e3 + 0.999))
 
 
-def _populate_error(path: str, info: Failure) -> TransferError:
-    if info.kind == FAIL_UNSUPPORTED:
-        return TransferError("this kernel cannot make mapped pages present (MADV_POPULATE)", hint="Linux 5.14 can")
-    error = TransferError(
-        f"could not make mapped pages present: {os.strerror(info.error)}",
-        file=path,
-        offset=info.offset,
-        hint="was the file cut short or replaced, or does its storage fail? read it without mapping",
-    )
-    error.errno = info.error
-    return error
-
-
 def call_error(result: int) -> TransferError:
     if result == E_FORKED:
-        return TransferError("the transfer engine does not survive a fork", hint="open the checkpoint again here")
+        return TransferError("reader threads do not survive a fork", hint="open the checkpoint again here")
     if result == E_CLOSED:
-        return TransferError("the transfer engine is closed")
+        return TransferError("the reader threads are closed")
     if result == E_MEMORY:
         return TransferError("not enough memory for the plan of a transfer")
     if result == E_THREAD:
         text = os.strerror(ctypes.get_errno())
         return TransferError(f"no thread could be started: {text}", hint="raise the pids limit")
-    return TransferError(f"the native engine refused the call ({result}): this is a bug of engine-loader")
+    return TransferError(f"the native library refused the call ({result}): this is a bug of engine-loader")

@@ -1,4 +1,4 @@
-"""What the native engine reports about a file on 3FS, as an error for a person."""
+"""What the native reader threads report about a file on 3FS, as an error for a person."""
 
 from __future__ import annotations
 

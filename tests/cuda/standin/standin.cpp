@@ -1,4 +1,4 @@
-// A stand-in for the CUDA runtime: the functions that the native engine uses, over plain memory.
+// A stand-in for the CUDA runtime: the functions that the native library uses, over plain memory.
 //
 // Everything on a stream is done late, by other threads: in order within a stream, in random order between streams. It
 // is strict about what CUDA leaves undefined: whoever reuses a slot, frees memory, unlocks it or destroys a stream under

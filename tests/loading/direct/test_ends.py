@@ -21,7 +21,7 @@ from engine_loader.loading.weights import stream_weights
 from engine_loader.settings import load_settings
 from engine_loader.sources.posix import PosixSource
 from engine_loader.transfer.plan import extent
-from engine_loader.transfer.python.engine import PythonEngine
+from engine_loader.transfer.python.python_readers import PythonReaders
 from tests.support.resources import left_open, open_resources
 
 MIB = 1 << 20
@@ -117,11 +117,11 @@ def test_ctrl_c_while_a_reader_is_closed_closes_its_files(path: Path, monkeypatc
     destination = torch.empty(4)
     reader.read([extent(0, 100, 16, destination.data_ptr())], destination)
 
-    def interrupted(engine: PythonEngine, close: Callable[[PythonEngine], None] = PythonEngine.close) -> None:
-        close(engine)
+    def interrupted(readers: PythonReaders, close: Callable[[PythonReaders], None] = PythonReaders.close) -> None:
+        close(readers)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(PythonEngine, "close", interrupted)
+    monkeypatch.setattr(PythonReaders, "close", interrupted)
     with pytest.raises(KeyboardInterrupt):
         reader.close()
     assert left_open(before, 10) == []

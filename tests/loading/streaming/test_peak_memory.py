@@ -26,7 +26,7 @@ path, options = sys.argv[1], json.loads(sys.argv[2])
 torch.set_num_threads(1)
 with open_checkpoint(path, **options) as opened:
     parameters = {name: torch.zeros(opened.info(name).shape, dtype=torch.uint8).fill_(1) for name in opened.keys()}
-    opened.get_tensor(list(opened)[-1])  # starts the engine
+    opened.get_tensor(list(opened)[-1])  # starts the reader threads
     open("/proc/self/clear_refs", "w").write("5")
     before = kib("VmRSS")
     for name, tensor in opened.tensors():

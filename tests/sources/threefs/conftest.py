@@ -1,4 +1,4 @@
-"""Readers over the emulator: the native engine, the Python engine by ctypes, the Python engine by the binding."""
+"""Readers over the emulator: native reader threads, Python ones by ctypes, Python ones by the binding."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from engine_loader.sources.threefs.threefs_source import ThreeFsFile, ThreeFsOptions, ThreeFsSource
-from engine_loader.transfer.native.engine import NativeEngine
+from engine_loader.transfer.native.native_readers import NativeReaders
 from engine_loader.transfer.plan import make_extents
-from engine_loader.transfer.protocol import TransferEngine
-from engine_loader.transfer.python.engine import PythonEngine
+from engine_loader.transfer.protocol import ReaderThreads
+from engine_loader.transfer.python.python_readers import PythonReaders
 from tests.support.threefs import Emulator, clean_emulator
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -21,11 +21,11 @@ SMALL = ThreeFsOptions(rings=2, depth=16, io_bytes=512 * KIB, deadline_s=20.0)
 
 
 class Reader:
-    """A source and an engine over the emulator."""
+    """A source and reader threads over the emulator."""
 
-    def __init__(self, source: ThreeFsSource, engine: TransferEngine) -> None:
+    def __init__(self, source: ThreeFsSource, readers: ReaderThreads) -> None:
         self.source = source
-        self.engine = engine
+        self.readers = readers
 
     def open(self, path: Path) -> ThreeFsFile:
         file = self.source.open(str(path))
@@ -41,7 +41,7 @@ class Reader:
                 (0, 1, offset, length, 0, place.ctypes.data, 0)
                 for (offset, length), place in zip(pieces or [(0, file.size)], places, strict=True)
             ]
-            transfer = self.engine.submit([file], make_extents(rows), owner=places)
+            transfer = self.readers.submit([file], make_extents(rows), owner=places)
             try:
                 transfer.wait()
             except BaseException:
@@ -81,25 +81,25 @@ def make_reader(request: pytest.FixtureRequest, emulator: Emulator) -> Iterator[
         request.getfixturevalue("only_binding")
     with ExitStack() as stack:
 
-        def make(options: ThreeFsOptions = SMALL, **engine_options: object) -> Reader:
-            kind = NativeEngine if request.param == "native" else PythonEngine
-            settings = {"retry_delay_s": 0.001, "block_bytes": 1 * MIB, **engine_options}
-            engine = kind(2, **settings)
-            stack.callback(engine.close)
-            return Reader(ThreeFsSource(options), engine)
+        def make(options: ThreeFsOptions = SMALL, **reader_options: object) -> Reader:
+            kind = NativeReaders if request.param == "native" else PythonReaders
+            settings = {"retry_delay_s": 0.001, "block_bytes": 1 * MIB, **reader_options}
+            readers = kind(2, **settings)
+            stack.callback(readers.close)
+            return Reader(ThreeFsSource(options), readers)
 
         yield make
 
 
 @pytest.fixture
 def native_reader(emulator: Emulator) -> Iterator[MakeReader]:
-    """Makes readers by the native engine only."""
+    """Makes readers with native reader threads only."""
     with ExitStack() as stack:
 
-        def make(options: ThreeFsOptions = SMALL, **engine_options: object) -> Reader:
-            engine = NativeEngine(2, **{"retry_delay_s": 0.001, **engine_options})
-            stack.callback(engine.close)
-            return Reader(ThreeFsSource(options), engine)
+        def make(options: ThreeFsOptions = SMALL, **reader_options: object) -> Reader:
+            readers = NativeReaders(2, **{"retry_delay_s": 0.001, **reader_options})
+            stack.callback(readers.close)
+            return Reader(ThreeFsSource(options), readers)
 
         yield make
 

@@ -12,7 +12,7 @@
 
 #include "usrbio/usrbio.h"
 
-// The engine's objects are those of the other drivers, which replace its preadv.
+// The library's objects are those of the other drivers, which replace its preadv.
 extern "C" ssize_t faulty_preadv(int fd, const struct iovec *vectors, int n, off_t offset) {
     return preadv(fd, vectors, n, offset);
 }
@@ -34,13 +34,13 @@ void check(bool condition, const char *what) {
     abort();
 }
 
-// One engine, used by two threads: each submits, waits or cancels.
-void read_often(el_engine *engine, const el_file &file, const std::vector<char> &content, unsigned seed) {
+// One set of reader threads, used by two threads: each submits, waits or cancels.
+void read_often(el_readers *readers, const el_file &file, const std::vector<char> &content, unsigned seed) {
     for (unsigned round = 0; round < 40; round++) {
         std::vector<char> to(content.size());
         el_extent extent{0, 1, 0, content.size(), 0, reinterpret_cast<uint64_t>(to.data()), 0};
         el_transfer *transfer = nullptr;
-        if (el_submit(engine, &file, 1, &extent, 1, EL_ORDERED, &transfer) != EL_OK) return;  // closed meanwhile
+        if (el_submit(readers, &file, 1, &extent, 1, EL_ORDERED, &transfer) != EL_OK) return;  // closed meanwhile
         if ((round + seed) % 5 == 0) check(el_cancel(transfer, 5000) == EL_OK, "cancel");
         int result;
         while ((result = el_wait(transfer, -1, 50)) == EL_TIMEOUT) continue;
@@ -70,16 +70,16 @@ int main(int, char **arguments) {
         el_config config{};
         config.struct_bytes = sizeof config;
         config.retry_base_ms = 1;
-        el_engine *engine = el_engine_create(&config, nullptr);
+        el_readers *readers = el_readers_create(&config, nullptr);
         const el_usrbio_config usrbio{sizeof usrbio, 2, 4, 100, 64 << 10, library, mount};
-        const int number = el_usrbio_add(engine, &usrbio);
+        const int number = el_usrbio_add(readers, &usrbio);
         check(number >= 0, "add");
         const el_file file{fd, -1, content.size(), EL_USRBIO, EL_FILE_USRBIO(number)};
-        std::thread other([&] { read_often(engine, file, content, 1); });
-        read_often(engine, file, content, 3);
+        std::thread other([&] { read_often(readers, file, content, 1); });
+        read_often(readers, file, content, 3);
         other.join();
-        check(el_engine_close(engine, 5000) == EL_OK, "close");
-        el_engine_destroy(engine);
+        check(el_readers_close(readers, 5000) == EL_OK, "close");
+        el_readers_destroy(readers);
     }
     configure("reset");
     dereg_fd(fd);

@@ -51,7 +51,7 @@ def test_retries_and_short_reads_are_counted(native_reader: MakeReader, emulator
     emulator.set("error_every=4,short_every=3")
     reader = native_reader()
     reader.read(path)
-    statistics = reader.engine.statistics()
+    statistics = reader.readers.statistics()
     assert statistics.retries > 0
     assert statistics.short_reads > 0
 
@@ -62,7 +62,7 @@ def test_holes_are_read_through_the_mount_and_counted_as_such(
     emulator.set("hole_at=1000000,hole_bytes=1000000")
     reader = native_reader()
     assert reader.read(path) == [content]
-    modes = reader.engine.statistics().modes
+    modes = reader.readers.statistics().modes
     assert modes["buffered"] >= 1_000_000
     assert sum(modes.values()) == len(content)
 
@@ -117,7 +117,7 @@ def test_a_read_that_never_comes_back_ends_at_its_deadline(
     target = np.zeros(file.size, np.uint8)
     emulator.set(options if "after" not in options else f"die_after={emulator.count('ios') + 4}")
     plan = make_extents([(0, 1, 0, file.size, 0, target.ctypes.data, 0)])
-    transfer = reader.engine.submit([file], plan, owner=target)
+    transfer = reader.readers.submit([file], plan, owner=target)
     # While nothing can be made, a dead daemon's rings cannot either.
     with pytest.raises(TransferError, match=r"no byte came for 0\.4 s|made no ring|No such file") as caught:
         transfer.wait()
@@ -138,7 +138,7 @@ def test_after_giving_up_no_late_read_lands_and_the_next_one_works(
         plan = make_extents([(0, 1, 0, file.size, 0, target.ctypes.data, 0)])
         emulator.set("late_every=2,late_ms=1500")
         with pytest.raises(TransferError, match="no byte came"):
-            reader.engine.submit([file], plan, owner=target).wait()
+            reader.readers.submit([file], plan, owner=target).wait()
     emulator.set("late_every=0")
     target[:] = 0xAA
     assert reader.read(path) == [content]
@@ -158,7 +158,7 @@ def test_other_transfers_survive_the_end_of_a_ring(
     with closing(reader.open(path)) as file:
         emulator.set(f"latency_us=20000,hang_every={emulator.count('ios') + 1}")
         first, second = (
-            reader.engine.submit([file], make_extents([(0, 1, 0, 1 * MIB, 0, place.ctypes.data, 0)]), owner=place)
+            reader.readers.submit([file], make_extents([(0, 1, 0, 1 * MIB, 0, place.ctypes.data, 0)]), owner=place)
             for place in places
         )
         with pytest.raises(TransferError, match="no byte came"):
@@ -173,25 +173,25 @@ def test_cancelling_waits_for_no_io_and_no_deadline(native_reader: MakeReader, e
     file = reader.open(path)
     target = np.zeros(file.size, np.uint8)
     emulator.set("hang_every=1")
-    transfer = reader.engine.submit([file], make_extents([(0, 1, 0, file.size, 0, target.ctypes.data, 0)]))
+    transfer = reader.readers.submit([file], make_extents([(0, 1, 0, file.size, 0, target.ctypes.data, 0)]))
     assert not transfer.wait(timeout_s=0.1)
     transfer.cancel()
     with pytest.raises(TransferCancelled):
         transfer.wait()
-    reader.engine.close()
+    reader.readers.close()
     file.close()
 
 
 _INTERRUPTED = """
 import sys
 from pathlib import Path
-from tests.sources.threefs.conftest import Reader, ThreeFsSource, ThreeFsOptions, NativeEngine
-reader = Reader(ThreeFsSource(ThreeFsOptions(rings=2, io_bytes=1 << 18, deadline_s=3600)), NativeEngine(2))
+from tests.sources.threefs.conftest import Reader, ThreeFsSource, ThreeFsOptions, NativeReaders
+reader = Reader(ThreeFsSource(ThreeFsOptions(rings=2, io_bytes=1 << 18, deadline_s=3600)), NativeReaders(2))
 try:
     print("reading", flush=True)
     reader.read(Path(sys.argv[1]))
 except KeyboardInterrupt:
-    reader.engine.close()
+    reader.readers.close()
     sys.exit(77)
 """
 
@@ -228,8 +228,8 @@ def random_faults(rng: random.Random) -> str:
 @pytest.mark.parametrize("kind", [("native", 1000), ("python", 150)], ids=["native", "python"])
 def test_random_rounds_give_the_right_bytes_or_one_error(emulator: Emulator, kind: tuple[str, int]) -> None:
     from engine_loader.sources.threefs.threefs_source import ThreeFsSource
-    from engine_loader.transfer.native.engine import NativeEngine
-    from engine_loader.transfer.python.engine import PythonEngine
+    from engine_loader.transfer.native.native_readers import NativeReaders
+    from engine_loader.transfer.python.python_readers import PythonReaders
 
     from .conftest import Reader
 
@@ -243,8 +243,10 @@ def test_random_rounds_give_the_right_bytes_or_one_error(emulator: Emulator, kin
         emulator.set("reset")
         options = ThreeFsOptions(rng.choice([1, 2, 3]), rng.choice([1, 3, 16]), rng.choice([32, 64, 256]) * KIB, 0.15)
         settings = {"retry_delay_s": 0.001, "max_tries": 3}
-        engine = NativeEngine(2, **settings) if name == "native" else PythonEngine(2, block_bytes=512 * KIB, **settings)
-        reader = Reader(ThreeFsSource(options), engine)
+        readers = (
+            NativeReaders(2, **settings) if name == "native" else PythonReaders(2, block_bytes=512 * KIB, **settings)
+        )
+        reader = Reader(ThreeFsSource(options), readers)
         file = reader.open(path)
         faults = random_faults(rng)
         if "die_after" in faults:  # from here on
@@ -257,7 +259,7 @@ def test_random_rounds_give_the_right_bytes_or_one_error(emulator: Emulator, kin
             pieces = [(a, b - a) for a, b in zip(cuts[::2], cuts[1::2], strict=True)]
         places = [np.zeros(length, np.uint8) for _, length in pieces]
         rows = [(0, 1, at, size, 0, to.ctypes.data, 0) for (at, size), to in zip(pieces, places, strict=True)]
-        transfer = engine.submit([file], make_extents(rows), owner=places)
+        transfer = readers.submit([file], make_extents(rows), owner=places)
         if rng.random() < 0.1:
             transfer.cancel()
         try:
@@ -272,7 +274,7 @@ def test_random_rounds_give_the_right_bytes_or_one_error(emulator: Emulator, kin
             assert error.file == str(path), (number, faults)
             assert error.offset is not None, (number, faults)
             assert error.errno is not None or "ended here" in str(error), (number, faults, str(error))
-        engine.close()
+        readers.close()
         file.close()
     emulator.set("reset")
     assert emulator.wait_until_clean() == {}

@@ -25,7 +25,7 @@ from .conftest import KIB, MIB, SMALL, MakeReader
 def test_a_whole_file_arrives(make_reader: MakeReader, path: Path, content: bytes) -> None:
     reader = make_reader()
     assert reader.read(path) == [content]
-    statistics = reader.engine.statistics()
+    statistics = reader.readers.statistics()
     assert statistics.modes == {"usrbio": len(content)}
     assert statistics.bytes_read == len(content)
 
@@ -49,7 +49,7 @@ def test_rows_arrive(
     file = reader.open(path)
     target = np.zeros((rows, row_bytes + 3), np.uint8)
     plan = make_extents([(0, rows, 11, row_bytes, stride, target.ctypes.data, row_bytes + 3)])
-    reader.engine.submit([file], plan, owner=target).wait()
+    reader.readers.submit([file], plan, owner=target).wait()
     file.close()
     for number in range(rows):
         start = 11 + number * stride
@@ -71,13 +71,13 @@ def test_at_least_16_reads_are_in_flight_on_each_ring(native_reader: MakeReader,
     big.unlink()
 
 
-def test_files_of_two_sizes_of_io_share_an_engine(native_reader: MakeReader, path: Path, content: bytes) -> None:
+def test_files_of_two_sizes_of_io_share_an_readers(native_reader: MakeReader, path: Path, content: bytes) -> None:
     one = native_reader(SMALL)
     other = native_reader(ThreeFsOptions(rings=1, depth=3, io_bytes=128 * KIB))
     files = [one.open(path), other.open(path)]
     places = [np.zeros(len(content), np.uint8) for _ in files]
     plan = make_extents([(number, 1, 0, len(content), 0, place.ctypes.data, 0) for number, place in enumerate(places)])
-    one.engine.submit(files, plan, owner=places).wait()
+    one.readers.submit(files, plan, owner=places).wait()
     for file, place in zip(files, places, strict=True):
         file.close()
         assert place.tobytes() == content
@@ -93,11 +93,11 @@ def test_files_on_3fs_and_others_in_one_plan(
     files = [reader.open(path), PosixSource().open(str(tmp_path / "other"))]
     places = [np.zeros(len(content), np.uint8) for _ in files]
     plan = make_extents([(number, 1, 0, len(content), 0, place.ctypes.data, 0) for number, place in enumerate(places)])
-    reader.engine.submit(files, plan, owner=places).wait()
+    reader.readers.submit(files, plan, owner=places).wait()
     for file in files:
         file.close()
     assert [place.tobytes() for place in places] == [content, content[::-1]]
-    assert reader.engine.statistics().modes == {"usrbio": len(content), "buffered": len(content)}
+    assert reader.readers.statistics().modes == {"usrbio": len(content), "buffered": len(content)}
 
 
 def test_two_threads_on_one_reader(make_reader: MakeReader, path: Path, content: bytes) -> None:
@@ -116,13 +116,13 @@ def test_ten_readers_in_one_process(make_reader: MakeReader, path: Path, content
 _CHILD = """
 import sys, zlib
 from engine_loader.sources.threefs.threefs_source import ThreeFsOptions
-from tests.sources.threefs.conftest import Reader, ThreeFsSource, NativeEngine
+from tests.sources.threefs.conftest import Reader, ThreeFsSource, NativeReaders
 from pathlib import Path
-reader = Reader(ThreeFsSource(ThreeFsOptions(rings=1, depth=4, io_bytes=1 << 18)), NativeEngine(2))
+reader = Reader(ThreeFsSource(ThreeFsOptions(rings=1, depth=4, io_bytes=1 << 18)), NativeReaders(2))
 for _ in range(5):
     (got,) = reader.read(Path(sys.argv[1]))
     print(zlib.crc32(got))
-reader.engine.close()
+reader.readers.close()
 """
 
 
@@ -144,11 +144,11 @@ _FORK = """
 import os, sys
 from pathlib import Path
 from engine_loader import open_checkpoint, TransferError
-from tests.sources.threefs.conftest import Reader, ThreeFsSource, ThreeFsOptions, NativeEngine, PythonEngine
+from tests.sources.threefs.conftest import Reader, ThreeFsSource, ThreeFsOptions, NativeReaders, PythonReaders
 path = Path(sys.argv[1])
 content = path.read_bytes()
 options = ThreeFsOptions(rings=2, depth=4, io_bytes=1 << 18)
-kind = {"native": NativeEngine, "python": PythonEngine}[sys.argv[2]]
+kind = {"native": NativeReaders, "python": PythonReaders}[sys.argv[2]]
 reader = Reader(ThreeFsSource(options), kind(2))
 assert reader.read(path) == [content]
 held = reader.open(path)
@@ -158,13 +158,13 @@ if child == 0:
         try:
             reader.read(path)
         except TransferError as error:
-            assert "does not survive a fork" in str(error), error
+            assert "reader threads do not survive a fork" in str(error), error
         else:
             os._exit(3)
         held.close()
         mine = Reader(ThreeFsSource(options), kind(2))
         ok = mine.read(path) == [content]
-        mine.engine.close()
+        mine.readers.close()
         os._exit(0 if ok else 4)
     except BaseException as error:
         print(repr(error), flush=True)
@@ -172,15 +172,15 @@ if child == 0:
 _, status = os.waitpid(child, 0)
 assert reader.read(path) == [content], "the parent reads on"
 held.close()
-reader.engine.close()
+reader.readers.close()
 sys.exit(os.waitstatus_to_exitcode(status))
 """
 
 
-@pytest.mark.parametrize("engine", ["native", "python"])
-def test_a_fork_in_between(emulator: Emulator, path: Path, engine: str) -> None:
+@pytest.mark.parametrize("kind", ["native", "python"])
+def test_a_fork_in_between(emulator: Emulator, path: Path, kind: str) -> None:
     environment = {**os.environ, **emulator.environment()}
-    command = [sys.executable, "-c", _FORK, str(path), engine]
+    command = [sys.executable, "-c", _FORK, str(path), kind]
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "emulator:" not in done.stderr, "no rule of the library was broken"
@@ -227,6 +227,6 @@ def test_a_reader_closed_by_another_thread_ends_the_wait(
 ) -> None:
     emulator.set("latency_us=300000")
     reader = native_reader()
-    threading.Timer(0.1, reader.engine.close).start()
+    threading.Timer(0.1, reader.readers.close).start()
     with pytest.raises(TransferError):
         reader.read(path)

@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.sanitizers import run_sanitized
 from tests.support.threefs import sanitized_emulator
-from tests.transfer.native.building import compile_driver, engine_objects, link
+from tests.transfer.native.building import compile_driver, link, native_objects
 
 pytestmark = [pytest.mark.sanitizers, pytest.mark.slow, pytest.mark.timeout(900)]  # compiling is most of it
 HERE = Path(__file__).parent
@@ -19,7 +19,7 @@ def test_the_reader_is_clean(
     assert pytestconfig.cache is not None
     kept = pytestconfig.cache.mkdir("native")
     driver = tmp_path / "driver"
-    objects = [compile_driver(kept, sanitizers, HERE / "driver.cpp"), *engine_objects(kept, sanitizers).values()]
+    objects = [compile_driver(kept, sanitizers, HERE / "driver.cpp"), *native_objects(kept, sanitizers).values()]
     link(objects, driver, sanitizers, "-rdynamic")
     emulator = sanitized_emulator(tmp_path, sanitizers, monkeypatch)
     done = run_sanitized([str(part) for part in (driver, emulator.library, emulator.mount, emulator.file)], sanitizers)

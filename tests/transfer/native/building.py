@@ -41,13 +41,13 @@ def compile_shim(folder: Path) -> Path:
     return shim
 
 
-def engine_objects(folder: Path, sanitizers: str) -> dict[str, Path]:
-    """The engine's object files by the names of their sources, its preadv that of the driver's (random_plans.h).
+def native_objects(folder: Path, sanitizers: str) -> dict[str, Path]:
+    """The library's object files by the names of their sources, its preadv that of the driver's (random_plans.h).
 
     They are kept in ``folder`` until a source changes.
     """
     inputs = [*sources(), *NATIVE.glob("*/*.h")]
-    with _kept(folder, f"engine-{sanitizers.replace(',', '-')}", inputs) as kept:
+    with _kept(folder, f"readers-{sanitizers.replace(',', '-')}", inputs) as kept:
         if not kept.exists():
             unfinished = kept.with_suffix(".tmp")
             unfinished.mkdir(exist_ok=True)
@@ -62,7 +62,7 @@ def engine_objects(folder: Path, sanitizers: str) -> dict[str, Path]:
 
 
 def compile_object(source: Path, target: Path, sanitizers: str) -> None:
-    """One of the engine's sources, wherever it lies."""
+    """One of the library's sources, wherever it lies."""
     _compile([*_sanitized(sanitizers), "-Dpreadv=faulty_preadv", "-c", str(source)], target)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from engine_loader.sources.posix import PosixFile, PosixSource
-from engine_loader.transfer.native.engine import NativeEngine
+from engine_loader.transfer.native.native_readers import NativeReaders
 
 from .building import ensure_library
 
@@ -40,7 +40,7 @@ def make_file(tmp_path: Path) -> Iterator[Callable[[int], PosixFile]]:
 
 
 @pytest.fixture
-def engine() -> Iterator[NativeEngine]:
-    engine = NativeEngine(2, block_bytes=64 << 10, retry_delay_s=0.001)
-    yield engine
-    engine.close()
+def readers() -> Iterator[NativeReaders]:
+    readers = NativeReaders(2, block_bytes=64 << 10, retry_delay_s=0.001)
+    yield readers
+    readers.close()

@@ -1,5 +1,5 @@
-// Exercises the native engine under the sanitizers: random plans against plain reads, with faults, cancels, closes in
-// mid-flight and several threads that submit. The engine is compiled with its preadv replaced by faulty_preadv.
+// Exercises the native reader threads under the sanitizers: random plans against plain reads, with faults, cancels, closes in
+// mid-flight and several threads that submit. The library is compiled with its preadv replaced by faulty_preadv.
 //
 // driver FOLDER ROUNDS SEED: exits with 0 when everything was right.
 #include <string>
@@ -12,10 +12,10 @@
 
 namespace {
 
-el_transfer *submit(el_engine *engine, const Plan &plan, Random &random) {
+el_transfer *submit(el_readers *readers, const Plan &plan, Random &random) {
     el_transfer *transfer = nullptr;
     const auto flags = static_cast<uint32_t>(below(random, 2) * EL_ORDERED);
-    const int result = el_submit(engine, plan.files.data(), static_cast<uint32_t>(plan.files.size()), plan.extents.data(),
+    const int result = el_submit(readers, plan.files.data(), static_cast<uint32_t>(plan.files.size()), plan.extents.data(),
                                  plan.extents.size(), flags, &transfer);
     CHECK(result == EL_OK || result == EL_E_CLOSED);
     return transfer;
@@ -40,12 +40,12 @@ void wait_and_check(el_transfer *transfer, const Plan &plan, const std::vector<c
     check_completed(transfer, plan, memory.data());
 }
 
-void run_one(el_engine *engine, const std::vector<TestFile> &files, uint64_t seed) {
+void run_one(el_readers *readers, const std::vector<TestFile> &files, uint64_t seed) {
     Random random(seed);
     Plan plan = make_plan(files, random);
     std::vector<char> memory(plan.expected.size(), 'x');
     plan.place_at(memory.data());
-    el_transfer *transfer = submit(engine, plan, random);
+    el_transfer *transfer = submit(readers, plan, random);
     if (transfer == nullptr) return;
     switch (below(random, 4)) {
         case 0:
@@ -65,52 +65,37 @@ void run_one(el_engine *engine, const std::vector<TestFile> &files, uint64_t see
     el_release(transfer);
 }
 
-void populate(el_engine *engine, const std::vector<TestFile> &files) {
-    const std::string &content = files.front().content;
-    void *mapped = mmap(nullptr, content.size(), PROT_READ | PROT_WRITE, MAP_PRIVATE, files.front().fd, 0);
-    CHECK(mapped != MAP_FAILED);
-    for (const uint32_t how : {EL_POPULATE_READ, EL_POPULATE_WRITE, EL_MAKE_PRIVATE}) {
-        el_transfer *transfer = nullptr;
-        CHECK(el_populate(engine, reinterpret_cast<uint64_t>(mapped), content.size(), how, &transfer) == EL_OK);
-        CHECK(el_wait(transfer, -1, -1) == EL_OK);
-        CHECK(std::memcmp(mapped, content.data(), content.size()) == 0);
-        el_release(transfer);
-    }
-    CHECK(munmap(mapped, content.size()) == 0);
-}
-
-// Several threads share an engine; sometimes it is closed under them.
+// Several threads share reader threads; sometimes they are closed meanwhile.
 void round(const std::vector<TestFile> &files, Random &random) {
     set_faults(random);
     const el_config config = random_config(random);
     int error = 0;
-    el_engine *engine = el_engine_create(&config, &error);
-    CHECK(engine != nullptr && error == EL_OK);
-    if (below(random, 8) == 0) populate(engine, files);
+    el_readers *readers = el_readers_create(&config, &error);
+    CHECK(readers != nullptr && error == EL_OK);
     std::vector<std::thread> users;
     for (uint64_t i = 1 + below(random, 3); i > 0; i--) {
-        users.emplace_back([&files, engine, seed = random()] { run_one(engine, files, seed); });
+        users.emplace_back([&files, readers, seed = random()] { run_one(readers, files, seed); });
     }
-    if (below(random, 3) == 0) CHECK(el_engine_close(engine, -1) == EL_OK);
+    if (below(random, 3) == 0) CHECK(el_readers_close(readers, -1) == EL_OK);
     for (std::thread &user : users) user.join();
     el_stats_info stats{};
-    CHECK(el_stats(engine, &stats) == EL_OK);
-    if (below(random, 2) == 0) CHECK(el_engine_close(engine, -1) == EL_OK);
-    el_engine_destroy(engine);
+    CHECK(el_stats(readers, &stats) == EL_OK);
+    if (below(random, 2) == 0) CHECK(el_readers_close(readers, -1) == EL_OK);
+    el_readers_destroy(readers);
 }
 
 void check_null_handles() {
     el_stats_info stats;
     el_failure_info failure;
     el_transfer *transfer = nullptr;
-    CHECK(el_engine_close(nullptr, 0) == EL_OK && el_stats(nullptr, &stats) == EL_E_CLOSED);
+    CHECK(el_readers_close(nullptr, 0) == EL_OK && el_stats(nullptr, &stats) == EL_E_CLOSED);
     CHECK(el_submit(nullptr, nullptr, 0, nullptr, 0, 0, &transfer) == EL_E_CLOSED);
-    CHECK(el_populate(nullptr, 0, 0, 0, &transfer) == EL_E_CLOSED && el_wait(nullptr, -1, 0) == EL_E_CLOSED);
+    CHECK(el_wait(nullptr, -1, 0) == EL_E_CLOSED);
     CHECK(el_cancel(nullptr, 0) == EL_E_CLOSED && el_failure(nullptr, &failure) == EL_E_CLOSED);
     CHECK(el_bytes_done(nullptr) == 0 && el_completed(nullptr, 0, nullptr, 0) == 0 && el_event_fd(nullptr) < 0);
-    CHECK(el_engine_create(nullptr, nullptr) == nullptr);
+    CHECK(el_readers_create(nullptr, nullptr) == nullptr);
     el_release(nullptr);
-    el_engine_destroy(nullptr);
+    el_readers_destroy(nullptr);
 }
 
 }  // namespace

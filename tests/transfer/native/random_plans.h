@@ -1,6 +1,6 @@
-// Random plans over files, and reads that fail: what the drivers of the native engine share.
+// Random plans over files, and reads that fail: what the drivers of the native library share.
 //
-// The engine is compiled with its preadv replaced by faulty_preadv.
+// The library is compiled with its preadv replaced by faulty_preadv.
 #pragma once
 
 #include <atomic>
@@ -15,7 +15,7 @@
 #include <unistd.h>
 #include <vector>
 
-#include "core/engine.h"
+#include "core/c_interface.h"
 
 namespace {
 

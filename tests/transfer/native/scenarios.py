@@ -23,10 +23,10 @@ import numpy as np
 
 from engine_loader.errors import TransferCancelled, TransferError
 from engine_loader.sources.posix import PosixFile, PosixSource
-from engine_loader.transfer.native import engine as native_engine
+from engine_loader.transfer.native import native_readers
 from engine_loader.transfer.native import transfer as native_transfer
-from engine_loader.transfer.native.engine import NativeEngine, NativeTransfer
 from engine_loader.transfer.native.library import Config
+from engine_loader.transfer.native.native_readers import NativeReaders, NativeTransfer
 from engine_loader.transfer.plan import extent, make_extents
 from tests.support.resources import left_open, open_resources
 from tests.support.waiting import any_try, wait_for
@@ -60,7 +60,7 @@ class Faults:
 
 
 class Patient(Config):
-    """An engine's configuration whose pauses between tries may be as long as one likes."""
+    """A configuration of reader threads whose pauses between tries may be as long as one likes."""
 
     def __init__(self, **words: object) -> None:
         super().__init__(**words, retry_cap_ms=LONG_MS)
@@ -81,44 +81,44 @@ class Owner:
 
 def errors_pass(faults: Faults, file: PosixFile) -> None:
     faults.set(error_every=2, error=errno.EIO)
-    with _engine() as engine:
-        _assert_arrives(engine, file)
-        assert engine.statistics().retries > 0
+    with _readers() as readers:
+        _assert_arrives(readers, file)
+        assert readers.statistics().retries > 0
 
 
 def errors_stay(faults: Faults, file: PosixFile) -> None:
     for code in (errno.EIO, errno.ESTALE, errno.EINTR, errno.EAGAIN, errno.EREMOTEIO):
         faults.set(error_every=1, error=code)
-        with _engine(max_tries=3) as engine:
-            error = _failure(_submit(engine, file))
+        with _readers(max_tries=3) as readers:
+            error = _failure(_submit(readers, file))
             assert error.errno == code and error.file == file.path and error.offset is not None
             assert "after 3 tries" in str(error)
     faults.set(error_every=1, error=errno.EACCES)
-    with _engine() as engine:
-        error = _failure(_submit(engine, file))
+    with _readers() as readers:
+        error = _failure(_submit(readers, file))
         assert error.errno == errno.EACCES and "no permission" in str(error)
-        assert engine.statistics().retries == 0
+        assert readers.statistics().retries == 0
 
 
 def short_reads_are_resumed(faults: Faults, file: PosixFile) -> None:
     for mode in ("buffered", "direct"):
         faults.set(short_every=2)
-        with _engine(read_mode=mode) as engine:
-            _assert_arrives(engine, file)
-            assert engine.statistics().short_reads > 0
+        with _readers(read_mode=mode) as readers:
+            _assert_arrives(readers, file)
+            assert readers.statistics().short_reads > 0
 
 
 def direct_reads_may_be_refused(faults: Faults, file: PosixFile) -> None:
     faults.set(direct_error=errno.EINVAL)
-    with _engine(read_mode="direct") as engine:
-        _assert_arrives(engine, file)
-        assert engine.statistics().modes == {"buffered": file.size}
+    with _readers(read_mode="direct") as readers:
+        _assert_arrives(readers, file)
+        assert readers.statistics().modes == {"buffered": file.size}
 
 
 def a_wait_can_time_out(faults: Faults, file: PosixFile) -> None:
     faults.set(stall_every=1, stall_ms=LONG_MS)
-    with _engine() as engine:
-        transfer = _submit(engine, file)
+    with _readers() as readers:
+        transfer = _submit(readers, file)
         assert not transfer.wait(timeout_s=0)
         faults.wait_for_stall()
         with _lasts_at_least(0.2):
@@ -131,22 +131,22 @@ def a_wait_can_time_out(faults: Faults, file: PosixFile) -> None:
 def cancel_ends_a_pause(faults: Faults, file: PosixFile) -> None:
     faults.set(error_every=1, error=errno.EIO)
     # A pause that is not ended lasts for an hour, and the transfer keeps its memory for as long.
-    native_engine.Config = Patient  # type: ignore[misc]
-    with _engine(retry_delay_s=LONG_MS / 1e3) as engine:
-        transfer = _submit(engine, file)
-        wait_for(lambda: engine.statistics().retries >= 2)
+    native_readers.Config = Patient  # type: ignore[misc]
+    with _readers(retry_delay_s=LONG_MS / 1e3) as readers:
+        transfer = _submit(readers, file)
+        wait_for(lambda: readers.statistics().retries >= 2)
         transfer.cancel()
         del transfer
         faults.set()
-        _until_owners_are_gone(engine, file)
+        _until_owners_are_gone(readers, file)
 
 
 def cancel_waits_for_the_read_in_flight(faults: Faults, file: PosixFile) -> None:
     native_transfer.CANCEL_GRACE_S = LONG_MS / 1e3  # else a stall of the machine looks like a stuck read
     faults.set(stall_every=1, stall_ms=LONG_MS)
     owner = Owner(file.size)
-    with _engine() as engine:
-        transfer = _submit(engine, file, owner)
+    with _readers() as readers:
+        transfer = _submit(readers, file, owner)
         faults.wait_for_stall()
         cancelling = threading.Thread(target=transfer.cancel)
         cancelling.start()
@@ -156,15 +156,15 @@ def cancel_waits_for_the_read_in_flight(faults: Faults, file: PosixFile) -> None
         cancelling.join()
         snapshot = owner.memory.copy()
         faults.set()
-        _assert_arrives(engine, file)
+        _assert_arrives(readers, file)
         assert np.array_equal(owner.memory, snapshot)
         _assert_cancelled(transfer)
 
 
 def cancel_gives_up_a_stuck_read_but_keeps_its_memory(faults: Faults, file: PosixFile) -> None:
     faults.set(stall_every=1, stall_ms=LONG_MS)
-    with _engine() as engine:
-        transfer = _submit(engine, file, Owner(file.size))
+    with _readers() as readers:
+        transfer = _submit(readers, file, Owner(file.size))
         faults.wait_for_stall()
         with _lasts_at_least(0.3):
             transfer.cancel()
@@ -173,13 +173,13 @@ def cancel_gives_up_a_stuck_read_but_keeps_its_memory(faults: Faults, file: Posi
         gc.collect()
         assert Owner.alive == 1
         faults.set()
-        _until_owners_are_gone(engine, file)
+        _until_owners_are_gone(readers, file)
 
 
 def a_stuck_read_fails_at_its_deadline(faults: Faults, file: PosixFile) -> None:
     faults.set(stall_every=1, stall_ms=LONG_MS)
-    with _engine(deadline_s=0.4) as engine:
-        transfers = [_submit(engine, file) for _ in range(4)]
+    with _readers(deadline_s=0.4) as readers:
+        transfers = [_submit(readers, file) for _ in range(4)]
         with _lasts_at_least(0.3):
             errors = [_failure(transfer) for transfer in transfers]  # also of those that no thread ever got to
         faults.assert_stuck()
@@ -191,33 +191,33 @@ def a_stuck_read_fails_at_its_deadline(faults: Faults, file: PosixFile) -> None:
 @any_try(5)
 def progress_moves_the_deadline(faults: Faults, file: PosixFile) -> None:
     faults.set(stall_every=1, stall_ms=100)  # in each of 16 reads
-    with _engine(1, deadline_s=1.2, block_bytes=32 << 10) as engine, _lasts_at_least(1.4):
-        _assert_arrives(engine, file)
+    with _readers(1, deadline_s=1.2, block_bytes=32 << 10) as readers, _lasts_at_least(1.4):
+        _assert_arrives(readers, file)
 
 
 def close_gives_up_a_stuck_read(faults: Faults, file: PosixFile) -> None:
     before = open_resources()
     faults.set(stall_every=1, stall_ms=LONG_MS)
-    engine = NativeEngine(2)
-    transfer = _submit(engine, file, Owner(file.size))
+    readers = NativeReaders(2)
+    transfer = _submit(readers, file, Owner(file.size))
     faults.wait_for_stall()
     with _lasts_at_least(0.3):
-        engine.close()
+        readers.close()
     faults.assert_stuck()
     _assert_cancelled_or_late(transfer)
-    del engine, transfer
+    del readers, transfer
     assert Owner.alive == 1
     faults.set()
     assert left_open(before) == []
-    with _engine() as other:
+    with _readers() as other:
         _until_owners_are_gone(other, file)
 
 
 def ctrl_c_is_noticed(faults: Faults, file: PosixFile) -> None:
     faults.set(stall_every=1, stall_ms=LONG_MS)
     try:
-        with _engine() as engine:
-            transfer = _submit(engine, file)
+        with _readers() as readers:
+            transfer = _submit(readers, file)
             faults.wait_for_stall()
             threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
             transfer.wait()
@@ -256,13 +256,13 @@ def _random_round(faults: Faults, file: PosixFile, data: np.ndarray, chance: ran
     mode = chance.choice(("buffered", "direct"))
     block_bytes = chance.choice((4 << 10, 64 << 10, 1 << 20))
     to, expected, plan = _random_plan(data, chance)
-    with _engine(chance.randint(1, 3), read_mode=mode, block_bytes=block_bytes, max_tries=4) as engine:
-        transfer = engine.submit([file], plan, ordered=chance.random() < 0.5, owner=to)
+    with _readers(chance.randint(1, 3), read_mode=mode, block_bytes=block_bytes, max_tries=4) as readers:
+        transfer = readers.submit([file], plan, ordered=chance.random() < 0.5, owner=to)
         ending = chance.random()
         if ending < 0.1:
             transfer.cancel()
         elif ending < 0.2:
-            engine.close()
+            readers.close()
         try:
             transfer.wait()
         except TransferCancelled:
@@ -291,23 +291,23 @@ def _random_plan(data: np.ndarray, chance: random.Random) -> tuple[np.ndarray, n
 
 
 @contextlib.contextmanager
-def _engine(threads: int = 2, **options: object) -> Iterator[NativeEngine]:
+def _readers(threads: int = 2, **options: object) -> Iterator[NativeReaders]:
     defaults: dict[str, object] = {"block_bytes": 64 << 10, "retry_delay_s": 0.001}
-    engine = NativeEngine(threads, **{**defaults, **options})
+    readers = NativeReaders(threads, **{**defaults, **options})
     try:
-        yield engine
+        yield readers
     finally:
-        engine.close()
+        readers.close()
 
 
-def _submit(engine: NativeEngine, file: PosixFile, owner: Owner | None = None) -> NativeTransfer:
+def _submit(readers: NativeReaders, file: PosixFile, owner: Owner | None = None) -> NativeTransfer:
     owner = owner or Owner(file.size)
-    return engine.submit([file], make_extents([extent(0, 0, file.size, owner.memory.ctypes.data)]), owner=owner)
+    return readers.submit([file], make_extents([extent(0, 0, file.size, owner.memory.ctypes.data)]), owner=owner)
 
 
-def _assert_arrives(engine: NativeEngine, file: PosixFile) -> None:
+def _assert_arrives(readers: NativeReaders, file: PosixFile) -> None:
     owner = Owner(file.size)
-    assert _submit(engine, file, owner).wait()
+    assert _submit(readers, file, owner).wait()
     assert owner.memory.tobytes() == Path(file.path).read_bytes()
 
 
@@ -335,11 +335,11 @@ def _lasts_at_least(seconds: float) -> Iterator[None]:
     assert time.monotonic() - began >= seconds
 
 
-def _until_owners_are_gone(engine: NativeEngine, file: PosixFile) -> None:
+def _until_owners_are_gone(readers: NativeReaders, file: PosixFile) -> None:
     """Transfers find, one or the other, that reads which were given up have come back."""
 
     def gone() -> bool:
-        _assert_arrives(engine, file)
+        _assert_arrives(readers, file)
         gc.collect()
         return Owner.alive == 0
 

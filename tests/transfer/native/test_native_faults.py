@@ -1,4 +1,4 @@
-"""Faults of storage, injected below the native engine; the scenarios are in scenarios.py."""
+"""Faults of storage, injected below the native reader threads; the scenarios are in scenarios.py."""
 
 from __future__ import annotations
 

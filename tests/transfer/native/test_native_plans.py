@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from engine_loader.sources.posix import PosixFile, PosixSource
 from engine_loader.transfer.modes import ReadMode
-from engine_loader.transfer.native import engine as native_engine
-from engine_loader.transfer.native.engine import NativeEngine
+from engine_loader.transfer.native import native_readers
+from engine_loader.transfer.native.native_readers import NativeReaders
 from engine_loader.transfer.plan import make_extents
 
 SIZES = (1, 4096, 70_001, 300_000)
@@ -85,10 +85,10 @@ def test_memory_is_as_plain_reads_would_leave_it(
     extents_of_plan["address"] += np.uint64(to.ctypes.data)
     with pytest.MonkeyPatch.context() as patch:
         choice = ReadMode(mode, wide, "generated")
-        patch.setattr(native_engine, "choose_mode", lambda *_: choice)
-        with contextlib.closing(NativeEngine(threads, block_bytes=block_bytes)) as engine:
-            transfer = engine.submit(files, extents_of_plan, ordered=ordered)
+        patch.setattr(native_readers, "choose_mode", lambda *_: choice)
+        with contextlib.closing(NativeReaders(threads, block_bytes=block_bytes)) as readers:
+            transfer = readers.submit(files, extents_of_plan, ordered=ordered)
             assert transfer.wait()
-            assert transfer.bytes_done == engine.statistics().bytes_read
+            assert transfer.bytes_done == readers.statistics().bytes_read
             assert sorted(transfer.completed()) == list(range(len(plan)))
     assert np.array_equal(to, expected)

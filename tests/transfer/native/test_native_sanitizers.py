@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.sanitizers import run_sanitized
 
-from .building import compile_driver, engine_objects, link
+from .building import compile_driver, link, native_objects
 
 pytestmark = [pytest.mark.sanitizers, pytest.mark.timeout(900)]  # compiling is most of it
 
@@ -18,6 +18,6 @@ def test_random_plans_are_clean(sanitizers: str, rounds: int, tmp_path: Path, py
     assert pytestconfig.cache is not None
     kept = pytestconfig.cache.mkdir("native")
     driver = tmp_path / "driver"
-    link([compile_driver(kept, sanitizers), *engine_objects(kept, sanitizers).values()], driver, sanitizers)
+    link([compile_driver(kept, sanitizers), *native_objects(kept, sanitizers).values()], driver, sanitizers)
     done = run_sanitized([str(driver), str(tmp_path), str(rounds), "1"], sanitizers)
     assert done.returncode == 0 and done.stdout == "ok\n", done.stderr

@@ -20,38 +20,38 @@ namespace {
 // Less than this is not worth the calls.
 constexpr uint64_t kHugePagesFrom = 2 << 20;
 
-bool usable_file(Engine &engine, const el_file &file) {
-    Lock lock(engine.mutex);
-    return file.mode != EL_USRBIO || (file.flags >> 8) < engine.usrbio.size();
+bool usable_file(ReaderThreads &readers, const el_file &file) {
+    Lock lock(readers.mutex);
+    return file.mode != EL_USRBIO || (file.flags >> 8) < readers.usrbio.size();
 }
 
-void copy_file(Engine &engine, const el_file &from, File &to) {
+void copy_file(ReaderThreads &readers, const el_file &from, File &to) {
     to.fd = from.fd;
     to.direct_fd = from.direct_fd;
     to.size = from.size;
     to.wide = (from.flags & EL_FILE_WIDE) != 0;
     if (from.mode == EL_USRBIO) {
-        Lock lock(engine.mutex);
+        Lock lock(readers.mutex);
         to.mode = EL_USRBIO;
-        to.usrbio = engine.usrbio[from.flags >> 8].get();
+        to.usrbio = readers.usrbio[from.flags >> 8].get();
         return;
     }
     const bool direct = from.mode != EL_BUFFERED && from.direct_fd >= 0 && find_direct_limits(from.direct_fd, to.limits);
     to.mode = direct ? from.mode : static_cast<uint32_t>(EL_BUFFERED);
 }
 
-std::unique_ptr<Transfer> plan(Engine &engine, const el_file *files, uint32_t n_files, const el_extent *extents,
+std::unique_ptr<Transfer> plan(ReaderThreads &readers, const el_file *files, uint32_t n_files, const el_extent *extents,
                                uint64_t n_extents, bool ordered) {
-    auto transfer = std::make_unique<Transfer>(engine);
+    auto transfer = std::make_unique<Transfer>(readers);
     transfer->files = std::make_unique<File[]>(n_files);
     transfer->n_files = n_files;
-    for (uint32_t i = 0; i < n_files; i++) copy_file(engine, files[i], transfer->files[i]);
+    for (uint32_t i = 0; i < n_files; i++) copy_file(readers, files[i], transfer->files[i]);
     plan_reads(*transfer, extents, n_extents, ordered);
     return transfer;
 }
 
-void advise_destinations(const Engine &engine, const Transfer &transfer, const el_extent *extents, uint64_t n_extents) {
-    if ((engine.config.flags & EL_HUGE_PAGES) == 0) return;
+void advise_destinations(const ReaderThreads &readers, const Transfer &transfer, const el_extent *extents, uint64_t n_extents) {
+    if ((readers.config.flags & EL_HUGE_PAGES) == 0) return;
     uint64_t bytes = 0;
     for (const uint64_t remaining : transfer.remaining) bytes += remaining;
     if (bytes < kHugePagesFrom) return;
@@ -59,11 +59,11 @@ void advise_destinations(const Engine &engine, const Transfer &transfer, const e
     advise_huge_pages(ranges);
 }
 
-int start(Engine &engine, std::unique_ptr<Transfer> transfer, el_transfer **out) {
-    Lock lock(engine.mutex);
-    const int error = engine.closing ? 0 : start_workers(engine, *transfer);
-    if (engine.closing || error != 0) {
-        lock.unlock();  // the transfer's end may take the engine with it
+int start(ReaderThreads &readers, std::unique_ptr<Transfer> transfer, el_transfer **out) {
+    Lock lock(readers.mutex);
+    const int error = readers.closing ? 0 : start_workers(readers, *transfer);
+    if (readers.closing || error != 0) {
+        lock.unlock();  // the transfer's end may free the ReaderThreads
         transfer.reset();
         errno = error;
         return error != 0 ? EL_E_THREAD : EL_E_CLOSED;
@@ -79,20 +79,20 @@ struct Owner {
     DeviceStream stream = nullptr;
 };
 
-DeviceRing *device_of(Engine &engine, uint32_t number) {
-    Lock lock(engine.mutex);
-    return number < engine.devices.size() ? engine.devices[number].get() : nullptr;
+DeviceRing *device_of(ReaderThreads &readers, uint32_t number) {
+    Lock lock(readers.mutex);
+    return number < readers.devices.size() ? readers.devices[number].get() : nullptr;
 }
 
-int submit(Engine &engine, const el_file *files, uint32_t n_files, const el_extent *extents, uint64_t n_extents,
+int submit(ReaderThreads &readers, const el_file *files, uint32_t n_files, const el_extent *extents, uint64_t n_extents,
            uint32_t flags, Owner owner, el_transfer **out) {
     if (out == nullptr || (n_files > 0 && files == nullptr) || (n_extents > 0 && extents == nullptr)) return EL_E_ARGUMENT;
     if (!valid_plan(files, n_files, extents, n_extents)) return EL_E_ARGUMENT;
     for (uint32_t i = 0; i < n_files; i++) {
-        if (!usable_file(engine, files[i])) return EL_E_ARGUMENT;
+        if (!usable_file(readers, files[i])) return EL_E_ARGUMENT;
     }
     try {
-        auto transfer = plan(engine, files, n_files, extents, n_extents, (flags & EL_ORDERED) != 0);
+        auto transfer = plan(readers, files, n_files, extents, n_extents, (flags & EL_ORDERED) != 0);
         if (owner.device != nullptr) {
             transfer->device = owner.device;
             const int error = owner.device->follow(owner.stream, *transfer);
@@ -101,15 +101,15 @@ int submit(Engine &engine, const el_file *files, uint32_t n_files, const el_exte
                 return EL_E_DEVICE;
             }
         } else {
-            advise_destinations(engine, *transfer, extents, n_extents);
+            advise_destinations(readers, *transfer, extents, n_extents);
         }
-        return start(engine, std::move(transfer), out);
+        return start(readers, std::move(transfer), out);
     } catch (const std::bad_alloc &) {
         return EL_E_MEMORY;
     }
 }
 
-int usable(const Transfer *transfer) { return transfer == nullptr ? EL_E_CLOSED : usable(&transfer->engine); }
+int usable(const Transfer *transfer) { return transfer == nullptr ? EL_E_CLOSED : usable(&transfer->readers); }
 
 // A failed transfer is reported once nothing is written any more; after a deadline nobody can wait for that.
 bool failed_for_good(const Transfer &transfer) {
@@ -133,39 +133,22 @@ int wait_for(Transfer &transfer, int64_t extent, int64_t until, Lock &lock) {
 
 using namespace el;
 
-int el_submit(el_engine *submitting, const el_file *files, uint32_t n_files, const el_extent *extents,
+int el_submit(el_readers *submitting, const el_file *files, uint32_t n_files, const el_extent *extents,
               uint64_t n_extents, uint32_t flags, el_transfer **out) {
-    Engine *engine = unwrap(submitting);
-    const int state = usable(engine);
-    return state == EL_OK ? submit(*engine, files, n_files, extents, n_extents, flags, Owner{}, out) : state;
+    ReaderThreads *readers = unwrap(submitting);
+    const int state = usable(readers);
+    return state == EL_OK ? submit(*readers, files, n_files, extents, n_extents, flags, Owner{}, out) : state;
 }
 
-int el_submit_to_device(el_engine *submitting, const el_file *files, uint32_t n_files, const el_extent *extents,
+int el_submit_to_device(el_readers *submitting, const el_file *files, uint32_t n_files, const el_extent *extents,
                         uint64_t n_extents, uint32_t flags, uint32_t device, uint64_t stream, el_transfer **out) {
-    Engine *engine = unwrap(submitting);
-    const int state = usable(engine);
+    ReaderThreads *readers = unwrap(submitting);
+    const int state = usable(readers);
     if (state != EL_OK) return state;
-    DeviceRing *ring = device_of(*engine, device);
+    DeviceRing *ring = device_of(*readers, device);
     if (ring == nullptr) return EL_E_ARGUMENT;
     const Owner owner{ring, reinterpret_cast<DeviceStream>(stream)};
-    return submit(*engine, files, n_files, extents, n_extents, flags, owner, out);
-}
-
-int el_populate(el_engine *submitting, uint64_t address, uint64_t nbytes, uint32_t how, el_transfer **out) {
-    Engine *engine = unwrap(submitting);
-    const int state = usable(engine);
-    if (state != EL_OK) return state;
-    if (out == nullptr || how > EL_MAKE_PRIVATE) return EL_E_ARGUMENT;
-    try {
-        auto transfer = std::make_unique<Transfer>(*engine);
-        constexpr Work kinds[] = {Work::populate_read, Work::populate_write, Work::make_private};
-        transfer->work = kinds[how];
-        transfer->address = address;
-        plan_populate(*transfer, nbytes);
-        return start(*engine, std::move(transfer), out);
-    } catch (const std::bad_alloc &) {
-        return EL_E_MEMORY;
-    }
+    return submit(*readers, files, n_files, extents, n_extents, flags, owner, out);
 }
 
 int el_wait(el_transfer *waiting, int64_t extent, int64_t timeout_ms) {
@@ -173,25 +156,25 @@ int el_wait(el_transfer *waiting, int64_t extent, int64_t timeout_ms) {
     const int state = usable(transfer);
     if (state != EL_OK) return state;
     if (extent >= 0 && static_cast<uint64_t>(extent) >= transfer->n_extents) return EL_E_ARGUMENT;
-    Lock lock(transfer->engine.mutex);
+    Lock lock(transfer->readers.mutex);
     if (is_complete(*transfer, extent)) return EL_OK;
     const int64_t begin = now_ns();
     const int result = wait_for(*transfer, extent, deadline_in(timeout_ms), lock);
-    transfer->engine.wait_ns += static_cast<uint64_t>(now_ns() - begin);
+    transfer->readers.wait_ns += static_cast<uint64_t>(now_ns() - begin);
     return result;
 }
 
 uint64_t el_bytes_done(el_transfer *asked) {
     Transfer *transfer = unwrap(asked);
     if (usable(transfer) != EL_OK) return 0;
-    Lock lock(transfer->engine.mutex);
+    Lock lock(transfer->readers.mutex);
     return transfer->bytes_done;
 }
 
 uint64_t el_completed(el_transfer *asked, uint64_t from, uint32_t *out, uint64_t capacity) {
     Transfer *transfer = unwrap(asked);
     if (usable(transfer) != EL_OK) return 0;
-    Lock lock(transfer->engine.mutex);
+    Lock lock(transfer->readers.mutex);
     const uint64_t n = transfer->completed.size();
     if (out != nullptr && from < n) {
         memcpy(out, transfer->completed.data() + from, std::min(capacity, n - from) * sizeof *out);
@@ -203,7 +186,7 @@ int el_event_fd(el_transfer *asked) {
     Transfer *transfer = unwrap(asked);
     const int state = usable(transfer);
     if (state != EL_OK) return state;
-    Lock lock(transfer->engine.mutex);
+    Lock lock(transfer->readers.mutex);
     if (transfer->event_fd >= 0) return transfer->event_fd;
     const unsigned ready = !transfer->completed.empty() || transfer->phase != Phase::active ? 1 : 0;
     transfer->event_fd = eventfd(ready, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -215,7 +198,7 @@ int el_cancel(el_transfer *cancelled, int64_t timeout_ms) {
     const int state = usable(transfer);
     if (state != EL_OK) return state;
     const int64_t until = deadline_in(timeout_ms);
-    Lock lock(transfer->engine.mutex);
+    Lock lock(transfer->readers.mutex);
     cancel(*transfer);
     while (!transfer->quiet) {
         if (now_ns() >= until) return EL_TIMEOUT;
@@ -229,7 +212,7 @@ int el_failure(el_transfer *asked, el_failure_info *out) {
     const int state = usable(transfer);
     if (state != EL_OK) return state;
     if (out == nullptr) return EL_E_ARGUMENT;
-    Lock lock(transfer->engine.mutex);
+    Lock lock(transfer->readers.mutex);
     *out = transfer->failure;
     out->in_flight = transfer->in_flight;
     return transfer->phase == Phase::failed ? EL_FAILED : EL_OK;
@@ -238,7 +221,7 @@ int el_failure(el_transfer *asked, el_failure_info *out) {
 void el_release(el_transfer *released) {
     Transfer *transfer = unwrap(released);
     if (usable(transfer) != EL_OK) return;
-    Lock lock(transfer->engine.mutex);
+    Lock lock(transfer->readers.mutex);
     cancel(*transfer);
     const bool last = dereference(*transfer);
     lock.unlock();

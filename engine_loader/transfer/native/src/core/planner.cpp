@@ -11,7 +11,6 @@ constexpr uint64_t kSmallestBlock = 256 << 10;
 constexpr uint64_t kSmallestUsrbioBlock = 1 << 20;
 // One call of preadv takes this many; blocks of very many tiny pieces would make progress hard to see.
 constexpr uint32_t kBlockPieces = 4096;
-constexpr uint64_t kPopulateBlock = 4 << 20;
 
 uint64_t round_up(uint64_t value, uint64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -62,7 +61,7 @@ class Cutter {
     // A small transfer is cut finer, so that every thread has a part of it.
     void start_file(uint32_t file) {
         const File &f = transfer_.files[file];
-        const el_config &config = transfer_.engine.config;
+        const el_config &config = transfer_.readers.config;
         if (f.mode == EL_USRBIO) {
             start_usrbio_file(*f.usrbio, file);
             return;
@@ -146,7 +145,6 @@ class Cutter {
 };
 
 Lane &lane_of(Transfer &transfer, const Block &block) {
-    if (transfer.work != Work::read) return transfer.narrow;
     const File &file = transfer.files[block.file];
     if (file.mode == EL_USRBIO) return transfer.rings;
     return file.wide ? transfer.wide : transfer.narrow;
@@ -198,21 +196,6 @@ void plan_reads(Transfer &transfer, const el_extent *extents, uint64_t n_extents
         cutter.add(whole(extents[number], number), extents[number].file);
     }
     fill_lanes(transfer, ordered);
-}
-
-void plan_populate(Transfer &transfer, uint64_t nbytes) {
-    transfer.n_extents = 1;
-    transfer.remaining.assign(1, nbytes);
-    transfer.completed.reserve(1);
-    if (nbytes == 0) transfer.completed.push_back(0);
-    for (uint64_t offset = 0; offset < nbytes;) {
-        // Cut where huge pages begin, so that no two threads work on one page.
-        const uint64_t place = transfer.address + offset;
-        const uint64_t bytes = std::min(nbytes - offset, kPopulateBlock - place % kPopulateBlock);
-        transfer.blocks.push_back(Block{offset, bytes, 0, 0, 0});
-        offset += bytes;
-    }
-    fill_lanes(transfer, true);
 }
 
 std::vector<Range> destinations(const el_extent *extents, uint64_t n_extents) {

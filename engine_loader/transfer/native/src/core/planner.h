@@ -11,9 +11,6 @@ bool valid_plan(const el_file *files, uint32_t n_files, const el_extent *extents
 // Fill in the transfer's pieces, blocks, lanes and counts. Its files are set.
 void plan_reads(Transfer &transfer, const el_extent *extents, uint64_t n_extents, bool ordered);
 
-// The same for `nbytes` of memory to populate, from the transfer's address on.
-void plan_populate(Transfer &transfer, uint64_t nbytes);
-
 // Where a plan writes, for advise_huge_pages.
 std::vector<Range> destinations(const el_extent *extents, uint64_t n_extents);
 

@@ -1,4 +1,4 @@
-// The engine's data: what a transfer, a block and a worker are, and which lock guards what.
+// The data of the reader threads: what a transfer, a block and a worker are, and which lock guards what.
 #pragma once
 
 #include <atomic>
@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "device/device_runtime.h"
-#include "core/engine.h"
+#include "core/c_interface.h"
 #include "memory/memory.h"
 #include "core/stats.h"
 #include "threads/sync.h"
@@ -20,7 +20,7 @@ struct UsrbioConfig;
 class DeviceRing;
 
 // Where in the files something went wrong.
-struct Place {
+struct Position {
     uint32_t file;
     uint32_t extent;
     uint64_t offset;
@@ -39,9 +39,9 @@ struct Piece {
     uint64_t bytes() const { return uint64_t{rows} * row_bytes; }
 };
 
-// What a thread takes at a time: pieces near each other in one file (or a range of memory to populate).
+// What a thread takes at a time: pieces near each other in one file.
 struct Block {
-    uint64_t offset;  // of the first piece; of the range within the populated memory
+    uint64_t offset;  // of the first piece
     uint64_t bytes;   // wanted ones
     uint32_t first_piece;
     uint32_t pieces;
@@ -76,10 +76,9 @@ struct Lane {
     uint32_t head() const { return blocks[next]; }
 };
 
-enum class Work { read, populate_read, populate_write, make_private };
 enum class Phase { active, done, failed };
 
-struct Engine;
+struct ReaderThreads;
 
 // Somebody who waits for an extent, or (-1) for the end of a transfer; it lies on the stack of the waiting thread. Each is
 // woken for what it waits for only: where all cores copy bytes, a thread that wakes up for nothing stops one of them.
@@ -89,21 +88,19 @@ struct Waiter {
     Condition condition;
 };
 
-// One submitted plan. Everything is guarded by the engine's mutex, but for what never changes after submit (the first
-// group) and `stop`.
+// One submitted plan. Everything is guarded by the mutex of the ReaderThreads, but for what never changes after submit
+// (the first group) and `stop`.
 struct Transfer {
-    explicit Transfer(Engine &owner);
+    explicit Transfer(ReaderThreads &owner);
     ~Transfer();
     Transfer(const Transfer &) = delete;
     Transfer &operator=(const Transfer &) = delete;
 
-    Engine &engine;
-    Work work = Work::read;
+    ReaderThreads &readers;
     std::unique_ptr<File[]> files;
     uint32_t n_files = 0;
     std::vector<Piece> pieces;
     std::vector<Block> blocks;
-    uint64_t address = 0;  // of the memory to populate
     uint64_t n_extents = 0;
     DeviceRing *device = nullptr;  // on which the destinations are
     OwnedEvent ready;              // of the destinations' owner; copies come after it
@@ -115,7 +112,7 @@ struct Transfer {
     std::vector<uint32_t> completed;   // extents in order of completion
     uint64_t bytes_done = 0;
     uint32_t in_flight = 0;            // blocks that workers hold
-    uint32_t references = 1;           // the caller's handle; the engine's, while it is not quiet
+    uint32_t references = 1;           // the caller's handle; the threads', while it is not quiet
     Phase phase = Phase::active;
     bool quiet = false;                // ended, and no worker touches it any more
     el_failure_info failure{};
@@ -135,16 +132,16 @@ struct Segment {
     uint32_t bytes;
 };
 
-// A worker's memory. Its transfer is guarded by the engine's mutex; io_* may be looked at by anyone, and say which
-// system call it is in (io_since 0: none), so that a waiter can tell a stuck read.
+// One reader thread and its memory. Its transfer is guarded by the mutex of the ReaderThreads; io_* may be looked at by
+// anyone, and say which system call it is in (io_since 0: none), so that a waiter can recognise a stuck read.
 struct Worker {
-    Worker(Engine &owner, uint32_t number) : engine(owner), index(number) {
+    Worker(ReaderThreads &owner, uint32_t number) : readers(owner), index(number) {
         segments.reserve(kMaxSegments);
         vectors.resize(kMaxVectors);
         discard.resize(kDiscardBytes);
     }
 
-    Engine &engine;
+    ReaderThreads &readers;
     uint32_t index;
     bool ring = false;  // reads by USRBIO, and nothing else
     pthread_t thread{};
@@ -160,9 +157,9 @@ struct Worker {
     Counters counters;
 };
 
-struct Engine {
-    explicit Engine(const el_config &settings);
-    ~Engine();
+struct ReaderThreads {
+    explicit ReaderThreads(const el_config &settings);
+    ~ReaderThreads();
 
     const el_config config;
     const std::vector<uint32_t> cpus;
@@ -178,7 +175,7 @@ struct Engine {
     std::deque<Transfer *> queue;  // those with blocks that nobody took yet, first come first served
     std::vector<Transfer *> active;  // those that are not quiet
     std::vector<std::unique_ptr<Worker>> workers;
-    uint32_t readers = 0, ring_readers = 0;  // of the workers
+    uint32_t plain_workers = 0, ring_workers = 0;  // of the workers
     uint32_t running = 0;  // threads, those of devices counted
     uint32_t landing = 0;  // threads of devices
     bool closing = false;
@@ -187,6 +184,6 @@ struct Engine {
     uint64_t device_bytes = 0;  // that have landed
 };
 
-void unreference(Engine &engine);
+void unreference(ReaderThreads &readers);
 
 }  // namespace el

@@ -4,7 +4,7 @@
 #include <atomic>
 #include <stdint.h>
 
-#include "core/engine.h"
+#include "core/c_interface.h"
 
 namespace el {
 
@@ -20,8 +20,7 @@ class Counter {
 
 struct alignas(64) Counters {
     Counter bytes, reads, retries, short_reads, overread_bytes, buffered_bytes, direct_bytes, direct_straight_bytes,
-        direct_refused, populated_bytes, read_ns, scatter_ns, populate_ns, backoff_ns, idle_ns, usrbio_bytes,
-        slot_wait_ns;
+        direct_refused, read_ns, scatter_ns, backoff_ns, idle_ns, usrbio_bytes, slot_wait_ns;
 
     void add_to(el_stats_info &sum) const {
         sum.bytes += bytes.get();
@@ -33,10 +32,8 @@ struct alignas(64) Counters {
         sum.direct_bytes += direct_bytes.get();
         sum.direct_straight_bytes += direct_straight_bytes.get();
         sum.direct_refused += direct_refused.get();
-        sum.populated_bytes += populated_bytes.get();
         sum.read_ns += read_ns.get();
         sum.scatter_ns += scatter_ns.get();
-        sum.populate_ns += populate_ns.get();
         sum.backoff_ns += backoff_ns.get();
         sum.idle_ns += idle_ns.get();
         sum.usrbio_bytes += usrbio_bytes.get();

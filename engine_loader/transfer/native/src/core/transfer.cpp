@@ -23,7 +23,7 @@ void forget(std::vector<T> &items) {
 
 // No worker touches the transfer any more, and none will.
 void settle(Transfer &transfer) {
-    auto &active = transfer.engine.active;
+    auto &active = transfer.readers.active;
     active.erase(std::find(active.begin(), active.end(), &transfer));
     transfer.quiet = true;
     transfer.references--;
@@ -38,7 +38,7 @@ void settle(Transfer &transfer) {
 }
 
 void remove_from_queue(Transfer &transfer) {
-    auto &queue = transfer.engine.queue;
+    auto &queue = transfer.readers.queue;
     queue.erase(std::remove(queue.begin(), queue.end(), &transfer), queue.end());
 }
 
@@ -52,7 +52,7 @@ void count_bytes(Transfer &transfer, uint32_t extent, uint64_t bytes) {
 const Worker *oldest_read(const Transfer &transfer) {
     const Worker *oldest = nullptr;
     int64_t since = kForever;
-    for (const auto &worker : transfer.engine.workers) {
+    for (const auto &worker : transfer.readers.workers) {
         if (worker->transfer != &transfer) continue;
         const int64_t begin = worker->io_since.load(std::memory_order_acquire);
         if (begin == 0 || begin >= since) continue;
@@ -64,11 +64,11 @@ const Worker *oldest_read(const Transfer &transfer) {
 
 // Since when every thread that could serve this transfer is in one and the same system call; 0 when one is free.
 int64_t starved_since(const Transfer &transfer) {
-    const Engine &engine = transfer.engine;
+    const ReaderThreads &readers = transfer.readers;
     const bool narrow_only = transfer.wide.empty();
     int64_t latest = 0;
-    for (const auto &worker : engine.workers) {
-        if (worker->ring || (narrow_only && worker->index >= engine.config.threads)) continue;
+    for (const auto &worker : readers.workers) {
+        if (worker->ring || (narrow_only && worker->index >= readers.config.threads)) continue;
         const int64_t begin = worker->io_since.load(std::memory_order_acquire);
         if (begin == 0) return 0;
         latest = std::max(latest, begin);
@@ -88,8 +88,7 @@ int64_t check_starved(Transfer &transfer, int64_t now, int64_t limit) {
     if (now < since + limit) return since + limit;
     const Lane &lane = transfer.narrow.empty() ? transfer.wide : transfer.narrow;
     const Block &block = transfer.blocks[lane.head()];
-    const uint32_t extent = transfer.work == Work::read ? transfer.pieces[block.first_piece].extent : 0;
-    fail_by_deadline(transfer, block.file, extent, block.offset);
+    fail_by_deadline(transfer, block.file, transfer.pieces[block.first_piece].extent, block.offset);
     return now;
 }
 
@@ -106,24 +105,24 @@ int64_t check_read(Transfer &transfer, const Worker &worker, int64_t now, int64_
 }  // namespace
 
 void enqueue(Transfer &transfer) {
-    Engine &engine = transfer.engine;
+    ReaderThreads &readers = transfer.readers;
     if (transfer.blocks.empty()) {
         transfer.phase = Phase::done;
         transfer.quiet = true;
         return;
     }
-    engine.active.reserve(engine.active.size() + 1);  // so that only the next line can fail
-    engine.queue.push_back(&transfer);
-    engine.active.push_back(&transfer);
+    readers.active.reserve(readers.active.size() + 1);  // so that only the next line can fail
+    readers.queue.push_back(&transfer);
+    readers.active.push_back(&transfer);
     transfer.references++;
-    if (!transfer.rings.empty()) engine.ring_work.notify_all();
+    if (!transfer.rings.empty()) readers.ring_work.notify_all();
     if (transfer.narrow.empty() && transfer.wide.empty()) return;
     if (transfer.blocks.size() == 1 && transfer.wide.empty()) {
-        engine.narrow_work.notify_one();
+        readers.narrow_work.notify_one();
         return;
     }
-    engine.narrow_work.notify_all();
-    if (!transfer.wide.empty()) engine.wide_work.notify_all();
+    readers.narrow_work.notify_all();
+    if (!transfer.wide.empty()) readers.wide_work.notify_all();
 }
 
 void fail(Transfer &transfer, el_failure_info failure) {
@@ -132,7 +131,7 @@ void fail(Transfer &transfer, el_failure_info failure) {
     transfer.failure = failure;
     transfer.stop.store(true, std::memory_order_relaxed);
     remove_from_queue(transfer);
-    transfer.engine.stopped.notify_all();
+    transfer.readers.stopped.notify_all();
     if (transfer.in_flight == 0) {
         settle(transfer);
     } else {
@@ -146,11 +145,9 @@ void cancel(Transfer &transfer) {
 
 bool finish_block(Transfer &transfer, const Block &block, bool complete) {
     const size_t completed = transfer.completed.size();
-    if (complete && transfer.work == Work::read) {
+    if (complete) {
         const Piece *pieces = transfer.pieces.data() + block.first_piece;
         for (uint32_t i = 0; i < block.pieces; i++) count_bytes(transfer, pieces[i].extent, pieces[i].bytes());
-    } else if (complete) {
-        count_bytes(transfer, 0, block.bytes);
     }
     transfer.in_flight--;
     if (transfer.phase == Phase::active && transfer.completed.size() == transfer.n_extents) transfer.phase = Phase::done;
@@ -163,7 +160,7 @@ bool finish_block(Transfer &transfer, const Block &block, bool complete) {
 }
 
 int64_t check_deadline(Transfer &transfer, int64_t now) {
-    const int64_t limit = transfer.engine.config.deadline_ms * kMillisecond;
+    const int64_t limit = transfer.readers.config.deadline_ms * kMillisecond;
     if (limit == 0 || transfer.quiet) return kForever;
     const Worker *worker = oldest_read(transfer);
     if (worker != nullptr) return check_read(transfer, *worker, now, limit);
@@ -179,18 +176,18 @@ void wait_until(Transfer &transfer, int64_t extent, int64_t when_ns, Lock &lock)
     Waiter waiter{extent, transfer.waiters, {}};
     transfer.waiters = &waiter;
     waiter.condition.wait_until(lock, when_ns);
-    Waiter **place = &transfer.waiters;
-    while (*place != &waiter) place = &(*place)->next;
-    *place = waiter.next;
+    Waiter **link = &transfer.waiters;
+    while (*link != &waiter) link = &(*link)->next;
+    *link = waiter.next;
 }
 
 bool dereference(Transfer &transfer) { return --transfer.references == 0; }
 
-Transfer::Transfer(Engine &owner) : engine(owner) { engine.references.fetch_add(1); }
+Transfer::Transfer(ReaderThreads &owner) : readers(owner) { readers.references.fetch_add(1); }
 
 Transfer::~Transfer() {
     if (event_fd >= 0) close(event_fd);
-    unreference(engine);
+    unreference(readers);
 }
 
 }  // namespace el

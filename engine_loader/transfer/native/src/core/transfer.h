@@ -5,7 +5,7 @@
 
 namespace el {
 
-// All of these want the engine's mutex held.
+// All of these want the mutex of the ReaderThreads held.
 
 // Put a planned transfer into the queue, or settle it where it has nothing to do.
 void enqueue(Transfer &transfer);

@@ -25,19 +25,19 @@ Lane *next_lane(Transfer &transfer, bool wide_only) {
     return transfer.wide.head() < transfer.narrow.head() ? &transfer.wide : &transfer.narrow;
 }
 
-bool is_wide_only(const Worker &worker) { return worker.index >= worker.engine.config.threads; }
+bool is_wide_only(const Worker &worker) { return worker.index >= worker.readers.config.threads; }
 
 bool take_task(Worker &worker, Task &task) {
-    Engine &engine = worker.engine;
-    for (size_t i = 0; i < engine.queue.size(); i++) {
-        Transfer &transfer = *engine.queue[i];
+    ReaderThreads &readers = worker.readers;
+    for (size_t i = 0; i < readers.queue.size(); i++) {
+        Transfer &transfer = *readers.queue[i];
         Lane *lane = next_lane(transfer, is_wide_only(worker));
         if (lane == nullptr) continue;
         task = Task{&transfer, transfer.blocks[lane->blocks[lane->next++]]};
         transfer.in_flight++;
         worker.transfer = &transfer;
         if (transfer.narrow.empty() && transfer.wide.empty() && transfer.rings.empty()) {
-            engine.queue.erase(engine.queue.begin() + static_cast<std::ptrdiff_t>(i));
+            readers.queue.erase(readers.queue.begin() + static_cast<std::ptrdiff_t>(i));
         }
         return true;
     }
@@ -52,9 +52,8 @@ void work_on(Worker &worker, const Task &task, Lock &lock) {
         lock.lock();
         return;
     }
-    const bool reading = task.transfer->work == Work::read;
-    const Outcome outcome = reading ? read_block(reader, task.block) : populate_block(reader, task.block);
-    if (outcome == Outcome::done) (reading ? worker.counters.bytes : worker.counters.populated_bytes).add(task.block.bytes);
+    const Outcome outcome = read_block(reader, task.block);
+    if (outcome == Outcome::done) worker.counters.bytes.add(task.block.bytes);
     lock.lock();
     worker.transfer = nullptr;
     if (!finish_block(*task.transfer, task.block, outcome == Outcome::done)) return;
@@ -64,18 +63,18 @@ void work_on(Worker &worker, const Task &task, Lock &lock) {
 }
 
 void wait_for_work(Worker &worker, Lock &lock) {
-    Engine &engine = worker.engine;
+    ReaderThreads &readers = worker.readers;
     const int64_t begin = now_ns();
-    (is_wide_only(worker) ? engine.wide_work : engine.narrow_work).wait(lock);
+    (is_wide_only(worker) ? readers.wide_work : readers.narrow_work).wait(lock);
     worker.counters.idle_ns.add(static_cast<uint64_t>(now_ns() - begin));
 }
 
 void *worker_main(void *argument) {
     Worker &worker = *static_cast<Worker *>(argument);
-    Engine &engine = worker.engine;
+    ReaderThreads &readers = worker.readers;
     if (worker.ring) read_by_usrbio(worker);
-    Lock lock(engine.mutex);
-    while (!engine.closing) {
+    Lock lock(readers.mutex);
+    while (!readers.closing) {
         Task task;
         if (take_task(worker, task)) {
             work_on(worker, task, lock);
@@ -84,29 +83,29 @@ void *worker_main(void *argument) {
         }
     }
     worker.scratch.release();
-    engine.running--;
-    engine.ended.notify_all();
+    readers.running--;
+    readers.ended.notify_all();
     lock.unlock();
-    unreference(engine);  // may free the worker too
+    unreference(readers);  // may free the worker too
     return nullptr;
 }
 
-int start_worker(Engine &engine, bool ring) {
-    uint32_t &started = ring ? engine.ring_readers : engine.readers;
+int start_worker(ReaderThreads &readers, bool ring) {
+    uint32_t &started = ring ? readers.ring_workers : readers.plain_workers;
     const uint32_t index = started;
-    engine.workers.push_back(std::make_unique<Worker>(engine, index));
-    Worker &worker = *engine.workers.back();
+    readers.workers.push_back(std::make_unique<Worker>(readers, index));
+    Worker &worker = *readers.workers.back();
     worker.ring = ring;
     char name[16];
     snprintf(name, sizeof name, ring ? "el-ring-%u" : "el-read-%u", index % 1000u);
-    const int error = start_thread(worker.thread, engine.cpus, name, worker_main, &worker);
+    const int error = start_thread(worker.thread, readers.cpus, name, worker_main, &worker);
     if (error != 0) {
-        engine.workers.pop_back();
+        readers.workers.pop_back();
         return error;
     }
     started++;
-    engine.running++;
-    engine.references.fetch_add(1);
+    readers.running++;
+    readers.references.fetch_add(1);
     return 0;
 }
 
@@ -119,21 +118,21 @@ uint32_t rings_for(const Transfer &transfer) {
     return rings;
 }
 
-int start_ring_workers(Engine &engine, const Transfer &transfer) {
+int start_ring_workers(ReaderThreads &readers, const Transfer &transfer) {
     const uint32_t wanted = rings_for(transfer);
     int error = 0;
-    while (engine.ring_readers < wanted && error == 0) error = start_worker(engine, true);
-    return engine.ring_readers == 0 ? error : 0;
+    while (readers.ring_workers < wanted && error == 0) error = start_worker(readers, true);
+    return readers.ring_workers == 0 ? error : 0;
 }
 
 }  // namespace
 
-int start_workers(Engine &engine, const Transfer &transfer) {
-    int error = transfer.rings.empty() ? 0 : start_ring_workers(engine, transfer);
+int start_workers(ReaderThreads &readers, const Transfer &transfer) {
+    int error = transfer.rings.empty() ? 0 : start_ring_workers(readers, transfer);
     if (error != 0 || (transfer.narrow.empty() && transfer.wide.empty())) return error;
-    const uint32_t wanted = transfer.wide.empty() ? engine.config.threads : engine.config.wide_threads;
-    while (engine.readers < wanted && error == 0) error = start_worker(engine, false);
-    return engine.readers == 0 ? error : 0;
+    const uint32_t wanted = transfer.wide.empty() ? readers.config.threads : readers.config.wide_threads;
+    while (readers.plain_workers < wanted && error == 0) error = start_worker(readers, false);
+    return readers.plain_workers == 0 ? error : 0;
 }
 
 }  // namespace el

@@ -1,13 +1,13 @@
 /* Placing bytes in the memory of a CUDA device (or one of ROCm's HIP): the part of the C interface for it.
  *
  * Extents of such a transfer have addresses on one device. Their bytes are read into page-locked slots, and copied from
- * there on streams of the engine's own, after everything that was on the owner's stream when the transfer was submitted.
+ * there on streams of the library's own, after everything that was on the owner's stream when the transfer was submitted.
  * An extent is complete once its copies have been completed on the device, and a transfer is quiet only when no copy is
  * in flight: so what is launched after el_wait said EL_OK, on any stream, sees the bytes. */
 #ifndef ENGINE_LOADER_DEVICE_H
 #define ENGINE_LOADER_DEVICE_H
 
-#include "core/engine.h"
+#include "core/c_interface.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -40,15 +40,15 @@ typedef struct {
 EL_API int el_device_runtime(const char *library, el_device_failure *failure);
 
 /* A number for el_submit_to_device (the same one for the same settings), or EL_E_...; EL_E_DEVICE: see *failure. */
-EL_API int el_device_add(el_engine *engine, const el_device_config *config, el_device_failure *failure);
+EL_API int el_device_add(el_readers *readers, const el_device_config *config, el_device_failure *failure);
 
 /* el_submit for destinations on a device. `stream`: a cudaStream_t of that device, 0 for its default stream.
  * EL_E_DEVICE: the stream was refused; errno is the runtime's error. */
-EL_API int el_submit_to_device(el_engine *engine, const el_file *files, uint32_t n_files, const el_extent *extents,
+EL_API int el_submit_to_device(el_readers *readers, const el_file *files, uint32_t n_files, const el_extent *extents,
                                uint64_t n_extents, uint32_t flags, uint32_t device, uint64_t stream, el_transfer **out);
 
 /* What the runtime says to one of its errors, e.g. el_failure_info.error. */
-EL_API void el_device_error_text(el_engine *engine, uint32_t device, int32_t error, char *text, uint64_t capacity);
+EL_API void el_device_error_text(el_readers *readers, uint32_t device, int32_t error, char *text, uint64_t capacity);
 
 #ifdef __cplusplus
 }

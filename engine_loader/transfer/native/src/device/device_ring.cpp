@@ -47,12 +47,12 @@ int near_node(const DeviceRuntime &runtime, int device) {
     return node;
 }
 
-void fail_with(Transfer &transfer, Place place, int error) {
-    fail(transfer, el_failure_info{EL_FAIL_DEVICE, error, place.file, place.extent, place.offset, 1, 0});
+void fail_with(Transfer &transfer, Position position, int error) {
+    fail(transfer, el_failure_info{EL_FAIL_DEVICE, error, position.file, position.extent, position.offset, 1, 0});
 }
 
-void fail_late(Transfer &transfer, Place place) {
-    fail(transfer, el_failure_info{EL_FAIL_DEADLINE, 0, place.file, place.extent, place.offset, 0, 0});
+void fail_late(Transfer &transfer, Position position) {
+    fail(transfer, el_failure_info{EL_FAIL_DEADLINE, 0, position.file, position.extent, position.offset, 0, 0});
 }
 
 // Segments of equal size, equally far apart on both sides: how many from `first` on, up to `end`.
@@ -80,8 +80,8 @@ bool DeviceConfig::operator==(const DeviceConfig &other) const {
            library == other.library;
 }
 
-DeviceRing::DeviceRing(Engine &engine, const DeviceConfig &config)
-    : engine_(engine), config_(config), slot_bytes_(slot_size(engine.config)) {}
+DeviceRing::DeviceRing(ReaderThreads &readers, const DeviceConfig &config)
+    : readers_(readers), config_(config), slot_bytes_(slot_size(readers.config)) {}
 
 // --- making and giving back ------------------------------------------------------------------------------------------
 
@@ -123,7 +123,7 @@ bool DeviceRing::make_slots(el_device_failure &failure) {
 
 // Our own memory, since it can be of huge pages and near the device; where a sandbox cannot lock that, the runtime's.
 char *DeviceRing::pinned_memory(uint64_t bytes, int &error) {
-    char *memory = map_memory(bytes, 0);
+    char *memory = map_memory(bytes);
     if (memory != nullptr) {
         prefer_near_node(memory, bytes);
         error = checked(*runtime_, runtime_->HostRegister(memory, bytes, kHostPortable));
@@ -170,11 +170,11 @@ bool DeviceRing::explain(el_device_failure &failure, uint32_t step, int error) c
 }
 
 int DeviceRing::start() {
-    const int error = start_thread(thread_, engine_.cpus, "el-device", thread_main, this);
+    const int error = start_thread(thread_, readers_.cpus, "el-device", thread_main, this);
     if (error != 0) return error;
-    engine_.running++;
-    engine_.landing++;
-    engine_.references.fetch_add(1);
+    readers_.running++;
+    readers_.landing++;
+    readers_.references.fetch_add(1);
     return 0;
 }
 
@@ -188,13 +188,13 @@ int DeviceRing::follow(DeviceStream owner, Transfer &transfer) {
 }
 
 PinnedSlot *DeviceRing::take(Reader reader, const Run &run) {
-    const int64_t limit = engine_.config.deadline_ms * kMillisecond;
+    const int64_t limit = readers_.config.deadline_ms * kMillisecond;
     const int64_t begin = now_ns();
-    Lock lock(engine_.mutex);
+    Lock lock(readers_.mutex);
     while (free_.empty() && !reader.transfer.stop.load(std::memory_order_relaxed)) {
         const int64_t now = now_ns();
         if (limit != 0 && now - begin > limit) {
-            fail_late(reader.transfer, Place{run.file, run.extent, run.offset});
+            fail_late(reader.transfer, Position{run.file, run.extent, run.offset});
         } else {
             freed_.wait_until(lock, now + kSlice);
         }
@@ -237,9 +237,9 @@ void DeviceRing::launch(Flight flight) {
     // Without an event there is nothing to ask: then what was begun has to be over here.
     if (error != 0) checked(*runtime_, runtime_->StreamSynchronize(streams_[flight.stream]));
     flight.since = now_ns();
-    Lock lock(engine_.mutex);
+    Lock lock(readers_.mutex);
     if (error != 0) {
-        fail_with(*flight.transfer, flight.place, error);
+        fail_with(*flight.transfer, flight.position, error);
         flight.lander->landed(*flight.slot, false, lock);
         return;
     }
@@ -247,36 +247,36 @@ void DeviceRing::launch(Flight flight) {
     if (flying_++ == 0) changed_.notify_all();
 }
 
-void DeviceRing::fail_copy(Transfer &transfer, Place place, int error) {
-    Lock lock(engine_.mutex);
-    fail_with(transfer, place, error);
+void DeviceRing::fail_copy(Transfer &transfer, Position position, int error) {
+    Lock lock(readers_.mutex);
+    fail_with(transfer, position, error);
 }
 
 // --- landing ---------------------------------------------------------------------------------------------------------
 
 void *DeviceRing::thread_main(void *argument) {
     DeviceRing &ring = *static_cast<DeviceRing *>(argument);
-    Engine &engine = ring.engine_;
+    ReaderThreads &readers = ring.readers_;
     // Where this fails, every look at an event does, too, and says so.
     ring.enter();
-    Lock lock(engine.mutex);
+    Lock lock(readers.mutex);
     ring.watch(lock);
-    engine.running--;
-    engine.landing--;
-    engine.ended.notify_all();
+    readers.running--;
+    readers.landing--;
+    readers.ended.notify_all();
     lock.unlock();
-    unreference(engine);  // may free the ring too
+    unreference(readers);  // may free the ring too
     return nullptr;
 }
 
-// Until the engine closes and all who could begin a copy have ended.
+// Until el_readers_close, and all who could begin a copy have ended.
 void DeviceRing::watch(Lock &lock) {
-    while (flying_ > 0 || !engine_.closing || engine_.running > engine_.landing) {
+    while (flying_ > 0 || !readers_.closing || readers_.running > readers_.landing) {
         if (land_some(lock)) continue;
         if (flying_ > 0) {
             changed_.wait_until(lock, now_ns() + kLook);
         } else {
-            changed_.wait_until(lock, engine_.closing ? now_ns() + kSlice / 5 : kForever);
+            changed_.wait_until(lock, readers_.closing ? now_ns() + kSlice / 5 : kForever);
         }
     }
 }
@@ -294,7 +294,7 @@ bool DeviceRing::land_some(Lock &lock) {
         }
         flights.pop_front();
         flying_--;
-        if (state != 0) fail_with(*flight.transfer, flight.place, state);
+        if (state != 0) fail_with(*flight.transfer, flight.position, state);
         flight.lander->landed(*flight.slot, state == 0, lock);
         any = true;
     }
@@ -312,9 +312,9 @@ int DeviceRing::look_at(const Flight &flight, Lock &lock) {
 }
 
 void DeviceRing::check_deadline(const Flight &flight) {
-    const int64_t limit = engine_.config.deadline_ms * kMillisecond;
+    const int64_t limit = readers_.config.deadline_ms * kMillisecond;
     if (limit == 0 || now_ns() - flight.since <= limit) return;
-    fail_late(*flight.transfer, flight.place);
+    fail_late(*flight.transfer, flight.position);
 }
 
 }  // namespace el

@@ -29,7 +29,7 @@ struct PinnedSlot {
     OwnedEvent event;
 };
 
-// Whoever waits for copies to land. It is told once for every flight, by the ring's thread, with the engine's mutex held;
+// Waits for copies to land. The ring's thread calls it once for every flight, with the mutex held;
 // `lock` may be let go of at the end.
 class Lander {
   public:
@@ -44,15 +44,15 @@ struct Flight {
     Transfer *transfer;
     Lander *lander;
     PinnedSlot *slot;
-    Place place;  // of the first byte, for messages
+    Position position;  // of the first byte, for messages
     uint32_t stream;
     int64_t since;
 };
 
-// Only `slots` and `flights` change after open; they are guarded by the engine's mutex.
+// Only `slots` and `flights` change after open; the mutex of the ReaderThreads guards them.
 class DeviceRing {
   public:
-    DeviceRing(Engine &engine, const DeviceConfig &config);
+    DeviceRing(ReaderThreads &readers, const DeviceConfig &config);
     ~DeviceRing() { close(); }
     DeviceRing(const DeviceRing &) = delete;
     DeviceRing &operator=(const DeviceRing &) = delete;
@@ -72,7 +72,7 @@ class DeviceRing {
     uint64_t slot_bytes() const { return slot_bytes_; }
     uint32_t streams() const { return static_cast<uint32_t>(streams_.size()); }
 
-    // Make the device this thread's, which is one of the engine's: giving back the one before could make a context of the
+    // Make the device this thread's, which is one of the library's: giving back the one before could make a context of the
     // runtime on a device that nobody uses. 0, or the runtime's error.
     int enter() { return checked(*runtime_, runtime_->SetDevice(config_.device)); }
 
@@ -92,7 +92,7 @@ class DeviceRing {
     void launch(Flight flight);
 
     // Fail the transfer with an error of the runtime.
-    void fail_copy(Transfer &transfer, Place place, int error);
+    void fail_copy(Transfer &transfer, Position position, int error);
 
   private:
     static void *thread_main(void *ring);
@@ -106,7 +106,7 @@ class DeviceRing {
     void prefer_near_node(char *memory, uint64_t bytes) const;
     bool explain(el_device_failure &failure, uint32_t step, int error) const;
 
-    Engine &engine_;
+    ReaderThreads &readers_;
     const DeviceConfig config_;
     const DeviceRuntime *runtime_ = nullptr;
     const uint64_t slot_bytes_;
@@ -118,7 +118,7 @@ class DeviceRing {
     std::vector<PinnedSlot *> free_;
     std::vector<std::deque<Flight>> flights_;  // by stream
     uint32_t flying_ = 0;
-    Condition changed_;  // there are flights, or the engine closes
+    Condition changed_;  // there are flights, or el_readers_close was called
     Condition freed_;    // a slot
     pthread_t thread_{};
 };

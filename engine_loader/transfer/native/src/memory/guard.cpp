@@ -10,16 +10,16 @@
 
 namespace {
 
-constexpr int kPlaces = 4096;
+constexpr int kEntries = 4096;
 
-struct Place {
+struct Entry {
     std::atomic<uint64_t> begin{0};
-    std::atomic<uint64_t> end{0};  // 0: the place is free
+    std::atomic<uint64_t> end{0};  // 0: the entry is free
     std::atomic<int> tripped{0};
 };
 
-Place places[kPlaces];
-std::atomic<int> places_used{0};  // how far the handler has to look
+Entry entries[kEntries];
+std::atomic<int> entries_used{0};  // how far the handler has to look
 std::mutex adding;
 struct sigaction previous;
 uint64_t page_bytes = 4096;
@@ -31,11 +31,11 @@ bool replace_page(uint64_t address) {
 }
 
 bool guarded(uint64_t address) {
-    const int used = places_used.load(std::memory_order_acquire);
+    const int used = entries_used.load(std::memory_order_acquire);
     for (int i = 0; i < used; ++i) {
-        const uint64_t end = places[i].end.load(std::memory_order_acquire);
-        if (address < end && address >= places[i].begin.load(std::memory_order_relaxed)) {
-            places[i].tripped.store(1, std::memory_order_release);
+        const uint64_t end = entries[i].end.load(std::memory_order_acquire);
+        if (address < end && address >= entries[i].begin.load(std::memory_order_relaxed)) {
+            entries[i].tripped.store(1, std::memory_order_release);
             return replace_page(address);
         }
     }
@@ -87,13 +87,13 @@ int32_t el_guard_add(uint64_t address, uint64_t nbytes) {
     if (!install()) {
         return EL_E_MEMORY;
     }
-    for (int i = 0; i < kPlaces; ++i) {
-        if (places[i].end.load(std::memory_order_relaxed) == 0) {
-            places[i].tripped.store(0, std::memory_order_relaxed);
-            places[i].begin.store(address, std::memory_order_relaxed);
-            places[i].end.store(address + nbytes, std::memory_order_release);
-            if (i >= places_used.load(std::memory_order_relaxed)) {
-                places_used.store(i + 1, std::memory_order_release);
+    for (int i = 0; i < kEntries; ++i) {
+        if (entries[i].end.load(std::memory_order_relaxed) == 0) {
+            entries[i].tripped.store(0, std::memory_order_relaxed);
+            entries[i].begin.store(address, std::memory_order_relaxed);
+            entries[i].end.store(address + nbytes, std::memory_order_release);
+            if (i >= entries_used.load(std::memory_order_relaxed)) {
+                entries_used.store(i + 1, std::memory_order_release);
             }
             return i;
         }
@@ -102,15 +102,15 @@ int32_t el_guard_add(uint64_t address, uint64_t nbytes) {
 }
 
 int el_guard_tripped(int32_t guard) {
-    return guard >= 0 && guard < kPlaces && places[guard].tripped.load(std::memory_order_acquire) != 0 ? 1 : 0;
+    return guard >= 0 && guard < kEntries && entries[guard].tripped.load(std::memory_order_acquire) != 0 ? 1 : 0;
 }
 
 int el_guard_remove(int32_t guard) {
-    if (guard < 0 || guard >= kPlaces) {
+    if (guard < 0 || guard >= kEntries) {
         return 0;
     }
     const int tripped = el_guard_tripped(guard);
-    places[guard].end.store(0, std::memory_order_release);
+    entries[guard].end.store(0, std::memory_order_release);
     return tripped;
 }
 

@@ -9,9 +9,6 @@
 #include <unistd.h>
 
 // Newer than the headers of the systems that we are built on; a kernel without them answers EINVAL or ENOSYS.
-#ifndef MADV_POPULATE_READ
-#define MADV_POPULATE_READ 22
-#endif
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
 #endif
@@ -89,16 +86,16 @@ char *Scratch::get(size_t bytes) {
     if (bytes <= bytes_) return memory_;
     release();
     const uint64_t unit = bytes < kHugePage / 2 ? page_bytes() : kHugePage;
-    memory_ = map_memory(up(bytes, unit), 0);
+    memory_ = map_memory(up(bytes, unit));
     if (memory_ != nullptr) bytes_ = up(bytes, unit);
     return memory_;
 }
 
-char *map_memory(uint64_t bytes, uint64_t place) {
+char *map_memory(uint64_t bytes) {
     void *memory = mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) return nullptr;
     const uint64_t all = reinterpret_cast<uint64_t>(memory);
-    const uint64_t begin = all + (place - all) % kHugePage;
+    const uint64_t begin = up(all, kHugePage);
     unmap(all, begin);
     unmap(begin + bytes, all + bytes + kHugePage);
     if (bytes >= kHugePage) madvise(reinterpret_cast<void *>(begin), bytes, MADV_HUGEPAGE);
@@ -131,11 +128,10 @@ void prefault(void *address, size_t bytes) {
     madvise(reinterpret_cast<void *>(first), last - first, MADV_POPULATE_WRITE);
 }
 
-int populate(uint64_t address, uint64_t bytes, bool write) {
+int populate(uint64_t address, uint64_t bytes) {
     const uint64_t first = down(address, page_bytes());
     const uint64_t last = up(address + bytes, page_bytes());
-    const int advice = write ? MADV_POPULATE_WRITE : MADV_POPULATE_READ;
-    return madvise(reinterpret_cast<void *>(first), last - first, advice) == 0 ? 0 : errno;
+    return madvise(reinterpret_cast<void *>(first), last - first, MADV_POPULATE_WRITE) == 0 ? 0 : errno;
 }
 
 bool in_page_cache(int fd, uint64_t offset, uint64_t bytes) {

@@ -24,9 +24,9 @@ class Scratch {
     size_t bytes_ = 0;
 };
 
-// Fresh memory that lies to huge pages as `place` does, of huge pages where there is room for one; nullptr when memory is
-// short. munmap gives it back.
-char *map_memory(uint64_t bytes, uint64_t place);
+// Fresh memory that begins at a huge page, of huge pages where there is room for one; nullptr when memory is short.
+// munmap gives it back.
+char *map_memory(uint64_t bytes);
 
 struct Range {
     uint64_t begin;
@@ -40,10 +40,10 @@ void advise_huge_pages(std::vector<Range> &ranges);
 // where they are present already. Best effort.
 void prefault(void *address, size_t bytes);
 
-// madvise(MADV_POPULATE_READ or _WRITE) over the pages of a range; 0 or an errno.
-int populate(uint64_t address, uint64_t bytes, bool write);
+// Make all pages of a range present and writable (MADV_POPULATE_WRITE); 0 or an errno.
+int populate(uint64_t address, uint64_t bytes);
 
-// Whether (nearly) all of a file's range lies in the page cache; false where the kernel cannot tell.
+// Whether (nearly) all of a file's range lies in the page cache; false where the kernel does not say.
 bool in_page_cache(int fd, uint64_t offset, uint64_t bytes);
 
 }  // namespace el

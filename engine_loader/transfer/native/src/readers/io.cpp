@@ -2,9 +2,8 @@
 
 #include <algorithm>
 #include <errno.h>
-#include <sys/mman.h>
+#include <sys/uio.h>
 
-#include "memory/private_copy.h"
 #include "core/transfer.h"
 
 namespace el {
@@ -25,7 +24,7 @@ bool may_pass(int error) {
 
 namespace {
 
-// Tells waiters which system call this worker is in, for as long as it makes no progress.
+// Shows waiters which system call this worker is in, for as long as it makes no progress.
 class Watched {
   public:
     Watched(Worker &worker, uint32_t file, uint32_t extent, uint64_t offset) : worker_(worker) {
@@ -46,30 +45,30 @@ class Watched {
     int64_t since_ = 0;
 };
 
-Outcome give_up(Reader reader, Place place, uint32_t kind, int error, uint32_t tries) {
-    Lock lock(reader.transfer.engine.mutex);
-    fail(reader.transfer, el_failure_info{kind, error, place.file, place.extent, place.offset, tries, 0});
+Outcome give_up(Reader reader, Position position, uint32_t kind, int error, uint32_t tries) {
+    Lock lock(reader.transfer.readers.mutex);
+    fail(reader.transfer, el_failure_info{kind, error, position.file, position.extent, position.offset, tries, 0});
     return Outcome::stopped;
 }
 
 // Pause before another try; ends early when the transfer is stopped.
 void pause(Reader reader, uint32_t tries) {
-    Engine &engine = reader.transfer.engine;
-    const uint64_t doubled = uint64_t{engine.config.retry_base_ms} << std::min(tries - 1, 20u);
+    ReaderThreads &readers = reader.transfer.readers;
+    const uint64_t doubled = uint64_t{readers.config.retry_base_ms} << std::min(tries - 1, 20u);
     const int64_t begin = now_ns();
-    const int64_t end = begin + static_cast<int64_t>(std::min<uint64_t>(doubled, engine.config.retry_cap_ms)) * kMillisecond;
-    Lock lock(engine.mutex);
-    while (!reader.transfer.stop.load(std::memory_order_relaxed) && now_ns() < end) engine.stopped.wait_until(lock, end);
+    const int64_t end = begin + static_cast<int64_t>(std::min<uint64_t>(doubled, readers.config.retry_cap_ms)) * kMillisecond;
+    Lock lock(readers.mutex);
+    while (!reader.transfer.stop.load(std::memory_order_relaxed) && now_ns() < end) readers.stopped.wait_until(lock, end);
     reader.worker.counters.backoff_ns.add(static_cast<uint64_t>(now_ns() - begin));
 }
 
 // After a failed try: done when another one is due.
-Outcome before_retry(Reader reader, Place place, int error, uint32_t tries, const Watched &watched) {
-    const el_config &config = reader.transfer.engine.config;
-    if (!may_pass(error)) return give_up(reader, place, EL_FAIL_IO, error, tries);
-    if (tries >= config.max_tries) return give_up(reader, place, EL_FAIL_IO, error, tries);
+Outcome before_retry(Reader reader, Position position, int error, uint32_t tries, const Watched &watched) {
+    const el_config &config = reader.transfer.readers.config;
+    if (!may_pass(error)) return give_up(reader, position, EL_FAIL_IO, error, tries);
+    if (tries >= config.max_tries) return give_up(reader, position, EL_FAIL_IO, error, tries);
     if (config.deadline_ms != 0 && now_ns() - watched.since() > config.deadline_ms * kMillisecond) {
-        return give_up(reader, place, EL_FAIL_DEADLINE, error, tries);
+        return give_up(reader, position, EL_FAIL_DEADLINE, error, tries);
     }
     reader.worker.counters.retries.add(1);
     // An interrupted call is not a sign of trouble; waiting would only lose time.
@@ -96,10 +95,6 @@ ssize_t read_once(const Transfer &transfer, const Request &request) {
     return preadv(fd, request.vectors, static_cast<int>(request.n_vectors), static_cast<off_t>(request.offset));
 }
 
-int populate_memory(Work work, uint64_t address, uint64_t bytes) {
-    return work == Work::make_private ? make_private(address, bytes) : populate(address, bytes, work == Work::populate_write);
-}
-
 }  // namespace
 
 Outcome read_all(Reader reader, Request request) {
@@ -115,11 +110,11 @@ Outcome read_all(Reader reader, Request request) {
         counters.read_ns.add(static_cast<uint64_t>(now - begin));
         counters.reads.add(1);
         begin = now;
-        const Place place{request.file, request.extent, request.offset};
-        if (n == 0) return give_up(reader, place, EL_FAIL_EOF, 0, tries + 1);
+        const Position position{request.file, request.extent, request.offset};
+        if (n == 0) return give_up(reader, position, EL_FAIL_EOF, 0, tries + 1);
         if (n < 0) {
             if (error == EINVAL && request.direct) return Outcome::refused;
-            if (before_retry(reader, place, error, ++tries, watched) != Outcome::done) return Outcome::stopped;
+            if (before_retry(reader, position, error, ++tries, watched) != Outcome::done) return Outcome::stopped;
             begin = now_ns();
             continue;
         }
@@ -136,22 +131,6 @@ Outcome read_all(Reader reader, Request request) {
         watched.progress(request.offset, now);
     }
     return Outcome::done;
-}
-
-Outcome populate_block(Reader reader, const Block &block) {
-    const Transfer &transfer = reader.transfer;
-    Watched watched(reader.worker, 0, 0, block.offset);
-    const Place place{0, 0, block.offset};
-    for (uint32_t tries = 1;; tries++) {
-        if (transfer.stop.load(std::memory_order_relaxed)) return Outcome::stopped;
-        const int64_t begin = now_ns();
-        const int error = populate_memory(transfer.work, transfer.address + block.offset, block.bytes);
-        reader.worker.counters.populate_ns.add(static_cast<uint64_t>(now_ns() - begin));
-        if (error == 0) return Outcome::done;
-        if (error == EINVAL) return give_up(reader, place, EL_FAIL_UNSUPPORTED, error, tries);
-        if (!may_pass(error)) return give_up(reader, place, EL_FAIL_MEMORY, error, tries);
-        if (before_retry(reader, place, error, tries, watched) != Outcome::done) return Outcome::stopped;
-    }
 }
 
 }  // namespace el

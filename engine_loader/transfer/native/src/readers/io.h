@@ -20,7 +20,7 @@ struct Reader {
     Transfer &transfer;
 };
 
-// A read of one place of a file into memory. `vectors` are used up.
+// A read at one offset of a file into memory. `vectors` are used up.
 struct Request {
     uint32_t file;
     uint32_t extent;
@@ -34,8 +34,5 @@ struct Request {
 
 // Read until `needed` bytes have come.
 Outcome read_all(Reader reader, Request request);
-
-// The same for madvise on a block of a populate transfer.
-Outcome populate_block(Reader reader, const Block &block);
 
 }  // namespace el

@@ -1,4 +1,4 @@
-// Picks the way to read: per file as asked, per run where only the page cache can tell.
+// Picks the way to read: per file as asked, per run where the page cache decides.
 #include "readers/readers.h"
 
 #include <algorithm>
@@ -27,7 +27,7 @@ Outcome read_either(Reader reader, const Run &run, Direct direct, Buffered buffe
 
 RunLimits run_limits(Reader reader, const Block &block) {
     const File &file = reader.transfer.files[block.file];
-    const el_config &config = reader.transfer.engine.config;
+    const el_config &config = reader.transfer.readers.config;
     const uint64_t bytes = file.mode == EL_BUFFERED ? config.block_bytes : config.direct_block_bytes;
     // Rows stay whole, so a block may reach a quarter beyond its cell (planner.cpp).
     return RunLimits{bytes + bytes / 4, file.wide ? config.wide_gap_bytes : config.gap_bytes};

@@ -31,7 +31,7 @@ class Landing final : public Lander {
     void end_part(bool complete, Lock &lock) {
         failed_ |= !complete;
         if (flights_.fetch_sub(1, std::memory_order_relaxed) > 1) return;
-        if (!failed_) transfer_.engine.device_bytes += block_.bytes;
+        if (!failed_) transfer_.readers.device_bytes += block_.bytes;
         const bool last = finish_block(transfer_, block_, !failed_);
         if (last) {
             lock.unlock();
@@ -74,13 +74,13 @@ class Stager {
         slot_ = ring_.take(reader_, run);
         if (slot_ == nullptr) return false;
         used_ = 0;
-        place_ = Place{run.file, run.extent, run.offset};
+        position_ = Position{run.file, run.extent, run.offset};
         const int error = ring_.begin(stream_, reader_.transfer);
         return error == 0 || refused(run, error) == Outcome::done;
     }
 
     Outcome refused(const Run &run, int error) {
-        ring_.fail_copy(reader_.transfer, Place{run.file, run.extent, run.offset}, error);
+        ring_.fail_copy(reader_.transfer, Position{run.file, run.extent, run.offset}, error);
         return Outcome::stopped;
     }
 
@@ -88,7 +88,7 @@ class Stager {
     void launch() {
         if (slot_ == nullptr) return;
         landing_.launched();
-        ring_.launch(Flight{&reader_.transfer, &landing_, slot_, place_, stream_, 0});
+        ring_.launch(Flight{&reader_.transfer, &landing_, slot_, position_, stream_, 0});
         slot_ = nullptr;
     }
 
@@ -97,7 +97,7 @@ class Stager {
     Landing &landing_;
     const uint32_t stream_;
     PinnedSlot *slot_ = nullptr;
-    Place place_{};
+    Position position_{};
     uint64_t used_ = 0;
 };
 
@@ -105,7 +105,7 @@ Outcome bring_all(Reader reader, const Block &block, Landing &landing) {
     const int error = reader.transfer.device->enter();
     if (error != 0) {
         const Piece &first = reader.transfer.pieces[block.first_piece];
-        reader.transfer.device->fail_copy(reader.transfer, Place{block.file, first.extent, first.offset}, error);
+        reader.transfer.device->fail_copy(reader.transfer, Position{block.file, first.extent, first.offset}, error);
         return Outcome::stopped;
     }
     Stager stager(reader, landing);
@@ -123,7 +123,7 @@ Outcome bring_all(Reader reader, const Block &block, Landing &landing) {
 void read_block_to_device(Reader reader, const Block &block) {
     auto *landing = new Landing(*reader.transfer.device, reader.transfer, block);
     const bool complete = bring_all(reader, block, *landing) == Outcome::done;
-    Lock lock(reader.transfer.engine.mutex);
+    Lock lock(reader.transfer.readers.mutex);
     reader.worker.transfer = nullptr;
     landing->read(complete, lock);
 }

@@ -7,6 +7,8 @@
 #include "device/device_ring.h"
 #include "readers/readers.h"
 #include "core/transfer.h"
+#include "readers/usrbio_slots.h"
+#include "readers/usrbio_window.h"
 #include "usrbio/usrbio_channel.h"
 
 namespace el {
@@ -17,90 +19,79 @@ constexpr int64_t kSliceWithRoom = 5 * kMillisecond;  // and new work, while IOs
 constexpr int64_t kSliceWhenFull = kMillisecond;
 constexpr int64_t kOrphanGrace = 5000 * kMillisecond;  // for IOs of a cancelled transfer to come back
 constexpr int64_t kClosingGrace = 300 * kMillisecond;
-constexpr int64_t kWaited = kMillisecond / 20;
-constexpr uint32_t kReadyBeforeShrinking = 2;
-constexpr uint32_t kSmallestWindow = 2;
-constexpr uint64_t kSmallestRead = 1 << 20;
 
-// A block that is being read, in one or several runs.
-struct Work {
-    Transfer *transfer;
-    Block block;
-    uint32_t runs = 0;  // in slots
-    bool cut = false;   // there are no more runs
-    bool failed = false;
-};
-
-// A place in the ring's buffer, and the run that is read into it.
-struct Slot final : Lander {
-    // orphaned: in flight, but nobody wants it any more; copying: has come, and is on its way to a device
-    enum State { free, waiting, flying, orphaned, copying };
-
-    void landed(PinnedSlot &, bool complete, Lock &) override {
-        copied.store(complete ? 1 : -1, std::memory_order_release);
+Transfer *first_with_blocks(ReaderThreads &readers) {
+    for (Transfer *transfer : readers.queue) {
+        if (!transfer->rings.empty()) return transfer;
     }
+    return nullptr;
+}
 
-    State state = free;
-    Work *work = nullptr;
-    Run run;
-    std::vector<Segment> segments;
-    uint64_t done = 0;
-    uint32_t tries = 0;
-    int64_t since = 0;  // of the last progress; orphaned: when to give it up
-    int64_t retry_at = 0;
-    PinnedSlot pinned;  // its memory is the ring's
-    DeviceRing *device = nullptr;  // of which the event is
-    std::atomic<int> copied{0};  // copies to the device: 1 when they have landed, -1 when one failed
-};
+const File &file(const Slot &slot) { return slot.work->transfer->files[slot.run.file]; }
+
+int prepare_event(Slot &slot, DeviceRing &ring) {
+    if (slot.device == &ring && slot.pinned.event.get() != nullptr) return 0;
+    slot.pinned.event.reset();
+    slot.device = &ring;
+    return slot.pinned.event.create(ring.runtime());
+}
+
+void release(Slot &slot, Slot::State state) {
+    slot.work->runs--;
+    slot.work = nullptr;
+    slot.state = state;
+}
+
+void finish_if_done(Worker &worker, Work *work) {
+    if (work->runs > 0 || !work->cut) return;
+    Transfer *transfer = work->transfer;
+    const bool on_device = transfer->device != nullptr;
+    if (!work->failed && !on_device) worker.counters.bytes.add(work->block.bytes);
+    Lock lock(worker.readers.mutex);
+    if (!work->failed && on_device) worker.readers.device_bytes += work->block.bytes;
+    const bool last = finish_block(*transfer, work->block, !work->failed);
+    lock.unlock();
+    if (last) delete transfer;
+    delete work;
+}
+
+void fail_slot(Worker &worker, Slot &slot, uint32_t kind, int error, uint32_t tries) {
+    const uint64_t offset = slot.run.offset + slot.done;
+    Lock lock(worker.readers.mutex);
+    fail(*slot.work->transfer, el_failure_info{kind, error, slot.run.file, slot.run.extent, offset, tries, 0});
+}
+
+// Lets waiters see that this thread is in a system call for the transfer.
+void note_transfer(Worker &worker, Transfer *transfer) {
+    Lock lock(worker.readers.mutex);
+    worker.transfer = transfer;
+}
 
 class RingReader {
   public:
-    explicit RingReader(Worker &worker) : worker_(worker), engine_(worker.engine) {}
+    explicit RingReader(Worker &worker) : worker_(worker), readers_(worker.readers) {}
 
-    // One round: drop what was cancelled, start what has room, take what came back. False when the engine has closed.
+    // One round: drop what was cancelled, start what has room, take what came back. False after el_readers_close.
     bool step() {
         take_landed();
         drop_stopped();
         fill();
-        if (used() == 0 && !current_) return wait_for_work();
-        if (closing_ && !wanted() && now_ns() > give_up_at_) return false;
+        if (slots_.used() == 0 && !current_) return wait_for_work();
+        if (closing_ && current_ == nullptr && !slots_.wanted() && now_ns() > give_up_at_) return false;
         take_completions();
         check_deadlines();
         return true;
     }
 
   private:
-    uint32_t count(Slot::State state) const {
-        return static_cast<uint32_t>(
-            std::count_if(slots_.begin(), slots_.end(), [state](const Slot &slot) { return slot.state == state; }));
-    }
-    uint32_t used() const { return static_cast<uint32_t>(slots_.size()) - count(Slot::free); }
-    bool wanted() const { return current_ != nullptr || count(Slot::waiting) + count(Slot::flying) + count(Slot::copying) > 0; }
-
-    // One within the window: the first ones, whose memory is the likeliest to be in the processor's cache.
-    Slot *free_slot() {
-        if (used() >= window_) return nullptr;
-        for (Slot &slot : slots_) {
-            if (slot.state == Slot::free) return &slot;
-        }
-        return nullptr;
-    }
-
     // --- taking work -------------------------------------------------------------------------------------------------
 
-    static Transfer *first_with_blocks(Engine &engine) {
-        for (Transfer *transfer : engine.queue) {
-            if (!transfer->rings.empty()) return transfer;
-        }
-        return nullptr;
-    }
-
     bool wait_for_work() {
-        Lock lock(engine_.mutex);
+        Lock lock(readers_.mutex);
         const int64_t begin = now_ns();
-        while (!engine_.closing && first_with_blocks(engine_) == nullptr) engine_.ring_work.wait(lock);
+        while (!readers_.closing && first_with_blocks(readers_) == nullptr) readers_.ring_work.wait(lock);
         worker_.counters.idle_ns.add(static_cast<uint64_t>(now_ns() - begin));
-        return !engine_.closing;
+        return !readers_.closing;
     }
 
     void fill() {
@@ -109,7 +100,7 @@ class RingReader {
             if (slot.state == Slot::waiting && slot.retry_at <= now_ns() && !full_) issue(slot);
         }
         while (!full_ && (current_ || take_block())) {
-            Slot *slot = free_slot();
+            Slot *slot = slots_.unused(window_.slots());
             if (slot == nullptr) return;
             if (cut_run(*slot)) issue(*slot);
         }
@@ -119,24 +110,24 @@ class RingReader {
     bool take_block() {
         const UsrbioConfig *config = nullptr;
         {
-            Lock lock(engine_.mutex);
-            if (engine_.closing && !closing_) give_up_at_ = now_ns() + kClosingGrace;
-            closing_ = engine_.closing;
-            Transfer *transfer = closing_ ? nullptr : first_with_blocks(engine_);
+            Lock lock(readers_.mutex);
+            if (readers_.closing && !closing_) give_up_at_ = now_ns() + kClosingGrace;
+            closing_ = readers_.closing;
+            Transfer *transfer = closing_ ? nullptr : first_with_blocks(readers_);
             if (transfer == nullptr) return false;
             const Block &block = transfer->blocks[transfer->rings.blocks[transfer->rings.next]];
             config = transfer->files[block.file].usrbio;
-            if (config != config_ && used() > 0) return false;
-            if (config == config_ && free_slot() == nullptr) return false;
+            if (config != config_ && slots_.used() > 0) return false;
+            if (config == config_ && slots_.unused(window_.slots()) == nullptr) return false;
             current_ = std::make_unique<Work>(Work{transfer, block});
             transfer->rings.next++;
             transfer->in_flight++;
             if (transfer->narrow.empty() && transfer->wide.empty() && transfer->rings.empty()) {
-                engine_.queue.erase(std::find(engine_.queue.begin(), engine_.queue.end(), transfer));
+                readers_.queue.erase(std::find(readers_.queue.begin(), readers_.queue.end(), transfer));
             }
         }
         if (config != config_) change_mount(*config);
-        const RunLimits limits{std::min(read_bytes_, config->slot_bytes()), engine_.config.wide_gap_bytes};
+        const RunLimits limits{std::min(window_.read_bytes(), config->slot_bytes()), readers_.config.wide_gap_bytes};
         cutter_.emplace(*current_->transfer, current_->block, limits, cut_segments_);
         return true;
     }
@@ -144,9 +135,8 @@ class RingReader {
     void change_mount(const UsrbioConfig &config) {
         channel_.close();
         config_ = &config;
-        slots_ = std::vector<Slot>(config.depth);
-        window_ = config.depth;
-        read_bytes_ = config.slot_bytes();
+        slots_.reset(config.depth);
+        window_.reset(config.depth, config.slot_bytes());
     }
 
     // Put the next run of the current block into a slot; false when there was none.
@@ -156,7 +146,7 @@ class RingReader {
         if (!cutter_->next(run)) {
             work->cut = true;
             current_.release();
-            finish_if_done(work);
+            finish_if_done(worker_, work);
             return false;
         }
         slot.run = run;
@@ -174,42 +164,39 @@ class RingReader {
 
     // --- reading -----------------------------------------------------------------------------------------------------
 
-    uint32_t number(const Slot &slot) const { return static_cast<uint32_t>(&slot - slots_.data()); }
-    const File &file(const Slot &slot) const { return slot.work->transfer->files[slot.run.file]; }
-
     void issue(Slot &slot) {
         if (!channel_.is_open()) {
             UsrbioFailure failure{};
             if (!channel_.open(*config_, failure)) {
-                fail_slot(slot, EL_FAIL_USRBIO, failure.error, failure.step);
+                fail_slot(worker_, slot, EL_FAIL_USRBIO, failure.error, failure.step);
                 return;
             }
         }
         const uint64_t at = slot.done;
-        const int error = channel_.read(number(slot), file(slot).fd, slot.run.offset + at, at, slot.run.span - at);
+        const int error = channel_.read(slots_.number(slot), file(slot).fd, slot.run.offset + at, at, slot.run.span - at);
         if (error == 0) {
             slot.state = Slot::flying;
         } else if (error == EAGAIN) {
             full_ = true;
         } else {
-            fail_slot(slot, EL_FAIL_IO, error, slot.tries + 1);
+            fail_slot(worker_, slot, EL_FAIL_IO, error, slot.tries + 1);
         }
     }
 
     void take_completions() {
-        const uint32_t flying = count(Slot::flying) + count(Slot::orphaned);
+        const uint32_t flying = slots_.count(Slot::flying) + slots_.count(Slot::orphaned);
         const int64_t begin = now_ns();
         const int64_t timeout = slice(begin);
         if (flying == 0) {
-            Lock lock(engine_.mutex);
-            engine_.stopped.wait_until(lock, begin + timeout);
+            Lock lock(readers_.mutex);
+            readers_.stopped.wait_until(lock, begin + timeout);
             return;
         }
         Hf3fsCqe cqes[kReaped];
         const int n = channel_.reap(cqes, kReaped, timeout);
         const int64_t waited = now_ns() - begin;
         worker_.counters.read_ns.add(static_cast<uint64_t>(waited));
-        if (n > 0) adapt_window(waited);
+        if (n > 0) window_.adapt(waited, slots_.count(Slot::copying) > 0);
         for (int i = 0; i < n; i++) {
             const auto index = reinterpret_cast<uintptr_t>(cqes[i].userdata) - 1;
             if (index >= slots_.size()) continue;
@@ -218,25 +205,9 @@ class RingReader {
         }
     }
 
-    // The storage sets the pace: all of the window in flight, so that it never waits for us. We do: fewer, so that what
-    // is copied is still in the cache (measured without a limit: 2.0 GB/s with 16 in flight, 4.5 with 4).
-    void adapt_window(int64_t waited_ns) {
-        if (count(Slot::copying) > 0) {
-            window_ = config_->depth;  // the device's copies want memory, not the processor's cache
-        } else if (waited_ns > kWaited) {
-            window_ = std::min(2 * window_, config_->depth);
-            read_bytes_ = std::min(2 * read_bytes_, config_->slot_bytes());
-            ready_in_a_row_ = 0;
-        } else if (++ready_in_a_row_ >= kReadyBeforeShrinking) {
-            if (window_ <= kSmallestWindow) read_bytes_ = std::max(read_bytes_ / 2, kSmallestRead);
-            window_ = std::max(window_ - 1, std::min(kSmallestWindow, config_->depth));
-            ready_in_a_row_ = 0;
-        }
-    }
-
     int64_t slice(int64_t now) const {
         if (full_) return kSliceWhenFull;
-        int64_t timeout = used() < window_ && !closing_ ? kSliceWithRoom : kSlice;
+        int64_t timeout = slots_.used() < window_.slots() && !closing_ ? kSliceWithRoom : kSlice;
         for (const Slot &slot : slots_) {
             if (slot.state == Slot::waiting) timeout = std::min(timeout, std::max<int64_t>(slot.retry_at - now, 0));
             if (slot.state == Slot::copying) timeout = 0;
@@ -275,22 +246,16 @@ class RingReader {
         }
     }
 
-    // An empty result before the end of the file is a hole or a failure of 3FS; the kernel's way tells which.
+    // An empty result before the end of the file is a hole or a failure of 3FS; reading by the kernel shows which.
     void read_by_posix(Slot &slot) {
         Transfer &transfer = *slot.work->transfer;
         const uint64_t left = slot.run.span - slot.done;
-        iovec vector{channel_.memory(number(slot)) + slot.done, left};
+        iovec vector{channel_.memory(slots_.number(slot)) + slot.done, left};
         const Request request{slot.run.file, slot.run.extent, slot.run.offset + slot.done, &vector, 1, left};
-        note_transfer(&transfer);
+        note_transfer(worker_, &transfer);
         const Outcome outcome = read_all(Reader{worker_, transfer}, request);
-        note_transfer(nullptr);
+        note_transfer(worker_, nullptr);
         if (outcome == Outcome::done) deliver(slot, left);
-    }
-
-    // Lets waiters see that this thread is in a system call for the transfer.
-    void note_transfer(Transfer *transfer) {
-        Lock lock(engine_.mutex);
-        worker_.transfer = transfer;
     }
 
     void deliver(Slot &slot, uint64_t by_posix) {
@@ -302,37 +267,30 @@ class RingReader {
             copy_to_device(slot);
             return;
         }
-        scatter(Reader{worker_, *work->transfer}, slot.run, channel_.memory(number(slot)));
+        scatter(Reader{worker_, *work->transfer}, slot.run, channel_.memory(slots_.number(slot)));
         release(slot, Slot::free);
-        finish_if_done(work);
+        finish_if_done(worker_, work);
     }
 
     // From the ring's own buffer, which is page-locked for it.
     void copy_to_device(Slot &slot) {
         Transfer &transfer = *slot.work->transfer;
         DeviceRing &ring = *transfer.device;
-        const Place place{slot.run.file, slot.run.extent, slot.run.offset};
+        const Position position{slot.run.file, slot.run.extent, slot.run.offset};
         const int entered = ring.enter();
         const int error = entered != 0 ? entered : prepare_event(slot, ring);
         slot.state = Slot::copying;
         if (error != 0) {
-            ring.fail_copy(transfer, place, error);
+            ring.fail_copy(transfer, position, error);
             slot.copied.store(-1, std::memory_order_relaxed);
             return;
         }
         channel_.pin(ring.runtime());
         const uint32_t stream = worker_.index % ring.streams();
         int refused = ring.begin(stream, transfer);
-        if (refused == 0) refused = ring.copy(stream, slot.run, channel_.memory(number(slot)));
-        if (refused != 0) ring.fail_copy(transfer, place, refused);
-        ring.launch(Flight{&transfer, &slot, &slot.pinned, place, stream, 0});
-    }
-
-    static int prepare_event(Slot &slot, DeviceRing &ring) {
-        if (slot.device == &ring && slot.pinned.event.get() != nullptr) return 0;
-        slot.pinned.event.reset();
-        slot.device = &ring;
-        return slot.pinned.event.create(ring.runtime());
+        if (refused == 0) refused = ring.copy(stream, slot.run, channel_.memory(slots_.number(slot)));
+        if (refused != 0) ring.fail_copy(transfer, position, refused);
+        ring.launch(Flight{&transfer, &slot, &slot.pinned, position, stream, 0});
     }
 
     void take_landed() {
@@ -343,35 +301,23 @@ class RingReader {
             Work *work = slot.work;
             work->failed |= copied < 0;
             release(slot, Slot::free);
-            finish_if_done(work);
+            finish_if_done(worker_, work);
         }
     }
 
     // --- failing -----------------------------------------------------------------------------------------------------
 
     void retry(Slot &slot, int error) {
-        const el_config &config = engine_.config;
+        const el_config &config = readers_.config;
         slot.tries++;
         if (!may_pass(error) || slot.tries >= config.max_tries) {
-            fail_slot(slot, EL_FAIL_IO, error, slot.tries);
+            fail_slot(worker_, slot, EL_FAIL_IO, error, slot.tries);
             return;
         }
         const uint64_t doubled = uint64_t{config.retry_base_ms} << std::min(slot.tries - 1, 20u);
         const uint64_t pause_ms = error == EINTR ? 0 : std::min<uint64_t>(doubled, config.retry_cap_ms);
         slot.retry_at = now_ns() + static_cast<int64_t>(pause_ms) * kMillisecond;
         worker_.counters.retries.add(1);
-    }
-
-    void fail_slot(Slot &slot, uint32_t kind, int error, uint32_t tries) {
-        const uint64_t offset = slot.run.offset + slot.done;
-        Lock lock(engine_.mutex);
-        fail(*slot.work->transfer, el_failure_info{kind, error, slot.run.file, slot.run.extent, offset, tries, 0});
-    }
-
-    void release(Slot &slot, Slot::State state) {
-        slot.work->runs--;
-        slot.work = nullptr;
-        slot.state = state;
     }
 
     // Give up everything of transfers that failed or were cancelled. Their destinations are safe at once: what is still
@@ -384,26 +330,13 @@ class RingReader {
             release(slot, slot.state == Slot::flying ? Slot::orphaned : Slot::free);
             if (slot.state == Slot::orphaned) slot.since = now_ns() + kOrphanGrace;
             work->failed = true;
-            finish_if_done(work);
+            finish_if_done(worker_, work);
         }
         if (current_ && current_->transfer->stop.load(std::memory_order_relaxed)) {
             Work *work = current_.release();
             work->cut = work->failed = true;
-            finish_if_done(work);
+            finish_if_done(worker_, work);
         }
-    }
-
-    void finish_if_done(Work *work) {
-        if (work->runs > 0 || !work->cut) return;
-        Transfer *transfer = work->transfer;
-        const bool on_device = transfer->device != nullptr;
-        if (!work->failed && !on_device) worker_.counters.bytes.add(work->block.bytes);
-        Lock lock(engine_.mutex);
-        if (!work->failed && on_device) engine_.device_bytes += work->block.bytes;
-        const bool last = finish_block(*transfer, work->block, !work->failed);
-        lock.unlock();
-        if (last) delete transfer;
-        delete work;
     }
 
     void check_deadlines() {
@@ -412,7 +345,7 @@ class RingReader {
         bool lost = false;
         for (Slot &slot : slots_) {
             if (slot.work != nullptr && slot.state != Slot::copying && now - slot.since > limit) {
-                fail_slot(slot, EL_FAIL_DEADLINE, ETIMEDOUT, slot.tries + 1);
+                fail_slot(worker_, slot, EL_FAIL_DEADLINE, ETIMEDOUT, slot.tries + 1);
                 lost |= slot.state == Slot::flying;
             }
             lost |= slot.state == Slot::orphaned && now > slot.since;
@@ -423,10 +356,10 @@ class RingReader {
     // An IO never came back, and its read may still land in the buffer: neither ring nor buffer is used again. What else
     // was in flight is read anew, by another ring.
     void retire_channel() {
-        while (count(Slot::copying) > 0) {
+        while (slots_.count(Slot::copying) > 0) {
             take_landed();
-            Lock lock(engine_.mutex);
-            engine_.stopped.wait_until(lock, now_ns() + kMillisecond / 10);
+            Lock lock(readers_.mutex);
+            readers_.stopped.wait_until(lock, now_ns() + kMillisecond / 10);
         }
         channel_.close();
         for (Slot &slot : slots_) {
@@ -439,16 +372,14 @@ class RingReader {
     static constexpr int kReaped = 64;
 
     Worker &worker_;
-    Engine &engine_;
+    ReaderThreads &readers_;
     const UsrbioConfig *config_ = nullptr;
     Channel channel_;
-    std::vector<Slot> slots_;
+    Slots slots_;
+    Window window_;
     std::unique_ptr<Work> current_;  // being cut
     std::optional<RunCutter> cutter_;
     std::vector<Segment> cut_segments_;
-    uint32_t window_ = 0;  // slots that are used at most
-    uint64_t read_bytes_ = 0;  // of an IO at most
-    uint32_t ready_in_a_row_ = 0;
     bool full_ = false;
     bool closing_ = false;
     int64_t give_up_at_ = 0;

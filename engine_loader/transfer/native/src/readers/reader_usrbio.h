@@ -5,7 +5,7 @@
 
 namespace el {
 
-// What such a thread does until the engine closes.
+// What such a thread does until el_readers_close.
 void read_by_usrbio(Worker &worker);
 
 }  // namespace el

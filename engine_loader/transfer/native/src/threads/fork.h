@@ -1,11 +1,11 @@
-// Telling a process from its forked child: the child has the engine's memory, but none of its threads.
+// Telling a process from its forked child: the child has the memory of the reader threads, but no threads.
 #pragma once
 
 #include <stdint.h>
 
 namespace el {
 
-// Goes up in a child at fork(). An engine of another generation is dead here.
+// Goes up in a child at fork(). Threads of another generation do not exist here.
 uint32_t process_generation();
 
 }  // namespace el

@@ -2,7 +2,7 @@
 #ifndef ENGINE_LOADER_USRBIO_H
 #define ENGINE_LOADER_USRBIO_H
 
-#include "core/engine.h"
+#include "core/c_interface.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -30,7 +30,7 @@ enum { /* el_failure.tries where kind is EL_FAIL_USRBIO: which step failed with 
 };
 
 /* A number for EL_FILE_USRBIO (the same one for the same settings), or EL_E_... */
-EL_API int el_usrbio_add(el_engine *engine, const el_usrbio_config *config);
+EL_API int el_usrbio_add(el_readers *readers, const el_usrbio_config *config);
 
 #ifdef __cplusplus
 }

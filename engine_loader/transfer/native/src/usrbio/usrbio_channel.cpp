@@ -42,7 +42,7 @@ const Hf3fs *open_library(const char *path) {
 
 bool shared_memory_has_room(uint64_t bytes) {
     struct statvfs status;
-    if (statvfs("/dev/shm", &status) != 0) return true;  // somewhere else, perhaps; the pages will tell
+    if (statvfs("/dev/shm", &status) != 0) return true;  // not there, perhaps; touching the pages shows it
     return uint64_t{status.f_bavail} * status.f_frsize >= bytes;
 }
 
@@ -64,7 +64,7 @@ int touch_by_read(char *memory, uint64_t bytes) {
 }
 
 int make_present(char *memory, uint64_t bytes) {
-    const int error = populate(reinterpret_cast<uint64_t>(memory), bytes, true);
+    const int error = populate(reinterpret_cast<uint64_t>(memory), bytes);
     return error == EINVAL ? touch_by_read(memory, bytes) : error;  // EINVAL: a kernel before 5.14
 }
 

@@ -1,5 +1,5 @@
-// The engine's part of the C interface: create, close, destroy, statistics.
-#include "core/engine.h"
+// The part of the C interface for the threads themselves: create, close, destroy, statistics.
+#include "core/c_interface.h"
 
 #include <algorithm>
 #include <new>
@@ -45,51 +45,51 @@ el_config with_defaults(el_config config) {
     return config;
 }
 
-void stop_all(Engine &engine) {
-    engine.closing = true;
-    const std::vector<Transfer *> active = engine.active;  // cancel() removes from it
+void stop_all(ReaderThreads &readers) {
+    readers.closing = true;
+    const std::vector<Transfer *> active = readers.active;  // cancel() removes from it
     for (Transfer *transfer : active) cancel(*transfer);
-    engine.narrow_work.notify_all();
-    engine.wide_work.notify_all();
-    engine.ring_work.notify_all();
-    for (const auto &device : engine.devices) device->wake();
+    readers.narrow_work.notify_all();
+    readers.wide_work.notify_all();
+    readers.ring_work.notify_all();
+    for (const auto &device : readers.devices) device->wake();
 }
 
-void join_workers(Engine &engine, Lock &lock) {
-    if (engine.joined) return;
-    engine.joined = true;
+void join_workers(ReaderThreads &readers, Lock &lock) {
+    if (readers.joined) return;
+    readers.joined = true;
     lock.unlock();
-    for (const auto &worker : engine.workers) pthread_join(worker->thread, nullptr);
-    for (const auto &device : engine.devices) device->join();
-    for (const auto &device : engine.devices) device->close();
+    for (const auto &worker : readers.workers) pthread_join(worker->thread, nullptr);
+    for (const auto &device : readers.devices) device->join();
+    for (const auto &device : readers.devices) device->close();
 }
 
-// Leave threads that are stuck to themselves; the last one frees the engine.
-void abandon_workers(Engine &engine) {
-    Lock lock(engine.mutex);
-    if (engine.joined) return;
-    engine.joined = true;
-    for (const auto &worker : engine.workers) pthread_detach(worker->thread);
-    for (const auto &device : engine.devices) device->detach();
+// Leave threads that are stuck to themselves; the last one frees the ReaderThreads.
+void abandon_workers(ReaderThreads &readers) {
+    Lock lock(readers.mutex);
+    if (readers.joined) return;
+    readers.joined = true;
+    for (const auto &worker : readers.workers) pthread_detach(worker->thread);
+    for (const auto &device : readers.devices) device->detach();
 }
 
 }  // namespace
 
-Engine::Engine(const el_config &settings)
+ReaderThreads::ReaderThreads(const el_config &settings)
     : config(with_defaults(settings)), cpus(settings.cpus, settings.cpus + (settings.cpus == nullptr ? 0 : settings.n_cpus)),
       generation(process_generation()) {
     workers.reserve(config.wide_threads);
 }
 
-Engine::~Engine() = default;
+ReaderThreads::~ReaderThreads() = default;
 
-void unreference(Engine &engine) {
-    if (engine.references.fetch_sub(1) == 1) delete &engine;
+void unreference(ReaderThreads &readers) {
+    if (readers.references.fetch_sub(1) == 1) delete &readers;
 }
 
-int usable(const Engine *engine) {
-    if (engine == nullptr) return EL_E_CLOSED;
-    return engine->generation == process_generation() ? EL_OK : EL_E_FORKED;
+int usable(const ReaderThreads *readers) {
+    if (readers == nullptr) return EL_E_CLOSED;
+    return readers->generation == process_generation() ? EL_OK : EL_E_FORKED;
 }
 
 }  // namespace el
@@ -98,54 +98,54 @@ using namespace el;
 
 uint32_t el_abi_version(void) { return EL_ABI_VERSION; }
 
-el_engine *el_engine_create(const el_config *config, int *error) {
+el_readers *el_readers_create(const el_config *config, int *error) {
     int unused;
     int &result = error == nullptr ? unused : *error;
     result = EL_E_ARGUMENT;
     if (config == nullptr || config->struct_bytes != sizeof(el_config)) return nullptr;
     try {
-        auto *engine = new Engine(*config);
+        auto *readers = new ReaderThreads(*config);
         result = EL_OK;
-        return handle(engine);
+        return handle(readers);
     } catch (const std::bad_alloc &) {
         result = EL_E_MEMORY;
         return nullptr;
     }
 }
 
-int el_engine_close(el_engine *closing, int64_t timeout_ms) {
-    Engine *engine = unwrap(closing);
-    const int state = usable(engine);
-    if (state != EL_OK) return engine == nullptr ? EL_OK : state;
+int el_readers_close(el_readers *closing, int64_t timeout_ms) {
+    ReaderThreads *readers = unwrap(closing);
+    const int state = usable(readers);
+    if (state != EL_OK) return readers == nullptr ? EL_OK : state;
     const int64_t until = deadline_in(timeout_ms);
-    Lock lock(engine->mutex);
-    stop_all(*engine);
-    while (engine->running > 0) {
+    Lock lock(readers->mutex);
+    stop_all(*readers);
+    while (readers->running > 0) {
         if (now_ns() >= until) return EL_TIMEOUT;
-        engine->ended.wait_until(lock, until);
+        readers->ended.wait_until(lock, until);
     }
-    join_workers(*engine, lock);
+    join_workers(*readers, lock);
     return EL_OK;
 }
 
-void el_engine_destroy(el_engine *dead) {
-    Engine *engine = unwrap(dead);
+void el_readers_destroy(el_readers *dead) {
+    ReaderThreads *readers = unwrap(dead);
     // A child keeps its copy of the memory: locks in it may be held by threads that it does not have.
-    if (usable(engine) != EL_OK) return;
-    if (el_engine_close(dead, 0) != EL_OK) abandon_workers(*engine);
-    unreference(*engine);
+    if (usable(readers) != EL_OK) return;
+    if (el_readers_close(dead, 0) != EL_OK) abandon_workers(*readers);
+    unreference(*readers);
 }
 
-int el_stats(el_engine *asked, el_stats_info *out) {
-    Engine *engine = unwrap(asked);
-    const int state = usable(engine);
+int el_stats(el_readers *asked, el_stats_info *out) {
+    ReaderThreads *readers = unwrap(asked);
+    const int state = usable(readers);
     if (state != EL_OK) return state;
     if (out == nullptr) return EL_E_ARGUMENT;
     *out = el_stats_info{};
-    Lock lock(engine->mutex);
-    for (const auto &worker : engine->workers) worker->counters.add_to(*out);
-    out->wait_ns = engine->wait_ns;
-    out->bytes += engine->device_bytes;
-    out->device_bytes = engine->device_bytes;
+    Lock lock(readers->mutex);
+    for (const auto &worker : readers->workers) worker->counters.add_to(*out);
+    out->wait_ns = readers->wait_ns;
+    out->bytes += readers->device_bytes;
+    out->device_bytes = readers->device_bytes;
     return EL_OK;
 }

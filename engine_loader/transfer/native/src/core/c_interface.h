@@ -1,11 +1,11 @@
-/* The plain C interface of the native transfer engine.
+/* The plain C interface of the native reader threads.
  *
  * Every call may come from any thread, blocks only where it says so, and tolerates NULL. Handles stay valid until they
- * are destroyed or released; calls on a closed engine return EL_E_CLOSED, and in a child after fork() EL_E_FORKED
+ * are destroyed or released; calls on closed reader threads return EL_E_CLOSED, and in a child after fork() EL_E_FORKED
  * (the threads did not come along, and a lock may be held for ever by one of them).
  */
-#ifndef ENGINE_LOADER_ENGINE_H
-#define ENGINE_LOADER_ENGINE_H
+#ifndef ENGINE_LOADER_C_INTERFACE_H
+#define ENGINE_LOADER_C_INTERFACE_H
 
 #include <stdint.h>
 
@@ -14,14 +14,14 @@ extern "C" {
 #endif
 
 #define EL_API __attribute__((visibility("default")))
-#define EL_ABI_VERSION 3u /* goes up with every change of this file; the binding refuses another one */
+#define EL_ABI_VERSION 4u /* goes up with every change of this file; the binding refuses another one */
 
 enum { /* what calls return */
     EL_OK = 0,
     EL_TIMEOUT = 1,     /* time ran out first; nothing else happened */
     EL_FAILED = 2,      /* see el_failure */
-    EL_E_CLOSED = -1,   /* the handle is NULL, or its engine was closed */
-    EL_E_FORKED = -2,   /* the engine belongs to the parent process */
+    EL_E_CLOSED = -1,   /* the handle is NULL, or its reader threads were closed */
+    EL_E_FORKED = -2,   /* the reader threads belong to the parent process */
     EL_E_ARGUMENT = -3, /* an argument makes no sense: the caller has a bug */
     EL_E_MEMORY = -4,
     EL_E_THREAD = -5, /* no thread could be started; errno says why */
@@ -47,24 +47,14 @@ enum { /* el_failure.kind */
     EL_FAIL_EOF = 2,         /* the file ended before the size that el_file gives */
     EL_FAIL_DEADLINE = 3,    /* no byte came for deadline_ms; the read may still be stuck in the kernel. With tries 0 it was a
                                 copy to a device that did not end */
-    EL_FAIL_CANCELLED = 4,   /* el_cancel, el_release or el_engine_close */
-    EL_FAIL_MEMORY = 5,      /* el_populate: the pages could not be made present (`error`; EFAULT: file cut short) */
-    EL_FAIL_UNSUPPORTED = 6, /* el_populate: this kernel (before 5.14) cannot */
-    EL_FAIL_USRBIO = 7,      /* no ring could be made: `error`, and the step in `tries`, see usrbio.h */
-    EL_FAIL_DEVICE = 8,      /* a copy to the device failed, see device.h: `error` is the runtime's */
-};
-
-enum { /* el_populate: how */
-    EL_POPULATE_READ = 0,  /* make the pages present */
-    EL_POPULATE_WRITE = 1, /* and, in a private mapping, copies: later writes to the file do not show. A file that is cut
-                              short still takes them away: the kernel unmaps even written pages behind its end */
-    EL_MAKE_PRIVATE = 2,   /* put memory of the process in their place, which depends on no file; nobody may write to
-                              the range meanwhile, for what is written could be lost */
+    EL_FAIL_CANCELLED = 4,   /* el_cancel, el_release or el_readers_close */
+    EL_FAIL_USRBIO = 5,      /* no ring could be made: `error`, and the step in `tries`, see usrbio.h */
+    EL_FAIL_DEVICE = 6,      /* a copy to the device failed, see device.h: `error` is the runtime's */
 };
 
 #define EL_NO_EXTENT UINT32_MAX
 
-typedef struct el_engine el_engine;
+typedef struct el_readers el_readers;
 typedef struct el_transfer el_transfer;
 
 typedef struct {
@@ -108,7 +98,7 @@ typedef struct {
     int32_t error; /* errno, or 0 */
     uint32_t file;
     uint32_t extent; /* one that waits for these bytes, or EL_NO_EXTENT */
-    uint64_t offset; /* in the file; for el_populate from `address` on */
+    uint64_t offset; /* in the file */
     uint32_t tries;
     uint32_t in_flight; /* blocks whose reads, or copies to a device, have not ended: while there are any, the destinations
                            may be written */
@@ -124,10 +114,8 @@ typedef struct {
     uint64_t direct_bytes;
     uint64_t direct_straight_bytes; /* of these without a copy */
     uint64_t direct_refused;    /* files whose file system refused O_DIRECT */
-    uint64_t populated_bytes;
-    uint64_t read_ns;           /* in reads, summed over the threads; so are the next four */
+    uint64_t read_ns;           /* in reads, summed over the threads; so are the next three */
     uint64_t scatter_ns;        /* copying from scratch memory to destinations */
-    uint64_t populate_ns;
     uint64_t backoff_ns;        /* pauses before another try */
     uint64_t idle_ns;           /* threads waiting for work */
     uint64_t wait_ns;           /* callers waiting in el_wait */
@@ -138,26 +126,22 @@ typedef struct {
 
 EL_API uint32_t el_abi_version(void);
 
-/* An engine, or NULL with *error set (EL_E_...). Threads start with the first transfer that needs them. */
-EL_API el_engine *el_engine_create(const el_config *config, int *error);
+/* Reader threads, or NULL with *error set (EL_E_...). Threads start with the first transfer that needs them. */
+EL_API el_readers *el_readers_create(const el_config *config, int *error);
 
 /* Cancel everything, end the threads and join them. EL_TIMEOUT: a read is stuck in the kernel; call again, or destroy:
- * the thread then frees the engine when its read comes back. timeout_ms < 0: as long as it takes. */
-EL_API int el_engine_close(el_engine *engine, int64_t timeout_ms);
+ * the thread then frees the handle's memory when its read comes back. timeout_ms < 0: as long as it takes. */
+EL_API int el_readers_close(el_readers *readers, int64_t timeout_ms);
 
-/* Give the handle back (after el_engine_close(engine, 0) if that was not done). */
-EL_API void el_engine_destroy(el_engine *engine);
+/* Give the handle back (after el_readers_close(readers, 0) if that was not done). */
+EL_API void el_readers_destroy(el_readers *readers);
 
-EL_API int el_stats(el_engine *engine, el_stats_info *out);
+EL_API int el_stats(el_readers *readers, el_stats_info *out);
 
 /* Start a plan; the arrays are copied. Transfers are served first come, first served. The destinations must stay alive
  * until the transfer is quiet: el_wait said EL_OK or EL_FAILED with in_flight 0, or el_cancel said EL_OK. */
-EL_API int el_submit(el_engine *engine, const el_file *files, uint32_t n_files, const el_extent *extents,
+EL_API int el_submit(el_readers *readers, const el_file *files, uint32_t n_files, const el_extent *extents,
                      uint64_t n_extents, uint32_t flags, el_transfer **out);
-
-/* Make the pages of a mapping present or private on the engine's threads. A page that cannot be had is a failure of the
- * transfer where touching it would be a SIGBUS. Whole pages are worked on, so the range's first and last one, too. */
-EL_API int el_populate(el_engine *engine, uint64_t address, uint64_t nbytes, uint32_t how, el_transfer **out);
 
 /* Wait for one extent, or with extent < 0 for all. timeout_ms < 0: without limit.
  * EL_FAILED comes only when no read is in flight any more, unless one is older than the deadline. */

@@ -1,4 +1,4 @@
-"""The native transfer engine: native/*.cpp behind the interface of protocol.py.
+"""The native reader threads: native/*.cpp behind the interface of protocol.py.
 
 The library is plain C and knows nothing of Python: its threads never need the GIL, and calls that wait release it.
 """
@@ -21,22 +21,20 @@ import numpy as np
 from ...errors import TransferError
 from ...sources.source import SourceFile, UsrbioAccess
 from ..cpus import default_threads, local_cpus
-from ..devices import DEFAULT_PINNED_BYTES, Place, setup_error, stream_error
+from ..device_stream import DeviceStream
 from ..modes import ReadMode, choose_mode
 from ..plan import EXTENT, Extents, check_plan, plan_bytes
 from ..protocol import TransferStatistics
+from .device_errors import setup_error, stream_error
 from .library import (
     COUNTERS,
     E_DEVICE,
     E_FORKED,
     FILE_WIDE,
     HUGE_PAGES,
-    MAKE_PRIVATE,
     MODES,
     OK,
     ORDERED,
-    POPULATE_READ,
-    POPULATE_WRITE,
     TIMEOUT,
     Config,
     DeviceConfig,
@@ -50,10 +48,11 @@ from .library import (
 )
 from .transfer import CANCEL_GRACE_S, SLICE_MS, NativeTransfer, call_error, stuck
 
-__all__ = ["NativeEngine", "NativeTransfer", "library_path", "load_library"]
+__all__ = ["NativeReaders", "NativeTransfer", "library_path", "load_library"]
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_PINNED_BYTES = 256 << 20
 _WIDE_THREADS = 8
 _MOST_WIDE_THREADS = 16
 # With the quarter that a block may be longer, a thread's scratch memory is one huge page.
@@ -64,14 +63,14 @@ _MOMENT_MS = 2
 _MANY_EXTENTS = 20_000
 """So many take milliseconds to plan; other Python threads may run meanwhile."""
 
-_engines: weakref.WeakSet[NativeEngine] = weakref.WeakSet()
+_all_readers: weakref.WeakSet[NativeReaders] = weakref.WeakSet()
 
 
 @atexit.register
-def _close_engines() -> None:
+def _close_all_readers() -> None:
     """Stop writing before the interpreter frees the destinations of transfers that are still in flight."""
-    for engine in list(_engines):
-        engine.close()
+    for readers in list(_all_readers):
+        readers.close()
 
 
 @dataclass(eq=False)
@@ -87,7 +86,7 @@ class _OpenFile:
             os.close(self.direct_fd)
 
 
-class NativeEngine:
+class NativeReaders:
     """Native threads that read by ``preadv``.
 
     Args:
@@ -153,10 +152,10 @@ class NativeEngine:
             n_cpus=0 if cpus is None else len(cpus),
         )
         error = ctypes.c_int()
-        self._handle = self._quick.el_engine_create(config, error)
+        self._handle = self._quick.el_readers_create(config, error)
         if self._handle is None:
             raise call_error(error.value)
-        _engines.add(self)
+        _all_readers.add(self)
 
     def submit(
         self, files: Sequence[SourceFile], extents: Extents, *, ordered: bool = True, owner: object = None
@@ -164,11 +163,17 @@ class NativeEngine:
         return self._submit(files, extents, ordered, owner, None)
 
     def submit_to_device(
-        self, files: Sequence[SourceFile], extents: Extents, place: Place, *, ordered: bool = True, owner: object = None
+        self,
+        files: Sequence[SourceFile],
+        extents: Extents,
+        target: DeviceStream,
+        *,
+        ordered: bool = True,
+        owner: object = None,
     ) -> NativeTransfer:
         """``submit`` for destinations in the memory of a device.
 
-        The copies come after everything that is on ``place.stream`` now. When an extent, or the transfer, is complete,
+        The copies come after everything that is on ``target.stream`` now. When an extent, or the transfer, is complete,
         so are its copies: what is launched afterwards, on any stream, sees the bytes. Once the transfer is complete,
         has failed, or ``cancel`` has returned, no copy is in flight.
 
@@ -176,60 +181,32 @@ class NativeEngine:
             CheckpointError: an extent reaches beyond its file.
             TransferError: the device cannot be used.
         """
-        return self._submit(files, extents, ordered, owner, place)
+        return self._submit(files, extents, ordered, owner, target)
 
     def _submit(
-        self, files: Sequence[SourceFile], extents: Extents, ordered: bool, owner: object, place: Place | None
+        self, files: Sequence[SourceFile], extents: Extents, ordered: bool, owner: object, target: DeviceStream | None
     ) -> NativeTransfer:
         if os.getpid() != self._pid:
             raise call_error(E_FORKED)
         check_plan(extents, files)
         extents = np.ascontiguousarray(extents, dtype=EXTENT)
-        device = None if place is None else self._add_device(place.device)
+        device = None if target is None else self._add_device(target.device)
         opened = [self._open(file) for file in files]
         native = (File * len(files))(*map(_native_file, files, opened))
         handle = ctypes.c_void_p()
         flags = ORDERED if ordered else 0
         library = self._quick if len(extents) < _MANY_EXTENTS else self._library
         plan = (self._handle, native, len(files), extents.ctypes.data, len(extents), flags)
-        if place is None:
+        if target is None:
             result = library.el_submit(*plan, handle)
         else:
-            result = library.el_submit_to_device(*plan, device, place.stream, handle)
-        if result == E_DEVICE and place is not None and device is not None:
-            raise stream_error(place, self.device_error(device, ctypes.get_errno()))
+            result = library.el_submit_to_device(*plan, device, target.stream, handle)
+        if result == E_DEVICE and target is not None and device is not None:
+            raise stream_error(target, self.device_error(device, ctypes.get_errno()))
         if result != OK:
             raise call_error(result)
         owners = (owner, opened)
         return self._register(NativeTransfer(self, handle, plan_bytes(extents), list(files), owners, device=device))
-
-    def populate(
-        self, address: int, nbytes: int, write: bool, *, file: SourceFile | None = None, owner: object = None
-    ) -> NativeTransfer:
-        """Make the pages of a mapping present on the engine's threads, so that touching them costs no page fault.
-
-        Args:
-            address: of the first byte.
-            nbytes: of the mapping.
-            write: also make the pages of a private mapping copies, which later writes to the file do not change.
-            file: whose mapping it is, for the error.
-            owner: keeps the mapping; held until the transfer has ended.
-
-        The transfer fails where a page cannot be had, e.g. because the file was cut short, or where the kernel is older
-        than 5.14. A file that is cut short later takes even written pages of its mappings away: touching them is a
-        SIGBUS, or shows what the file gets there next. Only make_private helps against that.
-        """
-        return self._populate(address, nbytes, POPULATE_WRITE if write else POPULATE_READ, file, owner)
-
-    def make_private(
-        self, address: int, nbytes: int, *, file: SourceFile | None = None, owner: object = None
-    ) -> NativeTransfer:
-        """Put memory of this process, with the same content, in the place of the pages of a mapping.
-
-        After success it depends on no file. Nobody may write to the range before that, for it could be lost: wait for
-        the transfer before whoever holds the memory goes on. The arguments and errors are those of ``populate``.
-        """
-        return self._populate(address, nbytes, MAKE_PRIVATE, file, owner)
 
     def statistics(self) -> TransferStatistics:
         stats = self._stats()
@@ -245,7 +222,7 @@ class NativeEngine:
         )
 
     def counters(self) -> dict[str, int]:
-        """Every count of the library (``el_stats_info`` in native/engine.h), by name."""
+        """Every count of the library (``el_stats_info`` in native/src/core/c_interface.h), by name."""
         stats = self._stats()
         return {name: int(getattr(stats, name)) for name in COUNTERS}
 
@@ -253,7 +230,7 @@ class NativeEngine:
         try:
             self._close()
         except KeyboardInterrupt:
-            self._close()  # whoever still holds the engine, or a transfer of it, would keep its threads
+            self._close()  # whoever still holds them, or a transfer of theirs, would keep the threads
             raise
 
     def _close(self) -> None:
@@ -261,9 +238,9 @@ class NativeEngine:
             return
         end = time.monotonic() + CANCEL_GRACE_S
         # Idle threads end within a moment, so the GIL is kept for that long.
-        result = self._quick.el_engine_close(self._handle, _MOMENT_MS)
+        result = self._quick.el_readers_close(self._handle, _MOMENT_MS)
         while result == TIMEOUT and time.monotonic() < end:
-            result = self._library.el_engine_close(self._handle, SLICE_MS)
+            result = self._library.el_readers_close(self._handle, SLICE_MS)
         if result == E_FORKED:
             return
         self._last_statistics = self._stats()
@@ -278,7 +255,7 @@ class NativeEngine:
     def __del__(self) -> None:
         if getattr(self, "_handle", None) is not None:
             self.close()
-            self._library.el_engine_destroy(self._handle)
+            self._library.el_readers_destroy(self._handle)
 
     def device_error(self, device: int, code: int) -> str:
         """What the runtime says to one of its errors."""
@@ -290,14 +267,6 @@ class NativeEngine:
         """Forget a transfer that will not write any more."""
         self._live.discard(transfer)
         stuck.discard(transfer)
-
-    def _populate(self, address: int, nbytes: int, how: int, file: SourceFile | None, owner: object) -> NativeTransfer:
-        handle = ctypes.c_void_p()
-        result = self._quick.el_populate(self._handle, address, nbytes, how, handle)
-        if result != OK:
-            raise call_error(result)
-        files = [] if file is None else [file]
-        return self._register(NativeTransfer(self, handle, nbytes, files, owner))
 
     def _register(self, transfer: NativeTransfer) -> NativeTransfer:
         # Transfers that nobody waited for have to give up their owners at some time, many of them not at every submit.

@@ -1,13 +1,13 @@
-"""Devices as the place of destinations: how one is named, whether it can be used, and its errors for a person."""
+"""Whether devices can be used by the native library, and the errors of devices for a person."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from functools import cache
 
-from ..errors import TransferError
-from .native.library import (
+from ...errors import TransferError
+from ..device_stream import DeviceStream
+from .library import (
     DEVICE_LIBRARY,
     DEVICE_MEMORY,
     DEVICE_SELECT,
@@ -18,25 +18,10 @@ from .native.library import (
     load_quick,
 )
 
-DEFAULT_PINNED_BYTES = 256 << 20
-
-
-@dataclass(frozen=True)
-class Place:
-    """The memory of a device as the place of a transfer's destinations.
-
-    Attributes:
-        device: its number in the runtime.
-        stream: the stream (a ``cudaStream_t``; 0 is the default one) that used the destinations last.
-    """
-
-    device: int
-    stream: int = 0
-
 
 @cache
 def obstacle_to_devices(library: str | None = None) -> str | None:
-    """Why the native engine cannot put bytes on a device; None where it can.
+    """Why native reader threads cannot put bytes on a device; None where it can.
 
     Args:
         library: path of the runtime of CUDA or HIP; None: the one that the process has loaded.
@@ -66,9 +51,9 @@ def setup_error(device: int, failure: DeviceFailure) -> TransferError:
     return TransferError(f"device {device} {doing}: {_text(failure)} ({failure.error})", hint=hint)
 
 
-def stream_error(place: Place, text: str) -> TransferError:
-    """The error where the owner's stream was refused."""
-    return TransferError(f"device {place.device} refused an event on stream {place.stream:#x}: {text}")
+def stream_error(target: DeviceStream, text: str) -> TransferError:
+    """The error where an event on the stream of the destinations was refused."""
+    return TransferError(f"device {target.device} refused an event on stream {target.stream:#x}: {text}")
 
 
 def copy_error(path: str, info: Failure, text: str) -> TransferError:
