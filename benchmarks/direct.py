@@ -39,6 +39,7 @@ from engine_loader.engines.vllm.rank import Rank, RankModel, rank_model
 from engine_loader.formats.safetensors import TensorInfo
 from engine_loader.loading.direct.load import DirectLoad
 from engine_loader.transfer.native import native_readers
+from engine_loader.transfer.native.library import Config
 from engine_loader.transfer.plan import ExtentRow
 
 PIECE_BYTES = 8 << 20
@@ -229,12 +230,11 @@ def in_memory(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 def measure_cost_model(path: Path, rounds: int) -> None:
     rows = []
     files = [str(file) for file in path.glob("*.safetensors")]
-    config = native_readers.Config
     with model(path, Rank(4, rank=1)) as built:
         for mode in ("buffered", "direct"):
             for name, limits in GAPS.items():
                 times, read, kept = [], 0, 0
-                with mock.patch.object(native_readers, "Config", tuned(config, limits)):
+                with mock.patch.object(native_readers, "Config", tuned(Config, limits)):
                     for _ in range(rounds):
                         if mode == "direct":
                             page_cache.drop(files)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from engine_loader.errors import CheckpointError
 from engine_loader.settings import load_settings
+from engine_loader.sources.source import UsrbioAccess
 
 if TYPE_CHECKING:
     from engine_loader.loading.checkpoint import Checkpoint
@@ -27,7 +28,7 @@ class FakeFile:
     source = "fake"
     remote = False
     mappable = False
-    native_access = None
+    native_access: UsrbioAccess | None = None
 
     def __init__(self, content: bytes, path: str = "/fake.safetensors", *, size: int | None = None) -> None:
         self.path = path
