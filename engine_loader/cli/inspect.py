@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from ..errors import CheckpointError
     from ..formats.safetensors import Header, TensorInfo
-    from .inspection.survey import Survey
+    from .inspection.result import Survey
 
 _LARGEST = 5
 _FILES_SHOWN = 20

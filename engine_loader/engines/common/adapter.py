@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ import torch
 from ...errors import SettingsError
 from ...loading.devices.cuda import CudaDevices
 from ...loading.direct.load import DirectLoad
-from ...loading.weights import stream_weights
+from ...loading.weights import WeightFiles, stream_weights
 from ...plugin import LOAD_FORMAT
 from ...report.load import human_bytes
 from ...settings import LoaderSettings
@@ -141,7 +141,7 @@ def _is_made_while_loading(model: torch.nn.Module) -> bool:
 
 
 def read_weights(
-    weights: Sequence[str] | str,
+    weights: WeightFiles,
     settings: LoaderSettings,
     *,
     log: logging.Logger,

@@ -26,13 +26,14 @@ from sglang.srt.model_loader.loader import DefaultModelLoader
 from ...errors import CheckpointError
 from ...formats.sharded_state import ShardRank
 from ...loading.direct.load import DirectLoad
+from ...loading.find import TrainingCheckpoint
 from ...loading.weights import check_weights
 from ...settings import load_settings
 from ..common.adapter import Weights, plan_mode, prepare_memory, read_weights, split_options
 from ..common.hooks import wrap
 from ..common.names import told_of_misfits
 from ..common.sharded import files_of_rank, fill_state
-from ..common.weights_uri import is_training_checkpoint, weights_at
+from ..common.weights_uri import training_checkpoint_at, weights_at
 from .format import bypassed, refuse_quantization
 
 logger = logging.getLogger(__name__)
@@ -176,7 +177,7 @@ class B10ModelLoader(DefaultModelLoader):
         uri = self._reader_settings.weights_uri
         if uri is not None and source.model_or_path == _first.model:
             return self._weights_at(source, uri.rstrip("/"))
-        if is_training_checkpoint(source.model_or_path, self._reader_settings):
+        if training_checkpoint_at(source.model_or_path, self._reader_settings):
             return self._weights_at(source, source.model_or_path)
         with _exchange:
             originals = {name: getattr(sglang_loader, name) for name in _ITERATORS}
@@ -197,7 +198,7 @@ class B10ModelLoader(DefaultModelLoader):
             return filtered  # type: ignore[no-any-return]
         return ((source.prefix + name, tensor) for name, tensor in weights)
 
-    def _weights(self, weights: list[str] | str, *_args: Any, **_options: Any) -> Weights:
+    def _weights(self, weights: list[str] | TrainingCheckpoint, *_args: Any, **_options: Any) -> Weights:
         """What stands in for SGLang's iterators. (Their arguments say how to read; that is for our settings.)"""
         if not self._starting:
             # What is wrong with new weights shall be found before the old ones are touched: to roll back, SGLang would
@@ -205,7 +206,7 @@ class B10ModelLoader(DefaultModelLoader):
             check_weights(weights, self._reader_settings)
         return self._read(weights)
 
-    def _read(self, weights: list[str] | str) -> Weights:
+    def _read(self, weights: list[str] | TrainingCheckpoint) -> Weights:
         # A generator: only when it begins is it known whether the load is in direct mode.
         yield from read_weights(
             weights, self._reader_settings, log=logger, note=self._note, direct=self._direct, device=self._device

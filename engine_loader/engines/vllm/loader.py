@@ -23,11 +23,12 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from ...loading.direct.dry_run import Explanation
 from ...loading.direct.load import DirectLoad
+from ...loading.find import TrainingCheckpoint
 from ...plugin import LOAD_FORMAT
 from ...settings import load_settings
 from ..common.adapter import Weights, obstacle_to_direct, plan_mode, prepare_memory, read_weights, split_options
 from ..common.names import told_of_misfits
-from ..common.weights_uri import has_weights, is_training_checkpoint, weights_at
+from ..common.weights_uri import has_weights, training_checkpoint_at, weights_at
 from .sharded import files_of_this_rank, fill_state, tie_as_saved
 
 # Below vLLM's own logger, so that it is shown in vLLM's way and at vLLM's level.
@@ -78,7 +79,7 @@ class B10ModelLoader(DefaultModelLoader):
     def download_model(self, model_config: Any) -> None:
         """Fetch a hub model's weights, where they are what will be loaded."""
         here = self._replacement(model_config) is None
-        if here and not is_training_checkpoint(model_config.model, self._reader_settings):
+        if here and not training_checkpoint_at(model_config.model, self._reader_settings):
             super().download_model(model_config)
 
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
@@ -138,7 +139,7 @@ class B10ModelLoader(DefaultModelLoader):
     def _get_weights_iterator(self, source: Any) -> Weights:
         if self._replaced is not None and source.model_or_path == self._replaced[0]:
             return self._weights_at(source, self._replaced[1])
-        if is_training_checkpoint(source.model_or_path, self._reader_settings):
+        if training_checkpoint_at(source.model_or_path, self._reader_settings):
             return self._weights_at(source, source.model_or_path)
         with _exchange:
             original = getattr(default_loader, _ITERATOR)
@@ -164,7 +165,7 @@ class B10ModelLoader(DefaultModelLoader):
         """What stands in for vLLM's iterator, with its arguments."""
 
         def weights(
-            files: list[str] | str,
+            files: list[str] | TrainingCheckpoint,
             use_tqdm_on_load: bool,
             strategy: str | None = None,
             *args: Any,

@@ -27,6 +27,7 @@ from ...report.progress import Progress
 from ...transfer.plan import ExtentRow
 from ...transfer.protocol import Transfer
 from ..geometry import view_extents
+from ..store import TensorStore
 from ..targets import overlaps_itself
 from .recording import LiveOrigins, Origin, reason, recording_tensor, replace_recording_tensors
 from .settling import SettleBeforeRead, SettleBeforeUse
@@ -53,23 +54,6 @@ _MAX_EXTENTS_PER_COPY = 4096
 # When this share of the bytes had to be read before they could be copied, recording is no use.
 _MATERIALISED_SHARE = 0.25
 _MATERIALISED_GRACE_BYTES = 256 << 20
-
-
-class DirectReader(Protocol):
-    """What a load reads through: a ``Reader`` (reader.py), or that of a training checkpoint (dcp_reader.py)."""
-
-    @property
-    def paths(self) -> Sequence[str]: ...
-    def __enter__(self) -> Self: ...
-    def __exit__(self, *_: object) -> None: ...
-    def file_number(self, info: TensorInfo) -> int: ...
-    def has_extents(self, info: TensorInfo) -> bool: ...
-    def device_of(self, tensor: torch.Tensor) -> int | None: ...
-    def read(self, extents: Sequence[ExtentRow], owner: object, device: int | None = None) -> None: ...
-    def submit(self, extents: Sequence[ExtentRow], owner: object, device: int | None = None) -> Transfer: ...
-    def stream(self, infos: Iterable[TensorInfo], report: LoadReport) -> Iterator[tuple[str, torch.Tensor]]: ...
-    def named(self, error: TransferError) -> TransferError: ...
-    def finish(self, report: LoadReport) -> None: ...
 
 
 @dataclass(slots=True)
@@ -99,7 +83,7 @@ class _Storage:
 class _Part:
     """One list of files of the load, and its account."""
 
-    reader: DirectReader
+    reader: TensorStore
     report: LoadReport
     progress: Progress
     tell: Callable[[str], object]
@@ -201,7 +185,7 @@ class DirectLoad:
 
     def tensors(
         self,
-        reader: DirectReader,
+        reader: TensorStore,
         infos: Sequence[TensorInfo],
         report: LoadReport,
         *,
