@@ -20,8 +20,6 @@ from .files import OpenFiles
 from .store import TensorStore, complete_report, submit_to
 from .streaming.transports import make_transport
 
-_CPU = torch.device("cpu")
-
 
 class SafetensorsStore(TensorStore):
     """The tensors of open safetensors files.
@@ -94,7 +92,7 @@ class SafetensorsStore(TensorStore):
     def stream(
         self, infos: Iterable[TensorInfo], report: LoadReport, device: torch.device | None = None
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        pairs = self._transport.stream(infos, report, device or _CPU)
+        pairs = self._transport.stream(infos, report, device)
         if device is None or device.type == "cpu":
             yield from pairs
             return

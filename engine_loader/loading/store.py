@@ -1,7 +1,8 @@
 """A store of tensors: what ``Checkpoint``, direct mode and streams read through, whatever the layout of the files.
 
 There are two: safetensors files (safetensors_store.py) and training checkpoints (training/store.py). Extents (see
-transfer/plan.py) name bytes of a tensor by ``file_number`` and by the offset in its located ``TensorInfo``.
+transfer/plan.py) name bytes of a tensor by ``file_number`` and by the offset in its located
+``TensorInfo`` (see ``located``).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class TensorStore(Protocol):
 
     @property
     def infos(self) -> Sequence[TensorInfo]:
-        """Every tensor of every file, in file order."""
+        """Every tensor of every file, in file order, located (see ``located``)."""
         ...
 
     @property

@@ -60,7 +60,7 @@ def stream_weights(
     """
     with ExitStack() as stack:
         store = stack.enter_context(_open(weights, settings))
-        infos = store.located([info for info in store.infos if skip is None or not skip(info.name)])
+        infos = [info for info in store.infos if skip is None or not skip(info.name)]
         report = LoadReport()
         if note:
             report.note(note)
@@ -95,7 +95,7 @@ def check_weights(weights: WeightFiles, settings: LoaderSettings) -> None:
         CheckpointError: a file, a header, the index or the metadata is wrong.
     """
     with _open(weights, settings) as store:
-        store.located(store.infos)
+        _ = store.infos  # a training checkpoint finds out where in its files they lie
 
 
 def _open(weights: WeightFiles, settings: LoaderSettings) -> TensorStore:

@@ -92,7 +92,7 @@ def _header(source: Source, path: str) -> Header | CheckpointError:
 def _with_count(error: CheckpointError, index: ShardIndex | None) -> CheckpointError:
     """The error, with the number of tensors that the index expects in the file."""
     shards = [] if index is None else [index.path_of(shard) for shard in index.weight_map.values()]
-    count = shards.count(error.file)
+    count = sum(path == error.file for path in shards)
     if not count:
         return error
     message = f"{error.message}; the index puts {count} tensor{'' if count == 1 else 's'} into it"

@@ -54,7 +54,7 @@ def _survey(store: TrainingStore, lengths: dict[str, int]) -> Survey:
         dtype = tensor.info(path, stored.offset).dtype
         chunks[path].append(TensorInfo(tensor.name, dtype, chunk.sizes, path, stored.offset, stored.length))
     headers = [Header(path, lengths[path], 0, tuple(infos), {}) for path, infos in chunks.items()]
-    return Survey(headers, whole=store.infos, other_items=list(store.other_items()))
+    return Survey(headers, whole=list(store.by_name().values()), other_items=list(store.other_items()))
 
 
 def _lengths(store: TrainingStore) -> dict[str, int]:

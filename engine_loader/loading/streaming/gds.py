@@ -273,8 +273,10 @@ class GpuDirectStorage:
         return target.device
 
     def stream(
-        self, infos: Iterable[TensorInfo], report: LoadReport, device: torch.device
+        self, infos: Iterable[TensorInfo], report: LoadReport, device: torch.device | None
     ) -> Iterator[tuple[str, torch.Tensor]]:
+        if device is None:
+            raise gds_error("these tensors go to the CPU's memory")
         filler = self._filler(device, report)
         return stream_tensors(infos, lambda info: filler, report)
 

@@ -32,7 +32,7 @@ class Transport(Protocol):
     def staging(self, target: torch.Tensor) -> torch.device: ...
 
     def stream(
-        self, infos: Iterable[TensorInfo], report: LoadReport, device: torch.device
+        self, infos: Iterable[TensorInfo], report: LoadReport, device: torch.device | None
     ) -> Iterator[tuple[str, torch.Tensor]]: ...
 
 
@@ -78,14 +78,16 @@ class ThroughMemory:
         return torch.device("cpu")
 
     def stream(
-        self, infos: Iterable[TensorInfo], report: LoadReport, device: torch.device
+        self, infos: Iterable[TensorInfo], report: LoadReport, device: torch.device | None
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        engine, number = self._engine(), self._devices.number(device)
-        if number is not None and isinstance(engine, NativeEngine):
+        engine, number = self._engine(), None if device is None else self._devices.number(device)
+        if device is not None and number is not None and isinstance(engine, NativeEngine):
             filler = self._device_filler(engine, device, number)
             return stream_tensors(infos, lambda info: filler, report)
         pairs = stream_tensors(infos, self._filler_of(engine, report), report)
-        return pairs if device.type == "cpu" else ((name, tensor.to(device)) for name, tensor in pairs)
+        return (
+            pairs if device is None or device.type == "cpu" else ((name, tensor.to(device)) for name, tensor in pairs)
+        )
 
     def _device_filler(self, engine: NativeEngine, device: torch.device, number: int) -> DeviceFiller:
         return DeviceFiller(

@@ -86,7 +86,7 @@ class TrainingStore(TensorStore):
 
     @property
     def infos(self) -> list[TensorInfo]:
-        return list(self._infos.values())
+        return self.located(list(self._infos.values()))
 
     @property
     def paths(self) -> list[str]:

@@ -536,7 +536,9 @@ def test_a_cut_at_any_tensor_is_an_error_and_never_a_half_filled_model(tmp_path:
     save_file(tensors, tmp_path / "model.safetensors")
     content = (tmp_path / "model.safetensors").read_bytes()
     with SafetensorsStore(
-        open_files(PosixSource(), str(tmp_path / "model.safetensors")), "posix", load_settings().settings.loader
+        open_files(PosixSource(), SafetensorsFiles((str(tmp_path / "model.safetensors"),))),
+        "posix",
+        load_settings().settings.loader,
     ) as reader:
         places = {info.name: info.offset for info in reader.files.tensors}
     for name, place in places.items():
