@@ -40,6 +40,8 @@ class SafetensorsStore(TensorStore):
         self._settings = settings
         self._devices: Devices = CudaDevices(settings) if devices is None else devices
         self._open = {opened.file.path: opened.file for opened in files.files}
+        self.paths = list(self._open)
+        self.listing = self.paths[0]
         self._numbers = {path: number for number, path in enumerate(self._open)}
         self._engine: TransferEngine | None = None
         self._lock = threading.Lock()
@@ -47,16 +49,8 @@ class SafetensorsStore(TensorStore):
         self._transport = make_transport(self._open, self._devices, settings, self._running_engine)
 
     @property
-    def listing(self) -> str:
-        return self.files.files[0].file.path
-
-    @property
     def infos(self) -> list[TensorInfo]:
         return self.files.tensors
-
-    @property
-    def paths(self) -> list[str]:
-        return list(self._open)
 
     def by_name(self) -> dict[str, TensorInfo]:
         return self.files.by_name()

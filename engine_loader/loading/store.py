@@ -24,7 +24,19 @@ from .devices.cuda import Devices
 
 
 class TensorStore(Protocol):
-    """The tensors of an open checkpoint. May be used from several threads; owns its files and closes them."""
+    """The tensors of an open checkpoint. May be used from several threads; owns its files and closes them.
+
+    Attributes:
+        listing: the path of the file that lists the tensors, or of the first of several, for messages.
+        paths: the files that ``infos`` name.
+        streams_to_devices: whether ``stream`` can put tensors on a device in another way than by torch's copies.
+        key_mapping_applies: whether names went through the setting ``key_mapping``.
+    """
+
+    listing: str
+    paths: Sequence[str]
+    streams_to_devices: bool
+    key_mapping_applies: bool
 
     def __enter__(self) -> Self:
         return self
@@ -33,28 +45,8 @@ class TensorStore(Protocol):
         self.close()
 
     @property
-    def listing(self) -> str:
-        """The path of the file that lists the tensors, or of the first of several, for messages."""
-        ...
-
-    @property
     def infos(self) -> Sequence[TensorInfo]:
         """Every tensor of every file, in file order, located (see ``located``)."""
-        ...
-
-    @property
-    def paths(self) -> Sequence[str]:
-        """The files that ``infos`` name."""
-        ...
-
-    @property
-    def streams_to_devices(self) -> bool:
-        """Whether ``stream`` can put tensors on a device in another way than by torch's copies."""
-        ...
-
-    @property
-    def key_mapping_applies(self) -> bool:
-        """Whether names went through the setting ``key_mapping``."""
         ...
 
     def by_name(self) -> dict[str, TensorInfo]:

@@ -67,6 +67,7 @@ class TrainingStore(TensorStore):
     ) -> None:
         self._devices: Devices = CudaDevices(settings) if devices is None else devices
         self.files = DcpFiles(source, without_end(directory), settings)
+        self.listing = self.files.metadata_path
         try:
             rename = make_renamer(settings.key_mapping if key_mapping is None else key_mapping)
             self._saved: Metadata = self.files.read_metadata()
@@ -76,21 +77,14 @@ class TrainingStore(TensorStore):
             raise
         self.chunks = ChunkReader(self.files, int(settings.buffer_bytes))
         self._infos = {name: tensor.info(*self._begin(tensor)) for name, tensor in self.tensors.items()}
+        self.paths = list(dict.fromkeys(info.file for info in self._infos.values()))
         self._names = list(self.tensors)
         self._numbers = {name: number for number, name in enumerate(self._names)}
         self._located: dict[str, tuple[TensorInfo, Pieces | None]] = {}
 
     @property
-    def listing(self) -> str:
-        return self.files.metadata_path
-
-    @property
     def infos(self) -> list[TensorInfo]:
         return self.located(list(self._infos.values()))
-
-    @property
-    def paths(self) -> list[str]:
-        return list(dict.fromkeys(info.file for info in self._infos.values()))
 
     def by_name(self) -> dict[str, TensorInfo]:
         return self._infos
