@@ -12,7 +12,7 @@ from .console.output import console, print_json, print_warning, printable, table
 if TYPE_CHECKING:
     from ..errors import CheckpointError
     from ..formats.safetensors import Header, TensorInfo
-    from .inspection.survey import Survey
+    from .inspection.result import Survey
 
 _LARGEST = 5
 _FILES_SHOWN = 20

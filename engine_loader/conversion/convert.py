@@ -12,12 +12,10 @@ import torch
 from torch.distributed.checkpoint.filesystem import SerializationFormat
 
 from ..errors import CheckpointError
-from ..formats.hf_index import INDEX_NAME
-from ..formats.sharded_state import shards_by_rank
-from ..loading.checkpoint import open_checkpoint
+from ..loading.checkpoint import Checkpoint
 from ..loading.companions import copy_companions
-from ..loading.find import is_dcp, without_end
-from ..loading.training.checkpoint import DcpCheckpoint
+from ..loading.find import ShardedState, TrainingCheckpoint, find_checkpoint
+from ..loading.open_store import open_store
 from ..loading.training.key_mapping import KeyMapping, make_renamer
 from ..settings import load_settings
 from ..sources.registry import make_source
@@ -75,7 +73,7 @@ def convert_checkpoint(
         dtype: of floating-point tensors of 16 bits and more; None: their own.
         max_shard_bytes: of a safetensors file.
         overwrite: replace a checkpoint that is there.
-        progress: is told of (bytes written, bytes in all).
+        progress: called with (bytes written, bytes in all).
         options: settings of the loader by name.
 
     Raises:
@@ -84,19 +82,20 @@ def convert_checkpoint(
     """
     check_destination(source, destination, overwrite=overwrite)
     settings = load_settings(options, extra_origin="the arguments of convert_checkpoint").settings.loader
-    place, directory = make_source(settings.backend, settings=settings), without_end(source)
-    names = place.list(directory) if place.is_dir(directory) else None
-    if names is not None and INDEX_NAME not in names and shards_by_rank(names, settings.sharded_pattern):
+    files = make_source(settings.backend, settings=settings)
+    found = find_checkpoint(files, source, sharded_pattern=settings.sharded_pattern)
+    if isinstance(found, ShardedState):
         raise CheckpointError(
             "this is a sharded_state checkpoint: an engine's own tensors, fused and cut for one parallel layout, which "
             "only that engine can take apart",
             file=source,
             hint="convert the checkpoint that it was made from",
         )
-    mapping = key_mapping if is_dcp(place, directory) else None
-    with open_checkpoint(source, key_mapping=mapping, optimizer_state=optimizer_state, **options) as checkpoint:
-        is_training = isinstance(checkpoint, DcpCheckpoint)
-        tensors = outgoing(checkpoint, make_renamer(None if is_training else key_mapping), dtype)
+    # The names of a training are mapped as they are opened, so that optimizers are told from models by their own.
+    at_once, later = (key_mapping, None) if isinstance(found, TrainingCheckpoint) else (None, key_mapping)
+    store = open_store(files, found, settings, key_mapping=at_once, optimizer_state=optimizer_state)
+    with Checkpoint(store, torch.device("cpu")) as checkpoint:
+        tensors = outgoing(checkpoint, make_renamer(later), dtype)
         if not tensors:
             raise CheckpointError("there are no tensors to convert", file=source)
         total = sum(tensor.nbytes for tensor in tensors)
@@ -111,17 +110,26 @@ def convert_checkpoint(
         with unfinished_directory(destination, total) as unfinished:
             if to == "dcp":
                 kind = SerializationFormat.SAFETENSORS if items == "safetensors" else SerializationFormat.TORCH_SAVE
-                write_dcp(unfinished, checkpoint, tensors, items=kind, everything=optimizer_state, written=written)
+                others = store.other_items() if optimizer_state else {}
+                write_dcp(
+                    unfinished,
+                    checkpoint,
+                    tensors,
+                    items=kind,
+                    others=others,
+                    paths=store.state_paths(),
+                    written=written,
+                )
             else:
                 write_safetensors(unfinished, checkpoint, tensors, max_shard_bytes=max_shard_bytes, written=written)
             weights = sorted(path.name for path in unfinished.iterdir() if path.suffix in (".safetensors", ".distcp"))
-            if names is not None:
-                copy_companions(place, directory, unfinished)
-            _tell_dtype(unfinished / _CONFIG, dtype)
+            if found.directory is not None:
+                copy_companions(files, found.directory, unfinished)
+            _set_dtype(unfinished / _CONFIG, dtype)
     return Conversion([Path(destination) / name for name in weights], len(tensors), total)
 
 
-def _tell_dtype(config: Path, dtype: torch.dtype | None) -> None:
+def _set_dtype(config: Path, dtype: torch.dtype | None) -> None:
     """An engine takes the type that it serves from the model's configuration."""
     if dtype is None or not config.exists():
         return

@@ -17,8 +17,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemT
 from ..dcp.writer import FileSystemWriter
 from ..errors import CheckpointError
 from ..loading.checkpoint import Checkpoint
-from ..loading.training.checkpoint import DcpCheckpoint
-from ..loading.training.files import dtype_name
+from ..loading.training.items import dtype_name
 from .tensors import Outgoing, in_writing_order, read_in_order
 
 
@@ -28,7 +27,8 @@ def write_dcp(
     tensors: Sequence[Outgoing],
     *,
     items: SerializationFormat,
-    everything: bool,
+    others: Mapping[str, Callable[[], bytes]],
+    paths: Mapping[str, tuple[Any, ...]],
     written: Callable[[int], object],
 ) -> None:
     """Write tensors, each in one chunk, all into one file.
@@ -38,8 +38,9 @@ def write_dcp(
         checkpoint: the source.
         tensors: what to write.
         items: how.
-        everything: of a training checkpoint, also the items that are no tensors, byte for byte.
-        written: is told of bytes.
+        others: what is no tensor, by its name: how its bytes are read.
+        paths: the keys under which each item was in a training's nested state dict, by its name there.
+        written: called with the bytes of each tensor that was written.
 
     Raises:
         CheckpointError: the tensors cannot be read, or cannot be stored like this.
@@ -47,11 +48,6 @@ def write_dcp(
     """
     ordered = in_writing_order(tensors)
     state: dict[str, Any] = {going.name: _blank(going) for going in ordered}
-    paths: dict[str, tuple[Any, ...]] = {}
-    others: dict[str, Callable[[], bytes]] = {}
-    if isinstance(checkpoint, DcpCheckpoint):
-        others = checkpoint.other_items() if everything else {}
-        paths = checkpoint.state_paths()
     for name in others:
         if name in state:
             raise CheckpointError(f"{name!r} is also the name of what is no tensor", hint="correct key_mapping")

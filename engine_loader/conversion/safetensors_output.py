@@ -34,7 +34,7 @@ def write_safetensors(
         checkpoint: the source.
         tensors: what to write.
         max_shard_bytes: a file has no more bytes of tensors, unless a single one has.
-        written: is told of bytes.
+        written: called with the bytes of each tensor that was written.
 
     Raises:
         CheckpointError: the tensors cannot be read, or safetensors cannot hold them.
@@ -84,8 +84,8 @@ def _header(shard: Sequence[Outgoing]) -> bytes:
                 file=tensor.info.file,
                 hint="leave it out by key_mapping, or convert to dcp",
             )
-        place = [end, end + tensor.nbytes]
-        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.info.shape), "data_offsets": place}
+        span = [end, end + tensor.nbytes]
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.info.shape), "data_offsets": span}
         end += tensor.nbytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _PADDING)

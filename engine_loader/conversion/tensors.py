@@ -12,7 +12,7 @@ from ..errors import CheckpointError
 from ..formats.dtypes import DTYPE_BITS, torch_dtype
 from ..formats.safetensors import TensorInfo
 from ..loading.checkpoint import Checkpoint
-from ..loading.training.files import dtype_name
+from ..loading.training.items import dtype_name
 from ..loading.training.key_mapping import Renamer
 
 _FLOATS = ("F64", "F32", "F16", "BF16")

@@ -17,7 +17,9 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.futures import Future
 
 from ..errors import CheckpointError
-from ..loading.training.files import DcpFiles, Part, StoredTensor, load_item
+from ..loading.training.boxes import BoxRead, StoredTensor
+from ..loading.training.files import DcpFiles
+from ..loading.training.items import Items, load_item
 from ..settings import LoaderSettings, load_settings
 from ..sources.registry import make_source
 from ..sources.source import Source
@@ -29,7 +31,7 @@ _BESIDE_BYTES = 256 << 20
 _LOCATED_AT_ONCE = 4096
 _GROUPS_IN_FLIGHT = 2
 _Wanted: TypeAlias = tuple[ReadItem, _StorageInfo, torch.Size | None]
-_Reading: TypeAlias = tuple[ReadItem, torch.Tensor, Part]
+_Reading: TypeAlias = tuple[ReadItem, torch.Tensor, BoxRead]
 
 
 class FileSystemReader(torch_filesystem.FileSystemReader):
@@ -201,9 +203,10 @@ def _groups(files: DcpFiles, items: Sequence[_Wanted], planner: LoadPlanner) -> 
     """Groups of tensors that are read together: small groups first, so that reading begins soon, then larger ones. At
     most ``_BESIDE_BYTES`` of a group are read into separate memory."""
     enough = _FIRST_GROUP_BYTES
+    stored_items = Items(files)
     for begin in range(0, len(items), _LOCATED_AT_ONCE):
         batch = items[begin : begin + _LOCATED_AT_ONCE]
-        located = files.locating([(item.storage_index.fqn, info) for item, info, _ in batch])
+        located = stored_items.locating([(item.storage_index.fqn, info) for item, info, _ in batch])
         group: list[_Reading] = []
         nbytes = beside = 0
         for wanted, stored in zip(batch, located, strict=True):

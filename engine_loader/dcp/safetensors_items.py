@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 
 from ..errors import CheckpointError
 from ..formats.safetensors import LENGTH_BYTES, MAX_HEADER_BYTES
-from ..loading.training.files import dtype_name
+from ..loading.training.items import dtype_name
 
 _PADDING = 8
 _HF_DCP_VERSION = "1.0"

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
 
 from ..errors import CheckpointError, TensorNotFoundError, TransferError
-from ..formats.hf_index import ShardIndex
 from ..formats.safetensors import TensorInfo
 from ..formats.sharded_state import ShardRank
 from ..report.load import LoadReport
-from ..settings import LoaderSettings, load_settings
+from ..settings import load_settings
 from ..sources.registry import make_source
-from ..sources.source import Source
 from ..transfer.plan import ExtentRow, extent
-from .devices.cuda import Devices
-from .find import OpenFiles, PathLike, is_dcp, open_files, sharded_files
+from .find import Found, PathLike, SafetensorsFiles, ShardedState, TrainingCheckpoint, find_checkpoint
 from .geometry import contiguous_strides, view_extents
-from .safetensors_store import Reader, no_gds_for_training
+from .open_store import open_store
 from .slices import TensorSlice
+from .store import TensorStore
 from .targets import check_target, check_targets_apart
 from .training.key_mapping import KeyMapping
 
@@ -66,69 +63,56 @@ def open_checkpoint(
         ...         print(name, tensor.shape)
     """
     settings = load_settings(options, extra_origin="the arguments of open_checkpoint").settings.loader
-    place = torch.device(device)
+    put_on = torch.device(device)
     if backend == "auto":
         backend = settings.backend if files is None else "memory"
     source = make_source(backend, files, settings)
-    if isinstance(path, str | os.PathLike):
-        dcp = _open_dcp(source, os.fspath(path), settings, place, key_mapping, optimizer_state)
-        if dcp is not None:
-            if settings.transport == "gds":
-                dcp.close()
-                raise no_gds_for_training(os.fspath(path))
-            if rank is not None or pipeline_rank:
-                dcp.close()
-                raise CheckpointError(
-                    "this is a training checkpoint, whose tensors are whole: there are no ranks to choose from",
-                    file=os.fspath(path),
-                    hint="get_slice(name)[index] reads a part of a tensor",
-                )
-            return dcp
-        wanted = None if rank is None else ShardRank(pipeline_rank, rank)
-        path = sharded_files(source, os.fspath(path), wanted, settings.sharded_pattern) or path
-    if key_mapping or optimizer_state:
-        raise CheckpointError("key_mapping and optimizer_state go with a DCP directory, which this is not")
-    return Checkpoint(open_files(source, path), source.name, settings, place)
+    found = find_checkpoint(source, path, sharded_pattern=settings.sharded_pattern)
+    found = _of_rank(found, None if rank is None else ShardRank(pipeline_rank, rank), pipeline_rank)
+    store = open_store(source, found, settings, key_mapping=key_mapping, optimizer_state=optimizer_state)
+    return Checkpoint(store, put_on)
 
 
-def _open_dcp(
-    source: Source,
-    directory: str,
-    settings: LoaderSettings,
-    device: torch.device,
-    key_mapping: KeyMapping | None,
-    optimizer_state: bool,
-) -> Checkpoint | None:
-    """A torch.distributed.checkpoint; None where the path is none."""
-    if not is_dcp(source, directory):
-        return None
-    from .training.checkpoint import DcpCheckpoint
+def _of_rank(found: Found, rank: ShardRank | None, pipeline_rank: int) -> SafetensorsFiles | TrainingCheckpoint:
+    """One rank's part of what was found, where it has parts.
 
-    return DcpCheckpoint(source, directory, settings, device, key_mapping=key_mapping, optimizer_state=optimizer_state)
+    Raises:
+        CheckpointError: there are several ranks and none was named, not this one, or none to choose from.
+    """
+    match found:
+        case ShardedState():
+            return found.of_rank(rank)
+        case TrainingCheckpoint(directory) if rank is not None or pipeline_rank:
+            raise CheckpointError(
+                "this is a training checkpoint, whose tensors are whole: there are no ranks to choose from",
+                file=directory,
+                hint="get_slice(name)[index] reads a part of a tensor",
+            )
+        case SafetensorsFiles(directory=str(directory)) if rank is not None:
+            raise CheckpointError(
+                "this is no sharded_state checkpoint, so there are no ranks to choose from", file=directory
+            )
+    return found
 
 
 class Checkpoint:
-    """An open checkpoint. Made by ``open_checkpoint``; its headers were read and checked.
+    """An open checkpoint. Made by ``open_checkpoint``; its headers or its metadata were read and checked.
 
     It may be used from several threads. ``close()``, or the end of the ``with`` block, gives back files and threads;
     tensors that were handed out stay valid.
+
+    Args:
+        store: its tensors, which it closes.
+        device: where tensors are put.
     """
 
-    def __init__(
-        self,
-        files: OpenFiles,
-        source: str,
-        settings: LoaderSettings,
-        device: torch.device,
-        devices: Devices | None = None,
-    ) -> None:
-        self._reader = Reader(files, source, settings, devices)
+    def __init__(self, store: TensorStore, device: torch.device) -> None:
+        self._store = store
         self._device = device
-        self._gds = settings.transport == "gds"
         try:
-            self._infos = _by_name(files)
+            self._infos = store.by_name()
         except BaseException:
-            self._reader.close()
+            store.close()
             raise
 
     def __enter__(self) -> Self:
@@ -151,22 +135,18 @@ class Checkpoint:
         return list(self._infos)
 
     def info(self, name: str) -> TensorInfo:
-        """Element type, shape and place of a tensor (``dtype``, ``shape``, ``file``, ``offset``, ``nbytes``).
+        """Element type, shape and location of a tensor (``dtype``, ``shape``, ``file``, ``offset``, ``nbytes``).
+
+        Of a training checkpoint, file and offset are those of the first chunk.
 
         Raises:
             TensorNotFoundError: there is no such tensor; the message suggests the nearest names.
         """
-        try:
-            return self._infos[name]
-        except KeyError:
-            raise TensorNotFoundError.among(name, self._infos, self._reader.files.files[0].file.path) from None
+        return self._store.located([self._known(name)])[0]
 
     def metadata(self) -> dict[str, str]:
         """The ``__metadata__`` of all files together; where two differ, the first file's entry counts."""
-        merged: dict[str, str] = {}
-        for opened in reversed(self._reader.files.files):
-            merged.update(opened.header.metadata)
-        return merged
+        return self._store.metadata()
 
     def tensors(
         self, names: Iterable[str] | None = None, *, report: LoadReport | None = None
@@ -178,7 +158,7 @@ class Checkpoint:
 
         Args:
             names: only these, still in file order; the rest is not read.
-            report: is told what was read.
+            report: counts what is read.
 
         Raises:
             TensorNotFoundError: one of ``names`` is not there.
@@ -187,7 +167,7 @@ class Checkpoint:
         """
         infos: Iterable[TensorInfo] = self._infos.values()
         if names is not None:
-            wanted = {self.info(name).name for name in names}
+            wanted = {self._known(name).name for name in names}
             infos = [info for info in infos if info.name in wanted]
         return self._stream(infos, report or LoadReport())
 
@@ -208,7 +188,7 @@ class Checkpoint:
         Raises:
             TensorNotFoundError: there is no such tensor.
         """
-        return TensorSlice(self.info(name), self._reader, self._device)
+        return TensorSlice(self.info(name), self._store, self._device)
 
     def load_into(self, targets: Mapping[str, torch.Tensor], *, report: LoadReport | None = None) -> None:
         """Read tensors straight into existing memory, of any strides.
@@ -216,7 +196,7 @@ class Checkpoint:
         Args:
             targets: name -> tensor to fill. Element type and shape must be the checkpoint's; no two may overlap in
                 memory.
-            report: is told what was read.
+            report: counts what is read.
 
         Raises:
             TensorNotFoundError: a name is not there.
@@ -224,48 +204,54 @@ class Checkpoint:
                 bytes).
             SettingsError: GPUDirect Storage was asked for and cannot be used.
         """
-        pairs = [(self.info(name), target) for name, target in targets.items()]
-        for info, target in pairs:
-            check_target(info, target)
-        direct: dict[int | None, list[tuple[TensorInfo, torch.Tensor]]] = {}  # by device
-        others = {}
-        for info, target in pairs:
-            device = self._reader.device_of(target)
-            if device is None and target.device.type != "cpu":
-                others[info.name] = target
-            else:
-                direct.setdefault(device, []).append((info, target))
+        infos = self._store.located([self._known(name) for name in targets])
+        by_device: dict[int | None, list[tuple[TensorInfo, torch.Tensor]]] = {}
+        copied: dict[str, torch.Tensor] = {}  # streamed, and copied by torch
+        for info, target in zip(infos, targets.values(), strict=True):
+            check_target(info, *self._store.dtype_and_shape(info), target)
+        for info, target in zip(infos, targets.values(), strict=True):
+            device = self._store.device_of(target)
+            if device is not None or target.device.type == "cpu":
+                by_device.setdefault(device, []).append((info, target))
+            if (device is None and target.device.type != "cpu") or not self._store.has_extents(info):
+                copied[info.name] = target
         report = report or LoadReport()
-        for device, group in direct.items():
+        for device, group in by_device.items():
             check_targets_apart(group)
-            self._read(group, device)
-            for info, _ in group:
-                report.count_tensor(info)
-        with torch.no_grad():
-            for place in {self._staging(target) for target in others.values()}:
-                wanted = [info for info in self._infos.values() if info.name in others]
-                wanted = [info for info in wanted if self._staging(others[info.name]) == place]
-                for name, tensor in self._reader.stream_to(place, wanted, report):
-                    others[name].copy_(tensor)
-        self._reader.finish(report)
+            self._read([pair for pair in group if pair[0].name not in copied] if copied else group, device, report)
+        self._copy([info for info in infos if info.name in copied], copied, report)
+        self._store.finish(report)
 
     def close(self) -> None:
         """Cancel what is in flight; give back files and threads. Safe to call twice."""
-        self._reader.close()
+        self._store.close()
 
-    def _staging(self, target: torch.Tensor) -> torch.device:
-        """Where a target's bytes are streamed to that are then copied."""
-        return target.device if self._gds else self._device
+    def _known(self, name: str) -> TensorInfo:
+        try:
+            return self._infos[name]
+        except KeyError:
+            raise TensorNotFoundError.among(name, self._infos, self._store.listing) from None
 
     def _stream(self, infos: Iterable[TensorInfo], report: LoadReport) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from self._reader.stream_to(self._device, infos, report)
-        self._reader.finish(report)
+        yield from self._store.stream(infos, report, self._device)
+        self._store.finish(report)
 
-    def _read(self, pairs: Sequence[tuple[TensorInfo, torch.Tensor]], device: int | None) -> None:
+    def _copy(self, infos: Sequence[TensorInfo], targets: Mapping[str, torch.Tensor], report: LoadReport) -> None:
+        """Stream tensors to the staging device of each target, and copy them from there."""
+        by_staging: dict[torch.device, set[str]] = {}
+        for info in infos:
+            by_staging.setdefault(self._store.staging(targets[info.name]), set()).add(info.name)
+        for device, names in by_staging.items():
+            in_order = [info for info in self._infos.values() if info.name in names]
+            with torch.no_grad():
+                for name, tensor in self._store.stream(in_order, report, device):
+                    targets[name].copy_(tensor)
+
+    def _read(self, pairs: Sequence[tuple[TensorInfo, torch.Tensor]], device: int | None, report: LoadReport) -> None:
         """Read whole tensors into the memory of one device, or (None) of the CPU."""
         extents: list[ExtentRow] = []
         for info, target in pairs:
-            number, address = self._reader.file_number(info), target.data_ptr()
+            number, address = self._store.file_number(info), target.data_ptr()
             if target.is_contiguous():
                 extents.append(extent(number, info.offset, info.nbytes, address))
                 continue
@@ -279,45 +265,8 @@ class Checkpoint:
                 address=address,
             )
         try:
-            self._reader.read(extents, [target for _, target in pairs], device)
+            self._store.read(extents, [target for _, target in pairs], device)
         except TransferError as error:
-            raise self._reader.named(error) from error
-
-
-def check_index(index: ShardIndex, files: OpenFiles) -> dict[str, TensorInfo]:
-    """The tensors of ``files`` that ``index`` lists, by name.
-
-    Raises:
-        CheckpointError: the index lists a tensor that its file does not have.
-    """
-    here = {(info.file, info.name): info for info in files.tensors}
-    elsewhere = {info.name: info for info in files.tensors}
-    infos: dict[str, TensorInfo] = {}
-    for name, shard in index.weight_map.items():
-        info = here.get((index.path_of(shard), name))
-        if info is None:
-            found = f"it is in {elsewhere[name].file}" if name in elsewhere else None
-            raise CheckpointError(
-                f"the index puts {name!r} into {shard!r}, which does not have it",
-                file=index.file,
-                hint=found or "index and shards are of different checkpoints, or a shard is damaged",
-            )
-        infos[name] = info
-    return infos
-
-
-def _by_name(files: OpenFiles) -> dict[str, TensorInfo]:
-    """All tensors by name, in file order."""
-    listed = check_index(files.index, files) if files.index is not None else {}
-    infos: dict[str, TensorInfo] = {}
-    for info in files.tensors:
-        if listed.get(info.name, info) is not info:
-            continue  # of two with one name, that counts which the index names
-        if info.name in infos:
-            raise CheckpointError(
-                f"{info.name!r} is also in {infos[info.name].file}",
-                file=info.file,
-                hint="it is not clear which one counts: give the list of files that belong together",
-            )
-        infos[info.name] = info
-    return infos
+            raise self._store.named(error) from error
+        for info, _ in pairs:
+            report.count_tensor(info)

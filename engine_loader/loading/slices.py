@@ -13,9 +13,10 @@ import torch
 
 from ..errors import CheckpointError
 from ..formats.safetensors import TensorInfo
+from ..report.load import LoadReport
 from ..transfer.plan import ExtentRow
-from .geometry import contiguous_strides, view_extents
-from .safetensors_store import Reader
+from .geometry import view_extents
+from .store import TensorStore
 
 Index: TypeAlias = Any
 """Whatever torch takes between brackets: integers, slices, None, ``...``, lists and tensors of indices, masks."""
@@ -35,12 +36,13 @@ class TensorSlice:
     (True, nested lists, …) reads the whole tensor.
     """
 
-    def __init__(self, info: TensorInfo, reader: Reader, device: torch.device) -> None:
+    def __init__(self, info: TensorInfo, store: TensorStore, device: torch.device) -> None:
         self._info = info
-        self._reader = reader
+        self._store = store
         self._device = device
-        dtype, shape = info.as_torch()
+        dtype, shape = store.dtype_and_shape(info)
         self._whole = torch.empty(shape, dtype=dtype, device="meta")
+        self._everything = [slice(None)] * len(shape)
 
     def get_shape(self) -> list[int]:
         """The tensor's shape, as in the header."""
@@ -60,16 +62,17 @@ class TensorSlice:
         return self._part(index).to(self._device)
 
     def _part(self, index: Index) -> torch.Tensor:
+        if index is Ellipsis:
+            return self._fill([(self._everything, 0)], 0, self._whole.shape)
         items = [_item(item) for item in (index if isinstance(index, tuple) else (index,))]
-        if not any(item is _OTHER or isinstance(item, torch.Tensor) for item in items):
-            view = self._whole[tuple(items)]
-            return self._fill([(view, 0)], view.shape)
         if any(item is _OTHER for item in items) or sum(item is Ellipsis for item in items) > 1:
-            return self._fill([(self._whole, 0)], self._whole.shape)[index]
+            return self._part(...)[index]
+        if not any(isinstance(item, torch.Tensor) for item in items):
+            _ = self._whole[tuple(items)]  # raises what torch raises
         return self._gather(_per_dimension(items, self._whole.shape))
 
     def _gather(self, items: list[_Item]) -> torch.Tensor:
-        """Read the rows that index tensors name into a smaller tensor, then index that one."""
+        """Read the box that the items span, of one list of indices only its rows, and index what was read."""
         box: list[slice] = []
         inside: list[_Item] = []
         picked: tuple[int, torch.Tensor] | None = None  # dimension and rows of the list that is read row by row
@@ -92,15 +95,12 @@ class TensorSlice:
                 # The range that the list spans: every combination of two lists would be many small reads.
                 inside.append(wanted - low)
             box.append(slice(low, high))
-        if picked is None:
-            view = self._whole[tuple(box)]
-            return self._fill([(view, 0)], view.shape)[tuple(inside)]
-        dim, rows = picked
         shape = list(self._whole[tuple(box)].shape)
+        if picked is None:
+            return self._fill([(box, 0)], 0, shape)[tuple(inside)]
+        dim, rows = picked
         shape[dim] = len(rows)
-        step = contiguous_strides(shape)[dim]
-        views = [(self._whole[tuple(_with(box, dim, run))], place * step) for place, run in _runs(rows)]
-        return self._fill(views, shape)[tuple(inside)]
+        return self._fill([(_with(box, dim, run), row) for row, run in _runs(rows)], dim, shape)[tuple(inside)]
 
     def _is_narrow(self, box: list[slice]) -> bool:
         """Whether what follows ``box`` recurs so closely that a read of one part of it takes in the others."""
@@ -108,22 +108,33 @@ class TensorSlice:
         steps = [step for step, size in zip(outer.stride()[: len(box)], outer.shape, strict=False) if size > 1]
         return bool(steps) and min(steps) * outer.dtype.itemsize <= _NEAR_BYTES
 
-    def _fill(self, views: list[tuple[torch.Tensor, int]], shape: Sequence[int]) -> torch.Tensor:
-        """Read views of the whole into one new tensor, each to its place there (in elements)."""
+    def _fill(self, boxes: list[tuple[list[slice], int]], dim: int, shape: Sequence[int]) -> torch.Tensor:
+        """Read boxes of the whole into one new tensor.
+
+        Args:
+            boxes: (slices of the whole, position in the new tensor along ``dim``) of each.
+            dim: the dimension along which they lie in the new tensor.
+            shape: of the new tensor.
+        """
+        if not self._store.has_extents(self._info):
+            ((_, whole),) = self._store.stream([self._info], LoadReport())
+            return torch.cat([whole[tuple(box)] for box, _ in boxes], dim) if self._whole.dim() else whole
         target = self._allocate(shape)
-        itemsize = target.dtype.itemsize
+        itemsize, strides = target.dtype.itemsize, target.stride()
+        step = strides[dim] * itemsize if strides else 0
         extents: list[ExtentRow] = []
-        for view, place in views:
+        for box, position in boxes:
+            view = self._whole[tuple(box)]
             extents += view_extents(
-                self._reader.file_number(self._info),
+                self._store.file_number(self._info),
                 self._info.offset + int(view.storage_offset()) * itemsize,
                 itemsize,
                 view.shape,
                 src_strides=view.stride(),
-                dst_strides=target.stride(),
-                address=target.data_ptr() + place * itemsize,
+                dst_strides=strides,
+                address=target.data_ptr() + position * step,
             )
-        self._reader.read(extents, target)
+        self._store.read(extents, target)
         return target
 
     def _allocate(self, shape: Sequence[int]) -> torch.Tensor:
@@ -167,10 +178,10 @@ def _per_dimension(items: list[Any], shape: Sequence[int]) -> list[_Item]:
     missing = len(shape) - sum(map(_dims, items))
     if missing < 0:
         raise IndexError(f"too many indices for tensor of dimension {len(shape)}")
-    place = next((number for number, item in enumerate(items) if item is Ellipsis), len(items))
+    dots = next((number for number, item in enumerate(items) if item is Ellipsis), len(items))
     dense: list[_Item] = []
     dim = 0
-    for item in [*items[:place], *[slice(None)] * missing, *items[place + 1 :]]:
+    for item in [*items[:dots], *[slice(None)] * missing, *items[dots + 1 :]]:
         if isinstance(item, torch.Tensor) and item.dtype == torch.bool:
             if item.shape != torch.Size(shape[dim : dim + item.dim()]):
                 raise IndexError(f"the mask of shape {list(item.shape)} does not fit {list(shape)} at dimension {dim}")
@@ -203,7 +214,7 @@ def _one(index: int, dim: int, size: int) -> slice:
 
 
 def _runs(rows: torch.Tensor) -> Iterator[tuple[int, slice]]:
-    """Runs of consecutive numbers in the sorted ``rows``, each with its place there."""
+    """(position, run) of each run of consecutive numbers in the sorted ``rows``."""
     cuts = ((rows.diff() != 1).nonzero().flatten() + 1).tolist()
     for begin, end in itertools.pairwise([0, *cuts, len(rows)]):
         first = int(rows[begin]) if end > begin else 0

@@ -16,13 +16,17 @@ _OVERLAP_WORK = 100_000
 """Steps that a search for common bytes of two strided targets may take."""
 
 
-def check_target(info: TensorInfo, target: torch.Tensor) -> None:
+def check_target(info: TensorInfo, dtype: torch.dtype, shape: tuple[int, ...], target: torch.Tensor) -> None:
     """Refuse a target that is not the checkpoint's tensor in element type and shape, or cannot be written byte by byte.
+
+    Args:
+        info: the tensor.
+        dtype, shape: what it is as a torch tensor.
+        target: to be filled.
 
     Raises:
         CheckpointError: it does not fit; the message says why.
     """
-    dtype, shape = info.as_torch()
     if target.dtype != dtype or target.shape != shape:
         raise CheckpointError(
             f"{info.name!r} is {dtype} {list(shape)}, the target is {target.dtype} {list(target.shape)}", file=info.file

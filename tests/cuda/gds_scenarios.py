@@ -22,7 +22,9 @@ from safetensors.torch import save_file
 
 from engine_loader.errors import SettingsError, TransferError
 from engine_loader.loading.checkpoint import Checkpoint
-from engine_loader.loading.find import open_files
+from engine_loader.loading.files import open_files
+from engine_loader.loading.find import SafetensorsFiles
+from engine_loader.loading.safetensors_store import SafetensorsStore
 from engine_loader.loading.streaming import gds
 from engine_loader.report.load import LoadReport
 from engine_loader.settings import load_settings
@@ -79,8 +81,8 @@ class Rehearsal:
     def opened(self, **options: object) -> Iterator[Checkpoint]:
         source = PosixSource()
         settings = load_settings({"transport": "gds", "threads": 3, **options}).settings.loader
-        files = open_files(source, [str(path) for path in self.paths])
-        with Checkpoint(files, source.name, settings, PLACE, self.devices) as checkpoint:
+        files = open_files(source, SafetensorsFiles(tuple(map(str, self.paths))))
+        with Checkpoint(SafetensorsStore(files, source.name, settings, self.devices), PLACE) as checkpoint:
             yield checkpoint
 
     def read(self, **options: object) -> str:

@@ -19,9 +19,11 @@ from engine_loader.loading.checkpoint import Checkpoint
 from engine_loader.loading.devices.cuda import CudaDevices
 from engine_loader.loading.devices.trial import obstacle_on
 from engine_loader.loading.direct.load import DirectLoad
-from engine_loader.loading.find import open_files
-from engine_loader.loading.safetensors_store import Reader
-from engine_loader.loading.training.store import DcpReader
+from engine_loader.loading.files import open_files
+from engine_loader.loading.find import SafetensorsFiles
+from engine_loader.loading.safetensors_store import SafetensorsStore
+from engine_loader.loading.store import TensorStore
+from engine_loader.loading.training.store import TrainingStore
 from engine_loader.report.load import LoadReport
 from engine_loader.report.progress import byte_progress
 from engine_loader.settings import LoaderSettings, load_settings
@@ -65,7 +67,8 @@ def settings_for(standin: StandIn, **options: object) -> LoaderSettings:
 def opened(path: Path, standin: StandIn, devices: StandInDevices, **options: object) -> Iterator[Checkpoint]:
     source = PosixSource()
     settings = settings_for(standin, **options)
-    with Checkpoint(open_files(source, str(path)), source.name, settings, torch.device("cpu"), devices) as checkpoint:
+    store = SafetensorsStore(open_files(source, SafetensorsFiles((str(path),))), source.name, settings, devices)
+    with Checkpoint(store, torch.device("cpu")) as checkpoint:
         yield checkpoint
 
 
@@ -164,10 +167,15 @@ class Model(nn.Module):
 
 def load_directly(path: Path, standin: StandIn, devices: StandInDevices, model: Model) -> DirectLoad:
     source = PosixSource()
-    return load_through(Reader(open_files(source, str(path)), source.name, settings_for(standin), devices), model)
+    return load_through(
+        SafetensorsStore(
+            open_files(source, SafetensorsFiles((str(path),))), source.name, settings_for(standin), devices
+        ),
+        model,
+    )
 
 
-def load_through(reader: Reader | DcpReader, model: Model) -> DirectLoad:
+def load_through(reader: TensorStore, model: Model) -> DirectLoad:
     load = DirectLoad(model)
     with load:
         progress = byte_progress(1, "", shown=False)
@@ -182,7 +190,7 @@ def test_direct_mode_reads_a_training_checkpoint_into_parameters_on_a_device(
     save_chunked(cut, tmp_path / "step", lambda name, tensor: [[size // 3] for size in tensor.shape])
     standin.delay(500)
     model = Model(devices)
-    load = load_through(DcpReader(PosixSource(), str(tmp_path / "step"), settings_for(standin), devices), model)
+    load = load_through(TrainingStore(PosixSource(), str(tmp_path / "step"), settings_for(standin), devices), model)
     fused = torch.cat([tensors["a"], tensors["b"]])
     fused[0] *= 2
     assert torch.equal(model.fused, fused) and torch.equal(model.host, tensors["a"])

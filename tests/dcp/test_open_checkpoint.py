@@ -145,6 +145,18 @@ def test_only_the_bytes_of_a_slice_are_read(tmp_path):
     assert 150_000 <= report.bytes_read < 250_000
 
 
+@pytest.mark.parametrize("index", [[3, 501, 997], torch.arange(1000) % 334 == 3], ids=["list", "mask"])
+def test_only_the_rows_of_a_list_or_a_mask_are_read(tmp_path, index):
+    whole = torch.arange(1000, dtype=torch.int32)[:, None].expand(1000, 50_000).to(torch.uint8)
+    path = sharded(tmp_path / "c", whole, [((0, 0), (500, 50_000)), ((500, 0), (500, 50_000))])
+    with open_checkpoint(path) as checkpoint:
+        rows = checkpoint.get_slice("model.w")[index]
+        report = LoadReport()
+        checkpoint.load_into({}, report=report)
+    assert same(rows, whole[index])
+    assert 150_000 <= report.bytes_read < 250_000
+
+
 def test_it_is_opened_from_memory(tmp_path):
     path = sharded(tmp_path / "c", WHOLE, CUTS["grid"])
     files = {f"c/{file.name}": file.read_bytes() for file in path.iterdir()}

@@ -17,8 +17,10 @@ from torch.distributed.checkpoint.filesystem import SerializationFormat
 
 from engine_loader import CheckpointError, dcp
 from engine_loader.dcp import reader
-from engine_loader.loading.training import files as dcp_files
+from engine_loader.loading.training import boxes
+from engine_loader.loading.training.boxes import BoxRead
 from engine_loader.loading.training.files import DcpFiles
+from engine_loader.loading.training.items import Items
 from engine_loader.report.load import LoadReport
 from engine_loader.settings import LoaderSettings
 from engine_loader.sources.posix import PosixSource
@@ -118,7 +120,7 @@ def test_any_part_of_a_stored_tensor_is_read(tmp_path, writer, offsets, lengths)
     writer({"a": whole}, tmp_path / "c")
     with files_of(tmp_path / "c") as files:
         ((index, info),) = files.read_metadata().storage_data.items()
-        (found,) = files.locate([(index.fqn, info)])
+        (found,) = Items(files).locate([(index.fqn, info)])
         target = torch.zeros(lengths, dtype=torch.int64)
         files.read([files.part(found, offsets, lengths, target)])
     want = whole[offsets[0] : offsets[0] + lengths[0], offsets[1] : offsets[1] + lengths[1]]
@@ -127,12 +129,12 @@ def test_any_part_of_a_stored_tensor_is_read(tmp_path, writer, offsets, lengths)
 
 @pytest.mark.parametrize("most_span_bytes", [0, 1 << 20])
 def test_a_narrow_column_is_read(tmp_path, monkeypatch, most_span_bytes):
-    monkeypatch.setattr(dcp_files, "_MOST_SPAN_BYTES", most_span_bytes)
+    monkeypatch.setattr(boxes, "_MOST_SPAN_BYTES", most_span_bytes)
     whole = torch.arange(10_000 * 40).to(torch.int16).reshape(10_000, 40)
     stock_save({"a": whole}, tmp_path / "c")
     with files_of(tmp_path / "c") as files:
         ((index, info),) = files.read_metadata().storage_data.items()
-        (found,) = files.locate([(index.fqn, info)])
+        (found,) = Items(files).locate([(index.fqn, info)])
         target = torch.zeros(10_000, 2, dtype=torch.int16)
         files.read([files.part(found, (0, 7), (10_000, 2), target)])
     assert torch.equal(target, whole[:, 7:9])
@@ -142,7 +144,7 @@ def test_only_the_bytes_of_a_part_are_read(tmp_path):
     stock_save({"a": torch.zeros(1000, 50_000, dtype=torch.uint8)}, tmp_path / "c")
     with files_of(tmp_path / "c") as files:
         ((index, info),) = files.read_metadata().storage_data.items()
-        (found,) = files.locate([(index.fqn, info)])
+        (found,) = Items(files).locate([(index.fqn, info)])
         before, after = LoadReport(), LoadReport()
         files.finish(before)
         files.read([files.part(found, (500, 0), (2, 50_000), torch.empty(2, 50_000, dtype=torch.uint8))])
@@ -231,7 +233,7 @@ def test_what_is_read_beside_its_targets_takes_little_memory(small_groups, monke
     most = 0
     make = DcpFiles.part
 
-    def part(self: DcpFiles, *args: Any) -> dcp_files.Part:
+    def part(self: DcpFiles, *args: Any) -> BoxRead:
         nonlocal most
         made_now = make(self, *args)
         assert made_now.pending is not None
@@ -249,7 +251,7 @@ def test_what_goes_straight_to_its_targets_is_asked_for_in_few_groups(small_grou
     groups: list[int] = []
     submit = DcpFiles.submit
 
-    def counted(self: DcpFiles, parts: Sequence[dcp_files.Part]) -> Transfer | None:
+    def counted(self: DcpFiles, parts: Sequence[BoxRead]) -> Transfer | None:
         groups.append(len(parts))
         return submit(self, parts)
 

@@ -113,8 +113,11 @@ def open_fake(*files: FakeFile, **options: object) -> "Checkpoint":
     import torch
 
     from engine_loader.loading.checkpoint import Checkpoint
-    from engine_loader.loading.find import open_files
+    from engine_loader.loading.files import open_files
+    from engine_loader.loading.find import SafetensorsFiles
+    from engine_loader.loading.safetensors_store import SafetensorsStore
 
     source = FakeSource({file.path: file for file in files})
     settings = load_settings(options).settings.loader
-    return Checkpoint(open_files(source, [file.path for file in files]), source.name, settings, torch.device("cpu"))
+    opened = open_files(source, SafetensorsFiles(tuple(file.path for file in files)))
+    return Checkpoint(SafetensorsStore(opened, source.name, settings), torch.device("cpu"))

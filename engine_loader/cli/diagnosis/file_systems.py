@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 
 from ...errors import CheckpointError, SettingsError
 from ...formats.hf_index import INDEX_NAME
-from ...loading.find import locate
+from ...loading.files import listed_files
+from ...loading.find import TrainingCheckpoint, find_checkpoint
 from ...machine import Mount, mount_of
 from ...report.load import human_bytes
 from ...settings import load_settings
@@ -83,7 +84,9 @@ def _check(path: str) -> Iterator[Finding]:
         )
         return
     try:
-        files, _ = locate(PosixSource(), path)
+        found = find_checkpoint(PosixSource(), path)
+        assert not isinstance(found, TrainingCheckpoint)  # it has files of safetensors
+        files, _ = listed_files(PosixSource(), found)
         sizes = [_readable(file) for file in files]
     except CheckpointError as error:
         yield Finding(

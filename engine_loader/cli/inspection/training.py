@@ -6,15 +6,15 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 
-import torch
-
 from ...errors import CheckpointError
 from ...formats.safetensors import Header, TensorInfo
 from ...loading.find import natural_key
-from ...loading.training.checkpoint import DcpCheckpoint, DcpChunk, DcpTensor
+from ...loading.training.chunks import misfit
+from ...loading.training.store import TrainingStore
+from ...loading.training.tensors import DcpChunk, DcpTensor
 from ...settings import load_settings
 from ...sources.source import Source
-from .survey import Survey
+from .result import Survey
 
 
 def read_training(source: Source, directory: str) -> Survey:
@@ -23,76 +23,65 @@ def read_training(source: Source, directory: str) -> Survey:
     Raises:
         CheckpointError: the metadata is wrong, or a file is missing or too short.
     """
-    with _open(source, directory) as checkpoint:
-        return _survey(checkpoint, _lengths(checkpoint))
+    with _open(source, directory) as store:
+        return _survey(store, _lengths(store))
 
 
 def check_training(source: Source, directory: str) -> Survey:
-    """Survey a checkpoint, and compare each stored tensor with what the metadata says of it."""
-    try:
-        checkpoint = _open(source, directory)
-    except CheckpointError as error:
-        return Survey([], problems=[error])
-    with checkpoint:
-        problems = {str(error): error for error in _problems(checkpoint)}
+    """Survey a checkpoint, and compare each stored tensor with what the metadata says of it.
+
+    Raises:
+        CheckpointError: the metadata is wrong.
+    """
+    with _open(source, directory) as store:
+        problems = {str(error): error for error in _problems(store)}
         try:
-            survey = _survey(checkpoint, _lengths(checkpoint))
+            survey = _survey(store, _lengths(store))
         except CheckpointError:
             survey = Survey([])
         survey.problems += problems.values()
         return survey
 
 
-def _open(source: Source, directory: str) -> DcpCheckpoint:
-    settings = load_settings().settings.loader
-    return DcpCheckpoint(source, directory, settings, torch.device("cpu"), key_mapping={}, optimizer_state=True)
+def _open(source: Source, directory: str) -> TrainingStore:
+    return TrainingStore(source, directory, load_settings().settings.loader, key_mapping={}, optimizer_state=True)
 
 
-def _survey(checkpoint: DcpCheckpoint, lengths: dict[str, int]) -> Survey:
-    parts: dict[str, list[TensorInfo]] = {path: [] for path in lengths}
-    whole = []
-    for tensor in checkpoint.stored_tensors:
-        places = [os.path.join(checkpoint.files.directory, chunk.place.relative_path) for chunk in tensor.chunks]
-        for chunk, path in zip(tensor.chunks, places, strict=True):
-            info = tensor.info(path, chunk.place.offset)
-            parts[path].append(TensorInfo(info.name, info.dtype, chunk.sizes, path, info.offset, chunk.place.length))
-        first = (places[0], tensor.chunks[0].place.offset) if places else (checkpoint.files.metadata_path, 0)
-        whole.append(tensor.info(*first))
-    headers = [Header(path, lengths[path], 0, tuple(infos), {}) for path, infos in parts.items()]
-    return Survey(headers, whole=whole, other_items=list(checkpoint.other_items()))
+def _survey(store: TrainingStore, lengths: dict[str, int]) -> Survey:
+    chunks: dict[str, list[TensorInfo]] = {path: [] for path in lengths}
+    for tensor, chunk in _chunks(store):
+        path, stored = os.path.join(store.files.directory, chunk.stored.relative_path), chunk.stored
+        dtype = tensor.info(path, stored.offset).dtype
+        chunks[path].append(TensorInfo(tensor.name, dtype, chunk.sizes, path, stored.offset, stored.length))
+    headers = [Header(path, lengths[path], 0, tuple(infos), {}) for path, infos in chunks.items()]
+    return Survey(headers, whole=list(store.by_name().values()), other_items=list(store.other_items()))
 
 
-def _lengths(checkpoint: DcpCheckpoint) -> dict[str, int]:
+def _lengths(store: TrainingStore) -> dict[str, int]:
     """The lengths of the files, in order, by their paths."""
     lengths: dict[str, int] = {}
-    for tensor, chunk in _chunks(checkpoint):
-        _, file = checkpoint.files.item(chunk.place, tensor.stored_name)
+    for tensor, chunk in _chunks(store):
+        _, file = store.files.item(chunk.stored, tensor.stored_name)
         lengths[file.path] = file.size
     return {path: lengths[path] for path in sorted(lengths, key=natural_key)}
 
 
-def _problems(checkpoint: DcpCheckpoint) -> Iterator[CheckpointError]:
+def _problems(store: TrainingStore) -> Iterator[CheckpointError]:
     # Many at once: one by one, each read of a remote file would be waited for.
     with suppress(CheckpointError):
-        checkpoint.located()
-    for tensor, chunk in _chunks(checkpoint):
+        store.chunks.locate(list(store.tensors.values()))
+    for tensor, chunk in _chunks(store):
         try:
-            (stored,) = checkpoint.files.locate([(tensor.stored_name, chunk.place)])
+            (stored,) = store.chunks.items.locate([(tensor.stored_name, chunk.stored)])
         except CheckpointError as error:
             yield error
             continue
         # What is no plain bytes (compressed, several storages), only torch.load can judge.
         if stored is not None and (stored.shape != chunk.sizes or stored.dtype != tensor.dtype):
-            yield CheckpointError(
-                f"{tensor.stored_name!r} is {stored.dtype} {list(stored.shape)} in the file, "
-                f"but {tensor.dtype} {list(chunk.sizes)} by the metadata",
-                file=checkpoint.files.path_of(stored.file),
-                offset=chunk.place.offset,
-                hint="metadata and files are of different saves: copy the checkpoint again",
-            )
+            yield misfit(tensor, chunk, stored.dtype, stored.shape, store.files.path_of(stored.file))
 
 
-def _chunks(checkpoint: DcpCheckpoint) -> Iterator[tuple[DcpTensor, DcpChunk]]:
-    for tensor in checkpoint.stored_tensors:
+def _chunks(store: TrainingStore) -> Iterator[tuple[DcpTensor, DcpChunk]]:
+    for tensor in store.tensors.values():
         for chunk in tensor.chunks:
             yield tensor, chunk

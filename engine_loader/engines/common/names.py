@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from ...errors import CheckpointError, EngineLoaderError
-from ...loading.find import is_dcp
-from ...loading.training.checkpoint import DcpCheckpoint
 from ...loading.training.key_mapping import Renamer, make_renamer
+from ...loading.training.store import TrainingStore
 from ...settings import LoaderSettings
 from ...sources.registry import make_source
+from .weights_uri import training_checkpoint_at
 
 _SHOWN = 3
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -45,11 +45,12 @@ def explaining_misfits(model: torch.nn.Module, weights: str, settings: LoaderSet
     except EngineLoaderError:
         raise
     except Exception as error:  # engines raise whatever it comes to
-        source = make_source(settings.backend, settings=settings)
-        if not is_dcp(source, weights):
+        training = training_checkpoint_at(weights, settings)
+        if training is None:
             raise
-        with DcpCheckpoint(source, weights, settings, torch.device("cpu"), key_mapping={}) as checkpoint:
-            misfit = _misfit(model, checkpoint.keys(), make_renamer(settings.key_mapping), weights, error)
+        source = make_source(settings.backend, settings=settings)
+        with TrainingStore(source, training.directory, settings, key_mapping={}) as store:
+            misfit = _misfit(model, list(store.tensors), make_renamer(settings.key_mapping), weights, error)
         if misfit is None:
             raise
         raise misfit from error
@@ -120,7 +121,7 @@ def _prefixes(names: Sequence[str]) -> list[str]:
 
 
 def _misfit(
-    model: torch.nn.Module, names: Sequence[str], rename: Renamer, place: str, error: Exception
+    model: torch.nn.Module, names: Sequence[str], rename: Renamer, weights: str, error: Exception
 ) -> CheckpointError | None:
     """``names`` are the training's; ``rename`` is what is set so far."""
     fits = _Fits(model)
@@ -136,7 +137,7 @@ def _misfit(
     return CheckpointError(
         f"the names in this training checkpoint are not those of {type(model).__name__}: "
         f"it has {_shown(names)}{became}; the model has {_shown(fits.parameters)}; the engine said: {told}",
-        file=place,
+        file=weights,
         hint=hint,
     )
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 
 from ...loading.direct.load import DirectLoad
-from ...loading.weights import stream_weights
+from ...loading.weights import WeightFiles, stream_weights
 from ...plugin import LOAD_FORMAT
 from ...settings import LoaderSettings
 from ...transfer.memory.huge_pages import ask_for_huge_pages
@@ -24,7 +24,7 @@ def prepare_memory(model: torch.nn.Module) -> None:
 
 
 def read_weights(
-    weights: Sequence[str] | str,
+    weights: WeightFiles,
     settings: LoaderSettings,
     *,
     log: logging.Logger,
@@ -39,7 +39,7 @@ def read_weights(
     The first rank logs it at level INFO, the others at level DEBUG; only the first shows progress.
 
     Args:
-        weights: the paths of safetensors files, or the directory of a training checkpoint.
+        weights: the paths of safetensors files, or a training checkpoint.
         settings: how to read.
         log: the engine's logger.
         show_progress: show a bar.

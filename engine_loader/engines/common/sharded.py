@@ -3,45 +3,43 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterable
 
 import torch
 
 from ...errors import CheckpointError
-from ...formats.hf_index import INDEX_NAME
-from ...formats.sharded_state import ShardRank, shards_by_rank, shards_of
+from ...formats.sharded_state import ShardRank
+from ...loading.find import NoCheckpointError, SafetensorsFiles, ShardedState, find_checkpoint
 from ...settings import LoaderSettings
 from ...sources.registry import make_source
 
 
 def files_of_rank(
-    directory: str, settings: LoaderSettings, place: Callable[[], tuple[ShardRank, int]]
+    directory: str, settings: LoaderSettings, rank_of_ranks: Callable[[], tuple[ShardRank, int]]
 ) -> list[str] | None:
     """A rank's files, when ``directory`` is a sharded_state checkpoint; else None.
 
     Args:
         directory: the model's.
         settings: how to read.
-        place: returns this process's rank and the number of ranks; called only for a sharded_state checkpoint.
+        rank_of_ranks: says which rank of how many this is; not called where there is nothing of the kind.
 
     Raises:
         CheckpointError: it is one of another parallel layout, or the settings say that it is one and it is not.
     """
-    source = make_source(settings.backend, settings=settings)
-    if not source.is_dir(directory):
-        return None
-    names = source.list(directory)
-    pattern = settings.sharded_pattern
-    if pattern is None and INDEX_NAME in names:
-        return None
-    shards = shards_by_rank(names, pattern)
-    if not shards:
-        if pattern is not None:
-            raise CheckpointError(f"no file is named as {pattern!r}", file=directory)
-        return None
-    rank, ranks = place()
-    return [os.path.join(directory, name) for name in shards_of(shards, rank, ranks, directory)]
+    source, pattern = make_source(settings.backend, settings=settings), settings.sharded_pattern
+    try:
+        found = find_checkpoint(source, directory, sharded_pattern=pattern)
+    except NoCheckpointError:
+        found = None
+    match found:
+        case ShardedState():
+            return list(found.of_rank(*rank_of_ranks()).paths)
+        case SafetensorsFiles(directory=None):
+            return None  # no directory: the name of a model on the hub, or a file
+    if pattern is not None:
+        raise CheckpointError(f"no file is named as {pattern!r}", file=directory)
+    return None
 
 
 def fill_state(
@@ -61,7 +59,7 @@ def fill_state(
         weights: name and tensor.
         directory: for messages.
         hint: what to do when they do not fit.
-        log: gets a warning for each tensor that is converted, or fills only a part of its parameter.
+        log: for warnings of conversions.
 
     Raises:
         CheckpointError: a tensor does not belong to the model or is too large for it, or some are missing.

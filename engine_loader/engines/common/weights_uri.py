@@ -7,16 +7,18 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 
 from ...errors import CheckpointError, SettingsError
-from ...formats.dcp_metadata import METADATA_NAME
-from ...loading.find import is_dcp, locate
+from ...loading.files import listed_files
+from ...loading.find import Found, NoCheckpointError, TrainingCheckpoint, find_checkpoint
 from ...settings import LoaderSettings
+from ...sources.posix import PosixSource
 from ...sources.registry import make_source, remote_backend
+from ...sources.source import Source
 
 
 def weights_at(
     uri: str, settings: LoaderSettings, *, subfolder: str | None = None, patterns: Sequence[str] | None = None
-) -> list[str] | str:
-    """The safetensors files at ``uri``: a prefix, a directory, or one file. Or where a training checkpoint is there.
+) -> list[str] | TrainingCheckpoint:
+    """The safetensors files at ``uri`` (a prefix, a directory, or one file), or the training checkpoint there.
 
     Args:
         uri: the value of the setting.
@@ -31,31 +33,47 @@ def weights_at(
     remote = remote_backend(uri)
     if remote is not None and settings.backend not in ("auto", remote):
         raise SettingsError(f"backend: {settings.backend} does not read weights_uri: {uri}; set backend to auto")
-    place = os.path.join(uri, subfolder) if subfolder else uri
     source = make_source(settings.backend, settings=settings)
     try:
-        if is_dcp(source, place):
-            return place
-        if not patterns:
-            return locate(source, place)[0]
-        names = [name for name in source.list(place) if any(fnmatch(name, pattern) for pattern in patterns)]
-        if not names:
-            raise CheckpointError(f"no file matches {', '.join(patterns)}", file=place)
-        return [os.path.join(place, name) for name in names]
+        return _weights_at(source, os.path.join(uri, subfolder) if subfolder else uri, patterns)
     except CheckpointError as error:
         raise CheckpointError(
             f"weights_uri: {error.message}", file=error.file, offset=error.offset, hint=error.hint
         ) from error
 
 
-def is_training_checkpoint(place: str, settings: LoaderSettings) -> bool:
-    """Whether ``place`` is the directory of a training checkpoint (torch.distributed.checkpoint)."""
-    return is_dcp(make_source(settings.backend, settings=settings), place)
+def _weights_at(source: Source, path: str, patterns: Sequence[str] | None) -> list[str] | TrainingCheckpoint:
+    try:
+        found: Found | None = find_checkpoint(source, path)
+    except NoCheckpointError:
+        if not patterns:
+            raise
+        found = None
+    if isinstance(found, TrainingCheckpoint):
+        return found
+    if found is not None and not patterns:
+        return list(listed_files(source, found)[0])
+    names = [name for name in source.list(path) if any(fnmatch(name, pattern) for pattern in patterns or ())]
+    if not names:
+        raise CheckpointError(f"no file matches {', '.join(patterns or ())}", file=path)
+    return [os.path.join(path, name) for name in names]
+
+
+def training_checkpoint_at(path: str, settings: LoaderSettings) -> TrainingCheckpoint | None:
+    """The training checkpoint (torch.distributed.checkpoint) at ``path``, if there is one."""
+    try:
+        found = find_checkpoint(make_source(settings.backend, settings=settings), path)
+    except NoCheckpointError:
+        return None
+    return found if isinstance(found, TrainingCheckpoint) else None
 
 
 def has_weights(model: str) -> bool:
     """Whether the directory ``model`` holds a checkpoint, or ``model`` is the name of one on the hub."""
     try:
-        return any(name.endswith(".safetensors") or name == METADATA_NAME for name in os.listdir(model))
-    except OSError:
+        find_checkpoint(PosixSource(), model)
+    except NoCheckpointError:
+        return False
+    except CheckpointError:  # it cannot be listed: whoever loads it says why
         return True
+    return True

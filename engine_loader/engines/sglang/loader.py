@@ -25,6 +25,7 @@ from sglang.srt.model_loader.loader import DefaultModelLoader
 from ...errors import CheckpointError
 from ...formats.sharded_state import ShardRank
 from ...loading.direct.load import DirectLoad
+from ...loading.find import TrainingCheckpoint
 from ...loading.weights import check_weights
 from ...replacing import wrap, wrapped_in_thread
 from ...settings import LoaderSettings, load_settings
@@ -33,7 +34,7 @@ from ..common.names import explaining_misfits
 from ..common.options import split_options
 from ..common.reading import Weights, prepare_memory, read_weights
 from ..common.sharded import files_of_rank, fill_state
-from ..common.weights_uri import is_training_checkpoint, weights_at
+from ..common.weights_uri import training_checkpoint_at, weights_at
 from .refusals import bypassed, refuse_model
 
 logger = logging.getLogger(__name__)
@@ -174,7 +175,7 @@ class B10ModelLoader(DefaultModelLoader):
         uri = self._reader_settings.weights_uri
         if uri is not None and source.model_or_path == _first.model:
             return self._weights_at(source, uri.rstrip("/"))
-        if is_training_checkpoint(source.model_or_path, self._reader_settings):
+        if training_checkpoint_at(source.model_or_path, self._reader_settings):
             return self._weights_at(source, source.model_or_path)
         with ExitStack() as stack:
             for name in _ITERATORS:
@@ -194,15 +195,15 @@ class B10ModelLoader(DefaultModelLoader):
         """Called instead of SGLang's iterators, whose other arguments say how to read: here the settings do."""
         return self._weights(files)
 
-    def _weights(self, weights: list[str] | str) -> Weights:
-        """(name, tensor) of safetensors files, or of the training checkpoint in a directory."""
+    def _weights(self, weights: list[str] | TrainingCheckpoint) -> Weights:
+        """(name, tensor) of safetensors files, or of a training checkpoint."""
         if not self._starting:
             # Faults of new weights are found before the old ones are touched: to roll back, SGLang would read the new
             # ones again.
             check_weights(weights, self._reader_settings)
         return self._read(weights)
 
-    def _read(self, weights: list[str] | str) -> Weights:
+    def _read(self, weights: list[str] | TrainingCheckpoint) -> Weights:
         # A generator: only when it begins is it known whether the load is in direct mode.
         yield from read_weights(
             weights, self._reader_settings, log=logger, note=self._note, direct=self._direct, device=self._device

@@ -22,6 +22,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from ...loading.direct.dry_run import Explanation
 from ...loading.direct.load import DirectLoad
+from ...loading.find import TrainingCheckpoint
 from ...plugin import LOAD_FORMAT
 from ...replacing import wrapped_in_thread
 from ...settings import load_settings
@@ -29,7 +30,7 @@ from ..common.mode import obstacle_to_direct, plan_mode
 from ..common.names import explaining_misfits
 from ..common.options import split_options
 from ..common.reading import Weights, prepare_memory, read_weights
-from ..common.weights_uri import has_weights, is_training_checkpoint, weights_at
+from ..common.weights_uri import has_weights, training_checkpoint_at, weights_at
 from .sharded import files_of_this_rank, fill_state, tie_as_saved
 
 # Below vLLM's own logger, so that it is shown in vLLM's way and at vLLM's level.
@@ -79,7 +80,7 @@ class B10ModelLoader(DefaultModelLoader):
     def download_model(self, model_config: Any) -> None:
         """Download a hub model's weights, unless others are loaded in their place (the setting ``weights_uri``)."""
         own = self._replacement(model_config) is None
-        if own and not is_training_checkpoint(model_config.model, self._reader_settings):
+        if own and not training_checkpoint_at(model_config.model, self._reader_settings):
             super().download_model(model_config)
 
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
@@ -139,7 +140,7 @@ class B10ModelLoader(DefaultModelLoader):
     def _get_weights_iterator(self, source: Any) -> Weights:
         if self._replaced is not None and source.model_or_path == self._replaced[0]:
             return self._weights_at(source, self._replaced[1])
-        if is_training_checkpoint(source.model_or_path, self._reader_settings):
+        if training_checkpoint_at(source.model_or_path, self._reader_settings):
             return self._weights_at(source, source.model_or_path)
         with wrapped_in_thread(default_loader, _ITERATOR, self._weights):
             return super()._get_weights_iterator(source)  # type: ignore[no-any-return]
@@ -158,7 +159,7 @@ class B10ModelLoader(DefaultModelLoader):
     def _weights(
         self,
         original: Callable[..., Weights],
-        files: list[str] | str,
+        files: list[str] | TrainingCheckpoint,
         use_tqdm_on_load: bool,
         strategy: str | None = None,
         *args: Any,
@@ -173,7 +174,7 @@ class B10ModelLoader(DefaultModelLoader):
         return self._read(files, show_progress=use_tqdm_on_load, skip=_skip_experts(local_expert_ids))
 
     def _read(
-        self, weights: list[str] | str, *, show_progress: bool, skip: Callable[[str], bool] | None = None
+        self, weights: list[str] | TrainingCheckpoint, *, show_progress: bool, skip: Callable[[str], bool] | None = None
     ) -> Weights:
         return read_weights(
             weights,

@@ -17,7 +17,8 @@ import torch
 from ...errors import CheckpointError
 from ...formats.sharded_state import PIPELINE_PATTERN, TENSOR_PATTERN, ShardRank, shards_by_rank
 from ...loading.companions import copy_companions
-from ...loading.find import open_files
+from ...loading.files import open_files
+from ...loading.find import SafetensorsFiles
 from ...settings import LoaderSettings
 from ...sources.posix import PosixSource
 from ...sources.registry import make_source
@@ -36,11 +37,11 @@ def files_of_this_rank(directory: str, settings: LoaderSettings) -> list[str] | 
     Raises:
         CheckpointError: it is one of another parallel layout, or the settings say that it is one and it is not.
     """
-    return files_of_rank(directory, settings, _place)
+    return files_of_rank(directory, settings, _rank_of_ranks)
 
 
-def _place() -> tuple[ShardRank, int]:
-    """This process's rank, and the number of ranks."""
+def _rank_of_ranks() -> tuple[ShardRank, int]:
+    """Which rank of how many this is."""
     from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
     stages = get_pp_group()
@@ -61,7 +62,7 @@ def tie_as_saved(model: torch.nn.Module, model_config: Any, files: list[str], se
     untied = _get_untied_lm_head(model)
     if untied is None:
         return
-    with open_files(make_source(settings.backend, settings=settings), files) as opened:
+    with open_files(make_source(settings.backend, settings=settings), SafetensorsFiles(tuple(files))) as opened:
         saved = {info.name for info in opened.tensors}
     embedding = next(name for name, part in model.named_modules() if part is untied.embed_tokens)
     if f"{embedding}.weight" in saved:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self, TypeVar
+from typing import Self, TypeVar
 
 import torch
 
@@ -23,6 +23,7 @@ from ...report.load import LoadReport
 from ...report.progress import Progress
 from ...transfer.plan import ExtentRow, extent
 from ...transfer.protocol import Transfer
+from ..store import TensorStore
 from .copies import bytes_of, copy_extents, has_own_memory, takes_bytes
 from .kept import LiveOrigins, replace_recording_tensors
 from .observer import SCATTERED, SMALL, LoadObserver, NoObserver
@@ -43,23 +44,6 @@ _MATERIALISED_SHARE = 0.25
 _MATERIALISED_GRACE_BYTES = 256 << 20
 
 
-class DirectReader(Protocol):
-    """What a load reads through: a ``Reader`` (reader.py), or that of a training checkpoint (dcp_reader.py)."""
-
-    @property
-    def paths(self) -> Sequence[str]: ...
-    def __enter__(self) -> Self: ...
-    def __exit__(self, *_: object) -> None: ...
-    def file_number(self, info: TensorInfo) -> int: ...
-    def has_extents(self, info: TensorInfo) -> bool: ...
-    def device_of(self, tensor: torch.Tensor) -> int | None: ...
-    def read(self, extents: Sequence[ExtentRow], owner: object, device: int | None = None) -> None: ...
-    def submit(self, extents: Sequence[ExtentRow], owner: object, device: int | None = None) -> Transfer: ...
-    def stream(self, infos: Iterable[TensorInfo], report: LoadReport) -> Iterator[tuple[str, torch.Tensor]]: ...
-    def named(self, error: TransferError) -> TransferError: ...
-    def finish(self, report: LoadReport) -> None: ...
-
-
 @dataclass(slots=True)
 class _FileSet:
     """The files of one call of ``DirectLoad.tensors``, with their report and progress; the ``BatchFiles`` of their
@@ -71,7 +55,7 @@ class _FileSet:
         shown_bytes: of these, what the progress shows.
     """
 
-    reader: DirectReader
+    reader: TensorStore
     report: LoadReport
     progress: Progress
     log: Callable[[str], object]
@@ -195,7 +179,7 @@ class DirectLoad:
 
     def tensors(
         self,
-        reader: DirectReader,
+        reader: TensorStore,
         infos: Sequence[TensorInfo],
         report: LoadReport,
         *,

@@ -35,7 +35,7 @@ class Block:
 
 
 def packed_blocks(infos: Iterable[TensorInfo], block_bytes: int) -> Iterator[Block]:
-    """Blocks to be read into buffers: every tensor gets an aligned place.
+    """Blocks to be read into buffers: every tensor gets an aligned position.
 
     The first lies at its file offset modulo the page size, so that neighbours in the file are mostly neighbours in
     memory and direct IO needs no copy.
@@ -44,19 +44,19 @@ def packed_blocks(infos: Iterable[TensorInfo], block_bytes: int) -> Iterator[Blo
 
 
 def device_blocks(infos: Iterable[TensorInfo], block_bytes: int) -> Iterator[Block]:
-    """The same in the memory of a device, aligned as kernels like it, and as torch's allocator does it."""
+    """Blocks to be read into the memory of a device; every tensor is aligned as torch's allocator aligns."""
     return _packed(infos, block_bytes, lambda info, begin: -(-begin // _DEVICE_ALIGN) * _DEVICE_ALIGN)
 
 
-def _packed(infos: Iterable[TensorInfo], block_bytes: int, place: Callable[[TensorInfo, int], int]) -> Iterator[Block]:
-    """Blocks whose tensors get the place from a position on that ``place`` says."""
+def _packed(infos: Iterable[TensorInfo], block_bytes: int, align: Callable[[TensorInfo, int], int]) -> Iterator[Block]:
+    """Blocks whose tensors lie at the first position, from a given one on, that ``align`` allows."""
     block = Block()
     for info in infos:
-        position = place(info, block.nbytes)
+        position = align(info, block.nbytes)
         if block.tensors and position + info.nbytes > block_bytes:
             yield block
             block = Block()
-            position = place(info, 0)
+            position = align(info, 0)
         block.add(info, position)
     if block.tensors:
         yield block

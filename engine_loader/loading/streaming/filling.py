@@ -222,7 +222,7 @@ class DeviceFiller(FreshMemoryFiller[_Placing]):
     Args:
         files: by path.
         readers: reads.
-        place: the device, and the stream that is the current one now.
+        current: the device, and the stream that is the current one now.
         empty: so many fresh bytes there.
         buffer_bytes: the budget.
         block_bytes: of a block, at most.
@@ -233,7 +233,7 @@ class DeviceFiller(FreshMemoryFiller[_Placing]):
         files: Mapping[str, SourceFile],
         readers: NativeReaders,
         *,
-        place: Callable[[], DeviceStream],
+        current: Callable[[], DeviceStream],
         empty: Callable[[int], torch.Tensor],
         buffer_bytes: int,
         block_bytes: int,
@@ -241,7 +241,7 @@ class DeviceFiller(FreshMemoryFiller[_Placing]):
         super().__init__(buffer_bytes)
         self._files = files
         self._readers = readers
-        self._place = place
+        self._current = current
         self._empty = empty
         self._block_bytes = block_bytes
 
@@ -251,7 +251,7 @@ class DeviceFiller(FreshMemoryFiller[_Placing]):
     def _begin(self, block: Block) -> _Placing:
         memory = self._empty(block.nbytes)
         files, extents = _plan(self._files, block, memory.data_ptr())
-        return _Placing(block, memory, self._readers.submit_to_device(files, extents, self._place(), owner=memory))
+        return _Placing(block, memory, self._readers.submit_to_device(files, extents, self._current(), owner=memory))
 
 
 def _plan(files: Mapping[str, SourceFile], block: Block, address: int) -> tuple[list[SourceFile], Extents]:

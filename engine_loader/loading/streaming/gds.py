@@ -13,11 +13,15 @@ from typing import Any, NoReturn
 
 import torch
 
-from ...errors import CheckpointError, TransferError
+from ...errors import CheckpointError, SettingsError, TransferError
 from ...formats.safetensors import TensorInfo
+from ...report.load import LoadReport
+from ...settings import LoaderSettings
 from ...sources.source import SourceFile
+from ..devices.cuda import Devices
 from .blocks import Block, file_blocks, shaped
 from .filling import FreshMemoryFiller
+from .stream import stream_tensors
 
 HINT = "set transport to auto"
 _DEVICE_NODE = "/dev/nvidia-fs0"
@@ -28,6 +32,16 @@ _COMPARED_BYTES = 1 << 20
 _MOST_BYTES = 1 << 40  # of one request
 
 _compared: set[int] = set()  # devices whose first block was as it should be, in this process
+
+
+def gds_error(why: str) -> SettingsError:
+    """The error where the setting ``transport: gds`` cannot be followed."""
+    return SettingsError(f"transport: gds cannot serve here: {why}; {HINT}")
+
+
+def gds_is_asked_for(settings: LoaderSettings) -> bool:
+    """Whether the settings ask for GPUDirect Storage, which reads whole tensors only."""
+    return settings.transport == "gds"
 
 
 def obstacle_to_gds(device: int) -> str | None:
@@ -66,7 +80,7 @@ def obstacle_to_gds(device: int) -> str | None:
     return None
 
 
-class _Memory:
+class _BlockMemory:
     """What the copier asks of a framework: memory, here of one block. It is a tensor, which views of it keep alive."""
 
     def __init__(self, empty: Callable[[int], torch.Tensor], synchronize: Callable[[], object]) -> None:
@@ -96,7 +110,7 @@ class _Copying:
     block: Block
     filler: GdsFiller
     copier: Any
-    memory: _Memory
+    memory: _BlockMemory
 
     def wait(self) -> None:
         first = self.block.tensors[0]
@@ -107,7 +121,7 @@ class _Copying:
         self.filler.check(self)
 
     def content(self, offset: int, nbytes: int) -> torch.Tensor:
-        """Bytes of the block, by their place in the file."""
+        """Bytes of the block, by their offset in the file."""
         assert self.memory.tensor is not None
         return self.memory.tensor.narrow(0, offset - self.copier.aligned_offset, nbytes)
 
@@ -144,7 +158,7 @@ class GdsFiller(FreshMemoryFiller[_Copying]):
         block_bytes: of a block, at least where tensors are that large. Each costs a registration of the file and of its
             memory, so they are an eighth of the budget if that is more.
         threads: that read.
-        count: is told of bytes that were read.
+        count: called with the bytes of each block that is read.
     """
 
     def __init__(
@@ -178,7 +192,7 @@ class GdsFiller(FreshMemoryFiller[_Copying]):
         return file_blocks(infos, self._block_bytes)
 
     def _begin(self, block: Block) -> _Copying:
-        memory = _Memory(self.empty, self._synchronize)
+        memory = _BlockMemory(self.empty, self._synchronize)
         copier = self._copier(block, memory)
         self._count(sum(info.nbytes for info in block.tensors))
         return _Copying(block, self, copier, memory)
@@ -208,17 +222,17 @@ class GdsFiller(FreshMemoryFiller[_Copying]):
             raise TransferError(message, file=first.file, offset=first.offset, hint=HINT)
         _compared.add(self._device)
 
-    def _copier(self, block: Block, memory: _Memory) -> Any:
+    def _copier(self, block: Block, memory: _BlockMemory) -> Any:
         from fastsafetensors.copier import GdsFileCopier
         from fastsafetensors.st_types import Device, DeviceType
 
         first, nbytes = block.tensors[0], _span(block)
-        place = Device(DeviceType.CUDA, self._device)
+        device = Device(DeviceType.CUDA, self._device)
         try:
             metadata = self._metadata_of(first.file)
             # In place of the reader that the copier would fall back to without a word to its caller.
             refuse = [lambda *_: _refuse(first.file)]
-            copier = GdsFileCopier(metadata, place, self._reader, memory, fallback_cache=refuse)
+            copier = GdsFileCopier(metadata, device, self._reader, memory, fallback_cache=refuse)
             runs = [(first.offset, first.offset + nbytes)] if nbytes else []
             copier.set_chunk(runs, {info.name for info in block.tensors})
             copier.submit_io(True, _MOST_BYTES)
@@ -234,6 +248,59 @@ class GdsFiller(FreshMemoryFiller[_Copying]):
 
             self._metadata[path] = SafeTensorsMetadata.from_file(path, _framework())
         return self._metadata[path]
+
+
+class GpuDirectStorage:
+    """The transport ``gds``: whole tensors, from local files to a device past the CPU's memory.
+
+    Args:
+        files: by path.
+        devices: that tensors are put on.
+        settings: how to read.
+    """
+
+    def __init__(self, files: Mapping[str, SourceFile], devices: Devices, settings: LoaderSettings) -> None:
+        self._files = files
+        self._devices = devices
+        self._settings = settings
+
+    def device_of(self, tensor: torch.Tensor) -> int | None:
+        if tensor.device.type == "cpu":
+            raise gds_error("these tensors are in the CPU's memory")
+        return None
+
+    def staging(self, target: torch.Tensor) -> torch.device:
+        return target.device
+
+    def stream(
+        self, infos: Iterable[TensorInfo], report: LoadReport, device: torch.device | None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        if device is None:
+            raise gds_error("these tensors go to the CPU's memory")
+        filler = self._filler(device, report)
+        return stream_tensors(infos, lambda info: filler, report)
+
+    def _filler(self, device: torch.device, report: LoadReport) -> GdsFiller:
+        if device.type != "cuda":
+            raise gds_error(f"these tensors go to {device.type!r}, not to a CUDA device")
+        other = next((file for file in self._files.values() if file.source != "posix"), None)
+        if other is not None:
+            raise gds_error(f"it reads local files, and {other.path} is read by {other.source}")
+        number = self._devices.index(device)
+        obstacle = obstacle_to_gds(number)
+        if obstacle is not None:
+            raise gds_error(obstacle)
+        return GdsFiller(
+            self._files,
+            number,
+            synchronize=lambda: self._devices.synchronize(number),
+            empty=lambda nbytes: self._devices.empty(nbytes, device),
+            read_back=self._devices.read_back,
+            buffer_bytes=int(self._settings.device_buffer_bytes),
+            block_bytes=int(self._settings.block_bytes),
+            threads=self._settings.threads,
+            count=report.count_bytes_by_gds,
+        )
 
 
 def _span(block: Block) -> int:

@@ -32,7 +32,7 @@ def stream_tensors(
     Args:
         infos: the tensors; reading is fastest in file order.
         filler_of: how the file of a tensor is brought into memory.
-        report: is told what was handed out, and how much memory that took.
+        report: counts what is handed out, and the memory that it takes.
 
     Raises:
         CheckpointError: the bytes could not be read.

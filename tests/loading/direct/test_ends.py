@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from engine_loader.loading.direct.load import DirectLoad
-from engine_loader.loading.find import open_files
-from engine_loader.loading.safetensors_store import Reader
+from engine_loader.loading.files import open_files
+from engine_loader.loading.find import SafetensorsFiles
+from engine_loader.loading.safetensors_store import SafetensorsStore
 from engine_loader.loading.weights import stream_weights
 from engine_loader.settings import load_settings
 from engine_loader.sources.posix import PosixSource
@@ -113,7 +114,11 @@ def test_ctrl_c_at_any_moment_ends_the_load_with_nothing_left(path: Path, alarm_
 
 def test_ctrl_c_while_a_reader_is_closed_closes_its_files(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = open_resources()
-    reader = Reader(open_files(PosixSource(), str(path)), "posix", load_settings({"engine": "python"}).settings.loader)
+    reader = SafetensorsStore(
+        open_files(PosixSource(), SafetensorsFiles((str(path),))),
+        "posix",
+        load_settings({"engine": "python"}).settings.loader,
+    )
     destination = torch.empty(4)
     reader.read([extent(0, 100, 16, destination.data_ptr())], destination)
 

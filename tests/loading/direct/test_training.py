@@ -12,6 +12,7 @@ from torch import nn
 from engine_loader import CheckpointError, SettingsError
 from engine_loader.loading.direct.load import DirectLoad
 from engine_loader.loading.direct.recording import RecordingTensor
+from engine_loader.loading.find import TrainingCheckpoint
 from engine_loader.loading.weights import stream_weights
 from engine_loader.settings import load_settings
 from tests.support.training_checkpoints import KINDS, boxes, save_chunked, save_training
@@ -35,11 +36,11 @@ def test_every_kind_of_checkpoint_gives_what_was_saved(tmp_path: Path) -> None:
             options = load_settings({"key_mapping": {"^net[.]": ""}, "engine": engine}).settings.loader
             model = Model({name: tuple(tensor.shape) for name, tensor in tensors.items()})
             with DirectLoad(model) as load, torch.no_grad():
-                for name, tensor in stream_weights(str(path), options, direct=load):
+                for name, tensor in stream_weights(TrainingCheckpoint(str(path)), options, direct=load):
                     getattr(model, name).copy_(tensor)
             for name, tensor in tensors.items():
                 assert torch.equal(getattr(model, name), tensor), (kind, name)
-            for name, tensor in stream_weights(str(path), options):
+            for name, tensor in stream_weights(TrainingCheckpoint(str(path)), options):
                 assert torch.equal(tensor, tensors[name]), (kind, name)
 
 
@@ -52,7 +53,7 @@ def test_a_rank_reads_its_half_only_and_the_line_counts_the_files(tmp_path: Path
         lines: list[str] = []
         with DirectLoad(model) as load, torch.no_grad():
             options = load_settings({"read_mode": "buffered"}).settings.loader
-            for name, tensor in stream_weights(str(path), options, direct=load, tell=lines.append):
+            for name, tensor in stream_weights(TrainingCheckpoint(str(path)), options, direct=load, tell=lines.append):
                 getattr(model, name).copy_(tensor[30:] if name == "rows" else tensor[:, :2500])
                 del tensor  # what is kept would be read whole in the end
         assert torch.equal(model.rows, tensors["rows"][30:])
@@ -93,7 +94,7 @@ def test_any_view_of_any_cut_is_what_it_is_of_the_whole(
         model.register_parameter("target", target)
         with DirectLoad(model) as load, torch.no_grad():
             options = load_settings({}).settings.loader
-            for _, tensor in stream_weights(scratch, options, direct=load):
+            for _, tensor in stream_weights(TrainingCheckpoint(scratch), options, direct=load):
                 target.copy_(tensor[index].permute(*order, len(shape)))
     assert torch.equal(target, expected)
 
@@ -105,7 +106,9 @@ def test_views_that_are_reshaped_across_chunks(tmp_path: Path) -> None:
         save_chunked({"w": whole}, path, lambda *_, cuts=cuts: cuts)
         model = Model({"heads": (4, 8, 200), "flat": (9600,), "part": (2, 3, 100)})
         with DirectLoad(model) as load, torch.no_grad():
-            for _, tensor in stream_weights(str(path), load_settings({}).settings.loader, direct=load):
+            for _, tensor in stream_weights(
+                TrainingCheckpoint(str(path)), load_settings({}).settings.loader, direct=load
+            ):
                 model.heads.copy_(tensor.view(4, 3, 8, 200)[:, 1])
                 model.flat.copy_(tensor.reshape(-1)[5000:14600])
                 model.part.copy_(tensor.view(32, 3, 200)[7:9, :, 100:])
@@ -131,7 +134,9 @@ def test_what_is_no_plain_bytes_is_streamed(tmp_path: Path) -> None:
     for place, names in (("c", list(tensors)), ("turned", ["turned"])):
         model = Model({name: tuple(tensors[name].shape) for name in names})
         with DirectLoad(model) as load, torch.no_grad():
-            for name, tensor in stream_weights(str(tmp_path / place), load_settings({}).settings.loader, direct=load):
+            for name, tensor in stream_weights(
+                TrainingCheckpoint(str(tmp_path / place)), load_settings({}).settings.loader, direct=load
+            ):
                 assert (type(tensor) is RecordingTensor) == (place == "c" and name != "scattered")
                 getattr(model, name).copy_(tensor)
         for name in names:
@@ -143,7 +148,7 @@ def test_a_file_that_was_cut_short_is_told_with_the_tensor(tmp_path: Path) -> No
     path = save_training({"w": torch.randn(400, 400)}, tmp_path / "c", "fsdp", prefix="")
     options = load_settings({}).settings.loader
     model = Model({"w": (400, 400)})
-    stream = stream_weights(str(path), options)
+    stream = stream_weights(TrainingCheckpoint(str(path)), options)
     with (path / "__1_0.distcp").open("r+b") as file:
         file.truncate(5000)
     with pytest.raises(CheckpointError, match=r"__1_0.distcp.*'w' is .* bytes here, but the file ends after 5000"):
@@ -171,7 +176,7 @@ def test_a_function_maps_names_and_leaves_some_out(tmp_path: Path, monkeypatch: 
     )
     monkeypatch.syspath_prepend(tmp_path)
     options = load_settings({"key_mapping": "names_of_ours:new"}).settings.loader
-    assert [name for name, _ in stream_weights(str(path), options)] == ["a"]
+    assert [name for name, _ in stream_weights(TrainingCheckpoint(str(path)), options)] == ["a"]
     for place, error, told in (
         ("names_of_ours:none", SettingsError, r"key_mapping: the module 'names_of_ours' has no function 'none'"),
         ("names_of_ours:number", SettingsError, r"key_mapping: the module 'names_of_ours' holds 4 and no function"),
@@ -181,7 +186,7 @@ def test_a_function_maps_names_and_leaves_some_out(tmp_path: Path, monkeypatch: 
     ):
         options = load_settings({"key_mapping": place}).settings.loader
         with pytest.raises(error, match=told):
-            list(stream_weights(str(path), options))
+            list(stream_weights(TrainingCheckpoint(str(path)), options))
 
 
 def test_boxes_cover_a_tensor() -> None:
