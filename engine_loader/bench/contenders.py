@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 
 from .. import __version__, open_checkpoint
-from ..report.load import LoadReport
+from ..report.load_report import LoadReport
 from ..transfer.memory.huge_pages import ask_for_huge_pages
 from .plain_reads import read_plainly, read_with_dd
 from .workload import Workload

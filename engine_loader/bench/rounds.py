@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import EngineLoaderError
 from ..machine import cpu_time
-from ..report.load import human_bytes
+from ..report.load_report import human_bytes
 from . import page_cache
 from .contenders import Contender
 from .workload import Parameters, Workload

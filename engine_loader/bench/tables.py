@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import __version__
 from ..machine import cgroup_cpus, cpu_model, memory, mount_of, usable_cpus
-from ..report.load import human_bytes
+from ..report.load_report import human_bytes
 from .rounds import Measurement, Result
 from .workload import Workload
 

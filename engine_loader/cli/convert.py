@@ -84,7 +84,7 @@ def convert(
     ```
     """
     from ..errors import CheckpointError
-    from ..report.load import human_bytes
+    from ..report.load_report import human_bytes
 
     if to is Kind.SHARDED_STATE:
         raise CheckpointError(

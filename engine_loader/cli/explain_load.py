@@ -64,7 +64,7 @@ def _explain(model: str, rank: Rank) -> Explanation:
 
 
 def _print(explanation: Explanation, *, tensors: bool) -> None:
-    from ..report.load import human_bytes
+    from ..report.load_report import human_bytes
 
     out = console()
     rows = [
@@ -100,7 +100,7 @@ def _print(explanation: Explanation, *, tensors: bool) -> None:
 
 
 def _tensor_row(plan: Any) -> tuple[str, ...]:
-    from ..report.load import human_bytes
+    from ..report.load_report import human_bytes
 
     sizes = map(human_bytes, (plan.info.nbytes, plan.kept_bytes, plan.read_bytes))
     return printable(plan.info.name), *sizes, f"{plan.reads:,}", ", ".join(plan.ways) or "not read"

@@ -128,7 +128,7 @@ def _largest(infos: Iterable[TensorInfo]) -> list[TensorInfo]:
 
 
 def _print(found: Survey, *, tensors: bool) -> None:
-    from ..report.load import human_bytes
+    from ..report.load_report import human_bytes
 
     infos, out = found.tensors, console()
     if found.headers:
@@ -176,12 +176,12 @@ def _print_check(path: str, found: Survey) -> None:
 
 
 def _file_row(header: Header) -> tuple[str, str, str]:
-    from ..report.load import human_bytes
+    from ..report.load_report import human_bytes
 
     return printable(header.file), f"{len(header.tensors):,}", human_bytes(header.file_bytes)
 
 
 def _tensor_row(info: TensorInfo) -> tuple[str, str, str, str]:
-    from ..report.load import human_bytes
+    from ..report.load_report import human_bytes
 
     return printable(info.name), " × ".join(map(str, info.shape)) or "scalar", info.dtype, human_bytes(info.nbytes)

@@ -39,7 +39,7 @@ def reshard(
     ```
     """
     from ..engines.vllm.rank import Rank
-    from ..report.load import human_bytes
+    from ..report.load_report import human_bytes
 
     layout = Rank(tensor_parallel_size, pipeline_parallel_size, 0, expert_parallel)
     with progress_bar(layout.world_size + 1) as step, quiet_engine():

@@ -22,7 +22,7 @@ from ..sources.registry import make_source
 from .dcp_output import write_dcp
 from .destination import check_destination, unfinished_directory
 from .safetensors_output import write_safetensors
-from .tensors import outgoing
+from .written_tensors import outgoing
 
 MAX_SHARD_BYTES = 5_000_000_000
 """As transformers has it."""

@@ -18,7 +18,7 @@ from ..dcp.writer import FileSystemWriter
 from ..errors import CheckpointError
 from ..loading.checkpoint import Checkpoint
 from ..loading.training.items import dtype_name
-from .tensors import Outgoing, in_writing_order, read_in_order
+from .written_tensors import Outgoing, in_writing_order, read_in_order
 
 
 def write_dcp(

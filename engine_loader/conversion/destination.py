@@ -12,7 +12,7 @@ from pathlib import Path
 from ..errors import CheckpointError
 from ..formats.dcp_metadata import METADATA_NAME
 from ..machine import sync_directory
-from ..report.load import human_bytes
+from ..report.load_report import human_bytes
 from ..sources.registry import is_remote
 
 

@@ -14,7 +14,7 @@ from ..formats.dtypes import DTYPE_BITS
 from ..formats.hf_index import INDEX_NAME
 from ..formats.safetensors import LENGTH_BYTES, MAX_HEADER_BYTES
 from ..loading.checkpoint import Checkpoint
-from .tensors import Outgoing, in_writing_order, read_in_order
+from .written_tensors import Outgoing, in_writing_order, read_in_order
 
 _PADDING = 8
 

@@ -10,7 +10,7 @@ import torch
 from ..errors import CheckpointError, TensorNotFoundError, TransferError
 from ..formats.safetensors import TensorInfo
 from ..formats.sharded_state import ShardRank
-from ..report.load import LoadReport
+from ..report.load_report import LoadReport
 from ..settings import load_settings
 from ..sources.registry import make_source
 from ..transfer.plan import ExtentRow, extent

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from ..sources.source import Source
-from .files import read_small_file
+from .shards import read_small_file
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".distcp")
 

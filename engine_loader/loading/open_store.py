@@ -5,9 +5,9 @@ from __future__ import annotations
 from ..errors import CheckpointError
 from ..settings import LoaderSettings
 from ..sources.source import Source
-from .files import open_files
 from .find import SafetensorsFiles, TrainingCheckpoint
 from .safetensors_store import SafetensorsStore
+from .shards import open_files
 from .store import TensorStore
 from .streaming.gds import gds_error, gds_is_asked_for
 from .training.key_mapping import KeyMapping

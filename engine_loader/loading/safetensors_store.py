@@ -9,14 +9,14 @@ import torch
 
 from ..errors import CheckpointError, TransferError
 from ..formats.safetensors import TensorInfo
-from ..report.load import LoadReport
+from ..report.load_report import LoadReport
 from ..settings import LoaderSettings
 from ..transfer.constructor import make_readers_for
 from ..transfer.device_stream import DeviceStream
 from ..transfer.plan import ExtentRow, make_extents
 from ..transfer.protocol import ReaderThreads, Transfer
 from .devices.cuda import CudaDevices, Devices
-from .files import OpenFiles
+from .shards import OpenFiles
 from .store import TensorStore, complete_report, submit_to
 from .streaming.transports import make_transport
 

@@ -13,7 +13,7 @@ import torch
 
 from ..errors import CheckpointError
 from ..formats.safetensors import TensorInfo
-from ..report.load import LoadReport
+from ..report.load_report import LoadReport
 from ..transfer.plan import ExtentRow
 from .geometry import view_extents
 from .store import TensorStore

@@ -14,7 +14,7 @@ import torch
 
 from ..errors import TransferError
 from ..formats.safetensors import TensorInfo
-from ..report.load import LoadReport
+from ..report.load_report import LoadReport
 from ..sources.source import SourceFile
 from ..transfer.device_stream import DeviceStream
 from ..transfer.native.native_readers import NativeReaders

@@ -9,15 +9,15 @@ from typing import TypeAlias
 import torch
 
 from ..formats.safetensors import TensorInfo
-from ..report.load import LoadReport
+from ..report.load_report import LoadReport
 from ..report.progress import byte_progress
 from ..settings import LoaderSettings
 from ..sources.registry import make_source
 from .direct.load import SMALL_BYTES, DirectLoad
-from .files import check_indexes, open_files
 from .find import SafetensorsFiles, TrainingCheckpoint, natural_key
 from .open_store import open_store
 from .safetensors_store import SafetensorsStore
+from .shards import check_indexes, open_files
 from .store import TensorStore
 
 WeightFiles: TypeAlias = Iterable[str] | TrainingCheckpoint

@@ -22,11 +22,11 @@ from safetensors.torch import save_file
 
 from engine_loader.errors import SettingsError, TransferError
 from engine_loader.loading.checkpoint import Checkpoint
-from engine_loader.loading.files import open_files
 from engine_loader.loading.find import SafetensorsFiles
 from engine_loader.loading.safetensors_store import SafetensorsStore
+from engine_loader.loading.shards import open_files
 from engine_loader.loading.streaming import gds
-from engine_loader.report.load import LoadReport
+from engine_loader.report.load_report import LoadReport
 from engine_loader.settings import load_settings
 from engine_loader.sources.posix import PosixSource
 

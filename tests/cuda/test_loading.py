@@ -19,12 +19,12 @@ from engine_loader.loading.checkpoint import Checkpoint
 from engine_loader.loading.devices.cuda import CudaDevices
 from engine_loader.loading.devices.trial import obstacle_on
 from engine_loader.loading.direct.load import DirectLoad
-from engine_loader.loading.files import open_files
 from engine_loader.loading.find import SafetensorsFiles
 from engine_loader.loading.safetensors_store import SafetensorsStore
+from engine_loader.loading.shards import open_files
 from engine_loader.loading.store import TensorStore
 from engine_loader.loading.training.store import TrainingStore
-from engine_loader.report.load import LoadReport
+from engine_loader.report.load_report import LoadReport
 from engine_loader.report.progress import byte_progress
 from engine_loader.settings import LoaderSettings, load_settings
 from engine_loader.sources.posix import PosixSource

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from engine_loader import CheckpointError, TensorNotFoundError, open_checkpoint
 from engine_loader.dcp import SerializationFormat
-from engine_loader.report.load import LoadReport
+from engine_loader.report.load_report import LoadReport
 from tests.support.resources import left_open, open_resources
 
 from .states import same, save, stock_save, training_state

@@ -21,7 +21,7 @@ from engine_loader.loading.training import boxes
 from engine_loader.loading.training.boxes import BoxRead
 from engine_loader.loading.training.files import DcpFiles
 from engine_loader.loading.training.items import Items
-from engine_loader.report.load import LoadReport
+from engine_loader.report.load_report import LoadReport
 from engine_loader.settings import LoaderSettings
 from engine_loader.sources.posix import PosixSource
 from engine_loader.transfer.protocol import Transfer

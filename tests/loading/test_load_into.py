@@ -5,7 +5,7 @@ import torch
 
 from engine_loader import CheckpointError, open_checkpoint
 from engine_loader.formats.dtypes import DTYPE_BITS
-from engine_loader.report.load import LoadReport
+from engine_loader.report.load_report import LoadReport
 from tests.support.checkpoints import checkpoint, entry, tensor_bytes
 
 W, V = entry("F32", [6, 8], 1), entry("BF16", [5000, 7], 2)

@@ -113,9 +113,9 @@ def open_fake(*files: FakeFile, **options: object) -> "Checkpoint":
     import torch
 
     from engine_loader.loading.checkpoint import Checkpoint
-    from engine_loader.loading.files import open_files
     from engine_loader.loading.find import SafetensorsFiles
     from engine_loader.loading.safetensors_store import SafetensorsStore
+    from engine_loader.loading.shards import open_files
 
     source = FakeSource({file.path: file for file in files})
     settings = load_settings(options).settings.loader

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from ...machine import mount_of
-from ...report.load import human_bytes
+from ...report.load_report import human_bytes
 from .file_systems import is_network
 from .finding import Finding
 

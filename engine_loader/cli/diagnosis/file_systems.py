@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 
 from ...errors import CheckpointError, SettingsError
 from ...formats.hf_index import INDEX_NAME
-from ...loading.files import listed_files
 from ...loading.find import TrainingCheckpoint, find_checkpoint
+from ...loading.shards import listed_files
 from ...machine import Mount, mount_of
-from ...report.load import human_bytes
+from ...report.load_report import human_bytes
 from ...settings import load_settings
 from ...sources.posix import PosixSource
 from ...sources.threefs.discovery import mounts_here, why_not

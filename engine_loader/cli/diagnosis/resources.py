@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...machine import cgroup_cpus, cpu_model, memory, usable_cpus
-from ...report.load import human_bytes
+from ...report.load_report import human_bytes
 from .finding import Finding
 
 _AREA = "machine"

@@ -12,8 +12,8 @@ from ...errors import CheckpointError
 from ...formats.dtypes import torch_shape
 from ...formats.hf_index import ShardIndex
 from ...formats.safetensors import Header, TensorInfo
-from ...loading.files import OpenFiles, listed_files, misplaced, open_files
 from ...loading.find import TrainingCheckpoint, find_checkpoint
+from ...loading.shards import OpenFiles, listed_files, misplaced, open_files
 from ...settings import load_settings
 from ...sources.posix import PosixSource
 from ...sources.registry import make_source, remote_backend

@@ -10,7 +10,7 @@ import torch
 
 from ...errors import SettingsError
 from ...loading.devices.cuda import CudaDevices
-from ...report.load import human_bytes
+from ...report.load_report import human_bytes
 from ...settings import LoaderSettings
 
 _MADE_WHILE_LOADING = "weights are quantised, or their memory made, while they are loaded"

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 
 from ...errors import CheckpointError, SettingsError
-from ...loading.files import listed_files
 from ...loading.find import Found, NoCheckpointError, TrainingCheckpoint, find_checkpoint
+from ...loading.shards import listed_files
 from ...settings import LoaderSettings
 from ...sources.posix import PosixSource
 from ...sources.registry import make_source, remote_backend

@@ -17,8 +17,8 @@ import torch
 from ...errors import CheckpointError
 from ...formats.sharded_state import PIPELINE_PATTERN, TENSOR_PATTERN, ShardRank, shards_by_rank
 from ...loading.companions import copy_companions
-from ...loading.files import open_files
 from ...loading.find import SafetensorsFiles
+from ...loading.shards import open_files
 from ...settings import LoaderSettings
 from ...sources.posix import PosixSource
 from ...sources.registry import make_source

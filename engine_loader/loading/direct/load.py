@@ -19,7 +19,7 @@ import torch
 
 from ...errors import CheckpointError, TransferError
 from ...formats.safetensors import TensorInfo
-from ...report.load import LoadReport
+from ...report.load_report import LoadReport
 from ...report.progress import Progress
 from ...transfer.plan import ExtentRow, extent
 from ...transfer.protocol import Transfer

@@ -15,7 +15,7 @@ import torch
 
 from ...errors import CheckpointError, SettingsError, TransferError
 from ...formats.safetensors import TensorInfo
-from ...report.load import LoadReport
+from ...report.load_report import LoadReport
 from ...settings import LoaderSettings
 from ...sources.source import SourceFile
 from ..devices.cuda import Devices

@@ -17,7 +17,7 @@ import torch
 
 from ...errors import CheckpointError
 from ...formats.safetensors import TensorInfo
-from ...report.load import LoadReport
+from ...report.load_report import LoadReport
 from .blocks import Block
 from .filling import Filler, Filling
 

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from ...formats.safetensors import TensorInfo
-from ...report.load import LoadReport
+from ...report.load_report import LoadReport
 from ...settings import LoaderSettings
 from ...sources.source import SourceFile
 from ...transfer.device_stream import DeviceStream

@@ -11,7 +11,7 @@ import torch
 
 from ...errors import CheckpointError
 from ...formats.safetensors import TensorInfo
-from ...report.load import LoadReport
+from ...report.load_report import LoadReport
 from ...transfer.protocol import Transfer
 from .boxes import BoxRead, StoredTensor
 from .files import DcpFiles

@@ -12,7 +12,7 @@ import torch
 
 from ...errors import CheckpointError
 from ...formats.dcp_metadata import MAX_METADATA_BYTES, METADATA_NAME, parse_metadata
-from ...report.load import LoadReport
+from ...report.load_report import LoadReport
 from ...settings import LoaderSettings
 from ...sources.source import Source, SourceFile
 from ...transfer.constructor import make_readers_for

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...formats.safetensors import TensorInfo
-from ...report.load import LoadReport
+from ...report.load_report import LoadReport
 from ...settings import LoaderSettings
 from ...sources.source import Source
 from ...transfer.device_stream import DeviceStream

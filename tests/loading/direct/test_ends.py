@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from engine_loader.loading.direct.load import DirectLoad
-from engine_loader.loading.files import open_files
 from engine_loader.loading.find import SafetensorsFiles
 from engine_loader.loading.safetensors_store import SafetensorsStore
+from engine_loader.loading.shards import open_files
 from engine_loader.loading.weights import stream_weights
 from engine_loader.settings import load_settings
 from engine_loader.sources.posix import PosixSource

@@ -12,8 +12,9 @@ from torch import nn
 
 from engine_loader import TransferError
 from engine_loader.loading.direct.load import DirectLoad
-from engine_loader.loading.find import open_files
-from engine_loader.loading.safetensors_store import Reader
+from engine_loader.loading.find import SafetensorsFiles
+from engine_loader.loading.safetensors_store import SafetensorsStore
+from engine_loader.loading.shards import open_files
 from engine_loader.loading.weights import stream_weights
 from engine_loader.settings import load_settings
 from engine_loader.sources.posix import PosixSource
@@ -22,7 +23,9 @@ from tests.support.resources import left_open, open_resources
 
 
 def test_an_error_names_the_tensor_and_nothing_is_left(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Reader(open_files(PosixSource(), str(checkpoint)), "posix", load_settings().settings.loader) as reader:
+    with SafetensorsStore(
+        open_files(PosixSource(), SafetensorsFiles((str(checkpoint),))), "posix", load_settings().settings.loader
+    ) as reader:
         place = next(info.offset for info in reader.files.tensors if info.name == "b")
     before = open_resources()
     model = Model()
@@ -61,8 +64,10 @@ def test_a_cut_at_any_tensor_is_an_error_and_never_a_half_filled_model(tmp_path:
     tensors = {f"t{number}": torch.randn(70, 100) for number in range(8)}
     save_file(tensors, tmp_path / "model.safetensors")
     content = (tmp_path / "model.safetensors").read_bytes()
-    with Reader(
-        open_files(PosixSource(), str(tmp_path / "model.safetensors")), "posix", load_settings().settings.loader
+    with SafetensorsStore(
+        open_files(PosixSource(), SafetensorsFiles((str(tmp_path / "model.safetensors"),))),
+        "posix",
+        load_settings().settings.loader,
     ) as reader:
         places = {info.name: info.offset for info in reader.files.tensors}
     for name, place in places.items():

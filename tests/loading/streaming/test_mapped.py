@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine_loader import CheckpointError, open_checkpoint
-from engine_loader.report.load import LoadReport
+from engine_loader.report.load_report import LoadReport
 
 
 @pytest.fixture

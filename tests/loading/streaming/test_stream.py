@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from engine_loader import CheckpointError, TransferError, open_checkpoint
-from engine_loader.report.load import LoadReport
+from engine_loader.report.load_report import LoadReport
 from tests.support.checkpoints import Entry, checkpoint, entry, tensor_bytes
 from tests.support.resources import left_open, open_resources
 from tests.support.sources import FakeFile, Stuck, open_fake

@@ -208,7 +208,7 @@ def model(emulator: Emulator) -> Iterator[Path]:
 def test_a_checkpoint_on_3fs_is_read_by_usrbio(model: Path, engine: str, backend: str, tmp_path: Path) -> None:
     import torch
 
-    from engine_loader.report.load import LoadReport
+    from engine_loader.report.load_report import LoadReport
 
     copy = tmp_path / model.name
     copy.write_bytes(model.read_bytes())
