@@ -112,6 +112,6 @@ class CudaDevices:
         return tensor.cpu()
 
     def free_bytes(self, number: int) -> int:
-        """Memory of a device that can be had: what the driver has left, and what torch's allocator keeps unused."""
+        """Memory of a device that is available: what the driver has left, and what torch's allocator keeps unused."""
         unused = torch.cuda.memory_reserved(number) - torch.cuda.memory_allocated(number)
         return int(torch.cuda.mem_get_info(number)[0]) + unused
