@@ -91,7 +91,7 @@ def convert_checkpoint(
             file=source,
             hint="convert the checkpoint that it was made from",
         )
-    # The names of a training are mapped as they are opened, so that optimizers are told from models by their own.
+    # The names of a training are mapped as they are opened, so that optimizers are distinguished from models by their own names.
     at_once, later = (key_mapping, None) if isinstance(found, TrainingCheckpoint) else (None, key_mapping)
     store = open_store(files, found, settings, key_mapping=at_once, optimizer_state=optimizer_state)
     with Checkpoint(store, torch.device("cpu")) as checkpoint:
@@ -137,7 +137,7 @@ def _set_dtype(config: Path, dtype: torch.dtype | None) -> None:
         content = json.loads(config.read_text())
     except ValueError as error:
         raise CheckpointError(f"this is no valid JSON: {error}", file=config) from None
-    told = [key for key in ("torch_dtype", "dtype") if isinstance(content, dict) and key in content]
-    if told:
-        content |= dict.fromkeys(told, str(dtype).removeprefix("torch."))
+    known = [key for key in ("torch_dtype", "dtype") if isinstance(content, dict) and key in content]
+    if known:
+        content |= dict.fromkeys(known, str(dtype).removeprefix("torch."))
         config.write_text(json.dumps(content, indent=2) + "\n")

@@ -80,8 +80,8 @@ class SafetensorsStore(TensorStore):
         return self._transport.staging(target)
 
     def submit(self, extents: Sequence[ExtentRow], owner: object, device: int | None = None) -> Transfer:
-        place = None if device is None else DeviceStream(device, self._devices.stream(device))
-        return submit_to(place, self._running_readers(), list(self._open.values()), make_extents(extents), owner)
+        stream = None if device is None else DeviceStream(device, self._devices.stream(device))
+        return submit_to(stream, self._running_readers(), list(self._open.values()), make_extents(extents), owner)
 
     def stream(
         self, infos: Iterable[TensorInfo], report: LoadReport, device: torch.device | None = None

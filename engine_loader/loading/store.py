@@ -176,13 +176,13 @@ def device_for(tensor: torch.Tensor, devices: Devices, readers: Callable[[], Rea
 
 
 def submit_to(
-    place: DeviceStream | None, readers: ReaderThreads, files: Sequence[SourceFile], plan: Extents, owner: object
+    stream: DeviceStream | None, readers: ReaderThreads, files: Sequence[SourceFile], plan: Extents, owner: object
 ) -> Transfer:
     """Start a plan whose destinations are on a device, from ``device_for``, or in the CPU's memory (None)."""
-    if place is None:
+    if stream is None:
         return readers.submit(files, plan, owner=owner)
     assert isinstance(readers, NativeReaders)
-    return readers.submit_to_device(files, plan, place, owner=owner)
+    return readers.submit_to_device(files, plan, stream, owner=owner)
 
 
 def complete_report(report: LoadReport, source: str, readers: ReaderThreads) -> None:

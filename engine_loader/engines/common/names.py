@@ -133,10 +133,10 @@ def _misfit(
     if mapping is not None:
         hint = f"set --model-loader-extra-config '{json.dumps({'key_mapping': mapping})}'"
     became = "" if renamed == names else f", of which key_mapping makes {_shown(renamed)}"
-    told = str(error).splitlines()[0] if str(error) else type(error).__name__
+    said = str(error).splitlines()[0] if str(error) else type(error).__name__
     return CheckpointError(
         f"the names in this training checkpoint are not those of {type(model).__name__}: "
-        f"it has {_shown(names)}{became}; the model has {_shown(fits.parameters)}; the engine said: {told}",
+        f"it has {_shown(names)}{became}; the model has {_shown(fits.parameters)}; the engine said: {said}",
         file=weights,
         hint=hint,
     )

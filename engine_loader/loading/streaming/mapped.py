@@ -7,7 +7,7 @@ present beforehand on threads that compete with the copy (measured: 1.6 GB on tw
 
 A tensor that the consumer still holds when it has gone on (asked for the one after the next four) is detached from the
 file: memory of this process takes the place of its pages, at the same address. Until then a file that is cut short
-trips a guard, and is told as an error (both: transfer/native/src/memory/guard.h).
+trips a guard, and is reported as an error (both: transfer/native/src/memory/guard.h).
 """
 
 from __future__ import annotations

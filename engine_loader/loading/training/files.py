@@ -175,13 +175,13 @@ class DcpFiles:
         wait_or_cancel(self.submit_extents(rows, content))
         return content.numpy().tobytes()
 
-    def submit_extents(self, rows: Sequence[ExtentRow], owner: object, place: DeviceStream | None = None) -> Transfer:
+    def submit_extents(self, rows: Sequence[ExtentRow], owner: object, stream: DeviceStream | None = None) -> Transfer:
         """Start a plan; of many files, it names those only that it needs."""
         extents, files = make_extents(rows), list(self._files)
         if len(files) > _FEW_FILES:
             numbers, extents["file"] = np.unique(extents["file"], return_inverse=True)
             files = [files[number] for number in numbers]
-        return submit_to(place, self.running_readers(), files, extents, owner)
+        return submit_to(stream, self.running_readers(), files, extents, owner)
 
     def running_readers(self) -> ReaderThreads:
         """The reader threads, which begin with the first read."""

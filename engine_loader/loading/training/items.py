@@ -80,7 +80,7 @@ class Items:
         """Where the elements of tensors lie; None where only ``torch.load`` of the item can tell.
 
         Args:
-            items: (name, place) of each.
+            items: (name, where it is stored) of each.
 
         Raises:
             CheckpointError: an item does not lie within its file, or its file does not have it.
@@ -93,11 +93,11 @@ class Items:
         What has to be read for that is asked for before the first is yielded, of up to 4,096 items.
         """
         # All are checked before anything is read.
-        places = [(*self._files.item(info, name), name, info) for name, info in items]
+        located = [(*self._files.item(info, name), name, info) for name, info in items]
         known = self._stored
         keys: list[_Key] = []
         zips: dict[_Key, _StorageInfo] = {}
-        for number, file, name, info in places:
+        for number, file, name, info in located:
             key = (number, info.offset, name)
             keys.append(key)
             if key in known:

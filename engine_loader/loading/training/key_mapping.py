@@ -40,7 +40,7 @@ def make_renamer(mapping: KeyMapping | None) -> Renamer:
         try:
             renamed = function(name)
         except Exception as error:  # a function of one's own raises what it likes
-            raise CheckpointError(f"key_mapping: {shown} failed for {name!r}: {_told(error)}") from error
+            raise CheckpointError(f"key_mapping: {shown} failed for {name!r}: {_described(error)}") from error
         if renamed is not None and not isinstance(renamed, str):
             raise CheckpointError(f"key_mapping: {shown} made {renamed!r} of {name!r}, which is no name")
         return renamed
@@ -67,13 +67,13 @@ def _by_expressions(mapping: Mapping[str, str]) -> Renamer:
     return rename
 
 
-def _imported(place: str) -> Callable[[str], Any]:
-    module_name, _, path = place.partition(":")
+def _imported(location: str) -> Callable[[str], Any]:
+    module_name, _, path = location.partition(":")
     try:
         found: Any = importlib.import_module(module_name)
     except Exception as error:  # whatever the module does when it is imported
         raise SettingsError(
-            f"key_mapping: the module {module_name!r} of {place!r} cannot be imported: {_told(error)}; "
+            f"key_mapping: the module {module_name!r} of {location!r} cannot be imported: {_described(error)}; "
             "it must be on PYTHONPATH of every process of the engine"
         ) from error
     for part in path.split("."):
@@ -84,5 +84,5 @@ def _imported(place: str) -> Callable[[str], Any]:
     return found  # type: ignore[no-any-return]
 
 
-def _told(error: Exception) -> str:
+def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -125,8 +125,8 @@ class TrainingStore(TensorStore):
             info, pieces = self._located[self._names[row[0]]]
             assert pieces is not None
             rows += pieces.extents(row, row[2] - info.offset)
-        place = None if device is None else DeviceStream(device, self._devices.stream(device))
-        return self.files.submit_extents(rows, owner, place)
+        stream = None if device is None else DeviceStream(device, self._devices.stream(device))
+        return self.files.submit_extents(rows, owner, stream)
 
     def stream(
         self, infos: Iterable[TensorInfo], report: LoadReport, device: torch.device | None = None
