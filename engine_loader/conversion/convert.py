@@ -91,7 +91,7 @@ def convert_checkpoint(
             file=source,
             hint="convert the checkpoint that it was made from",
         )
-    # The names of a training are mapped as they are opened, so that optimizers are distinguished from models by their own names.
+    # The names of a training are mapped as it is opened, so that its own names tell optimizers from models.
     at_once, later = (key_mapping, None) if isinstance(found, TrainingCheckpoint) else (None, key_mapping)
     store = open_store(files, found, settings, key_mapping=at_once, optimizer_state=optimizer_state)
     with Checkpoint(store, torch.device("cpu")) as checkpoint:
