@@ -65,6 +65,7 @@ def measure(path: Path, rounds: int) -> dict[tuple[str, str], list[float]]:
                 command = [sys.executable, "-m", "benchmarks.fresh_pages", "--one", kind, "--file", str(path)]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
                 rates[memory, kind].append(nbytes / float(done.stdout) / GB)
+                print(f"{memory}, {kind}: {rates[memory, kind][-1]:.2f} GB/s", file=sys.stderr, flush=True)
     return rates
 
 
