@@ -20,7 +20,7 @@ import torch
 
 from .. import __version__, open_checkpoint
 from ..report.load_report import LoadReport
-from ..transfer.memory.huge_pages import ask_for_huge_pages
+from ..transfer.memory.huge_pages import advise_huge_pages, ask_for_huge_pages
 from .plain_reads import read_plainly, read_with_dd
 from .workload import Workload
 
@@ -69,7 +69,7 @@ def plain(threads: int, *, huge_pages: bool = False) -> Contender:
 
     def load(workload: Workload, targets: Targets) -> None:
         if huge_pages:
-            ask_for_huge_pages(targets.values())
+            advise_huge_pages(targets.values())
         read_plainly(workload, targets, threads)
 
     name = f"preadv, {threads} thread{'' if threads == 1 else 's'}{', huge pages' if huge_pages else ''}"

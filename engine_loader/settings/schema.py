@@ -86,6 +86,11 @@ class LoaderSettings(_Group):
     threads: Auto[_Threads] = Field(
         default=None, description="Reader threads; auto: as many as the CPUs and the source can use."
     )
+    ranks_per_node: Auto[Annotated[int, Field(ge=1, le=1024)]] = Field(
+        default=None,
+        description="Processes of this machine that load at the same time and share its CPUs; auto: LOCAL_WORLD_SIZE, "
+        "or as many ranks of torch.distributed as can be on one machine.",
+    )
     buffer_bytes: ByteSize = Field(
         default=ByteSize(512 * _MIB),
         ge=_MIB,
@@ -98,7 +103,10 @@ class LoaderSettings(_Group):
         le=_MOST_BYTES,
         description="Consecutive tensors are streamed in blocks of up to this size.",
     )
-    io_bytes: ByteSize = Field(default=ByteSize(4 * _MIB), ge=4 * _KIB, le=_GIB, description="The largest single read.")
+    io_bytes: Auto[Annotated[ByteSize, Field(ge=4 * _KIB, le=_GIB)]] = Field(
+        default=None,
+        description="The largest single read; auto: 4 MiB, 1.5 MiB by O_DIRECT from a disk of this machine.",
+    )
     max_tries: int = Field(
         default=5, ge=1, le=100, description="Tries of a read whose error may pass (EIO, ESTALE, …)."
     )

@@ -9,6 +9,7 @@ from functools import cache
 from ..errors import TransferError
 from ..settings import LoaderSettings
 from ..sources.source import SourceFile
+from .cpus import ranks_of_node
 from .native.library import load_library
 from .native.native_readers import NativeReaders
 from .protocol import ReaderThreads
@@ -16,6 +17,7 @@ from .python.python_readers import DEFAULT_GAP_BYTES, PythonReaders
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_IO_BYTES = 4 << 20
 # Asking once more takes about as long as reading this much on.
 REMOTE_GAP_BYTES = 1 << 20
 
@@ -54,7 +56,9 @@ def make_readers(
         pinned = int(settings.device_pinned_bytes)
         return NativeReaders(
             settings.threads,
-            block_bytes=int(settings.io_bytes),
+            block_bytes=int(settings.io_bytes or DEFAULT_IO_BYTES),
+            direct_block_bytes=None if settings.io_bytes is None else int(settings.io_bytes),
+            ranks=settings.ranks_per_node or ranks_of_node(),
             max_tries=settings.max_tries,
             deadline_s=settings.deadline_s,
             read_mode=settings.read_mode,
@@ -63,7 +67,7 @@ def make_readers(
         )
     return PythonReaders(
         settings.object_store_requests if remote else settings.threads,
-        block_bytes=int(settings.object_store_range_bytes if remote else settings.io_bytes),
+        block_bytes=int(settings.object_store_range_bytes if remote else settings.io_bytes or DEFAULT_IO_BYTES),
         max_tries=settings.max_tries,
         deadline_s=settings.deadline_s,
         gap_bytes=REMOTE_GAP_BYTES if remote else DEFAULT_GAP_BYTES,

@@ -39,6 +39,8 @@ _DIRECT = {
     0x47504653: "gpfs",
     0x19830326: "beegfs",
 }
+# What is read there lies on other machines. Their clients send a large read as several requests at once.
+_REMOTE = frozenset({"nfs", "lustre", "ceph", "gpfs", "beegfs"})
 _OTHER = {
     0x65735546: "fuse",
     0x01021997: "9p",
@@ -59,11 +61,13 @@ class ReadMode:
             cache comes from there); or by 3FS's library ("usrbio").
         wide: whether reads wait for storage, so that more threads than CPUs are of use.
         reason: why, for the log line.
+        remote: whether the file lies on other machines: large reads are divided among them by the file system.
     """
 
     name: Literal["buffered", "direct", "mixed", "usrbio"]
     wide: bool
     reason: str
+    remote: bool = False
 
 
 def choose_mode(file: SourceFile, setting: str = "auto") -> ReadMode:
@@ -84,7 +88,7 @@ def choose_mode(file: SourceFile, setting: str = "auto") -> ReadMode:
     if setting == "buffered":
         return ReadMode("buffered", not warm, "set")
     if setting == "direct":
-        return ReadMode("direct", True, "set")
+        return ReadMode("direct", True, "set", _DIRECT.get(kind) in _REMOTE)
     return _choose(kind, share)
 
 
@@ -113,7 +117,7 @@ def _choose(kind: int, share: float | None) -> ReadMode:
         return ReadMode("buffered", False, where)
     if kind not in _DIRECT:
         return ReadMode("buffered", True, where)
-    return ReadMode("direct" if share <= _ABSENT else "mixed", True, where)
+    return ReadMode("direct" if share <= _ABSENT else "mixed", True, where, name in _REMOTE)
 
 
 def resident_share(fd: int, size: int) -> float | None:

@@ -1,12 +1,15 @@
 """Huge pages are asked for where tensors have memory, and nothing else happens."""
 
+import mmap
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from engine_loader import ask_for_huge_pages
+from engine_loader.transfer.memory import huge_pages
 from tests.support.mappings import need_huge_pages, vm_flags
 
 MIB = 1 << 20
@@ -21,9 +24,38 @@ def test_memory_of_parameters_gets_huge_pages() -> None:
     assert torch.equal(model.weight, expected)
 
 
+@pytest.mark.parametrize(("huge_ns", "advised"), [(12_000_000, False), (200_000, True)])
+def test_pages_that_take_longer_than_small_ones_are_not_asked_for(
+    huge_ns: int, advised: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need_huge_pages()
+    times = {mmap.MADV_HUGEPAGE: huge_ns, mmap.MADV_NOHUGEPAGE: 600_000}
+    monkeypatch.setattr(huge_pages, "_time_to_make", lambda _, advice: times[advice])
+    tensor = torch.empty(128 * MIB, dtype=torch.uint8)
+    ask_for_huge_pages([tensor])
+    assert ("hg" in vm_flags(tensor.data_ptr() + 100 * MIB)) is advised
+    huge_pages.advise_huge_pages([tensor])
+    assert "hg" in vm_flags(tensor.data_ptr() + 100 * MIB)
+
+
+def test_the_trial_makes_a_few_pages_and_changes_no_contents() -> None:
+    need_huge_pages()
+    fresh, filled = torch.empty(128 * MIB, dtype=torch.uint8), torch.full((128 * MIB,), 7, dtype=torch.uint8)
+    before = resident_bytes()
+    ask_for_huge_pages([fresh])
+    ask_for_huge_pages([filled])
+    assert resident_bytes() - before < 32 * MIB
+    assert torch.equal(filled, torch.full_like(filled, 7)) and not fresh.any()
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
 def test_other_memory_is_left_alone() -> None:
     need_huge_pages()
-    asked, other = torch.empty(64 * MIB, dtype=torch.uint8), torch.empty(64 * MIB, dtype=torch.uint8)
+    # Too little for a trial, whose outcome is the host's.
+    asked, other = torch.empty(48 * MIB, dtype=torch.uint8), torch.empty(48 * MIB, dtype=torch.uint8)
     ask_for_huge_pages([asked])
     assert "hg" in vm_flags(asked.data_ptr() + 32 * MIB)
     assert "hg" not in vm_flags(other.data_ptr() + 32 * MIB)

@@ -51,7 +51,7 @@ class ThreeFsOptions:
         return cls(
             rings=settings.usrbio_rings,
             depth=settings.usrbio_depth,
-            io_bytes=int(settings.io_bytes),
+            io_bytes=int(settings.io_bytes or cls.io_bytes),
             deadline_s=settings.usrbio_deadline_s,
             lib_dir=settings.hf3fs_lib_dir,
         )

@@ -9,16 +9,16 @@ from pathlib import Path
 
 from ...errors import TransferError
 
-_ABI_VERSION = 4
+_ABI_VERSION = 5
 OK, TIMEOUT, FAILED = 0, 1, 2
 E_CLOSED, E_FORKED, E_ARGUMENT, E_MEMORY, E_THREAD, E_DEVICE = -1, -2, -3, -4, -5, -6
 FAIL_IO, FAIL_EOF, FAIL_DEADLINE, FAIL_CANCELLED, FAIL_USRBIO, FAIL_DEVICE = range(1, 7)
 USRBIO_LIBRARY, USRBIO_MEMORY, USRBIO_BUFFER, USRBIO_RING = range(1, 5)
 DEVICE_LIBRARY, DEVICE_SELECT, DEVICE_MEMORY, DEVICE_STREAM, DEVICE_THREAD = range(1, 6)
 MODES = {"buffered": 0, "direct": 1, "mixed": 2, "usrbio": 3}
-FILE_WIDE = 1
+FILE_WIDE, FILE_REMOTE = 1, 2
 ORDERED = 1
-HUGE_PAGES = 1
+HUGE_PAGES, ALWAYS_HUGE_PAGES = 1, 2
 
 
 class Config(ctypes.Structure):
@@ -37,7 +37,7 @@ class Config(ctypes.Structure):
         ("wide_gap_bytes", ctypes.c_uint64),
         ("cpus", ctypes.POINTER(ctypes.c_uint32)),
         ("n_cpus", ctypes.c_uint32),
-        ("reserved", ctypes.c_uint32),
+        ("most_wide_threads", ctypes.c_uint32),
     )
 
 
@@ -112,6 +112,7 @@ COUNTERS = (
     "usrbio_bytes",
     "device_bytes",
     "slot_wait_ns",
+    "threads",
 )
 
 
@@ -168,6 +169,7 @@ def _declare(library: ctypes.CDLL) -> None:
     files, config = ctypes.POINTER(File), ctypes.POINTER(Config)
     for name, result, arguments in (
         ("el_readers_create", handle, (config, ctypes.POINTER(code))),
+        ("el_readers_place", code, (handle, ctypes.POINTER(u32), u32)),
         ("el_readers_close", code, (handle, i64)),
         ("el_readers_destroy", None, (handle,)),
         ("el_stats", code, (handle, ctypes.POINTER(Stats))),

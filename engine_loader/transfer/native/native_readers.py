@@ -15,21 +15,25 @@ import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from ...errors import TransferError
 from ...sources.source import SourceFile, UsrbioAccess
-from ..cpus import default_threads, local_cpus
+from ..cpus import cpus_of_node, default_threads, local_cpus, waiting_threads
 from ..device_stream import DeviceStream
 from ..modes import ReadMode, choose_mode
+from ..placement import node_of_gpu, node_of_storage
 from ..plan import EXTENT, Extents, check_plan, plan_bytes
 from ..protocol import TransferStatistics
 from .device_errors import setup_error, stream_error
 from .library import (
+    ALWAYS_HUGE_PAGES,
     COUNTERS,
     E_DEVICE,
     E_FORKED,
+    FILE_REMOTE,
     FILE_WIDE,
     HUGE_PAGES,
     MODES,
@@ -53,8 +57,6 @@ __all__ = ["NativeReaders", "NativeTransfer", "library_path", "load_library"]
 logger = logging.getLogger(__name__)
 
 DEFAULT_PINNED_BYTES = 256 << 20
-_WIDE_THREADS = 8
-_MOST_WIDE_THREADS = 16
 # With the quarter that a block may be longer, a thread's scratch memory is one huge page.
 _DIRECT_BLOCK_BYTES = 1536 << 10
 _MOST_RINGS = 4
@@ -90,13 +92,17 @@ class NativeReaders:
     """Native threads that read by ``preadv``.
 
     Args:
-        threads: how many read at once; None: as many as there are CPUs, and up to 16 where reads wait for storage.
+        threads: how many read at once; None: as many as there are CPUs for each of the ``ranks``; where reads wait for
+            storage, 8 at first, and up to 64 for all ranks together as long as more bring more.
         block_bytes: the largest single read.
+        direct_block_bytes: the largest one by O_DIRECT from a disk of this machine; None: at most 1.5 MiB.
+        ranks: processes that load at the same time and share this machine's CPUs.
         max_tries: how often a read is tried when its error may pass.
         retry_delay_s: the wait before the second try; it doubles with every further one, up to 2 s.
         deadline_s: when a read gets no byte for this long, its transfer fails.
         read_mode: "buffered" or "direct"; anything else: see modes.py.
-        huge_pages: advise huge pages for large destinations, which makes fresh memory several times faster to fill.
+        huge_pages: ask for huge pages for large destinations, which mostly makes fresh memory several times faster to
+            fill: where they are made sooner than small ones (True), never (False), or whatever they cost ("always").
         pinned_bytes: page-locked memory for what is on its way to a device, for each one.
         device_runtime: path of the runtime of CUDA or HIP; None: the one that the process has loaded.
 
@@ -111,21 +117,21 @@ class NativeReaders:
         threads: int | None = None,
         *,
         block_bytes: int = 4 << 20,
+        direct_block_bytes: int | None = None,
+        ranks: int = 1,
         max_tries: int = 5,
         retry_delay_s: float = 0.05,
         deadline_s: float = 120.0,
         read_mode: str = "auto",
-        huge_pages: bool = True,
+        huge_pages: bool | Literal["always"] = True,
         pinned_bytes: int = DEFAULT_PINNED_BYTES,
         device_runtime: str | None = None,
     ) -> None:
         self._handle: int | None = None
         self._library = load_library()
         self._quick = load_quick()
-        cpus = local_cpus()
-        self.threads = threads or default_threads(cpus)
-        if cpus is not None and self.threads > len(cpus):
-            cpus = None
+        self.threads = threads or default_threads(local_cpus(), ranks)
+        self._placed = False
         self.deadline_s = deadline_s
         self._read_mode = read_mode
         self._pinned_bytes = pinned_bytes
@@ -138,18 +144,20 @@ class NativeReaders:
         self._closed = False
         self._pid = os.getpid()
         self._last_statistics = Stats()
+        direct_block_bytes = direct_block_bytes or min(block_bytes, _DIRECT_BLOCK_BYTES)
+        largest = max(block_bytes, direct_block_bytes)
+        first, most = (threads, threads) if threads else waiting_threads(self.threads, largest, ranks)
         config = Config(
             struct_bytes=ctypes.sizeof(Config),
-            flags=HUGE_PAGES if huge_pages else 0,
+            flags=ALWAYS_HUGE_PAGES if huge_pages == "always" else HUGE_PAGES if huge_pages else 0,
             threads=self.threads,
-            wide_threads=threads or min(max(_WIDE_THREADS, self.threads), _MOST_WIDE_THREADS),
+            wide_threads=first,
+            most_wide_threads=most,
             max_tries=max_tries,
             retry_base_ms=max(1, round(retry_delay_s * 1e3)),
             deadline_ms=max(1, min(round(deadline_s * 1e3), 0xFFFFFFFF)),
             block_bytes=block_bytes,
-            direct_block_bytes=min(block_bytes, _DIRECT_BLOCK_BYTES),
-            cpus=None if cpus is None else (ctypes.c_uint32 * len(cpus))(*sorted(cpus)),
-            n_cpus=0 if cpus is None else len(cpus),
+            direct_block_bytes=direct_block_bytes,
         )
         error = ctypes.c_int()
         self._handle = self._quick.el_readers_create(config, error)
@@ -192,6 +200,8 @@ class NativeReaders:
         extents = np.ascontiguousarray(extents, dtype=EXTENT)
         device = None if target is None else self._add_device(target.device)
         opened = [self._open(file) for file in files]
+        if not self._placed:
+            self._place(files, opened, target)
         native = (File * len(files))(*map(_native_file, files, opened))
         handle = ctypes.c_void_p()
         flags = ORDERED if ordered else 0
@@ -207,6 +217,23 @@ class NativeReaders:
             raise call_error(result)
         owners = (owner, opened)
         return self._register(NativeTransfer(self, handle, plan_bytes(extents), list(files), owners, device=device))
+
+    def _place(self, files: Sequence[SourceFile], opened: Sequence[_OpenFile], target: DeviceStream | None) -> None:
+        """Keep the threads on one memory node.
+
+        The node of the GPU that is read to; else that of the disk that is read from; else the caller's, where what was
+        read will be used.
+        """
+        self._placed = True
+        if target is not None:
+            cpus = cpus_of_node(node_of_gpu(target.device))
+        else:
+            waited_for = (file.fileno() for file, how in zip(files, opened, strict=True) if how.mode.wide)
+            disks = {node_of_storage(fd) for fd in waited_for if fd is not None}
+            cpus = cpus_of_node(disks.pop()) if len(disks) == 1 else None
+        cpus = cpus or local_cpus()
+        if cpus is not None and len(cpus) >= self.threads:
+            self._quick.el_readers_place(self._handle, (ctypes.c_uint32 * len(cpus))(*sorted(cpus)), len(cpus))
 
     def statistics(self) -> TransferStatistics:
         stats = self._stats()
@@ -291,7 +318,7 @@ class NativeReaders:
                 else:
                     mode = choose_mode(file, self._read_mode)
                     direct_fd = -1 if mode.name == "buffered" else _open_direct(file)
-                    found = _OpenFile(mode, direct_fd, FILE_WIDE if mode.wide else 0)
+                    found = _OpenFile(mode, direct_fd, _flags(mode))
                 self._open_files[file] = found
                 logger.debug("%s is read %s (%s)", file.path, found.mode.name, found.mode.reason)
             return found
@@ -338,6 +365,10 @@ class NativeReaders:
         if self._closed or self._quick.el_stats(self._handle, stats) != OK:
             return self._last_statistics
         return stats
+
+
+def _flags(mode: ReadMode) -> int:
+    return (FILE_WIDE if mode.wide else 0) | (FILE_REMOTE if mode.remote else 0)
 
 
 def _native_file(file: SourceFile, opened: _OpenFile) -> File:

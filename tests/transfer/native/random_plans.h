@@ -113,9 +113,10 @@ void check_completed(el_transfer *transfer, const Plan &plan, const char *memory
 el_config random_config(Random &random) {
     el_config config{};
     config.struct_bytes = sizeof config;
-    config.flags = EL_HUGE_PAGES;
+    config.flags = below(random, 4) == 0 ? EL_ALWAYS_HUGE_PAGES : EL_HUGE_PAGES;
     config.threads = static_cast<uint32_t>(1 + below(random, 3));
     config.wide_threads = static_cast<uint32_t>(1 + below(random, 5));
+    config.most_wide_threads = config.wide_threads + static_cast<uint32_t>(below(random, 12));
     config.max_tries = 4;
     config.retry_base_ms = 1;
     config.deadline_ms = 60000;

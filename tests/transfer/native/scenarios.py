@@ -31,7 +31,12 @@ from engine_loader.transfer.plan import extent, make_extents
 from tests.support.resources import left_open, open_resources
 from tests.support.waiting import any_try, wait_for
 
-_FIELDS = ("error_every", "error", "short_every", "stall_every", "stall_ms", "direct_error", "calls", "stalled")
+_WORDS = (
+    *("error_every", "error", "short_every", "stall_every", "stall_ms", "direct_error"),
+    *("delay_us", "one_by_one", "huge_us", "small_us"),
+)
+_COUNTS = ("calls", "stalled", "flying", "most_flying", "huge_made", "small_made")
+_FIELDS = (*_WORDS, *_COUNTS)
 FAULTS_BYTES = 4 * len(_FIELDS)
 LONG_MS = 3_600_000
 
@@ -45,7 +50,7 @@ class Faults:
 
     def set(self, **words: int) -> None:
         """Set these, and the others to 0."""
-        for name in _FIELDS[:6]:
+        for name in _WORDS:
             struct.pack_into("=I", self._memory, 4 * _FIELDS.index(name), words.get(name, 0))
 
     def get(self, name: str) -> int:
@@ -126,6 +131,79 @@ def a_wait_can_time_out(faults: Faults, file: PosixFile) -> None:
         faults.assert_stuck()
         faults.set()
         assert transfer.wait()
+
+
+@any_try(5)
+def more_reads_at_once_where_they_bring_more(faults: Faults, file: PosixFile) -> None:
+    """Each read takes 20 ms, however many there are: 8 threads go up to 64."""
+    faults.set(delay_us=20_000)
+    with contextlib.closing(NativeReaders(block_bytes=8 << 10, read_mode="direct")) as readers:
+        _assert_often(readers, file, times=20)
+        assert readers.counters()["threads"] == 64
+    assert faults.get("most_flying") > 32
+
+
+@any_try(5)
+def no_more_reads_at_once_where_they_bring_nothing(faults: Faults, file: PosixFile) -> None:
+    """Reads take their 2 ms one after the other: a trial with twice 8 threads brings nothing, and nothing beyond it."""
+    faults.set(delay_us=2_000, one_by_one=1)
+    with contextlib.closing(NativeReaders(block_bytes=8 << 10, read_mode="direct")) as readers:
+        _assert_often(readers, file, times=5)
+        assert readers.counters()["threads"] == 16
+
+
+def threads_that_are_set_stay(faults: Faults, file: PosixFile) -> None:
+    faults.set(delay_us=5_000)
+    with _readers(3, block_bytes=8 << 10, read_mode="direct") as readers:
+        _assert_often(readers, file, times=5)
+        assert readers.counters()["threads"] == 3
+    assert faults.get("most_flying") == 3
+
+
+def threads_above_the_limit_do_not_hide_a_stuck_read(faults: Faults, file: PosixFile) -> None:
+    faults.set(delay_us=2_000, one_by_one=1)
+    with contextlib.closing(NativeReaders(block_bytes=8 << 10, read_mode="direct", deadline_s=0.4)) as readers:
+        _assert_often(readers, file, times=5)
+        faults.set(stall_every=1, stall_ms=LONG_MS)
+        for transfer in [_submit(readers, file) for _ in range(4)]:  # also those that no thread ever got to
+            assert _failure(transfer).errno == errno.ETIMEDOUT
+        faults.assert_stuck()
+        faults.set()
+
+
+def huge_pages_that_take_long_give_way_to_small_ones(faults: Faults, file: PosixFile) -> None:
+    huge, small = _pages_made(faults, file, huge_us=12_000, small_us=500)
+    assert huge <= 8 and small >= 50  # one shows what they cost, on each of two threads
+
+
+def huge_pages_that_are_quick_stay(faults: Faults, file: PosixFile) -> None:
+    huge, small = _pages_made(faults, file, huge_us=1, small_us=5_000)
+    assert huge >= 30 and small == 0
+
+
+def huge_pages_are_tried_again(faults: Faults, file: PosixFile) -> None:
+    slow = _pages_made(faults, file, huge_us=12_000, small_us=500)
+    _pages_made(faults, file, huge_us=1, small_us=500)
+    huge, small = _pages_made(faults, file, huge_us=1, small_us=500)
+    assert slow[1] >= 50 and huge >= 30 and small == 0
+
+
+def _pages_made(faults: Faults, file: PosixFile, *, huge_us: int, small_us: int) -> tuple[int, int]:
+    """(calls for huge pages, calls for small ones) that it took to fill 128 MiB of fresh memory."""
+    before = faults.get("huge_made"), faults.get("small_made")
+    faults.set(huge_us=huge_us, small_us=small_us)
+    step = file.size
+    places = range(0, (128 << 20) - step, step)
+    with mmap.mmap(-1, 128 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
+        to = np.frombuffer(area, np.uint8)
+        plan = make_extents([extent(0, 0, step, to.ctypes.data + place) for place in places])
+        with _readers(read_mode="buffered", block_bytes=4 << 20) as readers:
+            readers.submit([file], plan).wait()
+        data = Path(file.path).read_bytes()
+        assert all(to[place : place + step].tobytes() == data for place in places)
+        del to
+    faults.set()
+    return faults.get("huge_made") - before[0], faults.get("small_made") - before[1]
 
 
 def cancel_ends_a_pause(faults: Faults, file: PosixFile) -> None:
@@ -311,6 +389,15 @@ def _assert_arrives(readers: NativeReaders, file: PosixFile) -> None:
     assert owner.memory.tobytes() == Path(file.path).read_bytes()
 
 
+def _assert_often(readers: NativeReaders, file: PosixFile, times: int) -> None:
+    """The file arrives at many places in one transfer."""
+    owner = Owner(times * file.size)
+    base = owner.memory.ctypes.data
+    plan = make_extents([extent(0, 0, file.size, base + number * file.size) for number in range(times)])
+    assert readers.submit([file], plan, owner=owner).wait()
+    assert owner.memory.tobytes() == times * Path(file.path).read_bytes()
+
+
 def _failure(transfer: NativeTransfer) -> TransferError:
     try:
         transfer.wait()
@@ -357,6 +444,13 @@ SCENARIOS: dict[str, Callable[[Faults, PosixFile], None]] = {
         errors_stay,
         short_reads_are_resumed,
         direct_reads_may_be_refused,
+        more_reads_at_once_where_they_bring_more,
+        no_more_reads_at_once_where_they_bring_nothing,
+        threads_that_are_set_stay,
+        threads_above_the_limit_do_not_hide_a_stuck_read,
+        huge_pages_that_take_long_give_way_to_small_ones,
+        huge_pages_that_are_quick_stay,
+        huge_pages_are_tried_again,
         a_wait_can_time_out,
         cancel_ends_a_pause,
         cancel_waits_for_the_read_in_flight,

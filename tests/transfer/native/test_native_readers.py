@@ -10,7 +10,6 @@ import os
 import resource
 import select
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -329,7 +328,7 @@ def test_many_threads_share_an_readers(readers: NativeReaders, make_file: MakeFi
     assert not wrong
 
 
-def test_many_small_extents_are_planned_quickly(make_file: MakeFile) -> None:
+def test_many_small_extents_arrive(make_file: MakeFile) -> None:
     file = make_file(64 << 20)
     to = memory(file.size)
     step = file.size // 100_000
@@ -338,11 +337,7 @@ def test_many_small_extents_are_planned_quickly(make_file: MakeFile) -> None:
     plan["address"][::2] += 1  # so that no two are neighbours in memory
     plan["row_bytes"][::2] -= 1
     with contextlib.closing(NativeReaders(2)) as readers:
-        began = time.perf_counter()
-        transfer = readers.submit([file], plan)
-        submitted = time.perf_counter() - began
-        transfer.wait()
-    assert submitted < 0.5  # it takes about 10 ms
+        readers.submit([file], plan).wait()
     data = np.frombuffer(content(file), np.uint8)
     assert np.array_equal(to[1 : step - 1], data[: step - 2]) and np.array_equal(
         to[step : 2 * step], data[step : 2 * step]

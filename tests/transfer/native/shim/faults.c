@@ -1,4 +1,4 @@
-/* A preloadable pread and preadv that fail on demand.
+/* A preloadable pread and preadv that fail, or answer late, on demand, and a madvise that makes pages as late as asked.
  *
  * ENGINE_LOADER_FAULTS names a file that holds `struct faults`, mapped shared, so that a test can change it while the
  * program runs.
@@ -6,6 +6,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -21,8 +22,16 @@ struct faults {
     uint32_t stall_every; /* every n-th call first sleeps ... */
     uint32_t stall_ms;    /* ... this long, or until this becomes 0 */
     uint32_t direct_error; /* calls on O_DIRECT descriptors fail with this errno (0: they do not) */
+    uint32_t delay_us;    /* each call takes so much longer, as from storage at a distance: many at once take no more */
+    uint32_t one_by_one;  /* unless this is set: then only one call at a time sleeps, as at a disk that is busy */
+    uint32_t huge_us;     /* MADV_POPULATE_WRITE makes no pages, but takes this much CPU time after MADV_HUGEPAGE ... */
+    uint32_t small_us;    /* ... and this much after MADV_NOHUGEPAGE; both 0: the kernel's is called */
     uint32_t calls;       /* counts */
     uint32_t stalled;     /* calls that sleep just now */
+    uint32_t flying;      /* calls just now */
+    uint32_t most_flying; /* the most at once so far */
+    uint32_t huge_made;   /* calls of MADV_POPULATE_WRITE after MADV_HUGEPAGE ... */
+    uint32_t small_made;  /* ... and after MADV_NOHUGEPAGE */
 };
 
 static struct faults *faults;
@@ -50,6 +59,53 @@ static void stall(void) {
     __atomic_sub_fetch(&faults->stalled, 1, __ATOMIC_RELAXED);
 }
 
+static void sleep_us(uint32_t us) {
+    const struct timespec time = {us / 1000000, (us % 1000000) * 1000L};
+    nanosleep(&time, NULL);
+}
+
+static uint64_t worked_us(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+    return (uint64_t)time.tv_sec * 1000000 + (uint64_t)time.tv_nsec / 1000;
+}
+
+static void work_us(uint32_t us) {
+    for (uint64_t begin = worked_us(); worked_us() - begin < us;);
+}
+
+static void note_most(uint32_t now) {
+    uint32_t most = get(&faults->most_flying);
+    while (now > most) {
+        if (__atomic_compare_exchange_n(&faults->most_flying, &most, now, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) return;
+    }
+}
+
+static void delay(void) {
+    static pthread_mutex_t disk = PTHREAD_MUTEX_INITIALIZER;
+    const uint32_t us = get(&faults->delay_us);
+    if (us == 0) return;
+    note_most(__atomic_add_fetch(&faults->flying, 1, __ATOMIC_RELAXED));
+    const int alone = get(&faults->one_by_one) != 0;
+    if (alone) pthread_mutex_lock(&disk);
+    sleep_us(us);
+    if (alone) pthread_mutex_unlock(&disk);
+    __atomic_sub_fetch(&faults->flying, 1, __ATOMIC_RELAXED);
+}
+
+int madvise(void *address, size_t bytes, int advice) {
+    static int last;
+    if (advice == MADV_HUGEPAGE || advice == MADV_NOHUGEPAGE) __atomic_store_n(&last, advice, __ATOMIC_RELAXED);
+    const uint32_t huge_us = faults == NULL ? 0 : get(&faults->huge_us), small_us = faults == NULL ? 0 : get(&faults->small_us);
+    if (advice != 23 /* MADV_POPULATE_WRITE */ || (huge_us == 0 && small_us == 0)) {
+        return (int)syscall(SYS_madvise, address, bytes, (long)advice);
+    }
+    const int huge = __atomic_load_n(&last, __ATOMIC_RELAXED) == MADV_HUGEPAGE;
+    __atomic_add_fetch(huge ? &faults->huge_made : &faults->small_made, 1, __ATOMIC_RELAXED);
+    work_us(huge ? huge_us : small_us);
+    return 0;
+}
+
 /* The vectors cut to `bytes`. */
 static int cut(const struct iovec *from, int n, struct iovec *to, size_t bytes) {
     int used = 0;
@@ -75,6 +131,7 @@ ssize_t preadv(int fd, const struct iovec *vectors, int n, off_t offset) {
     if (faults == NULL) return read_really(fd, vectors, n, offset);
     uint32_t call = __atomic_add_fetch(&faults->calls, 1, __ATOMIC_RELAXED);
     if (due(&faults->stall_every, call)) stall();
+    delay();
     if (due(&faults->error_every, call)) {
         errno = (int)get(&faults->error);
         return -1;

@@ -34,6 +34,7 @@ el_config with_defaults(el_config config) {
     config.cpus = nullptr;  // the caller's; copied apart
     config.threads = std::min(or_default(config.threads, 2u), kMostThreads);
     config.wide_threads = std::min(std::max(or_default(config.wide_threads, 8u), config.threads), kMostThreads);
+    config.most_wide_threads = std::min(std::max(config.most_wide_threads, config.wide_threads), kMostThreads);
     config.max_tries = or_default(config.max_tries, 5u);
     config.retry_base_ms = or_default(config.retry_base_ms, 20u);
     config.retry_cap_ms = or_default(config.retry_cap_ms, 2000u);
@@ -76,9 +77,9 @@ void abandon_workers(ReaderThreads &readers) {
 }  // namespace
 
 ReaderThreads::ReaderThreads(const el_config &settings)
-    : config(with_defaults(settings)), cpus(settings.cpus, settings.cpus + (settings.cpus == nullptr ? 0 : settings.n_cpus)),
-      generation(process_generation()) {
-    workers.reserve(config.wide_threads);
+    : config(with_defaults(settings)), generation(process_generation()),
+      cpus(settings.cpus, settings.cpus + (settings.cpus == nullptr ? 0 : settings.n_cpus)), pace(config.wide_threads, config.most_wide_threads) {
+    workers.reserve(config.most_wide_threads);
 }
 
 ReaderThreads::~ReaderThreads() = default;
@@ -113,6 +114,21 @@ el_readers *el_readers_create(const el_config *config, int *error) {
     }
 }
 
+int el_readers_place(el_readers *placed, const uint32_t *cpus, uint32_t n_cpus) {
+    ReaderThreads *readers = unwrap(placed);
+    const int state = usable(readers);
+    if (state != EL_OK) return state;
+    if (cpus == nullptr && n_cpus > 0) return EL_E_ARGUMENT;
+    try {
+        std::vector<uint32_t> chosen(cpus, cpus + n_cpus);
+        Lock lock(readers->mutex);
+        readers->cpus.swap(chosen);
+        return EL_OK;
+    } catch (const std::bad_alloc &) {
+        return EL_E_MEMORY;
+    }
+}
+
 int el_readers_close(el_readers *closing, int64_t timeout_ms) {
     ReaderThreads *readers = unwrap(closing);
     const int state = usable(readers);
@@ -144,6 +160,7 @@ int el_stats(el_readers *asked, el_stats_info *out) {
     *out = el_stats_info{};
     Lock lock(readers->mutex);
     for (const auto &worker : readers->workers) worker->counters.add_to(*out);
+    out->threads = readers->plain_workers;
     out->wait_ns = readers->wait_ns;
     out->bytes += readers->device_bytes;
     out->device_bytes = readers->device_bytes;

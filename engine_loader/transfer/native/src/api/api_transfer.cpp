@@ -30,6 +30,7 @@ void copy_file(ReaderThreads &readers, const el_file &from, File &to) {
     to.direct_fd = from.direct_fd;
     to.size = from.size;
     to.wide = (from.flags & EL_FILE_WIDE) != 0;
+    to.remote = (from.flags & EL_FILE_REMOTE) != 0;
     if (from.mode == EL_USRBIO) {
         Lock lock(readers.mutex);
         to.mode = EL_USRBIO;
@@ -50,13 +51,17 @@ std::unique_ptr<Transfer> plan(ReaderThreads &readers, const el_file *files, uin
     return transfer;
 }
 
-void advise_destinations(const ReaderThreads &readers, const Transfer &transfer, const el_extent *extents, uint64_t n_extents) {
-    if ((readers.config.flags & EL_HUGE_PAGES) == 0) return;
+HugePages huge_pages_for(const ReaderThreads &readers, const Transfer &transfer) {
     uint64_t bytes = 0;
     for (const uint64_t remaining : transfer.remaining) bytes += remaining;
-    if (bytes < kHugePagesFrom) return;
-    std::vector<Range> ranges = destinations(extents, n_extents);
-    advise_huge_pages(ranges);
+    if (bytes < kHugePagesFrom) return HugePages::never;
+    if ((readers.config.flags & EL_ALWAYS_HUGE_PAGES) != 0) return HugePages::always;
+    return (readers.config.flags & EL_HUGE_PAGES) != 0 ? HugePages::where_quicker : HugePages::never;
+}
+
+void open_destinations(const ReaderThreads &readers, Transfer &transfer, const el_extent *extents, uint64_t n_extents) {
+    const HugePages use = huge_pages_for(readers, transfer);
+    if (use != HugePages::never) transfer.destinations.open(destinations(extents, n_extents), use);
 }
 
 int start(ReaderThreads &readers, std::unique_ptr<Transfer> transfer, el_transfer **out) {
@@ -101,7 +106,7 @@ int submit(ReaderThreads &readers, const el_file *files, uint32_t n_files, const
                 return EL_E_DEVICE;
             }
         } else {
-            advise_destinations(readers, *transfer, extents, n_extents);
+            open_destinations(readers, *transfer, extents, n_extents);
         }
         return start(readers, std::move(transfer), out);
     } catch (const std::bad_alloc &) {

@@ -14,7 +14,7 @@ extern "C" {
 #endif
 
 #define EL_API __attribute__((visibility("default")))
-#define EL_ABI_VERSION 4u /* goes up with every change of this file; the binding refuses another one */
+#define EL_ABI_VERSION 5u /* goes up with every change of this file; the binding refuses another one */
 
 enum { /* what calls return */
     EL_OK = 0,
@@ -37,8 +37,10 @@ enum { /* el_file.mode: how a file is read */
 
 enum {
     EL_FILE_WIDE = 1, /* el_file.flags: reads wait for storage rather than for a CPU: use the wide threads too */
+    EL_FILE_REMOTE = 2, /* el_file.flags: on another machine: direct reads are of block_bytes, which its file system divides */
     EL_ORDERED = 1,   /* el_submit flags: by file and offset; otherwise largest blocks first */
-    EL_HUGE_PAGES = 1 /* el_config.flags: advise huge pages for large destinations */
+    EL_HUGE_PAGES = 1, /* el_config.flags: huge pages for large destinations, where they are made sooner than small ones */
+    EL_ALWAYS_HUGE_PAGES = 2 /* el_config.flags: huge pages for large destinations, whatever they cost */
 };
 
 enum { /* el_failure.kind */
@@ -72,7 +74,7 @@ typedef struct {
     uint64_t wide_gap_bytes; /* the same for wide and direct files */
     const uint32_t *cpus;   /* the threads run on these CPUs only; NULL: like the creating thread */
     uint32_t n_cpus;
-    uint32_t reserved;
+    uint32_t most_wide_threads; /* up to so many where reads take long and more at once bring more; 0: wide_threads */
 } el_config;
 
 typedef struct {
@@ -122,12 +124,16 @@ typedef struct {
     uint64_t usrbio_bytes;
     uint64_t device_bytes;      /* copied to devices */
     uint64_t slot_wait_ns;      /* threads waiting for a slot, because the device is slower than the source */
+    uint64_t threads;           /* that were started, but for those of rings and devices */
 } el_stats_info;
 
 EL_API uint32_t el_abi_version(void);
 
 /* Reader threads, or NULL with *error set (EL_E_...). Threads start with the first transfer that needs them. */
 EL_API el_readers *el_readers_create(const el_config *config, int *error);
+
+/* Threads that start from now on run on these CPUs only; anywhere with n_cpus 0. */
+EL_API int el_readers_place(el_readers *readers, const uint32_t *cpus, uint32_t n_cpus);
 
 /* Cancel everything, end the threads and join them. EL_TIMEOUT: a read is stuck in the kernel; call again, or destroy:
  * the thread then frees the handle's memory when its read comes back. timeout_ms < 0: as long as it takes. */

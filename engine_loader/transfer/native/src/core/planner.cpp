@@ -66,8 +66,7 @@ class Cutter {
             start_usrbio_file(*f.usrbio, file);
             return;
         }
-        const bool direct = f.mode != EL_BUFFERED;
-        const uint64_t tuned = direct ? config.direct_block_bytes : config.block_bytes;
+        const uint64_t tuned = largest_block(config, f);
         const uint64_t threads = f.wide ? config.wide_threads : config.threads;
         const uint64_t share = round_up(total_ / (2 * threads) + 1, 64 << 10);
         block_bytes_ = std::min(tuned, std::max(share, kSmallestBlock));

@@ -10,8 +10,10 @@
 
 #include "device/device_runtime.h"
 #include "core/c_interface.h"
+#include "memory/fresh_pages.h"
 #include "memory/memory.h"
 #include "core/stats.h"
+#include "threads/pace.h"
 #include "threads/sync.h"
 
 namespace el {
@@ -60,12 +62,18 @@ struct File {
     uint64_t size = 0;
     uint32_t mode = EL_BUFFERED;
     bool wide = false;
+    bool remote = false;
     DirectLimits limits;
     const UsrbioConfig *usrbio = nullptr;
     // The file system said EINVAL: to reads straight into destinations, to any direct read.
     std::atomic<bool> straight_refused{false};
     std::atomic<bool> direct_refused{false};
 };
+
+// The largest read of a file, but for rows that stay whole.
+inline uint64_t largest_block(const el_config &config, const File &file) {
+    return file.mode == EL_BUFFERED || file.remote ? config.block_bytes : config.direct_block_bytes;
+}
 
 // Blocks in the order in which they are taken. Narrow ones are taken by the first `threads` workers only.
 struct Lane {
@@ -104,6 +112,8 @@ struct Transfer {
     uint64_t n_extents = 0;
     DeviceRing *device = nullptr;  // on which the destinations are
     OwnedEvent ready;              // of the destinations' owner; copies come after it
+
+    Destinations destinations;  // in memory of the CPU; its own lock guards it
 
     std::atomic<bool> stop{false};  // workers look at it between system calls
 
@@ -162,11 +172,11 @@ struct ReaderThreads {
     ~ReaderThreads();
 
     const el_config config;
-    const std::vector<uint32_t> cpus;
     const uint32_t generation;  // of the process; see fork.h
     std::atomic<uint32_t> references{1};  // the handle, every transfer, every running worker
 
     Mutex mutex;  // guards what follows
+    std::vector<uint32_t> cpus;  // that threads are started on; anywhere when empty
     Condition narrow_work, wide_work, ring_work;
     std::vector<std::unique_ptr<const UsrbioConfig>> usrbio;  // only grows, as files point at them
     std::vector<std::unique_ptr<DeviceRing>> devices;         // only grows, as transfers point at them
@@ -175,6 +185,7 @@ struct ReaderThreads {
     std::deque<Transfer *> queue;  // those with blocks that nobody took yet, first come first served
     std::vector<Transfer *> active;  // those that are not quiet
     std::vector<std::unique_ptr<Worker>> workers;
+    Pace pace;  // of the plain workers
     uint32_t plain_workers = 0, ring_workers = 0;  // of the workers
     uint32_t running = 0;  // threads, those of devices counted
     uint32_t landing = 0;  // threads of devices

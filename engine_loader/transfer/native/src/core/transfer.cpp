@@ -28,6 +28,7 @@ void settle(Transfer &transfer) {
     transfer.quiet = true;
     transfer.references--;
     transfer.ready.reset();
+    transfer.destinations.close();
     forget(transfer.pieces);
     forget(transfer.blocks);
     forget(transfer.narrow.blocks);
@@ -68,7 +69,8 @@ int64_t starved_since(const Transfer &transfer) {
     const bool narrow_only = transfer.wide.empty();
     int64_t latest = 0;
     for (const auto &worker : readers.workers) {
-        if (worker->ring || (narrow_only && worker->index >= readers.config.threads)) continue;
+        if (worker->ring || worker->index >= readers.pace.limit()) continue;
+        if (narrow_only && worker->index >= readers.config.threads) continue;
         const int64_t begin = worker->io_since.load(std::memory_order_acquire);
         if (begin == 0) return 0;
         latest = std::max(latest, begin);

@@ -1,6 +1,7 @@
 #include "core/worker.h"
 
 #include <algorithm>
+#include <new>
 #include <stdio.h>
 
 #include "readers/reader_device.h"
@@ -13,9 +14,12 @@
 namespace el {
 namespace {
 
+int start_worker(ReaderThreads &readers, bool ring);
+
 struct Task {
     Transfer *transfer;
     Block block;
+    bool wide;
 };
 
 // The lane to take from next: the one whose head comes first in the plan.
@@ -29,11 +33,12 @@ bool is_wide_only(const Worker &worker) { return worker.index >= worker.readers.
 
 bool take_task(Worker &worker, Task &task) {
     ReaderThreads &readers = worker.readers;
+    if (worker.index >= readers.pace.limit()) return false;
     for (size_t i = 0; i < readers.queue.size(); i++) {
         Transfer &transfer = *readers.queue[i];
         Lane *lane = next_lane(transfer, is_wide_only(worker));
         if (lane == nullptr) continue;
-        task = Task{&transfer, transfer.blocks[lane->blocks[lane->next++]]};
+        task = Task{&transfer, transfer.blocks[lane->blocks[lane->next++]], lane == &transfer.wide};
         transfer.in_flight++;
         worker.transfer = &transfer;
         if (transfer.narrow.empty() && transfer.wide.empty() && transfer.rings.empty()) {
@@ -44,7 +49,7 @@ bool take_task(Worker &worker, Task &task) {
     return false;
 }
 
-void work_on(Worker &worker, const Task &task, Lock &lock) {
+void read_task(Worker &worker, const Task &task, Lock &lock) {
     lock.unlock();
     const Reader reader{worker, *task.transfer};
     if (task.transfer->device != nullptr) {
@@ -60,6 +65,27 @@ void work_on(Worker &worker, const Task &task, Lock &lock) {
     lock.unlock();
     delete task.transfer;
     lock.lock();
+}
+
+// More threads where they bring more, fewer where they do not. Those above the limit wait.
+void follow_pace(ReaderThreads &readers) {
+    while (readers.plain_workers < readers.pace.limit()) {
+        try {
+            if (start_worker(readers, false) != 0) return;
+        } catch (const std::bad_alloc &) {
+            return;
+        }
+    }
+    readers.wide_work.notify_all();
+}
+
+void work_on(Worker &worker, const Task &task, Lock &lock) {
+    ReaderThreads &readers = worker.readers;
+    const int64_t begin = now_ns();
+    read_task(worker, task, lock);
+    if (!task.wide || readers.closing) return;
+    const int64_t now = now_ns();
+    if (readers.pace.note(task.block.bytes, now - begin, now, !readers.queue.empty())) follow_pace(readers);
 }
 
 void wait_for_work(Worker &worker, Lock &lock) {
@@ -130,7 +156,7 @@ int start_ring_workers(ReaderThreads &readers, const Transfer &transfer) {
 int start_workers(ReaderThreads &readers, const Transfer &transfer) {
     int error = transfer.rings.empty() ? 0 : start_ring_workers(readers, transfer);
     if (error != 0 || (transfer.narrow.empty() && transfer.wide.empty())) return error;
-    const uint32_t wanted = transfer.wide.empty() ? readers.config.threads : readers.config.wide_threads;
+    const uint32_t wanted = transfer.wide.empty() ? readers.config.threads : readers.pace.limit();
     while (readers.plain_workers < wanted && error == 0) error = start_worker(readers, false);
     return readers.plain_workers == 0 ? error : 0;
 }

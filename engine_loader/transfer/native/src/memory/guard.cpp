@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <csignal>
+#include <forward_list>
 #include <mutex>
 
 #include <sys/mman.h>
@@ -21,7 +22,13 @@ struct Entry {
 Entry entries[kEntries];
 std::atomic<int> entries_used{0};  // how far the handler has to look
 std::mutex adding;
-struct sigaction previous;
+// Handlers that were there before ours: the first one, and the one that ours last replaced. They are kept for good, as a
+// thread may be in any of them.
+std::atomic<const struct sigaction *> first{nullptr};
+std::atomic<const struct sigaction *> latest{nullptr};
+// How many handlers this thread is in that ours has passed its signal on to. In static storage, as the memory of other
+// thread-local variables may be allocated on first use, which a signal handler must not do.
+thread_local int passing __attribute__((tls_model("initial-exec"))) = 0;
 uint64_t page_bytes = 4096;
 
 bool replace_page(uint64_t address) {
@@ -42,21 +49,50 @@ bool guarded(uint64_t address) {
     return false;
 }
 
+// A handler that was put over ours hands on to ours, as we hand on to it: each is asked once, and then the process ends.
+const struct sigaction *next_handler() {
+    if (passing == 0) return latest.load(std::memory_order_acquire);
+    const struct sigaction *oldest = first.load(std::memory_order_acquire);
+    return passing == 1 && oldest != latest.load(std::memory_order_acquire) ? oldest : nullptr;
+}
+
+// End the process as it would have ended without us. A fault happens again when the instruction runs again; a signal that
+// a process sent does not.
+void by_default(int number, const siginfo_t *info, bool ignored) {
+    const bool sent = info->si_code <= 0;
+    if (sent && ignored) return;
+    signal(number, SIG_DFL);
+    if (sent) raise(number);
+}
+
 void pass_on(int number, siginfo_t *info, void *context) {
-    if (previous.sa_flags & SA_SIGINFO) {
-        previous.sa_sigaction(number, info, context);
-    } else if (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN) {
-        previous.sa_handler(number);
-    } else {
-        // The faulting instruction runs again, and the process ends as it would have without us.
-        signal(number, SIG_DFL);
+    const struct sigaction *handler = next_handler();
+    const bool informed = handler != nullptr && (handler->sa_flags & SA_SIGINFO) != 0;
+    if (!informed && (handler == nullptr || handler->sa_handler == SIG_DFL || handler->sa_handler == SIG_IGN)) {
+        by_default(number, info, handler != nullptr && handler->sa_handler == SIG_IGN);
+        return;
     }
+    passing++;
+    if (informed) {
+        handler->sa_sigaction(number, info, context);
+    } else {
+        handler->sa_handler(number);
+    }
+    passing--;
 }
 
 void on_sigbus(int number, siginfo_t *info, void *context) {
     if (info->si_code != BUS_ADRERR || !guarded(reinterpret_cast<uint64_t>(info->si_addr))) {
         pass_on(number, info, context);
     }
+}
+
+void remember(const struct sigaction &replaced) {
+    static auto *const kept = new std::forward_list<struct sigaction>;
+    kept->push_front(replaced);
+    latest.store(&kept->front(), std::memory_order_release);
+    const struct sigaction *none = nullptr;
+    first.compare_exchange_strong(none, &kept->front(), std::memory_order_release, std::memory_order_relaxed);
 }
 
 // Installs the handler, again when somebody (Python's faulthandler, say) has put another one over it meanwhile.
@@ -74,7 +110,7 @@ bool install() {
     // On the thread's alternate stack where it has one; NODEFER so that a handler we pass on to behaves as ever.
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
     sigemptyset(&action.sa_mask);
-    previous = current;
+    remember(current);
     return sigaction(SIGBUS, &action, nullptr) == 0;
 }
 

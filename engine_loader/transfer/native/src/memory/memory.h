@@ -1,11 +1,12 @@
-// Memory: scratch buffers, huge pages for fresh destinations, and making pages present before they are touched.
+// Memory: scratch buffers, and making pages present before they are touched.
 #pragma once
 
 #include <stddef.h>
 #include <stdint.h>
-#include <vector>
 
 namespace el {
+
+constexpr uint64_t kHugePage = 2 << 20;
 
 // A buffer that grows when needed and is given back with its owner. It is of huge pages where it can be: direct reads into
 // small pages, which lie anywhere, are cut into many small requests (measured: 1.3 GB/s against 2.2).
@@ -28,17 +29,10 @@ class Scratch {
 // munmap gives it back.
 char *map_memory(uint64_t bytes);
 
-struct Range {
-    uint64_t begin;
-    uint64_t end;
-};
+uint64_t page_bytes();
 
-// Ask for huge pages where large parts of `ranges` will be written. The order of `ranges` changes.
-void advise_huge_pages(std::vector<Range> &ranges);
-
-// Make the pages of a large fresh destination present in one call rather than fault by fault. Costs next to nothing
-// where they are present already. Best effort.
-void prefault(void *address, size_t bytes);
+// Whether the page at an address has been made; true where the kernel does not say.
+bool present(uint64_t address);
 
 // Make all pages of a range present and writable (MADV_POPULATE_WRITE); 0 or an errno.
 int populate(uint64_t address, uint64_t bytes);

@@ -28,7 +28,7 @@ Outcome read_either(Reader reader, const Run &run, Direct direct, Buffered buffe
 RunLimits run_limits(Reader reader, const Block &block) {
     const File &file = reader.transfer.files[block.file];
     const el_config &config = reader.transfer.readers.config;
-    const uint64_t bytes = file.mode == EL_BUFFERED ? config.block_bytes : config.direct_block_bytes;
+    const uint64_t bytes = largest_block(config, file);
     // Rows stay whole, so a block may reach a quarter beyond its cell (planner.cpp).
     return RunLimits{bytes + bytes / 4, file.wide ? config.wide_gap_bytes : config.gap_bytes};
 }

@@ -46,7 +46,7 @@ class Batch {
             put(reader_.worker.discard.data(), part);
             gap -= part;
         }
-        prefault(reinterpret_cast<void *>(segment.address), segment.bytes);
+        reader_.transfer.destinations.prefault(reinterpret_cast<void *>(segment.address), segment.bytes);
         put(reinterpret_cast<void *>(segment.address), segment.bytes);
     }
 
@@ -102,7 +102,7 @@ void scatter(Reader reader, const Run &run, const char *span) {
     const int64_t begin = now_ns();
     for (const Segment &segment : *run.segments) {
         void *destination = reinterpret_cast<void *>(segment.address);
-        prefault(destination, segment.bytes);
+        reader.transfer.destinations.prefault(destination, segment.bytes);
         memcpy(destination, span + segment.at, segment.bytes);
     }
     reader.worker.counters.scatter_ns.add(static_cast<uint64_t>(now_ns() - begin));
