@@ -75,7 +75,7 @@ def main() -> None:
         print(load(arguments.file, arguments.one))
         return
     path = arguments.file or _kept_file(arguments.dir, arguments.gib)
-    page_cache.warm([path])
+    page_cache.warm([str(path)])
     rates = measure(path, arguments.rounds)
     print("| memory | pages | GB/s, median | slowest - fastest | of the better kind |\n|---|---|---:|---:|---:|")
     for memory in MEMORY:
