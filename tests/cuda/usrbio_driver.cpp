@@ -64,7 +64,7 @@ struct ReaderThreads {
         const el_device_config wanted{sizeof wanted, 0, 2, 0, 1, standin_path};
         device = el_device_add(readers, &wanted, &failure);
         CHECK(device >= 0);
-        const el_usrbio_config rings{sizeof rings, 2, 4, 3000, 32 * kKiB, emulator_path, mount_path};
+        const el_usrbio_config rings{sizeof rings, 2, 4, 3000, 32 * kKiB, emulator_path, mount_path, 0, 1, 0};
         usrbio = el_usrbio_add(readers, &rings);
         CHECK(usrbio >= 0);
     }

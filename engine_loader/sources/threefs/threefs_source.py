@@ -35,6 +35,7 @@ class ThreeFsOptions:
         rings: reader threads, each with a ring of its own; None: the transfer engine chooses.
         depth: IOs in flight on each ring.
         io_bytes: the largest IO; it is fitted to the file's chunk size.
+        io_depth: minus the IOs that the daemon carries out as one job at most; they complete together.
         deadline_s: an IO without a byte for so many seconds has failed. 3FS itself retries for 60 s.
         lib_dir: the directory of the library; None: searched for, see find_library.
     """
@@ -44,6 +45,7 @@ class ThreeFsOptions:
     io_bytes: int = 4 << 20
     deadline_s: float = 90.0
     lib_dir: str | None = None
+    io_depth: int = -1
 
     @classmethod
     def from_settings(cls, settings: LoaderSettings) -> Self:
@@ -53,6 +55,7 @@ class ThreeFsOptions:
             depth=settings.usrbio_depth,
             io_bytes=int(settings.io_bytes),
             deadline_s=settings.usrbio_deadline_s,
+            io_depth=settings.usrbio_io_depth,
             lib_dir=settings.hf3fs_lib_dir,
         )
 
@@ -117,7 +120,16 @@ def _native_access(opened: PosixFile, mount: str, client: Client, options: Three
         return None
     chunk_bytes = os.fstat(opened.fileno()).st_blksize
     io_bytes = fit_io_bytes(options.io_bytes, chunk_bytes)
-    return UsrbioAccess(client.library, mount, options.rings, options.depth, io_bytes, options.deadline_s)
+    return UsrbioAccess(
+        client.library,
+        mount,
+        rings=options.rings,
+        depth=options.depth,
+        io_bytes=io_bytes,
+        slot_io_bytes=max(io_bytes, options.io_bytes),
+        io_depth=options.io_depth,
+        deadline_s=options.deadline_s,
+    )
 
 
 class ThreeFsSource:

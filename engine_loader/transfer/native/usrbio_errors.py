@@ -23,6 +23,6 @@ def usrbio_error(path: str, access: UsrbioAccess, info: Failure) -> TransferErro
         hint = "is it of 3FS, and for this machine?"
         return with_errno(code, f"{access.library} cannot be used", path, None, hint)
     if step == USRBIO_MEMORY:
-        # A row may reach a quarter beyond its IO; see native/usrbio_channel.h.
-        return no_room(path, access.depth * access.io_bytes * 5 // 4, code)
+        # A row may reach a quarter beyond its IO; see native/src/usrbio/usrbio_channel.h.
+        return no_room(path, access.depth * access.slot_io_bytes * 5 // 4, code)
     return no_ring(path, access.mount, "buffer" if step == USRBIO_BUFFER else "ring", code)

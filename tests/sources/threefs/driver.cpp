@@ -65,13 +65,15 @@ int main(int, char **arguments) {
     check(fstat(fd, &status) == 0 && reg_fd(fd, 0) <= 0, "file");
     std::vector<char> content(static_cast<size_t>(status.st_size));
     check(pread(fd, content.data(), content.size(), 0) == status.st_size, "pread");
+    uint32_t batch = 0;
     for (const char *faults : kFaults) {
         configure(faults);
+        batch = batch % 4 + 1;
         el_config config{};
         config.struct_bytes = sizeof config;
         config.retry_base_ms = 1;
         el_readers *readers = el_readers_create(&config, nullptr);
-        const el_usrbio_config usrbio{sizeof usrbio, 2, 4, 100, 64 << 10, library, mount};
+        const el_usrbio_config usrbio{sizeof usrbio, 2, 4, 100, 64 << 10, library, mount, 0, batch, 0};
         const int number = el_usrbio_add(readers, &usrbio);
         check(number >= 0, "add");
         const el_file file{fd, -1, content.size(), EL_USRBIO, EL_FILE_USRBIO(number)};

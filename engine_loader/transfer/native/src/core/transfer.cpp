@@ -27,7 +27,6 @@ void settle(Transfer &transfer) {
     active.erase(std::find(active.begin(), active.end(), &transfer));
     transfer.quiet = true;
     transfer.references--;
-    transfer.ready.reset();
     forget(transfer.pieces);
     forget(transfer.blocks);
     forget(transfer.narrow.blocks);

@@ -49,7 +49,7 @@ struct Flight {
     int64_t since;
 };
 
-// Only `slots` and `flights` change after open; the mutex of the ReaderThreads guards them.
+// Only slots and flights change after open; the mutex of the ReaderThreads guards them.
 class DeviceRing {
   public:
     DeviceRing(ReaderThreads &readers, const DeviceConfig &config);
@@ -57,8 +57,13 @@ class DeviceRing {
     DeviceRing(const DeviceRing &) = delete;
     DeviceRing &operator=(const DeviceRing &) = delete;
 
-    // Make slots and streams; false with `failure` set. Neither this nor close() wants the mutex.
+    // Make streams; false with `failure` set. Neither this nor close() wants the mutex.
     bool open(el_device_failure &failure);
+    // Make slots unless there are: what comes by the rings of USRBIO needs none. False with `failure` set. It takes tenths of
+    // a second, and may be called by several threads; not with the mutex.
+    bool ensure_slots(el_device_failure &failure);
+    // The memory node near the device; -1 where that is unknown, or where there is only one.
+    int node() const { return node_; }
     // Give everything back. Nothing is in flight, and no thread uses the ring, any more.
     void close();
     // Start the thread. The mutex is held. 0 or an errno.
@@ -102,6 +107,7 @@ class DeviceRing {
     bool land_some(Lock &lock);
     void check_deadline(const Flight &flight);
     bool make_slots(el_device_failure &failure);
+    void give_slots_back();
     char *pinned_memory(uint64_t bytes, int &error);
     void prefer_near_node(char *memory, uint64_t bytes) const;
     bool explain(el_device_failure &failure, uint32_t step, int error) const;
@@ -110,6 +116,10 @@ class DeviceRing {
     const DeviceConfig config_;
     const DeviceRuntime *runtime_ = nullptr;
     const uint64_t slot_bytes_;
+    int node_ = -1;
+    Mutex making_slots_;  // guards the next two
+    bool slots_ready_ = false;
+    bool closed_ = false;
     char *memory_ = nullptr;
     uint64_t memory_bytes_ = 0;
     bool registered_ = false;  // our own memory; else the runtime's

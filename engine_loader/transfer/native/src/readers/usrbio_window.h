@@ -10,9 +10,9 @@ namespace el {
 
 class Window {
   public:
-    void reset(uint32_t depth, uint64_t slot_bytes) {
+    void reset(uint32_t depth, uint64_t io_bytes) {
         depth_ = slots_ = depth;
-        slot_bytes_ = read_bytes_ = slot_bytes;
+        io_bytes_ = read_bytes_ = io_bytes;
     }
     uint32_t slots() const { return slots_; }            // that are used at most
     uint64_t read_bytes() const { return read_bytes_; }  // of an IO at most
@@ -24,10 +24,10 @@ class Window {
             slots_ = depth_;  // the device's copies want memory, not the processor's cache
         } else if (waited_ns > kWaited) {
             slots_ = std::min(2 * slots_, depth_);
-            read_bytes_ = std::min(2 * read_bytes_, slot_bytes_);
+            read_bytes_ = std::min(2 * read_bytes_, io_bytes_);
             ready_in_a_row_ = 0;
         } else if (++ready_in_a_row_ >= kReadyBeforeShrinking) {
-            if (slots_ <= kSmallest) read_bytes_ = std::max(read_bytes_ / 2, kSmallestRead);
+            if (slots_ <= kSmallest) read_bytes_ = std::min(std::max(read_bytes_ / 2, kSmallestRead), io_bytes_);
             slots_ = std::max(slots_ - 1, std::min(kSmallest, depth_));
             ready_in_a_row_ = 0;
         }
@@ -40,7 +40,7 @@ class Window {
     static constexpr uint64_t kSmallestRead = 1 << 20;
 
     uint32_t depth_ = 0;
-    uint64_t slot_bytes_ = 0;
+    uint64_t io_bytes_ = 0;
     uint32_t slots_ = 0;
     uint64_t read_bytes_ = 0;
     uint32_t ready_in_a_row_ = 0;
