@@ -146,8 +146,8 @@ class LoaderSettings(_Group):
         default=-1,
         ge=-1024,
         le=-1,
-        description="Minus the reads that 3FS's daemon carries out as one job, which complete together; -1: each by itself. "
-        "-4 to -16 where its batch_io_coros are too few.",
+        description="Minus the reads that the daemon of 3FS carries out as one job, which complete together; "
+        "-1: each by itself; -4 to -16 where its batch_io_coros are too few.",
     )
     usrbio_deadline_s: float = Field(
         default=90.0,

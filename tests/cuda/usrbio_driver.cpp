@@ -46,6 +46,7 @@ const char *const kFaults[] = {
     "reset,zero_every=4,full_every=2",
     "reset,late_every=5,late_ms=60",
     "reset,hang_every=9",
+    "reset,hole_at=100000,hole_bytes=90000,jitter_us=100",
 };
 
 const char *standin_path, *emulator_path, *mount_path;

@@ -25,7 +25,7 @@ void (*dereg_fd)(int);
 
 const char *const kFaults[] = {
     "reset", "reset,jitter_us=300", "reset,short_every=2,error_every=3", "reset,zero_every=4,full_every=2",
-    "reset,hang_every=9", "reset,late_every=5,late_ms=60", "reset,error_every=1,error=1", "reset,buffer_every=2",
+    "reset,hang_every=9", "reset,hole_at=100000,hole_bytes=90000", "reset,mount_hang=1", "reset,limits=1,latency_us=500", "reset,late_every=5,late_ms=60", "reset,error_every=1,error=1", "reset,buffer_every=2",
 };
 
 void check(bool condition, const char *what) {

@@ -18,6 +18,7 @@ constexpr int64_t kSlice = 100 * kMillisecond;  // how often cancellation and de
 constexpr int64_t kSliceWithRoom = 5 * kMillisecond;  // and new work, while IOs are in flight
 constexpr int64_t kSliceWhenFull = kMillisecond;  // or while a ring is made
 constexpr int64_t kOrphanGrace = 5000 * kMillisecond;  // for IOs of a cancelled transfer to come back
+constexpr int64_t kMomentForMount = 1000 * kMillisecond;  // where it has given no answer for the whole deadline
 constexpr int64_t kClosingGrace = 300 * kMillisecond;
 
 Transfer *first_with_blocks(ReaderThreads &readers) {
@@ -349,14 +350,17 @@ class RingReader {
             }
             lost |= slot.state == Slot::orphaned && now > slot.since;
         }
-        // Since then the mount has given no answer: what comes later need not wait for as long again.
-        if (holder_.is_making() && now - holder_.making_since() > limit) fail_waiting(EL_FAIL_DEADLINE, ETIMEDOUT, 1);
+        // Since then the mount has given no answer: what comes later waits for a moment only.
+        if (holder_.is_making() && now - holder_.making_since() > limit) {
+            fail_waiting(EL_FAIL_DEADLINE, ETIMEDOUT, 1, now - std::min(limit, kMomentForMount));
+        }
         if (lost) retire_channel();
     }
 
-    void fail_waiting(uint32_t kind, int error, uint32_t tries) {
+    // `since`: only those that wait since then, at least.
+    void fail_waiting(uint32_t kind, int error, uint32_t tries, int64_t since = kForever) {
         for (Slot &slot : slots_) {
-            if (slot.work != nullptr && slot.state == Slot::waiting) fail_slot(worker_, slot, kind, error, tries);
+            if (slot.state == Slot::waiting && slot.since <= since) fail_slot(worker_, slot, kind, error, tries);
         }
     }
 
