@@ -68,8 +68,10 @@ class Rings:
     def iovec(self, buffer: Any, id: str, mount: str, block_size: int = 0, numa: int = -1) -> Iovec:
         return Iovec(self._library, buffer, id, mount, block_size, numa)
 
-    def ioring(self, mount: str, entries: int, for_read: bool = True, io_depth: int = 0, **_: Any) -> Ioring:
-        return Ioring(self._library, mount, entries, for_read, io_depth)
+    def ioring(
+        self, mount: str, entries: int, for_read: bool = True, io_depth: int = 0, *, flags: int = 0, **_: Any
+    ) -> Ioring:
+        return Ioring(self._library, mount, entries, for_read, io_depth, flags)
 
 
 class Iovec:
@@ -111,13 +113,15 @@ class Iovec:
 class Ioring:
     """A ring: one thread prepares and submits, one waits."""
 
-    def __init__(self, library: ThreeFsLibrary, mount: str, entries: int, for_read: bool, io_depth: int) -> None:
+    def __init__(
+        self, library: ThreeFsLibrary, mount: str, entries: int, for_read: bool, io_depth: int, flags: int = 0
+    ) -> None:
         self._calls = library.calls
         self._native = _Ior()
         self._slots: dict[int, Iovec] = {}
         self._pid = os.getpid()
         error = self._calls.hf3fs_iorcreate4(
-            ctypes.byref(self._native), os.fsencode(mount), entries, for_read, io_depth, 0, -1, 0
+            ctypes.byref(self._native), os.fsencode(mount), entries, for_read, io_depth, 0, -1, flags
         )
         if error < 0:
             raise OSError(-error, os.strerror(-error))
