@@ -1,4 +1,4 @@
-"""What the native reader does where the daemon is at its worst: holes, calls that do not return, stragglers, crashes."""
+"""The native reader where the daemon is at its worst: holes, calls that do not return, stragglers, crashes."""
 
 import errno
 import os
