@@ -4,16 +4,8 @@ import subprocess
 import sys
 
 MODULES = (
-    "read",
-    "gil",
-    "small_tensors",
-    "direct",
-    "cuda",
-    "usrbio",
-    "open_files",
-    "compile_cache",
-    "dcp",
-    "object_store",
+    *("read", "gil", "small_tensors", "direct", "cuda", "usrbio", "open_files"),
+    *("compile_cache", "dcp", "object_store"),
 )
 
 if __name__ == "__main__":

@@ -65,9 +65,8 @@ def _measure(mount: Path, count: int, nbytes: int) -> None:
     began = time.perf_counter()
     readers.submit(files, plan).wait()
     seconds = time.perf_counter() - began
-    print(
-        f"\nAll {count} files of {nbytes >> 10} KiB in one plan: {seconds:.2f} s, {count * nbytes / seconds / 1e9:.2f} GB/s."
-    )
+    rate = count * nbytes / seconds / 1e9
+    print(f"\nAll {count} files of {nbytes >> 10} KiB in one plan: {seconds:.2f} s, {rate:.2f} GB/s.")
     for file in files:
         file.close()
     readers.close()

@@ -116,9 +116,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--mib", type=int, default=1024, help="size of the file (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="how often each reads it (default: %(default)s)")
     parser.add_argument("--published", type=Path, metavar="DIR", help="where fastsafetensor_3fs_reader is")
-    parser.add_argument(
-        "--processes", type=int, default=1, help="that read at once, on one link (default: %(default)s)"
-    )
+    parser.add_argument("--processes", type=int, default=1, help="at once, on one link (default: %(default)s)")
     parser.add_argument("--io-depth", type=int, default=-1, help="usrbio_io_depth (default: %(default)s)")
     parser.add_argument("--io-mib", type=int, default=4, help="io_bytes (default: %(default)s)")
     parser.add_argument("--only", default="", metavar="TEXT", help="scenarios whose title has it")

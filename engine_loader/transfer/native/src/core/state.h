@@ -103,8 +103,7 @@ struct Transfer {
     std::vector<Block> blocks;
     uint64_t n_extents = 0;
     DeviceRing *device = nullptr;  // on which the destinations are
-    OwnedEvent ready;              // of the destinations' owner; copies come after it. It goes with the transfer, which is
-                                   // deleted without the mutex: giving an event back can wait for the driver's own lock
+    OwnedEvent ready;              // of the destinations' owner; copies come after it
 
     std::atomic<bool> stop{false};  // workers look at it between system calls
 

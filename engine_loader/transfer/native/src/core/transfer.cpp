@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <unistd.h>
 
+#include "device/device_ring.h"
+
 namespace el {
 namespace {
 
@@ -27,6 +29,7 @@ void settle(Transfer &transfer) {
     active.erase(std::find(active.begin(), active.end(), &transfer));
     transfer.quiet = true;
     transfer.references--;
+    if (transfer.device != nullptr) transfer.device->give_back(transfer.ready.release());
     forget(transfer.pieces);
     forget(transfer.blocks);
     forget(transfer.narrow.blocks);

@@ -288,14 +288,31 @@ void *DeviceRing::thread_main(void *argument) {
 
 // Until el_readers_close, and all who could begin a copy have ended.
 void DeviceRing::watch(Lock &lock) {
-    while (flying_ > 0 || !readers_.closing || readers_.running > readers_.landing) {
-        if (land_some(lock)) continue;
+    while (flying_ > 0 || !readers_.closing || readers_.running > readers_.landing || !old_events_.empty()) {
+        if (destroy_events(lock) || land_some(lock)) continue;
         if (flying_ > 0) {
             changed_.wait_until(lock, now_ns() + kLook);
         } else {
             changed_.wait_until(lock, readers_.closing ? now_ns() + kSlice / 5 : kForever);
         }
     }
+}
+
+void DeviceRing::give_back(DeviceEvent event) {
+    if (event == nullptr) return;
+    old_events_.push_back(event);
+    changed_.notify_all();
+}
+
+// Returns whether there were any: meanwhile the mutex was let go of.
+bool DeviceRing::destroy_events(Lock &lock) {
+    if (old_events_.empty()) return false;
+    const std::vector<DeviceEvent> events = std::move(old_events_);
+    old_events_.clear();
+    lock.unlock();
+    for (DeviceEvent event : events) checked(*runtime_, runtime_->EventDestroy(event));
+    lock.lock();
+    return true;
 }
 
 // The streams' oldest flights. Returns whether any had landed.

@@ -88,6 +88,9 @@ class DeviceRing {
     PinnedSlot *take(Reader reader, const Run &run);
     // The mutex is held.
     void give(PinnedSlot &slot);
+    // Have the ring's thread give an event back, or nothing, since that can wait for the driver's own lock: all reader
+    // threads would wait with it. The mutex is held.
+    void give_back(DeviceEvent event);
 
     // Have a stream wait for what the transfer follows. Copies of a block come after it. 0, or the runtime's error.
     int begin(uint32_t stream, const Transfer &transfer);
@@ -102,6 +105,7 @@ class DeviceRing {
   private:
     static void *thread_main(void *ring);
     void watch(Lock &lock);
+    bool destroy_events(Lock &lock);
     // The state of the oldest flight of a stream: 0, kDeviceNotReady or an error.
     int look_at(const Flight &flight, Lock &lock);
     bool land_some(Lock &lock);
@@ -128,6 +132,7 @@ class DeviceRing {
     std::vector<PinnedSlot *> free_;
     std::vector<std::deque<Flight>> flights_;  // by stream
     uint32_t flying_ = 0;
+    std::vector<DeviceEvent> old_events_;  // of ended transfers
     Condition changed_;  // there are flights, or el_readers_close was called
     Condition freed_;    // a slot
     pthread_t thread_{};

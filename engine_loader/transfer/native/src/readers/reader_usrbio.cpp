@@ -49,8 +49,6 @@ class RingReader {
     }
 
   private:
-    // --- taking work -------------------------------------------------------------------------------------------------
-
     bool wait_for_work() {
         Lock lock(readers_.mutex);
         const int64_t begin = now_ns();
@@ -131,8 +129,6 @@ class RingReader {
         return true;
     }
 
-    // --- reading -----------------------------------------------------------------------------------------------------
-
     void issue(Slot &slot) {
         if (!holder_.ready(*config_, node_of(slot), readers_.cpus)) {
             full_ = true;
@@ -147,6 +143,7 @@ class RingReader {
         if (error == 0) {
             slot.state = Slot::flying;
             slot.channel = holder_.get();
+            slot.begun = now_ns();
             prepared_ = true;
         } else if (error == EAGAIN) {
             full_ = true;
@@ -220,6 +217,7 @@ class RingReader {
         slot.tries = 0;
         slot.since = now_ns();
         slot.retry_at = 0;
+        window_.came(slot.since - slot.begun);
         if (slot.done == slot.run.span) {
             deliver(slot, 0);
         } else {
@@ -255,7 +253,6 @@ class RingReader {
     }
 
     char *memory(const Slot &slot) const { return slot.channel->memory(slots_.number(slot)); }
-
     void deliver(Slot &slot, uint64_t by_posix) {
         Work *work = slot.work;
         worker_.counters.buffered_bytes.add(std::min(by_posix, slot.run.wanted));
@@ -265,7 +262,9 @@ class RingReader {
             copy_to_device(slot);
             return;
         }
+        const int64_t begin = now_ns();
         scatter(Reader{worker_, *work->transfer}, slot.run, memory(slot));
+        window_.copied(now_ns() - begin);
         release(slot, Slot::free);
         finish_if_done(worker_, work);
     }
@@ -302,8 +301,6 @@ class RingReader {
             finish_if_done(worker_, work);
         }
     }
-
-    // --- failing -----------------------------------------------------------------------------------------------------
 
     // `at`: how far beyond what came so far it went wrong.
     void retry(Slot &slot, int error, uint64_t at = 0) {

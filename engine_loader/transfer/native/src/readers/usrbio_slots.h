@@ -39,6 +39,7 @@ struct Slot final : Lander {
     uint32_t tries = 0;
     int64_t since = 0;  // of the last progress; orphaned: when to give it up
     int64_t retry_at = 0;
+    int64_t begun = 0;  // the IO in flight
     std::shared_ptr<Channel> channel;      // into whose buffer it is read; kept by copies to devices after a ring was given up
     std::shared_ptr<MountRead> mount_read;
     PinnedSlot pinned;  // its memory is the ring's
