@@ -108,12 +108,12 @@ class ThreeFsFile:
     def _read_hole(self, offset: int, nbytes: int, buffers: Sequence[memoryview]) -> int:
         """Read what USRBIO has no data for through the mount: up to the end of its chunk.
 
-        The mount reads what is missing as zeros. So USRBIO has to confirm zeros, chunk by chunk.
+        The mount reads what is missing as zeros. So USRBIO has to confirm zeros, a part at a time.
         """
         content = self._read_through_mount(offset, nbytes)
         if content.tobytes().strip(b"\0"):
             return _copy(content, buffers)
-        again = memoryview(bytearray(len(content)))
+        again = memoryview(bytearray(min(len(content), _SMALL_BYTES)))
         for _ in range(_TRIES if again else 0):
             done = self._pool.read(self.path, self._opened.fileno(), offset, [again], self._deadline_s)
             if done:
