@@ -33,6 +33,7 @@ _SMALL_BYTES = 256 << 10
 
 _USUAL_CHUNK_BYTES = 1 << 20
 _CLOSE_WAIT_S = 1.0
+_TRIES = 3
 T = TypeVar("T")
 
 
@@ -110,15 +111,19 @@ class ThreeFsFile:
     def _read_hole(self, offset: int, nbytes: int, buffers: Sequence[memoryview]) -> int:
         """Read what USRBIO has no data for through the mount: up to the end of its chunk.
 
-        The mount reads what is missing as zeros. So zeros are asked of USRBIO once more, chunk by chunk.
+        The mount reads what is missing as zeros. So USRBIO has to confirm zeros, a part at a time.
         """
         content = self._read_through_mount(offset, nbytes)
         if content.tobytes().strip(b"\0"):
             return _copy(content, buffers)
-        again = memoryview(bytearray(len(content)))
-        if again and self._pool.read(self.path, self._opened.fileno(), offset, [again], self._deadline_s) < len(again):
+        again = memoryview(bytearray(min(len(content), _SMALL_BYTES)))
+        for _ in range(_TRIES if again else 0):
+            done = self._pool.read(self.path, self._opened.fileno(), offset, [again], self._deadline_s)
+            if done:
+                return _copy(again[:done], buffers)
+        if again:
             raise no_data(self.path, offset, len(again))
-        return _copy(again, buffers)
+        return 0
 
     def _read_through_mount(self, offset: int, nbytes: int) -> memoryview:
         """Into memory of its own, to which a read that never returns may write later."""
