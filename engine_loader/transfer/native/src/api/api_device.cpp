@@ -17,14 +17,15 @@ int find(const ReaderThreads &readers, const DeviceConfig &wanted) {
     return -1;
 }
 
-int add(ReaderThreads &readers, const DeviceConfig &wanted, el_device_failure &failure) {
+int add(ReaderThreads &readers, const DeviceConfig &wanted, bool slots, el_device_failure &failure) {
     {
         Lock lock(readers.mutex);
         const int there = find(readers, wanted);
         if (there >= 0) return there;
     }
     auto ring = std::make_unique<DeviceRing>(readers, wanted);
-    if (!ring->open(failure)) return EL_E_DEVICE;
+    // Locking memory takes tenths of a second: without the mutex.
+    if (!ring->open(failure) || (slots && !ring->ensure_slots(failure))) return EL_E_DEVICE;
     Lock lock(readers.mutex);
     const int there = find(readers, wanted);  // of another thread, meanwhile
     if (there >= 0 || readers.closing) {
@@ -41,9 +42,9 @@ int add(ReaderThreads &readers, const DeviceConfig &wanted, el_device_failure &f
     return EL_E_DEVICE;
 }
 
-// Locking memory takes tenths of a second: without the mutex.
+// The device may have been there without slots.
 int add_with_slots(ReaderThreads &readers, const DeviceConfig &wanted, el_device_failure &failure) {
-    const int number = add(readers, wanted, failure);
+    const int number = add(readers, wanted, true, failure);
     if (number < 0) return number;
     DeviceRing *ring;
     {
@@ -78,7 +79,8 @@ int el_device_add(el_readers *adding, const el_device_config *config, el_device_
     *failure = {};
     try {
         const bool slots = (config->flags & EL_DEVICE_NO_SLOTS) == 0;
-        return (slots ? add_with_slots : add)(*readers, DeviceConfig(*config), *failure);
+        const DeviceConfig wanted(*config);
+        return slots ? add_with_slots(*readers, wanted, *failure) : add(*readers, wanted, false, *failure);
     } catch (const std::bad_alloc &) {
         return EL_E_MEMORY;
     }
