@@ -11,6 +11,7 @@ MODULES = (
     "direct",
     "cuda",
     "usrbio",
+    "open_files",
     "compile_cache",
     "dcp",
     "object_store",

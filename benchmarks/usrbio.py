@@ -1,6 +1,8 @@
 """Measures reading from 3FS by USRBIO on the emulator, and prints Markdown for docs/performance.md.
 
     python benchmarks/usrbio.py
+    python benchmarks/usrbio.py --processes 8      # at once, on one link
+    python benchmarks/usrbio.py --io-depth -8 --io-mib 8
     python benchmarks/usrbio.py --published DIR    # beside the published reader, unpacked (pip install -t DIR --no-deps
                                                    # fastsafetensor-3fs-reader==0.3.3)
 
@@ -29,6 +31,12 @@ LINK = 2_000_000_000
 SCENARIOS = {
     "a link of 2 GB/s": f"bandwidth={LINK}",
     "a link of 2 GB/s, 2 ms of latency for each IO": f"bandwidth={LINK},latency_us=2000",
+    **{
+        f"a link of 2 GB/s, the limits of a daemon as shipped, {ms} ms for each request": (
+            f"bandwidth={LINK},limits=1,latency_us={ms * 1000}"
+        )
+        for ms in (0, 2, 10)
+    },
     "no limit": "",
     "no limit, bytes by DMA": "dma=1",
 }
@@ -49,8 +57,15 @@ class Child:
     rates: list[float] = field(default_factory=list)
 
     def measure(self) -> float:
-        assert self.process.stdin is not None and self.process.stdout is not None
+        self.start()
+        return self.finish()
+
+    def start(self) -> None:
+        assert self.process.stdin is not None
         print("go", file=self.process.stdin, flush=True)
+
+    def finish(self) -> float:
+        assert self.process.stdout is not None
         answer = self.process.stdout.readline().strip()
         if not answer:
             raise RuntimeError(f"a reader ended: status {self.process.wait()}")
@@ -79,12 +94,19 @@ def main() -> None:
         print(f"Machine: {cpu_model()}, {usable_cpus()} CPUs, load average {os.getloadavg()[0]:.2f} at the start.")
         print(f"One file of {arguments.mib} MiB; medians of {arguments.rounds} rounds, taken in turns.\n")
         for scenario, options in SCENARIOS.items():
+            if arguments.only not in scenario:
+                continue
             environment = {
                 **os.environ,
                 "HF3FS_LIB_DIR": str(library.parent),
                 "HF3FS_EMULATOR_MOUNT": str(mount),
                 "HF3FS_EMULATOR_OPTIONS": options,
+                "BENCHMARK_IO_DEPTH": str(arguments.io_depth),
+                "BENCHMARK_IO_BYTES": str(arguments.io_mib * MIB),
             }
+            if arguments.processes > 1:
+                _node(scenario, file, arguments, environment)
+                continue
             names = [name for name in READERS if _takes_part(name, options, arguments.published)]
             _scenario(scenario, names, file, arguments, environment, limited="bandwidth" in options)
 
@@ -94,6 +116,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--mib", type=int, default=1024, help="size of the file (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="how often each reads it (default: %(default)s)")
     parser.add_argument("--published", type=Path, metavar="DIR", help="where fastsafetensor_3fs_reader is")
+    parser.add_argument("--processes", type=int, default=1, help="at once, on one link (default: %(default)s)")
+    parser.add_argument("--io-depth", type=int, default=-1, help="usrbio_io_depth (default: %(default)s)")
+    parser.add_argument("--io-mib", type=int, default=4, help="io_bytes (default: %(default)s)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="scenarios whose title has it")
     parser.add_argument("--child", choices=READERS, help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -147,6 +173,32 @@ def _scenario(
     print()
 
 
+def _node(title: str, file: Path, arguments: argparse.Namespace, environment: dict[str, str]) -> None:
+    """All processes of a node at once: how much of the link they use together, and how evenly."""
+    if "bandwidth" not in environment["HF3FS_EMULATOR_OPTIONS"]:
+        return
+    environment["HF3FS_EMULATOR_OPTIONS"] += ",shared_link=1"
+    children = [_start("native", file, None, environment) for _ in range(arguments.processes)]
+    totals, shares = [], []
+    try:
+        for child in children:
+            child.measure()
+        for _ in range(arguments.rounds):
+            began = time.perf_counter()
+            for child in children:
+                child.start()
+            rates = [child.finish() for child in children]
+            totals.append(len(children) * file.stat().st_size / (time.perf_counter() - began))
+            shares.append(min(rates) / max(rates))
+    finally:
+        for child in children:
+            child.close()
+    total = statistics.median(totals)
+    print(f"### {title[0].upper()}{title[1:]}, {len(children)} processes at once\n")
+    print(f"{total / 1e9:.2f} GB/s together, {total / LINK:.2f} of the link; the slowest is at ", end="")
+    print(f"{statistics.median(shares):.2f} of the fastest.\n")
+
+
 def _start(name: str, file: Path, published: Path | None, environment: dict[str, str]) -> Child:
     path = [str(ROOT), *([str(published)] if published else [])]
     command = [sys.executable, __file__, "--child", name, "--file", str(file)]
@@ -185,7 +237,10 @@ def _ours(name: str, path: Path, target: "object") -> Callable[[], object]:
     from engine_loader.transfer.plan import extent, make_extents
 
     settings = LoaderSettings(
-        backend="posix" if name == "posix" else "usrbio", engine="python" if name == "python" else "cpp"
+        backend="posix" if name == "posix" else "usrbio",
+        engine="python" if name == "python" else "cpp",
+        usrbio_io_depth=int(os.environ["BENCHMARK_IO_DEPTH"]),
+        io_bytes=ByteSize(os.environ["BENCHMARK_IO_BYTES"]),
     )
     file = make_source(settings.backend, settings=settings).open(str(path))
     readers = make_readers(settings)

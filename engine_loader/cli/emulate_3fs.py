@@ -23,10 +23,20 @@ The log line of the load then says "from usrbio". Speed and faults of the storag
 
   export HF3FS_EMULATOR_OPTIONS=bandwidth=2000000000,latency_us=2000
 
-Options: bandwidth (bytes/s of the link), latency_us and jitter_us of each IO, and faults: error_every=N (with
-error=ERRNO), short_every, zero_every, hang_every, late_every (with late_ms), full_every, buffer_every, hole_at with
-hole_bytes, die_after, dead. Options can also be in the file that HF3FS_EMULATOR_CONTROL names; the emulator reads the
-file again when it changes.
+Options: bandwidth (bytes/s of the link; with shared_link=1 of all processes), latency_us and jitter_us of each IO.
+
+Limits of the daemon: limits=1 sets those that 3FS ships: batches=112, requests=32, server_requests=8, servers=16,
+request_bytes=4194304, chunk_bytes=1048576. IOs are then cut into requests, and each request has the latency.
+
+Faults: error_every=N (with error=ERRNO), short_every, zero_every, hang_every, late_every (with late_ms), full_every,
+buffer_every, hole_at with hole_bytes, die_after, dead, no_negative_depth (as newer daemons), semaphore_error,
+mount_hang and ioctl_hang (calls on the mount block), other_pid_namespace (one client's end takes the buffers of all).
+Faults of the mount reach a program's own calls with
+
+  export LD_PRELOAD={mount_library}
+
+Options can also be in the file that HF3FS_EMULATOR_CONTROL names; the emulator reads the file again when it changes.
+HF3FS_EMULATOR_MAX_FILES caps the table of descriptors, which otherwise has the size of the hard limit of open files.
 """
 
 
@@ -46,8 +56,10 @@ def emulate_3fs(
     engine-loader emulate-3fs /tmp/3fs
     ```
     """
-    from ..threefs_emulator import build_emulator
+    from ..threefs_emulator import MOUNT_LIBRARY_NAME, build_emulator
 
     mount = directory.absolute()
     library = build_emulator(mount / ".3fs-emulator")
-    console().print(_USE.format(library=library, mount=mount, lib_dir=library.parent), soft_wrap=True)
+    mount_library = library.with_name(MOUNT_LIBRARY_NAME)
+    text = _USE.format(library=library, mount=mount, lib_dir=library.parent, mount_library=mount_library)
+    console().print(text, soft_wrap=True)

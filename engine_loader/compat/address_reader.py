@@ -16,7 +16,7 @@ from ..sources.source import Source, SourceFile
 from ..transfer.constructor import make_readers
 from ..transfer.device_copy import DeviceWriter, is_device_pointer
 from ..transfer.plan import extent, make_extents
-from ..transfer.protocol import ReaderThreads, Transfer
+from ..transfer.protocol import ReaderThreads, Transfer, wait_or_cancel
 
 _DISCARD_BYTES = 64 << 20
 # One read gets the length of a header and, mostly, all of it.
@@ -75,7 +75,7 @@ class AddressReader:
         elif is_device_pointer(dev_ptr):
             self._to_device(file, file_offset, length, dev_ptr)
         else:
-            self._start(file, file_offset, length, dev_ptr).wait()
+            wait_or_cancel(self._start(file, file_offset, length, dev_ptr, None))
         return length
 
     def read_headers_batch(self, paths: list[str], num_threads: int = 8) -> dict[str, tuple[str, int, int]]:
@@ -120,9 +120,10 @@ class AddressReader:
             opened.close()
         return found
 
-    def _start(self, file: SourceFile, offset: int, length: int, address: int) -> Transfer:
+    def _start(self, file: SourceFile, offset: int, length: int, address: int, owner: object) -> Transfer:
+        """Start a read to an address; ``owner`` keeps the memory there alive, None: the caller does."""
         plan = make_extents([extent(0, offset, length, address)])
-        return self._running_readers().submit([file], plan)
+        return self._running_readers().submit([file], plan, owner=owner)
 
     def _running_readers(self) -> ReaderThreads:
         with self._lock:
@@ -134,19 +135,15 @@ class AddressReader:
             return self._readers
 
     def _discard(self, file: SourceFile, offset: int, length: int) -> None:
-        with mmap.mmap(-1, min(length, _DISCARD_BYTES)) as memory:
-            view = np.frombuffer(memory, np.uint8)
-            try:
-                for start in range(0, length, len(view)):
-                    part = min(len(view), length - start)
-                    self._start(file, offset + start, part, view.ctypes.data).wait()
-            finally:
-                del view
+        memory = np.frombuffer(mmap.mmap(-1, min(length, _DISCARD_BYTES)), np.uint8)  # unmapped with its last reference
+        for start in range(0, length, len(memory)):
+            part = min(len(memory), length - start)
+            wait_or_cancel(self._start(file, offset + start, part, memory.ctypes.data, memory))
 
     def _to_device(self, file: SourceFile, offset: int, length: int, address: int) -> None:
         writer = DeviceWriter(address, min(length, _DEVICE_PART_BYTES))
         try:
-            writer.write(length, lambda start, part, to: self._start(file, offset + start, part, to).wait)
+            writer.write(length, lambda start, part, to, owner: self._start(file, offset + start, part, to, owner))
         finally:
             writer.close()
 
@@ -163,5 +160,5 @@ class AddressReader:
     def _bytes(self, file: SourceFile, offset: int, length: int) -> bytes:
         buffer = np.empty(length, np.uint8)
         if length:
-            self._start(file, offset, length, buffer.ctypes.data).wait()
+            wait_or_cancel(self._start(file, offset, length, buffer.ctypes.data, buffer))
         return buffer.tobytes()

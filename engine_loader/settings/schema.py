@@ -150,6 +150,13 @@ class LoaderSettings(_Group):
         le=1024,
         description="Reads in flight on each ring; its buffer in /dev/shm takes 1.25 times as many io_bytes.",
     )
+    usrbio_io_depth: int = Field(
+        default=-1,
+        ge=-1024,
+        le=-1,
+        description="Minus the reads that the daemon of 3FS carries out as one job, which complete together; "
+        "-1: each by itself; -4 to -16 where its batch_io_coros are too few.",
+    )
     usrbio_deadline_s: float = Field(
         default=90.0,
         gt=0,

@@ -17,6 +17,8 @@ class UsrbioAccess:
         rings: reader threads, each with a ring of its own; None: the transfer engine chooses.
         depth: IOs in flight on each ring.
         io_bytes: the largest IO, fitted to the file's chunk size.
+        slot_io_bytes: the largest IO that the rings' buffers have room for: files of different chunk sizes share rings.
+        io_depth: of the rings: minus the IOs that the daemon carries out as one job at most.
         deadline_s: an IO without a byte for so many seconds has failed.
     """
 
@@ -25,6 +27,8 @@ class UsrbioAccess:
     rings: int | None
     depth: int
     io_bytes: int
+    slot_io_bytes: int
+    io_depth: int
     deadline_s: float
 
 

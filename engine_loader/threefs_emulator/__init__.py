@@ -15,7 +15,8 @@ from pathlib import Path
 from ..errors import EngineLoaderError
 
 LIBRARY_NAME = "libhf3fs_api_shared.so"
-_SOURCES = ("options.c", "files.c", "buffers.c", "rings.c", "daemon.c")
+MOUNT_LIBRARY_NAME = "libemulated_mount.so"
+_SOURCES = ("options.c", "files.c", "mount.c", "buffers.c", "rings.c", "daemon.c", "requests.c")
 _FLAGS = ("-std=gnu11", "-O2", "-g", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra")
 # The soname of the real library, for programs that link to it; never unloaded, because its threads can still run.
 _LINK_FLAGS = (f"-Wl,-soname,{LIBRARY_NAME}", "-Wl,-z,nodelete")
@@ -28,22 +29,25 @@ class EmulatorBuildError(EngineLoaderError):
 def build_emulator(directory: str | os.PathLike[str]) -> Path:
     """Compile the emulator into ``directory``, which is made if it is missing, and return the library's path.
 
+    Beside it lies libemulated_mount.so: a program that preloads it makes its own calls below 3fs-virt/iovs on the
+    emulated mount, too.
+
     Raises:
         EmulatorBuildError: there is no C compiler, or the compiler failed.
     """
-    compiler = _find_compiler()
     library = Path(directory).absolute() / LIBRARY_NAME
+    _compile(library, _SOURCES, _LINK_FLAGS)
+    beside = (str(library), "-Wl,-rpath,$ORIGIN")
+    _compile(library.with_name(MOUNT_LIBRARY_NAME), ("mount_preload.c",), beside)
+    return library
+
+
+def _compile(library: Path, sources: tuple[str, ...], link_flags: tuple[str, ...]) -> None:
+    compiler = _find_compiler()
     unfinished = library.with_suffix(f".{os.getpid()}.tmp")
     here = Path(__file__).parent
-    command = [
-        *compiler,
-        *_FLAGS,
-        *(str(here / name) for name in _SOURCES),
-        "-o",
-        str(unfinished),
-        *_LINK_FLAGS,
-        "-lrt",
-    ]
+    inputs = [str(here / name) for name in sources]
+    command = [*compiler, *_FLAGS, *inputs, "-o", str(unfinished), *link_flags, "-lrt"]
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         done = subprocess.run(command, check=False, capture_output=True, text=True)
@@ -54,7 +58,6 @@ def build_emulator(directory: str | os.PathLike[str]) -> Path:
         raise EmulatorBuildError(f"could not build the 3FS emulator: {error}") from None
     finally:
         unfinished.unlink(missing_ok=True)
-    return library
 
 
 def _find_compiler() -> list[str]:

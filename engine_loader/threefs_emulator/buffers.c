@@ -12,7 +12,7 @@
 
 #include "emulator.h"
 
-static void uuid_text(const uint8_t id[16], char text[40]) {
+void uuid_text(const uint8_t id[16], char text[40]) {
     char *at = text;
     for (int i = 0; i < 16; i++) {
         if (i == 4 || i == 6 || i == 8 || i == 10) *at++ = '-';
@@ -79,7 +79,6 @@ static void remove_buffer(struct buffer *buffer) {
 }
 
 static int create(struct hf3fs_iov *iov, const char *mount, size_t size, size_t block_size, int numa) {
-    if (emulator.options.iov_error != 0) return -(int)emulator.options.iov_error;
     char text[40], name[64], link[PATH_MAX];
     if (getrandom(iov->id, sizeof iov->id, 0) != sizeof iov->id) return -EIO;
     uuid_text(iov->id, text);
@@ -93,8 +92,15 @@ static int create(struct hf3fs_iov *iov, const char *mount, size_t size, size_t 
         link_path(link, sizeof link, mount, iov->id, block_size);
         char target[96];
         snprintf(target, sizeof target, "/dev/shm%s", name);
-        error = symlink(target, link) == 0 ? 0 : -errno;
-        if (error == 0) buffer = new_buffer(fd, size, block_size, false);
+        hold_mount(mount);
+        error = mounted_symlink(target, link) == 0 ? 0 : -errno;
+        lock();
+        if (error == 0 && (buffer = new_buffer(fd, size, block_size, false)) != NULL) {
+            memcpy(buffer->id, iov->id, sizeof iov->id);
+            strcpy(buffer->shm_name, name);
+            strcpy(buffer->link, link);
+        }
+        unlock();
     }
     close(fd);
     if (buffer == NULL) {
@@ -102,16 +108,15 @@ static int create(struct hf3fs_iov *iov, const char *mount, size_t size, size_t 
         shm_unlink(name);
         return error != 0 ? error : -ENOMEM;
     }
-    memcpy(buffer->id, iov->id, sizeof iov->id);
-    strcpy(buffer->shm_name, name);
-    strcpy(buffer->link, link);
     iov->base = base;
     iov->iovh = buffer;
     strcpy(iov->mount_point, mount);
     iov->size = size;
     iov->block_size = block_size;
     iov->numa = numa;
+    lock();
     emulator.counters.iovs++;
+    unlock();
     return 0;
 }
 
@@ -120,9 +125,9 @@ int hf3fs_iovcreate(struct hf3fs_iov *iov, const char *mount, size_t size, size_
     if (error != 0) return error;
     lock();
     read_control_file();
-    const int result = create(iov, mount, size, block_size, numa);
+    const int refused = (int)emulator.options.iov_error;
     unlock();
-    return result;
+    return refused != 0 ? -refused : create(iov, mount, size, block_size, numa);
 }
 
 int hf3fs_iovopen(struct hf3fs_iov *iov, const uint8_t id[16], const char *mount, size_t size, size_t block_size, int numa) {
@@ -155,9 +160,9 @@ void hf3fs_iovunlink(struct hf3fs_iov *iov) {
 void hf3fs_iovdestroy(struct hf3fs_iov *iov) {
     if (iov == NULL || iov->iovh == NULL) return;
     hf3fs_iovunlink(iov);
-    lock();
     struct buffer *buffer = iov->iovh;
-    unlink(buffer->link);
+    mounted_unlink(buffer->link);
+    lock();
     munmap(iov->base, iov->size);
     remove_buffer(buffer);
     iov->iovh = NULL;
@@ -189,7 +194,8 @@ struct buffer *find_buffer(const struct hf3fs_iov *iov) {
     struct stat status;
     for (struct buffer *buffer = emulator.buffers; buffer != NULL; buffer = buffer->next) {
         if (memcmp(buffer->id, iov->id, sizeof iov->id) != 0) continue;
-        if (!buffer->wrapped || lstat(buffer->link, &status) == 0) return buffer;
+        if (lstat(buffer->link, &status) == 0) return buffer;
+        if (!buffer->wrapped) return NULL; /* the daemon has forgotten it; the client has not */
         remove_buffer(buffer);
         break;
     }

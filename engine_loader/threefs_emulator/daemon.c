@@ -18,7 +18,7 @@ static bool is_dead(void) {
     return options->dead || (options->die_after > 0 && emulator.counters.ios >= options->die_after);
 }
 
-static void push_due(struct io *io) {
+void push_due(struct io *io) {
     struct emulator *e = &emulator;
     if (e->due_count == e->due_capacity) {
         e->due_capacity = e->due_capacity ? 2 * e->due_capacity : 64;
@@ -72,13 +72,25 @@ void free_ring_if_idle(struct ring *ring) {
     if (!ring->destroyed || ring->busy > 0) return;
     pthread_cond_destroy(&ring->completed);
     free(ring->slot_taken);
+    free(ring->place_done);
     free(ring->cqes);
     free(ring);
+}
+
+/* Places of the queue are freed in order: behind a slow IO, those of completed ones stay taken. */
+static void free_places(struct ring *ring, const struct batch *batch) {
+    for (const struct io *io = batch->ios; io != NULL; io = io->batch_next) ring->place_done[io->position] = true;
+    while (ring->tail != ring->head && ring->place_done[ring->tail]) {
+        ring->place_done[ring->tail] = false;
+        ring->tail = (ring->tail + 1) % (ring->entries + 1);
+    }
 }
 
 static void complete_batch(struct batch *batch) {
     struct ring *ring = batch->ios->ring;
     const int begin = ring->cqe_count;
+    free_places(ring, batch);
+    emulator.counters.running_batches--;
     for (struct io *io = batch->ios; io != NULL; io = io->batch_next) {
         const int at = ring->cqe_count++;
         const int other = begin + (int)random_below((uint64_t)(at - begin + 1));
@@ -88,11 +100,23 @@ static void complete_batch(struct batch *batch) {
     ring->busy -= batch->count;
     free_batch(batch);
     pthread_cond_broadcast(&ring->completed);
-    start_batches(ring);
     free_ring_if_idle(ring);
+    start_what_may();
+}
+
+static void complete_request(struct io *request) {
+    struct batch *batch = request->batch;
+    request_done(request);
+    free(request);
+    send_requests();
+    if (--batch->missing == 0) complete_batch(batch);
 }
 
 static void complete(struct io *io) {
+    if (io->is_request) {
+        complete_request(io);
+        return;
+    }
     emulator.counters.in_flight--;
     if (io->file != NULL) release_file(io->file);
     if (io->buffer != NULL) release_buffer(io->buffer);
@@ -115,13 +139,25 @@ void forget_hung(struct ring *ring) {
     ring->busy--;
 }
 
-static uint64_t wanted_length(const struct io *io) {
+/* Where the file has no data; a hole that an IO reads beyond is found, one that it ends in is a short read. */
+struct hole {
+    uint64_t begin, end; /* in the file */
+    bool inside;
+};
+
+static struct hole hole_of(const struct io *io) {
+    const uint64_t begin = (uint64_t)emulator.options.hole_at, end = begin + (uint64_t)emulator.options.hole_bytes;
+    struct stat status;
+    if (begin == end || fstat(io->file->dup_fd, &status) != 0) return (struct hole){0};
+    const uint64_t size = (uint64_t)status.st_size, io_end = io->offset + io->length;
+    const bool touched = io->offset < end && io_end > begin;
+    return touched ? (struct hole){begin, end, io_end > end && size > end} : (struct hole){0};
+}
+
+static uint64_t wanted_length(const struct io *io, const struct hole *hole) {
     const struct options *options = &emulator.options;
-    const uint64_t hole = (uint64_t)options->hole_at, hole_end = hole + (uint64_t)options->hole_bytes;
     uint64_t length = io->length;
-    if (options->hole_bytes > 0 && io->offset < hole_end && io->offset + length > hole) {
-        length = io->offset >= hole ? 0 : hole - io->offset;
-    }
+    if (hole->end > hole->begin && !hole->inside) length = io->offset >= hole->begin ? 0 : hole->begin - io->offset;
     if (every(io->number, options->zero_every)) length = 0;
     if (every(io->number, options->short_every)) length = random_below(length);
     return length;
@@ -173,6 +209,13 @@ static int64_t read_file(const struct io *io, uint64_t length) {
     return (int64_t)done;
 }
 
+static void pad(const struct io *io, const struct hole *hole, int64_t result) {
+    const uint64_t begin = hole->begin > io->offset ? hole->begin - io->offset : 0;
+    const uint64_t end = hole->end - io->offset;
+    const uint64_t limit = result > 0 && end > (uint64_t)result ? (uint64_t)result : end;
+    if (result > 0 && begin < limit) memset(io->buffer->memory + io->buffer_offset + begin, 0, limit - begin);
+}
+
 static void carry_out(struct io *io) {
     const struct options *options = &emulator.options;
     io->carried_out = true;
@@ -182,21 +225,36 @@ static void carry_out(struct io *io) {
         emulator.counters.errors++;
         return;
     }
-    const uint64_t length = wanted_length(io);
+    const struct hole hole = hole_of(io);
+    if (hole.inside && (io->ring->flags & HF3FS_IOR_FORBID_READ_HOLES) != 0) {
+        io->result = -ENODATA;
+        return;
+    }
+    const uint64_t length = wanted_length(io, &hole);
     unlock();
     const int64_t result = read_file(io, length);
+    if (hole.inside) pad(io, &hole, result);
     lock();
     io->result = result;
     if (result > 0) emulator.counters.bytes += result;
 }
 
-static int64_t arrival(const struct io *io, int64_t now) {
+/* The link carries one after the other: from when it is free, and not before `from`. */
+static int64_t take_link(_Atomic int64_t *free_ns, int64_t from, int64_t duration) {
+    int64_t seen = atomic_load(free_ns), until;
+    do {
+        until = (seen > from ? seen : from) + duration;
+    } while (!atomic_compare_exchange_weak(free_ns, &seen, until));
+    return until;
+}
+
+int64_t arrival(const struct io *io, int64_t now) {
     const struct options *options = &emulator.options;
     int64_t due = now + options->latency_us * 1000;
     if (options->bandwidth > 0) {
-        if (emulator.link_free_ns < due) emulator.link_free_ns = due;
-        emulator.link_free_ns += (int64_t)((double)io->length * 1e9 / (double)options->bandwidth);
-        due = emulator.link_free_ns;
+        const bool shared = options->shared_link && emulator.shared_link_free_ns != NULL;
+        due = take_link(shared ? emulator.shared_link_free_ns : &emulator.link_free_ns, due,
+                        (int64_t)((double)io->length * 1e9 / (double)options->bandwidth));
     }
     return due + (int64_t)random_below((uint64_t)options->jitter_us * 1000 + 1);
 }
@@ -213,7 +271,7 @@ static void start_io(struct io *io, int64_t now) {
         emulator.hung = io;
         return;
     }
-    io->due_ns = arrival(io, now);
+    io->due_ns = requests_are_limited() ? now : arrival(io, now);
     io->late = every(io->number, options->late_every);
     if (io->late) {
         io->due_ns = now + options->late_ms * 1000000;
@@ -246,13 +304,18 @@ static void start_batch(struct ring *ring, int count) {
     ring->queued_count -= count;
     ring->busy += count;
     emulator.counters.batches++;
+    if (++emulator.counters.running_batches > emulator.counters.max_batches) {
+        emulator.counters.max_batches = emulator.counters.running_batches;
+    }
+    if (requests_are_limited()) queue_requests(batch);
     for (struct io *io = batch->ios; io != NULL; io = io->batch_next) start_io(io, now);
+    send_requests();
     pthread_cond_broadcast(&emulator.work);
 }
 
 void start_batches(struct ring *ring) {
     const int depth = ring->io_depth < 0 ? -ring->io_depth : ring->io_depth;
-    while (ring->queued_count > 0 && !ring->destroyed) {
+    while (ring->queued_count > 0 && !ring->destroyed && !ring->unregistered && may_start_batch()) {
         const bool whole_only = ring->io_depth > 0 || (ring->io_depth < 0 && ring->timeout > 0);
         if (whole_only && ring->queued_count < depth) return;
         start_batch(ring, depth == 0 || ring->queued_count < depth ? ring->queued_count : depth);

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "emulator.h"
@@ -20,10 +21,19 @@ bool hf3fs_is_hf3fs(int fd) {
     const ssize_t n = readlink(link, path, sizeof path - 1);
     if (n < 0) return false;
     path[n] = '\0';
-    lock();
-    read_control_file();
-    const bool result = below_mount(path) && !emulator.options.dead;
-    unlock();
+    bool hangs, result;
+    do {
+        lock();
+        read_control_file();
+        result = below_mount(path) && !emulator.options.dead;
+        hangs = below_mount(path) && emulator.options.ioctl_hang != 0;
+        emulator.counters.blocked += hangs;
+        unlock();
+        if (hangs) usleep(2000);
+        lock();
+        emulator.counters.blocked -= hangs;
+        unlock();
+    } while (hangs);
     return result;
 }
 
@@ -41,10 +51,21 @@ int hf3fs_extract_mount_point(char *mount, int size, const char *path) {
     return found ? length + 1 : -1;
 }
 
-static int max_files(void) {
+/* The table of registered descriptors: 8 bytes for each that the hard limit allows, made and written to at load. */
+void make_table(void) {
     struct rlimit limit;
     getrlimit(RLIMIT_NOFILE, &limit);
-    return limit.rlim_max > (1 << 20) ? 1 << 20 : (int)limit.rlim_max;
+    const char *cap = getenv("HF3FS_EMULATOR_MAX_FILES");
+    int count = (int)limit.rlim_max;
+    if (cap != NULL && (count < 0 || count > atoi(cap))) count = atoi(cap);
+    if (count < 0) {
+        fprintf(stderr, "terminate called after throwing an instance of 'std::length_error'\n");
+        abort();
+    }
+    const size_t bytes = (size_t)count * sizeof *emulator.files;
+    emulator.max_files = count;
+    emulator.files = malloc(bytes);
+    for (int i = 0; i < count; i++) ((struct registered *volatile *)emulator.files)[i] = NULL;
 }
 
 void release_file(struct registered *file) {
@@ -54,10 +75,6 @@ void release_file(struct registered *file) {
 }
 
 static int register_fd(int fd) {
-    if (emulator.files == NULL) {
-        emulator.max_files = max_files();
-        emulator.files = calloc((size_t)emulator.max_files, sizeof *emulator.files);
-    }
     if (emulator.options.register_error != 0) return (int)emulator.options.register_error;
     if (fd >= emulator.max_files) return EBADF;
     if (emulator.files[fd] != NULL) return EINVAL;
@@ -67,8 +84,10 @@ static int register_fd(int fd) {
         close(dup_fd);
         return EINVAL;
     }
+    struct stat status;
+    fstat(fd, &status);
     struct registered *file = malloc(sizeof *file);
-    *file = (struct registered){fd, dup_fd, 1, fcntl(fd, F_GETFL) & O_ACCMODE};
+    *file = (struct registered){fd, dup_fd, 1, fcntl(fd, F_GETFL) & O_ACCMODE, status.st_ino};
     emulator.files[fd] = emulator.files[dup_fd] = file;
     emulator.counters.registrations++;
     return -dup_fd;

@@ -5,9 +5,15 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/types.h>
 #include <time.h>
 
 #define HF3FS_API __attribute__((visibility("default")))
+
+enum { /* hf3fs_ior.flags */
+    HF3FS_IOR_ALLOW_READ_UNCOMMITTED = 1,
+    HF3FS_IOR_FORBID_READ_HOLES = 2,
+};
 
 struct hf3fs_iov {
     uint8_t *base;
@@ -81,5 +87,13 @@ HF3FS_API int hf3fs_punchhole(int fd, int n, const size_t *start, const size_t *
 /* Functions that only the emulator has. */
 HF3FS_API int hf3fs_emulator_configure(const char *options); /* 0, or -EINVAL: an unknown option */
 HF3FS_API int64_t hf3fs_emulator_count(const char *what);    /* -1: there is no such counter */
+HF3FS_API void hf3fs_emulator_sweep(void);                   /* clean up after processes that have ended */
+
+/* What libemulated_mount.so passes a program's own calls on to. */
+HF3FS_API int hf3fs_emulator_symlink(const char *target, const char *link);
+HF3FS_API int hf3fs_emulator_unlink(const char *path);
+HF3FS_API int hf3fs_emulator_open(const char *path, int flags, unsigned mode);
+HF3FS_API int hf3fs_emulator_close(int fd);
+HF3FS_API ssize_t hf3fs_emulator_readlink(const char *path, char *target, size_t capacity);
 
 #endif

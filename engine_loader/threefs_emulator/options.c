@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -21,6 +22,9 @@ static const struct {
     OPTION(error_every), OPTION(short_every), OPTION(zero_every), OPTION(hole_at),      OPTION(hole_bytes), OPTION(hang_every),
     OPTION(late_every),  OPTION(late_ms),     OPTION(full_every), OPTION(buffer_every), OPTION(dead),       OPTION(die_after),
     OPTION(iov_error),   OPTION(ior_error),   OPTION(register_error), OPTION(seed), OPTION(dma),
+    OPTION(semaphore_error), OPTION(no_negative_depth), OPTION(mount_hang), OPTION(ioctl_hang), OPTION(other_pid_namespace),
+    OPTION(batches), OPTION(requests), OPTION(server_requests), OPTION(request_bytes), OPTION(chunk_bytes), OPTION(servers),
+    OPTION(shared_link),
 };
 
 #define COUNTER(name) {#name, offsetof(struct counters, name)}
@@ -30,6 +34,7 @@ static const struct {
 } counted[] = {
     COUNTER(rings), COUNTER(iovs), COUNTER(registrations), COUNTER(threads), COUNTER(in_flight), COUNTER(ios), COUNTER(bytes),
     COUNTER(rings_made), COUNTER(iovs_made), COUNTER(batches), COUNTER(max_in_flight), COUNTER(errors), COUNTER(violations),
+    COUNTER(running_batches), COUNTER(requests), COUNTER(blocked), COUNTER(max_batches), COUNTER(max_requests),
 };
 
 static void reset_options(void) {
@@ -39,6 +44,19 @@ static void reset_options(void) {
     emulator.options = fresh;
     strcpy(emulator.options.mount, mount);
     emulator.counters.max_in_flight = emulator.counters.in_flight;
+    emulator.counters.max_batches = emulator.counters.running_batches;
+    emulator.counters.max_requests = 0;
+}
+
+/* When the link is free, in memory that all processes with this mount share. */
+static int share_link(const char *path) {
+    const int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+    if (fd < 0) return -errno;
+    void *memory = MAP_FAILED;
+    if (ftruncate(fd, sizeof(int64_t)) == 0) memory = mmap(NULL, sizeof(int64_t), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    close(fd);
+    emulator.shared_link_free_ns = memory == MAP_FAILED ? NULL : memory;
+    return 0;
 }
 
 static int set_mount(const char *path) {
@@ -49,11 +67,28 @@ static int set_mount(const char *path) {
     mkdir(virtual, 0777);
     strcat(virtual, "/iovs");
     mkdir(virtual, 0777);
-    return 0;
+    snprintf(virtual, sizeof virtual, "%s/3fs-virt/.daemon", real);
+    mkdir(virtual, 0777);
+    return share_link(strcat(virtual, "/.link"));
+}
+
+/* As 3FS ships: the daemon's batch coroutines for normal priority, the storage client's requests, the setup guide's chunks. */
+static void set_usual_limits(void) {
+    struct options *options = &emulator.options;
+    options->batches = 112;
+    options->requests = 32;
+    options->server_requests = 8;
+    options->request_bytes = 4 << 20;
+    options->chunk_bytes = 1 << 20;
+    options->servers = 16;
 }
 
 static int set_option(const char *name, const char *value) {
     if (strcmp(name, "mount") == 0) return set_mount(value);
+    if (strcmp(name, "limits") == 0) {
+        set_usual_limits();
+        return 0;
+    }
     if (strcmp(name, "reset") == 0) {
         reset_options();
         return 0;
@@ -107,6 +142,7 @@ void read_control_file(void) {
 int hf3fs_emulator_configure(const char *options) {
     lock();
     const int result = parse_options(options);
+    start_what_may();
     pthread_cond_broadcast(&emulator.work);
     unlock();
     return result;
@@ -165,6 +201,9 @@ static void in_child(void) {
     emulator.ready_end = &emulator.ready;
     emulator.due_count = 0;
     emulator.hung = NULL;
+    emulator.counters.running_batches = 0;
+    forget_requests();
+    forget_handles();
     emulator.pid = getpid();
 }
 
@@ -173,7 +212,9 @@ __attribute__((constructor)) static void load(void) {
     reset_options();
     emulator.random = 88172645463325252u;
     emulator.ready_end = &emulator.ready;
+    emulator.unsent_end = &emulator.unsent;
     emulator.pid = getpid();
+    make_table();
     pthread_atfork(lock, unlock, in_child);
     const char *mount = getenv("HF3FS_EMULATOR_MOUNT"), *options = getenv("HF3FS_EMULATOR_OPTIONS");
     if (mount != NULL && set_mount(mount) != 0) fprintf(stderr, "3FS emulator: there is no directory %s\n", mount);

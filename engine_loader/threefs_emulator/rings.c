@@ -1,7 +1,12 @@
 /* Rings: preparing, submitting and reaping IOs. */
 #include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <sys/random.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "emulator.h"
@@ -11,11 +16,50 @@ static bool is_mount(const char *path) {
     return realpath(path, real) != NULL && strcmp(real, emulator.options.mount) == 0;
 }
 
-size_t hf3fs_ior_size(int entries) { return (size_t)entries * 128 + 256; }
+size_t hf3fs_ior_size(int entries) { return 4 * sizeof(int32_t) + 32 + 96 * ((size_t)entries + 1) + 4096; }
 
-int hf3fs_iorcreate4(struct hf3fs_ior *ior, const char *mount, int entries, bool for_read, int io_depth, int timeout,
-                     int numa, uint64_t flags) {
-    (void)numa;
+/* The link by which the daemon knows a ring. The real library makes it with the flags in base 2 and removes one with
+ * the flags in base 10: with flags of 2 or more, the link stays. */
+static void ring_link(char *path, const struct hf3fs_ior *ior, bool as_removed) {
+    char text[40], flags[72] = "";
+    uuid_text(ior->iov.id, text);
+    if (ior->flags != 0 && as_removed) snprintf(flags, sizeof flags, ".f%llu", (unsigned long long)ior->flags);
+    if (ior->flags != 0 && !as_removed) {
+        char *at = flags + sprintf(flags, ".f");
+        for (int bit = 63 - __builtin_clzll(ior->flags); bit >= 0; bit--) *at++ = (ior->flags >> bit & 1) != 0 ? '1' : '0';
+        *at = '\0';
+    }
+    const char *priority = ior->priority == 0 ? "" : ior->priority < 0 ? ".ph" : ".pl";
+    snprintf(path, PATH_MAX, "%s/3fs-virt/iovs/%s.%c%d%s.t%d%s", ior->mount_point, text, ior->for_read ? 'r' : 'w',
+             ior->io_depth, priority, ior->timeout, flags);
+}
+
+/* Shared memory with a link to it, whose name the client can remove at once. */
+static int register_ring(struct hf3fs_ior *ior) {
+    char text[40], name[64], target[96], link[PATH_MAX];
+    uint8_t of_memory[16];
+    if (getrandom(ior->iov.id, sizeof ior->iov.id, 0) != sizeof ior->iov.id) return -EIO;
+    if (getrandom(of_memory, sizeof of_memory, 0) != sizeof of_memory) return -EIO;
+    uuid_text(of_memory, text);
+    snprintf(name, sizeof name, "/hf3fs-iov-%s", text);
+    const int fd = shm_open(name, O_RDWR | O_CREAT | O_EXCL, 0666);
+    if (fd < 0) return -EIO;
+    int error = ftruncate(fd, (off_t)ior->iov.size) == 0 ? 0 : -EIO;
+    void *memory = mmap(NULL, ior->iov.size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    close(fd);
+    if (memory == MAP_FAILED) error = -EIO;
+    ring_link(link, ior, false);
+    snprintf(target, sizeof target, "/dev/shm%s", name);
+    hold_mount(ior->mount_point);
+    if (error == 0 && mounted_symlink(target, link) != 0) error = -errno;
+    shm_unlink(name);
+    if (error != 0 && memory != MAP_FAILED) munmap(memory, ior->iov.size);
+    if (error == 0) ior->iov.base = memory;
+    return error;
+}
+
+static int create(struct hf3fs_ior *ior, const char *mount, int entries, bool for_read, int io_depth, int priority,
+                  int timeout, uint64_t flags) {
     if (ior == NULL || mount == NULL || *mount == '\0' || strlen(mount) >= sizeof ior->mount_point) return -EINVAL;
     if (timeout < 0 || entries <= 0 || io_depth > entries) return -EINVAL;
     lock();
@@ -25,7 +69,25 @@ int hf3fs_iorcreate4(struct hf3fs_ior *ior, const char *mount, int entries, bool
         unlock();
         return error;
     }
+    const bool refused = io_depth < 0 && emulator.options.no_negative_depth;
+    const int semaphore_error = (int)emulator.options.semaphore_error;
+    unlock();
+    if (refused) return -EINVAL; /* of the symlink */
+    *ior = (struct hf3fs_ior){.for_read = for_read, .io_depth = io_depth, .priority = priority, .timeout = timeout};
+    ior->flags = flags;
+    strcpy(ior->mount_point, mount);
+    strcpy(ior->iov.mount_point, mount);
+    ior->iov.size = hf3fs_ior_size(entries);
+    const int error = register_ring(ior);
+    if (error != 0) return error;
+    if (semaphore_error != 0) {
+        munmap(ior->iov.base, ior->iov.size);
+        return -semaphore_error;
+    }
     struct ring *ring = calloc(1, sizeof *ring);
+    ring_link(ring->link, ior, false);
+    ring->flags = flags;
+    ring->place_done = calloc((size_t)entries + 1, sizeof *ring->place_done);
     ring->entries = ring->free_slots = entries;
     ring->io_depth = io_depth;
     ring->timeout = timeout;
@@ -34,6 +96,7 @@ int hf3fs_iorcreate4(struct hf3fs_ior *ior, const char *mount, int entries, bool
     ring->slot_taken = calloc((size_t)entries, sizeof *ring->slot_taken);
     ring->cqes = calloc((size_t)entries, sizeof *ring->cqes);
     pthread_cond_init(&ring->completed, NULL); /* CLOCK_REALTIME, as wait_for_ios needs */
+    lock();
     ring->next = emulator.rings;
     emulator.rings = ring;
     emulator.counters.rings++;
@@ -41,19 +104,19 @@ int hf3fs_iorcreate4(struct hf3fs_ior *ior, const char *mount, int entries, bool
     start_workers();
     unlock();
     ior->iorh = ring;
-    ior->iov.size = hf3fs_ior_size(entries);
-    strcpy(ior->mount_point, mount);
-    ior->for_read = for_read;
-    ior->io_depth = io_depth;
-    ior->timeout = timeout;
-    ior->flags = flags;
     return 0;
+}
+
+int hf3fs_iorcreate4(struct hf3fs_ior *ior, const char *mount, int entries, bool for_read, int io_depth, int timeout,
+                     int numa, uint64_t flags) {
+    (void)numa;
+    return create(ior, mount, entries, for_read, io_depth, 0, timeout, flags);
 }
 
 int hf3fs_iorcreate3(struct hf3fs_ior *ior, const char *mount, int entries, bool for_read, int io_depth, int priority,
                      int timeout, int numa) {
-    (void)priority;
-    return hf3fs_iorcreate4(ior, mount, entries, for_read, io_depth, timeout, numa, 0);
+    (void)numa;
+    return create(ior, mount, entries, for_read, io_depth, priority, timeout, 0);
 }
 
 int hf3fs_iorcreate2(struct hf3fs_ior *ior, const char *mount, int entries, bool for_read, int io_depth, int priority,
@@ -89,10 +152,14 @@ void hf3fs_iordestroy(struct hf3fs_ior *ior) {
     lock();
     struct ring *ring = ior->iorh;
     ior->iorh = NULL;
-    if (!is_here(ring)) {
-        unlock();
-        return;
-    }
+    const bool here = is_here(ring);
+    unlock();
+    if (!here) return;
+    char link[PATH_MAX];
+    ring_link(link, ior, true);
+    mounted_unlink(link);
+    munmap(ior->iov.base, ior->iov.size);
+    lock();
     for (struct ring **at = &emulator.rings; *at != NULL; at = &(*at)->next) {
         if (*at != ring) continue;
         *at = ring->next;
@@ -113,7 +180,8 @@ int hf3fs_io_entries(const struct hf3fs_ior *ior) { return ((const struct ring *
 static int take_slot(struct ring *ring) {
     const int64_t number = ++emulator.preps;
     const bool early = emulator.options.full_every > 0 && number % emulator.options.full_every == 0;
-    if (ring->free_slots == 0 || early) return -EAGAIN;
+    const bool queue_full = (ring->head + 1) % (ring->entries + 1) == ring->tail;
+    if (ring->free_slots == 0 || queue_full || early) return -EAGAIN;
     int slot = 0;
     while (ring->slot_taken[slot]) slot++;
     ring->slot_taken[slot] = true;
@@ -136,6 +204,8 @@ static int prepare(struct ring *ring, const struct hf3fs_iov *iov, size_t at, in
     struct io *io = calloc(1, sizeof *io);
     *io = (struct io){.ring = ring, .file = file, .buffer = buffer, .buffer_offset = at, .client = iov->base + at, .offset = offset,
                       .length = length, .slot = slot, .userdata = userdata};
+    io->position = ring->head;
+    ring->head = (ring->head + 1) % (ring->entries + 1);
     file->references++;
     if (buffer == NULL) {
         io->result = -EINVAL; /* no link by which the daemon would find the buffer */
@@ -180,7 +250,12 @@ int hf3fs_submit_ios(const struct hf3fs_ior *ior) {
     if (ior == NULL || ior->iorh == NULL) return -EINVAL;
     lock();
     read_control_file();
-    if (is_here(ior->iorh)) start_batches(ior->iorh);
+    struct ring *ring = ior->iorh;
+    if (is_here(ring)) {
+        struct stat status;
+        ring->unregistered = lstat(ring->link, &status) != 0; /* the daemon looks at the rings that it knows */
+        start_batches(ring);
+    }
     unlock();
     return 0;
 }

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import cache
 
 from ..errors import TransferError
+from .protocol import Transfer
 
 _CONTEXT, _MEMORY_TYPE, _MEMORY_DEVICE = 1, 2, 2  # CU_POINTER_ATTRIBUTE_..., CU_MEMORYTYPE_DEVICE
 _PORTABLE = 1  # CU_MEMHOSTREGISTER_PORTABLE
@@ -47,22 +48,34 @@ class DeviceWriter:
         ]
         self.part_bytes = part_bytes
 
-    def write(self, nbytes: int, read: Callable[[int, int, int], Callable[[], object]]) -> None:
+    def write(self, nbytes: int, read: Callable[[int, int, int, object], Transfer]) -> None:
         """Fill ``nbytes`` of the device.
 
         Args:
             nbytes: how many.
-            read: starts reading (offset, length) into a host address; returns what waits for it.
+            read: starts reading (offset, length) into a host address; its last argument keeps the memory there alive.
+
+        Raises:
+            TransferError: a read or a copy failed; nothing is in flight any more.
         """
         parts = [(start, min(self.part_bytes, nbytes - start)) for start in range(0, nbytes, self.part_bytes)]
-        wait = read(*parts[0], self._addresses[0]) if parts else None
-        for number, (start, length) in enumerate(parts):
-            assert wait is not None
-            wait()
-            if number + 1 < len(parts):
-                wait = read(*parts[number + 1], self._addresses[(number + 1) % 2])
-            target, source = ctypes.c_uint64(self._address + start), ctypes.c_void_p(self._addresses[number % 2])
-            self._check(self._driver.cuMemcpyHtoD_v2(target, source, ctypes.c_size_t(length)))
+
+        def start_read(number: int) -> Transfer:
+            return read(*parts[number], self._addresses[number % 2], self._buffers[number % 2])
+
+        reading = start_read(0) if parts else None
+        try:
+            for number, (start, length) in enumerate(parts):
+                assert reading is not None
+                reading.wait()
+                if number + 1 < len(parts):
+                    reading = start_read(number + 1)
+                target, source = ctypes.c_uint64(self._address + start), ctypes.c_void_p(self._addresses[number % 2])
+                self._check(self._driver.cuMemcpyHtoD_v2(target, source, ctypes.c_size_t(length)))
+        except BaseException:
+            if reading is not None:
+                reading.cancel()
+            raise
 
     def close(self) -> None:
         """Give the buffers back."""

@@ -67,6 +67,24 @@ def test_a_file_arrives_again_and_again(path: Path, standin: StandIn, readers: N
     assert counters["usrbio_bytes"] == counters["device_bytes"] == 3 * len(CONTENT) == readers.statistics().bytes_read
 
 
+def test_no_page_locked_slots_are_made_for_what_rings_bring(
+    path: Path, standin: StandIn, readers: NativeReaders, tmp_path: Path
+) -> None:
+    from engine_loader.sources.posix import PosixSource
+
+    memory = StandInDevices(standin).empty(len(CONTENT), torch.device("cpu"))
+    place(readers, path, memory, [(0, 1, 0, len(CONTENT), 0, 0, 0)])
+    rings = standin.live()["pinned"]
+    assert rings <= 2, "the rings' own buffers"
+    (tmp_path / "other").write_bytes(CONTENT)
+    plan = make_extents([(0, 1, 0, len(CONTENT), 0, memory.data_ptr(), 0)])
+    other = PosixSource().open(str(tmp_path / "other"))
+    readers.submit_to_device([other], plan, DeviceStream(0), owner=memory).wait()
+    other.close()
+    assert standin.live()["pinned"] == rings + 1
+    assert memory.numpy().tobytes() == CONTENT
+
+
 def test_rows_arrive(path: Path, standin: StandIn, readers: NativeReaders) -> None:
     standin.delay(500)
     memory = StandInDevices(standin).tensor(300, 1024, dtype=torch.uint8)

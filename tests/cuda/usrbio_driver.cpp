@@ -46,6 +46,7 @@ const char *const kFaults[] = {
     "reset,zero_every=4,full_every=2",
     "reset,late_every=5,late_ms=60",
     "reset,hang_every=9",
+    "reset,hole_at=100000,hole_bytes=90000,jitter_us=100",
 };
 
 const char *standin_path, *emulator_path, *mount_path;
@@ -64,7 +65,7 @@ struct ReaderThreads {
         const el_device_config wanted{sizeof wanted, 0, 2, 0, 1, standin_path};
         device = el_device_add(readers, &wanted, &failure);
         CHECK(device >= 0);
-        const el_usrbio_config rings{sizeof rings, 2, 4, 3000, 32 * kKiB, emulator_path, mount_path};
+        const el_usrbio_config rings{sizeof rings, 2, 4, 3000, 32 * kKiB, emulator_path, mount_path, 0, 1, 0};
         usrbio = el_usrbio_add(readers, &rings);
         CHECK(usrbio >= 0);
     }

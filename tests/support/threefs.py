@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from engine_loader.sources.threefs.shared_library import ThreeFsLibrary, load_library
-from engine_loader.threefs_emulator import build_emulator
+from engine_loader.threefs_emulator import MOUNT_LIBRARY_NAME, build_emulator
 from tests.support.mappings import mapped_of_shared_memory
 from tests.support.resources import left_open, open_resources
 from tests.support.waiting import GENEROUS_S
@@ -39,6 +39,7 @@ class Emulator:
         self._calls.hf3fs_emulator_count.restype = ctypes.c_int64
         self._shared_before = _shared_memory()
         self.set(f"mount={mount}")
+        self._open_its_directory()
 
     @property
     def lib_dir(self) -> str:
@@ -52,9 +53,30 @@ class Emulator:
         assert count >= 0, what
         return count
 
-    def environment(self, options: str = "") -> dict[str, str]:
-        """What makes another process use an emulator of its own."""
-        return {
+    def _open_its_directory(self) -> None:
+        """With its first buffer the library opens 3fs-virt/iovs, for as long as the process lives."""
+        iov = ctypes.create_string_buffer(312)
+        size = ctypes.c_size_t(4096)
+        assert self._calls.hf3fs_iovcreate(iov, str(self.mount).encode(), size, ctypes.c_size_t(0), -1) == 0
+        self._calls.hf3fs_iovdestroy(iov)
+
+    def sweep(self) -> None:
+        """What the daemon does when the kernel has closed the descriptors of processes that ended."""
+        self._calls.hf3fs_emulator_sweep()
+
+    def links(self) -> list[str]:
+        """The names of the buffers and rings that the daemon knows."""
+        return sorted(os.listdir(self.mount / "3fs-virt" / "iovs"))
+
+    def environment(self, options: str = "", *, whole_mount: bool = False) -> dict[str, str]:
+        """What makes another process use an emulator of its own.
+
+        Args:
+            options: of that emulator.
+            whole_mount: the emulated mount also answers the process's own calls, not only the library's.
+        """
+        preload = {"LD_PRELOAD": str(self.library.with_name(MOUNT_LIBRARY_NAME))} if whole_mount else {}
+        return preload | {
             "HF3FS_LIB_DIR": self.lib_dir,
             "HF3FS_EMULATOR_MOUNT": str(self.mount),
             "HF3FS_EMULATOR_OPTIONS": options,
@@ -65,7 +87,7 @@ class Emulator:
         found: dict[str, object] = {what: n for what in KEPT if (n := self.count(what))}
         shared = _shared_memory() - self._shared_before
         shared = shared and shared - _used_by_others()  # tests run in several processes
-        links = os.listdir(self.mount / "3fs-virt" / "iovs")
+        links = self.links()
         return found | ({"shared memory": shared} if shared else {}) | ({"links": links} if links else {})
 
     def wait_until_clean(self, timeout_s: float = GENEROUS_S) -> dict[str, object]:
@@ -134,4 +156,5 @@ def sanitized_emulator(place: Path, sanitizers: str, patch: pytest.MonkeyPatch) 
     file = mount / "file"
     file.write_bytes(np.random.default_rng(1).bytes(700_001))
     patch.setenv("HF3FS_EMULATOR_MOUNT", str(mount))
+    patch.setenv("HF3FS_EMULATOR_MAX_FILES", "65536")
     return SanitizedEmulator(library, mount, file)

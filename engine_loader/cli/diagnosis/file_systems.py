@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import resource
 from collections.abc import Iterator, Sequence
 
 from ...errors import CheckpointError, SettingsError
@@ -15,8 +16,17 @@ from ...machine import Mount, mount_of
 from ...report.load_report import human_bytes
 from ...settings import load_settings
 from ...sources.posix import PosixSource
+from ...sources.threefs.daemon import find_daemon
 from ...sources.threefs.discovery import mounts_here, why_not
-from ...sources.threefs.shared_library import LIB_DIR_VARIABLE, LIBRARY_NAME, ThreeFsError, find_library, load_library
+from ...sources.threefs.shared_library import (
+    DESCRIPTOR_BYTES,
+    LIB_DIR_VARIABLE,
+    LIBRARY_NAME,
+    MOST_DESCRIPTORS,
+    ThreeFsError,
+    find_library,
+    load_library,
+)
 from ...transfer.modes import choose_mode
 from .finding import Finding
 
@@ -38,6 +48,8 @@ def check_3fs() -> Iterator[Finding]:
     search = find_library(_lib_dir())
     at = ", ".join(mounts_here())
     mounted = f"mounted at {at}" if at else "no 3FS mount here"
+    if at:
+        yield _daemon()
     if search.path is None:
         repair = (
             f"set {LIB_DIR_VARIABLE} to the directory of {LIBRARY_NAME}; until then, files are read through the mount"
@@ -45,6 +57,7 @@ def check_3fs() -> Iterator[Finding]:
         explained = f"{mounted}; {search.explain()}"
         yield Finding(_AREA, "usrbio", "warn" if at else "ok", explained, repair if at else "")
         return
+    yield from _descriptor_limit()
     try:
         load_library(search.path)
     except ThreeFsError as error:
@@ -57,6 +70,37 @@ def check_3fs() -> Iterator[Finding]:
         yield Finding(_AREA, "usrbio", "ok", found)
     else:
         yield Finding(_AREA, "usrbio", "warn", f"{found}; {problem}", "until then, files are read through the mount")
+
+
+def _daemon() -> Finding:
+    """Whether 3FS's daemon sees the thread ids of its clients."""
+    name = "3FS daemon"
+    daemon = find_daemon()
+    if daemon is None:
+        value = "not visible from here"
+        repair = (
+            "one on the host is as it should be; one in a container beside this one must share its PID namespace "
+            "(shareProcessNamespace: true) or the host's (hostPID: true)"
+        )
+        return Finding(_AREA, name, "ok", value, repair)
+    if daemon.tells_apart:
+        return Finding(_AREA, name, "ok", f"process {daemon.pid}, in the PID namespace of its clients")
+    value = (
+        f"process {daemon.pid} is in another PID namespace: it sees every client as process 0, and when one ends, "
+        "it removes the buffers and rings of all"
+    )
+    return Finding(_AREA, name, "warn", value, "run the daemon with hostPID: true, or shareProcessNamespace: true")
+
+
+def _descriptor_limit() -> Iterator[Finding]:
+    """What 3FS's library would take for its table of descriptors, where that is much."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= hard <= MOST_DESCRIPTORS:
+        return
+    size = "an endless table" if hard < 0 else human_bytes(hard * DESCRIPTOR_BYTES)
+    value = f"the hard limit of open files is {hard}, for which 3FS's library would take {size} a process"
+    repair = f"engine_loader lowers it to {MOST_DESCRIPTORS} before it loads the library; for others: ulimit -Hn"
+    yield Finding(_AREA, "open files", "warn", value, repair)
 
 
 def _lib_dir() -> str | None:

@@ -20,39 +20,54 @@ from typing import Any
 import numpy as np
 
 from ...failures import RETRYABLE, deadline_passed
-from .read_failures import no_ring, no_room, read_failed
-from .shared_library import VIRTUAL_DIR
+from .links import Ledger, directory_of_links, ring_links_of_this_process
+from .read_failures import no_answer, no_ring, no_room, read_failed
+from .watched import NoAnswer, WatchedThread
 
 _SLICE = timedelta(milliseconds=100)
-_IO_DEPTH = -1  # every IO completes by itself
+# Every IO completes by itself. -1 would do the same, but daemons of 2026 refuse rings of a negative depth.
+_IO_DEPTH = 1
+_FORBID_READ_HOLES = 2
 _TRIES = 3
+_CLOSE_WAIT_S = 1.0
 
 
 class Channel:
-    """A ring and its buffer.
+    """A ring, its buffer, and the thread that makes all calls for them.
+
+    The daemon cleans up after a client by the thread that has 3fs-virt/iovs open: so that thread makes the links, opens
+    the directory first and closes it last. It is left behind when a call does not return.
 
     Args:
         binding: ``hf3fs_py_usrbio``, or an object with its interface.
         mount: the 3FS mount.
         buffer_bytes: the size of the buffer: so many bytes can be in flight.
         io_bytes: the largest IO.
+        deadline_s: how long 3FS may take to make ring and buffer.
 
     Raises:
         OSError: 3FS refuses, or ENOSPC: there is no room in /dev/shm.
+        NoAnswer: the mount did not answer in time.
     """
 
-    def __init__(self, binding: Any, mount: str, buffer_bytes: int, io_bytes: int) -> None:
+    def __init__(self, binding: Any, mount: str, buffer_bytes: int, io_bytes: int, deadline_s: float) -> None:
         self.io_bytes = io_bytes
+        self.idle = True
+        self._binding, self._mount = binding, mount
         self._ring: Any = None
+        self._ring_links: list[str] = []
         self._iovec: Any = None
+        self._directory = -1
+        self._closing = threading.Event()
         name = str(uuid.uuid4())
         self._shared = f"/dev/shm/engine-loader-{name}"
-        self._link = os.path.join(mount, VIRTUAL_DIR, "iovs", name)
+        self._link = os.path.join(directory_of_links(mount), name)
+        self._progress = time.monotonic()
+        self._ledger: Ledger | None = None
         self._memory = _shared_memory(self._shared, buffer_bytes)
+        self._thread = WatchedThread("engine-loader-3fs-ring")
         try:
-            os.symlink(self._shared, self._link)
-            self._iovec = binding.iovec(self._memory, name, mount)
-            self._ring = binding.ioring(mount, 2 * max(1, buffer_bytes // io_bytes), True, _IO_DEPTH)
+            self._thread.call(self._make, deadline_s)
         except BaseException:
             self.close()
             raise
@@ -66,11 +81,21 @@ class Channel:
                 again.
         """
         wanted = min(sum(map(len, buffers)), len(self._memory))
-        results = self._carry_out(path, fd, offset, wanted, deadline_s)
+        self.idle = False
+        self._progress = time.monotonic()
+        try:
+            results = self._thread.call(
+                lambda: self._carry_out(path, fd, offset, wanted, deadline_s),
+                deadline_s + _CLOSE_WAIT_S,
+                progress=lambda: self._progress,
+            )
+        except NoAnswer:
+            raise no_answer(path, "the library does not return", deadline_s) from None
+        self.idle = True
         done = 0
         for start in range(0, wanted, self.io_bytes):
             result = results[start]
-            if result < 0 and done == 0:
+            if result < 0 and result != -errno.ENODATA and done == 0:
                 if -result in RETRYABLE:
                     raise OSError(-result, os.strerror(-result), path)
                 raise read_failed(path, offset, -result, 1)
@@ -81,12 +106,50 @@ class Channel:
         return done
 
     def close(self) -> None:
-        """Give back ring, buffer and link. A late read lands in memory that is not used again. Safe to call twice."""
+        """Give back ring, buffer and links. A late read lands in memory that is not used again. Safe to call twice.
+
+        What 3FS does not answer within a second is left to the thread.
+        """
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        self._thread.end(self._unmake, _CLOSE_WAIT_S)
+
+    def _make(self) -> None:
+        self._directory = os.open(directory_of_links(self._mount), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._ledger = Ledger(os.path.basename(self._link))
+        self._ledger.add(self._link, self._shared)
+        os.symlink(self._shared, self._link)
+        self._iovec = self._binding.iovec(self._memory, os.path.basename(self._link), self._mount)
+        entries = 2 * max(1, len(self._memory) // self.io_bytes)
+        self._ring = self._binding.ioring(self._mount, entries, True, _IO_DEPTH, flags=_FORBID_READ_HOLES)
+        self._ring_links = self._links_of_ring()
+        self._ledger.add(*self._ring_links)
+
+    def _links_of_ring(self) -> list[str]:
+        name = getattr(self._ring, "link_name", None)
+        directory = directory_of_links(self._mount)
+        if name is not None:
+            return [os.path.join(directory, name)]
+        with _links_taken_lock:
+            found = [link for link in ring_links_of_this_process(self._mount) if link not in _links_taken]
+            _links_taken.update(found)
+        return found
+
+    def _unmake(self) -> None:
+        """In the order in which a crash on the way leaves least: the daemon's rings, its buffers, the directory."""
+        _unlink(*self._ring_links)
+        if self._ring is not None:
+            self._ring.destroy()
         self._ring = None
         self._iovec = None
-        for path in (self._link, self._shared):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+        _unlink(self._link, self._shared)
+        if self._ledger is not None:
+            self._ledger.close()
+        self._ledger = None
+        if self._directory >= 0:
+            os.close(self._directory)
+        self._directory = -1
 
     def _carry_out(self, path: str, fd: int, offset: int, wanted: int, deadline_s: float) -> dict[int, int]:
         """Read in IOs of up to ``io_bytes``; start in the buffer -> result of each.
@@ -98,7 +161,7 @@ class Channel:
         results: dict[int, int] = {}
         in_flight = 0
         progress = time.monotonic()
-        while len(results) < len(tries):
+        while len(results) < len(tries) and not self._closing.is_set():
             while waiting:
                 start = waiting[0]
                 piece = self._iovec[start : min(start + self.io_bytes, wanted)]
@@ -117,7 +180,8 @@ class Channel:
                         waiting.append(start)
                     else:
                         results[start] = result
-            if time.monotonic() - progress > deadline_s:
+            self._progress = time.monotonic()
+            if self._progress - progress > deadline_s:
                 raise deadline_passed(path, offset, deadline_s)
         return results
 
@@ -131,6 +195,10 @@ class Channel:
         self._ring.submit()
         return True
 
+
+_links_taken: set[str] = set()
+_links_taken_lock = threading.Lock()
+"""Links of rings of this process that a channel knows as its own, where the binding does not name them."""
 
 _left_by_parent: list[Channel] = []
 """Channels of the parent of this forked process: kept, because collecting one would destroy its ring in the parent."""
@@ -152,14 +220,14 @@ class ChannelPool:
 
     def read(self, path: str, fd: int, offset: int, buffers: Sequence[memoryview], deadline_s: float) -> int:
         """Read by an idle channel, or by a new one; arguments and errors are those of ``Channel.read``."""
-        channel = self._take(path)
+        channel = self._take(path, deadline_s)
         try:
             done = channel.read(path, fd, offset, buffers, deadline_s)
-        except OSError:
-            self._put(channel)
-            raise
         except BaseException:
-            channel.close()
+            if channel.idle:
+                self._put(channel)
+            else:  # what is in flight would be taken for the completions of the next read
+                channel.close()
             raise
         self._put(channel)
         return done
@@ -179,7 +247,7 @@ class ChannelPool:
         for channel in idle:
             channel.close()
 
-    def _take(self, path: str) -> Channel:
+    def _take(self, path: str, deadline_s: float) -> Channel:
         with self._lock:
             if os.getpid() != self._pid:  # rings do not survive a fork
                 _left_by_parent.extend(self._idle)
@@ -188,7 +256,9 @@ class ChannelPool:
                 return self._idle.pop()
         binding, mount, buffer_bytes, io_bytes = self._arguments
         try:
-            return Channel(binding, mount, buffer_bytes, io_bytes)
+            return Channel(binding, mount, buffer_bytes, io_bytes, deadline_s)
+        except NoAnswer:
+            raise no_answer(path, "it makes no ring", deadline_s) from None
         except OSError as error:
             code = error.errno or errno.EIO
             if code == errno.ENOSPC:
@@ -201,6 +271,12 @@ class ChannelPool:
                 self._idle.append(channel)
                 return
         channel.close()
+
+
+def _unlink(*paths: str) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
 
 
 def _copy(source: np.ndarray[Any, np.dtype[np.uint8]], buffers: Sequence[memoryview]) -> None:

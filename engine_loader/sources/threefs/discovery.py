@@ -14,6 +14,7 @@ from .shared_library import (
     check_mount,
     find_library,
     is_threefs_by_ioctl,
+    limit_descriptors,
     load_library,
     mounts,
 )
@@ -47,7 +48,7 @@ class LibraryClient:
         self._calls = library
 
     def mount_of(self, path: str, fd: int) -> str | None:
-        return self._calls.mount_point(path) if self._calls.is_threefs(fd) else None
+        return self._calls.mount_of(fd) if self._calls.is_threefs(fd) else None
 
 
 class BindingClient:
@@ -55,11 +56,14 @@ class BindingClient:
 
     def __init__(self) -> None:
         self.library: str | None = None
+        limit_descriptors()
         self.binding: Any = import_module(BINDING)
         self.name = BINDING
 
     def mount_of(self, path: str, fd: int) -> str | None:
-        mount: str | None = self.binding.extract_mount_point(path)
+        if os.fstat(fd).st_nlink == 0:  # removed: the library would end the process
+            return None
+        mount: str | None = self.binding.extract_mount_point(f"/proc/self/fd/{fd}")
         return mount if mount and (is_threefs_by_ioctl(fd) or self._registers(fd)) else None
 
     def _registers(self, fd: int) -> bool:

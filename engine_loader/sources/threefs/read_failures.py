@@ -35,6 +35,23 @@ def no_ring(path: str, mount: str, what: str, code: int) -> TransferError:
     return with_errno(code, f"3FS at {mount} made no {what}: {os.strerror(code)}", path, None, hint)
 
 
+def no_answer(path: str, doing: str, seconds: float) -> TransferError:
+    """The error for a call on the mount or to the library that does not return."""
+    message = f"3FS did not answer for {seconds:g} s: {doing}"
+    hint = "its daemon hangs: look at the daemon of this machine, and restart it"
+    return with_errno(errno.ETIMEDOUT, message, path, None, hint)
+
+
+def no_data(path: str, offset: int, nbytes: int) -> TransferError:
+    """The error for bytes that 3FS has no data for, where the mount reads zeros."""
+    message = f"3FS has no data for {nbytes} bytes here, though the mount reads them as zeros"
+    hint = (
+        "was the file completely written, and is a storage target lost? copy it to 3FS again; "
+        "a file that has holes on purpose is read with backend: posix"
+    )
+    return with_errno(errno.ENODATA, message, path, offset, hint)
+
+
 def with_errno(code: int, message: str, path: str, offset: int | None, hint: str) -> TransferError:
     """A TransferError with its errno."""
     error = TransferError(message, file=path, offset=offset, hint=hint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import time
@@ -9,7 +10,7 @@ import uuid
 from datetime import timedelta
 from typing import Any, Self
 
-from .shared_library import ThreeFsLibrary
+from .shared_library import VIRTUAL_DIR, ThreeFsLibrary
 
 
 class _Iov(ctypes.Structure):
@@ -68,8 +69,10 @@ class Rings:
     def iovec(self, buffer: Any, id: str, mount: str, block_size: int = 0, numa: int = -1) -> Iovec:
         return Iovec(self._library, buffer, id, mount, block_size, numa)
 
-    def ioring(self, mount: str, entries: int, for_read: bool = True, io_depth: int = 0, **_: Any) -> Ioring:
-        return Ioring(self._library, mount, entries, for_read, io_depth)
+    def ioring(
+        self, mount: str, entries: int, for_read: bool = True, io_depth: int = 0, *, flags: int = 0, **_: Any
+    ) -> Ioring:
+        return Ioring(self._library, mount, entries, for_read, io_depth, flags)
 
 
 class Iovec:
@@ -109,17 +112,29 @@ class Iovec:
 
 
 class Ioring:
-    """A ring: one thread prepares and submits, one waits."""
+    """A ring: one thread prepares and submits, one waits.
 
-    def __init__(self, library: ThreeFsLibrary, mount: str, entries: int, for_read: bool, io_depth: int) -> None:
+    Attributes:
+        link_name: of the link below 3fs-virt/iovs by which the daemon knows the ring. The library makes it with the
+            flags in base 2 and removes one with the flags in base 10, so ``link_name`` is removed before the ring is.
+    """
+
+    def __init__(
+        self, library: ThreeFsLibrary, mount: str, entries: int, for_read: bool, io_depth: int, flags: int = 0
+    ) -> None:
         self._calls = library.calls
         self._native = _Ior()
         self._slots: dict[int, Iovec] = {}
         self._pid = os.getpid()
         error = self._calls.hf3fs_iorcreate4(
-            ctypes.byref(self._native), os.fsencode(mount), entries, for_read, io_depth, 0, -1, 0
+            ctypes.byref(self._native), os.fsencode(mount), entries, for_read, io_depth, 0, -1, flags
         )
-        if error < 0:
+        identity = uuid.UUID(bytes=bytes(self._native.iov.id))
+        kind = "r" if for_read else "w"
+        self.link_name = f"{identity}.{kind}{io_depth}.t0" + (f".f{flags:b}" if flags else "")
+        if error < 0:  # perhaps after the link was made; the library would remove one of another name
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(mount, VIRTUAL_DIR, "iovs", self.link_name))
             raise OSError(-error, os.strerror(-error))
 
     def prepare(self, iov: Iovec, read: bool, fd: int, off: int, userdata: object = None) -> Self:

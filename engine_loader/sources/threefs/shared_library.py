@@ -8,8 +8,10 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import logging
 import os
 import re
+import resource
 import struct
 import sysconfig
 from collections.abc import Iterator, Mapping
@@ -18,6 +20,8 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+logger = logging.getLogger(__name__)
+
 LIBRARY_NAME = "libhf3fs_api_shared.so"
 LIB_DIR_VARIABLE = "HF3FS_LIB_DIR"
 BINDING = "hf3fs_py_usrbio"
@@ -25,7 +29,13 @@ VIRTUAL_DIR = "3fs-virt"
 _MOUNT_TYPE = "fuse.hf3fs"
 _MAGIC_REQUEST, _MAGIC = 0x80046802, 0x8F3F5FFF
 _MOUNT_CHARS = 4096
-_LOAD_FLAGS = os.RTLD_GLOBAL | os.RTLD_NOW | os.RTLD_NODELETE
+# Not RTLD_GLOBAL: the library's copies of folly and fmt would serve other libraries. An extension that needs the
+# library is satisfied by its name all the same.
+_LOAD_FLAGS = os.RTLD_LOCAL | os.RTLD_NOW | os.RTLD_NODELETE
+MOST_DESCRIPTORS = 1 << 20
+DESCRIPTOR_BYTES = 8
+"""What the library's table of descriptors takes for each that the hard limit of open files allows."""
+_LOADER_CACHE = Path("/etc/ld.so.cache")
 
 
 class ThreeFsError(Exception):
@@ -38,7 +48,8 @@ class LibrarySearch:
 
     Attributes:
         path: the library, or None.
-        origin: what named its directory: "HF3FS_LIB_DIR", "LD_LIBRARY_PATH" or "hf3fs_py_usrbio".
+        origin: what named its directory: "HF3FS_LIB_DIR", "LD_LIBRARY_PATH", "hf3fs_py_usrbio", "/usr/lib" or
+            "/etc/ld.so.cache".
         tried: every directory that was looked at, one line each, for messages.
     """
 
@@ -52,7 +63,7 @@ class LibrarySearch:
 
 
 def find_library(lib_dir: str | None = None, environ: Mapping[str, str] | None = None) -> LibrarySearch:
-    """Look in HF3FS_LIB_DIR, then in LD_LIBRARY_PATH, then beside an installed binding.
+    """Look in HF3FS_LIB_DIR, LD_LIBRARY_PATH, beside an installed binding, in /usr/lib, and where dlopen looks.
 
     Args:
         lib_dir: used instead of HF3FS_LIB_DIR.
@@ -67,7 +78,10 @@ def find_library(lib_dir: str | None = None, environ: Mapping[str, str] | None =
         if found is not None:
             return LibrarySearch(found.absolute(), origin, (*tried, f"{origin}: {found}"))
         tried.append(f"{origin}: not in {directory}")
-    return LibrarySearch(None, "", tuple(tried))
+    cached = _library_of_loader()
+    if cached is not None:
+        return LibrarySearch(cached, str(_LOADER_CACHE), (*tried, f"{_LOADER_CACHE}: {cached}"))
+    return LibrarySearch(None, "", (*tried, f"not in {_LOADER_CACHE}"))
 
 
 class ThreeFsLibrary:
@@ -79,6 +93,7 @@ class ThreeFsLibrary:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        limit_descriptors()
         try:
             self.calls = ctypes.CDLL(os.fspath(path), mode=_LOAD_FLAGS)
             _declare(self.calls)
@@ -88,6 +103,12 @@ class ThreeFsLibrary:
     def is_threefs(self, fd: int) -> bool:
         """Whether an open file or directory is on 3FS."""
         return bool(self.calls.hf3fs_is_hf3fs(fd))
+
+    def mount_of(self, fd: int) -> str | None:
+        """The 3FS mount that an open file is on, or None."""
+        if os.fstat(fd).st_nlink == 0:  # removed: the library would end the process
+            return None
+        return self.mount_point(f"/proc/self/fd/{fd}")
 
     def mount_point(self, path: str) -> str | None:
         """The 3FS mount that ``path`` is on, or None."""
@@ -110,6 +131,29 @@ class ThreeFsLibrary:
     def deregister(self, fd: int) -> None:
         """Undo ``register``; before the descriptor is closed."""
         self.calls.hf3fs_dereg_fd(fd)
+
+
+def limit_descriptors() -> None:
+    """Lower the hard limit of open files to what the library can be loaded with.
+
+    As it is loaded it makes a table of 8 bytes for each descriptor that the hard limit allows: 8.6 GB in a container
+    without a limit. The limit stays lowered, because the library does not check every descriptor against its table.
+
+    Raises:
+        ThreeFsError: the limit is too high and cannot be lowered.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= hard <= MOST_DESCRIPTORS:
+        return
+    lowered = MOST_DESCRIPTORS if soft < 0 else min(soft, MOST_DESCRIPTORS)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowered, MOST_DESCRIPTORS))
+    except (OSError, ValueError) as error:
+        raise ThreeFsError(
+            f"the hard limit of open files is {hard}, for which 3FS's library takes {hard * DESCRIPTOR_BYTES >> 20} "
+            f"MiB a process, and it cannot be lowered ({error}): start with `ulimit -Hn {MOST_DESCRIPTORS}`"
+        ) from None
+    logger.info("lowered the hard limit of open files from %d to %d, before 3FS's library is loaded", hard, lowered)
 
 
 @cache
@@ -159,17 +203,33 @@ def _directories(lib_dir: str | None, environ: Mapping[str, str]) -> Iterator[tu
     search = [directory for directory in environ.get("LD_LIBRARY_PATH", "").split(":") if directory]
     for directory in search or [""]:
         yield "LD_LIBRARY_PATH", directory
-    yield BINDING, _binding_libs()
+    for directory in _binding_directories() or [""]:
+        yield BINDING, directory
+    yield "/usr/lib", "/usr/lib"
 
 
-def _binding_libs() -> str | None:
+def _binding_directories() -> list[str]:
+    """Where wheels of the binding put the library: a repaired one, one beside the extension, one in a package."""
     spec = find_spec(BINDING)
     if spec is None:
-        return None
+        return []
     beside = Path(spec.origin).parent if spec.origin else Path(sysconfig.get_paths()["platlib"])
-    if spec.submodule_search_locations:
-        beside = beside.parent
-    return str(beside / f"{BINDING}.libs")
+    packages = list(map(Path, spec.submodule_search_locations or []))
+    if packages:
+        beside = packages[0].parent
+    inside = [place for package in packages for place in (package, package / "lib")]
+    return list(map(str, (beside / f"{BINDING}.libs", beside, *inside)))
+
+
+@cache
+def _library_of_loader() -> Path | None:
+    """The library that dlopen would find by its name alone, by what ldconfig wrote."""
+    try:
+        cached = _LOADER_CACHE.read_bytes()
+    except OSError:
+        return None
+    found = re.search(rb"/[^\0]*/" + re.escape(LIBRARY_NAME.encode()) + rb"(?=\0)", cached)
+    return Path(os.fsdecode(found[0])) if found else None
 
 
 def _library_in(directory: Path) -> Path | None:

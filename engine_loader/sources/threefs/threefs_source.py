@@ -6,12 +6,14 @@ reader threads read them (transfer/native/src/readers/reader_usrbio.cpp), or ``C
 
 from __future__ import annotations
 
+import _thread
+import contextlib
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, TypeVar
 
 from ...errors import CheckpointError
 from ...settings import LoaderSettings
@@ -19,12 +21,20 @@ from ..posix import PosixFile, PosixSource
 from ..source import SourceFile, UsrbioAccess
 from .channel import ChannelPool
 from .discovery import Client, find_client
+from .links import remove_dead
+from .read_failures import no_answer, no_data
 from .shared_library import ThreeFsError, check_mount, is_threefs_by_ioctl, register_hint
+from .watched import NoAnswer, call_within
 
 logger = logging.getLogger(__name__)
 
 _SMALL_BYTES = 256 << 10
 """Reads up to this size (headers, an index) go through the mount: a ring would cost more than it saves."""
+
+_USUAL_CHUNK_BYTES = 1 << 20
+_CLOSE_WAIT_S = 1.0
+_TRIES = 3
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,7 @@ class ThreeFsOptions:
         rings: reader threads, each with a ring of its own; None: the transfer engine chooses.
         depth: IOs in flight on each ring.
         io_bytes: the largest IO; it is fitted to the file's chunk size.
+        io_depth: minus the IOs that the daemon carries out as one job at most; they complete together.
         deadline_s: an IO without a byte for so many seconds has failed. 3FS itself retries for 60 s.
         lib_dir: the directory of the library; None: searched for, see find_library.
     """
@@ -44,6 +55,7 @@ class ThreeFsOptions:
     io_bytes: int = 4 << 20
     deadline_s: float = 90.0
     lib_dir: str | None = None
+    io_depth: int = -1
 
     @classmethod
     def from_settings(cls, settings: LoaderSettings) -> Self:
@@ -53,6 +65,7 @@ class ThreeFsOptions:
             depth=settings.usrbio_depth,
             io_bytes=int(settings.io_bytes or cls.io_bytes),
             deadline_s=settings.usrbio_deadline_s,
+            io_depth=settings.usrbio_io_depth,
             lib_dir=settings.hf3fs_lib_dir,
         )
 
@@ -77,6 +90,8 @@ class ThreeFsFile:
         self._pool = pool
         self._closed = True
         self._closing = threading.Lock()
+        chunk_bytes = os.fstat(opened.fileno()).st_blksize
+        self._piece = chunk_bytes if chunk_bytes > 4096 else _USUAL_CHUNK_BYTES
         self.native_access = _native_access(opened, mount, client, options)
         try:
             client.binding.register_fd(opened.fileno())
@@ -87,11 +102,40 @@ class ThreeFsFile:
         pool.open()
 
     def read_into(self, offset: int, buffers: Sequence[memoryview]) -> int:
-        if sum(map(len, buffers)) <= _SMALL_BYTES:
-            return self._opened.read_into(offset, buffers)
+        wanted = min(sum(map(len, buffers)), max(0, self.size - offset))
+        if wanted <= _SMALL_BYTES:
+            return _copy(self._read_through_mount(offset, wanted), buffers)
         done = self._pool.read(self.path, self._opened.fileno(), offset, buffers, self._deadline_s)
-        # No byte before the end of the file: a hole, or a failure of 3FS. A read through the mount tells which.
-        return done or self._opened.read_into(offset, buffers)
+        return done or self._read_hole(offset, min(wanted, self._piece - offset % self._piece), buffers)
+
+    def _read_hole(self, offset: int, nbytes: int, buffers: Sequence[memoryview]) -> int:
+        """Read what USRBIO has no data for through the mount: up to the end of its chunk.
+
+        The mount reads what is missing as zeros. So USRBIO has to confirm zeros, a part at a time.
+        """
+        content = self._read_through_mount(offset, nbytes)
+        if content.tobytes().strip(b"\0"):
+            return _copy(content, buffers)
+        again = memoryview(bytearray(min(len(content), _SMALL_BYTES)))
+        for _ in range(_TRIES if again else 0):
+            done = self._pool.read(self.path, self._opened.fileno(), offset, [again], self._deadline_s)
+            if done:
+                return _copy(again[:done], buffers)
+        if again:
+            raise no_data(self.path, offset, len(again))
+        return 0
+
+    def _read_through_mount(self, offset: int, nbytes: int) -> memoryview:
+        """Into memory of its own, to which a read that never returns may write later."""
+        memory = memoryview(bytearray(nbytes))
+        done = self._call("a read through the mount", lambda: self._opened.read_into(offset, [memory]))
+        return memory[:done]
+
+    def _call(self, what: str, call: Callable[[], T]) -> T:
+        try:
+            return call_within(self._deadline_s, call)
+        except NoAnswer:
+            raise no_answer(self.path, what, self._deadline_s) from None
 
     def fileno(self) -> int | None:
         return None if self.native_access is None else self._opened.fileno()
@@ -104,12 +148,24 @@ class ThreeFsFile:
             if self._closed:
                 return
             self._closed = True
-            self._binding.deregister_fd(self._opened.fileno())
-            self._opened.close()
+            with contextlib.suppress(NoAnswer):  # the thread closes it when 3FS answers
+                call_within(_CLOSE_WAIT_S, self._close)
         self._pool.close()
 
+    def _close(self) -> None:
+        self._binding.deregister_fd(self._opened.fileno())
+        self._opened.close()
+
     def __del__(self) -> None:
-        self.close()
+        if self._closed:
+            return
+        self._closed = True
+        # Not by call_within: the collector may run while the lock is held that a thread's start takes.
+        try:
+            _thread.start_new_thread(self._close, ())
+        except RuntimeError:  # the interpreter ends
+            self._close()
+        self._pool.close()
 
 
 def _native_access(opened: PosixFile, mount: str, client: Client, options: ThreeFsOptions) -> UsrbioAccess | None:
@@ -117,7 +173,16 @@ def _native_access(opened: PosixFile, mount: str, client: Client, options: Three
         return None
     chunk_bytes = os.fstat(opened.fileno()).st_blksize
     io_bytes = fit_io_bytes(options.io_bytes, chunk_bytes)
-    return UsrbioAccess(client.library, mount, options.rings, options.depth, io_bytes, options.deadline_s)
+    return UsrbioAccess(
+        client.library,
+        mount,
+        rings=options.rings,
+        depth=options.depth,
+        io_bytes=io_bytes,
+        slot_io_bytes=max(io_bytes, options.io_bytes),
+        io_depth=options.io_depth,
+        deadline_s=options.deadline_s,
+    )
 
 
 class ThreeFsSource:
@@ -160,6 +225,14 @@ class ThreeFsSource:
         return cls(ThreeFsOptions.from_settings(settings))
 
     def open(self, path: str) -> SourceFile:
+        if self._client is None:
+            return self._open(path)
+        try:
+            return call_within(self.options.deadline_s, lambda: self._open(path), SourceFile.close)
+        except NoAnswer:
+            raise no_answer(path, "the file is opened", self.options.deadline_s) from None
+
+    def _open(self, path: str) -> SourceFile:
         opened = self._mounted.open(path)
         try:
             return self._on_3fs(opened) or opened
@@ -196,6 +269,7 @@ class ThreeFsSource:
     def _pool(self, mount: str) -> ChannelPool:
         with self._lock:
             if mount not in self._pools:
+                remove_dead()
                 assert self._client is not None
                 depth, io_bytes = self.options.depth, self.options.io_bytes
                 # A thread of the Python engine reads one block at a time, in four IOs.
@@ -214,6 +288,16 @@ class ThreeFsSource:
                 return
             self._logged.add(subject)
         logger.log(level, "%s", message)
+
+
+def _copy(content: memoryview, buffers: Sequence[memoryview]) -> int:
+    """Copy into the buffers in turn; returns how many bytes there were."""
+    at = 0
+    for buffer in buffers:
+        part = content[at : at + len(buffer)]
+        buffer[: len(part)] = part
+        at += len(part)
+    return len(content)
 
 
 def fit_io_bytes(wanted: int, chunk: int) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ...errors import TransferError
 
-_ABI_VERSION = 5
+_ABI_VERSION = 6
 OK, TIMEOUT, FAILED = 0, 1, 2
 E_CLOSED, E_FORKED, E_ARGUMENT, E_MEMORY, E_THREAD, E_DEVICE = -1, -2, -3, -4, -5, -6
 FAIL_IO, FAIL_EOF, FAIL_DEADLINE, FAIL_CANCELLED, FAIL_USRBIO, FAIL_DEVICE = range(1, 7)
@@ -19,6 +19,7 @@ MODES = {"buffered": 0, "direct": 1, "mixed": 2, "usrbio": 3}
 FILE_WIDE, FILE_REMOTE = 1, 2
 ORDERED = 1
 HUGE_PAGES, ALWAYS_HUGE_PAGES = 1, 2
+DEVICE_NO_SLOTS = 1
 
 
 class Config(ctypes.Structure):
@@ -60,6 +61,9 @@ class UsrbioConfig(ctypes.Structure):
         ("io_bytes", ctypes.c_uint64),
         ("library", ctypes.c_char_p),
         ("mount", ctypes.c_char_p),
+        ("slot_io_bytes", ctypes.c_uint64),
+        ("batch", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
     )
 
 
@@ -68,7 +72,7 @@ class DeviceConfig(ctypes.Structure):
         ("struct_bytes", ctypes.c_uint32),
         ("device", ctypes.c_int32),
         ("streams", ctypes.c_uint32),
-        ("reserved", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
         ("pinned_bytes", ctypes.c_uint64),
         ("library", ctypes.c_char_p),
     )

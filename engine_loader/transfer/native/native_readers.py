@@ -31,6 +31,7 @@ from .device_errors import setup_error, stream_error
 from .library import (
     ALWAYS_HUGE_PAGES,
     COUNTERS,
+    DEVICE_NO_SLOTS,
     E_DEVICE,
     E_FORKED,
     FILE_REMOTE,
@@ -137,6 +138,7 @@ class NativeReaders:
         self._pinned_bytes = pinned_bytes
         self._device_runtime = device_runtime
         self._devices: dict[int, int] = {}  # the library's number by the runtime's
+        self._with_slots: set[int] = set()  # devices with page-locked memory, which 3FS's rings need none of
         self._lock = threading.Lock()
         self._live: set[NativeTransfer] = set()
         self._look_at = 1
@@ -196,9 +198,11 @@ class NativeReaders:
     ) -> NativeTransfer:
         if os.getpid() != self._pid:
             raise call_error(E_FORKED)
-        check_plan(extents, files)
         extents = np.ascontiguousarray(extents, dtype=EXTENT)
-        device = None if target is None else self._add_device(target.device)
+        files, extents = _files_of_plan(files, extents)
+        check_plan(extents, files)
+        rings_only = all(file.native_access is not None for file in files)
+        device = None if target is None else self._add_device(target.device, slots=not rings_only)
         opened = [self._open(file) for file in files]
         if not self._placed:
             self._place(files, opened, target)
@@ -323,15 +327,16 @@ class NativeReaders:
                 logger.debug("%s is read %s (%s)", file.path, found.mode.name, found.mode.reason)
             return found
 
-    def _add_device(self, device: int) -> int:
-        """The number by which the library knows a device."""
+    def _add_device(self, device: int, *, slots: bool) -> int:
+        """The number by which the library knows a device; ``slots``: for which it has page-locked memory."""
         with self._lock:
             number = self._devices.get(device)
-            if number is None:
+            if number is None or (slots and device not in self._with_slots):
                 library = self._device_runtime
                 config = DeviceConfig(
                     struct_bytes=ctypes.sizeof(DeviceConfig),
                     device=device,
+                    flags=0 if slots else DEVICE_NO_SLOTS,
                     pinned_bytes=self._pinned_bytes,
                     library=None if library is None else os.fsencode(library),
                 )
@@ -342,6 +347,8 @@ class NativeReaders:
                 if number < 0:
                     raise call_error(number)
                 self._devices[device] = number
+                if slots:
+                    self._with_slots.add(device)
             return number
 
     def _add_usrbio(self, access: UsrbioAccess) -> int:
@@ -354,6 +361,8 @@ class NativeReaders:
             io_bytes=access.io_bytes,
             library=os.fsencode(access.library),
             mount=os.fsencode(access.mount),
+            slot_io_bytes=access.slot_io_bytes,
+            batch=-access.io_depth,
         )
         number = int(self._quick.el_usrbio_add(self._handle, config))
         if number < 0:
@@ -369,6 +378,23 @@ class NativeReaders:
 
 def _flags(mode: ReadMode) -> int:
     return (FILE_WIDE if mode.wide else 0) | (FILE_REMOTE if mode.remote else 0)
+
+
+def _files_of_plan(files: Sequence[SourceFile], extents: Extents) -> tuple[Sequence[SourceFile], Extents]:
+    """The files that the extents are of, and the extents with numbers of those.
+
+    A checkpoint has up to a thousand open files, and a plan in direct mode reads one or two: what a plan costs must not
+    depend on the others.
+    """
+    if len(files) <= 1 or len(extents) == 0:
+        return files, extents
+    numbers = extents["file"]
+    used = np.flatnonzero(np.bincount(numbers, minlength=len(files)))
+    if len(used) >= len(files) or used[-1] >= len(files):  # of a file that is not there: check_plan says so
+        return files, extents
+    extents = extents.copy()
+    extents["file"] = np.searchsorted(used, numbers)
+    return [files[number] for number in used], extents
 
 
 def _native_file(file: SourceFile, opened: _OpenFile) -> File:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 from ...errors import TransferError
 from ...sources.source import SourceFile, UsrbioAccess
 from ...sources.threefs.read_failures import no_ring, no_room, read_failed, with_errno
@@ -16,6 +18,10 @@ def deadline_of(file: SourceFile | None, deadline_s: float) -> float:
 
 def usrbio_error(path: str, access: UsrbioAccess, info: Failure) -> TransferError:
     """The error for a failed transfer of the file ``path``."""
+    if info.kind != FAIL_USRBIO and info.error == errno.ENODATA:
+        message = f"3FS has no data here (ENODATA after {info.tries} tries): a hole, which its mount fills with zeros"
+        hint = "is the file still being written? else data is lost: write it again"
+        return with_errno(info.error, message, path, info.offset, hint)
     if info.kind != FAIL_USRBIO:
         return read_failed(path, info.offset, info.error, info.tries)
     step, code = info.tries, info.error
@@ -23,6 +29,6 @@ def usrbio_error(path: str, access: UsrbioAccess, info: Failure) -> TransferErro
         hint = "is it of 3FS, and for this machine?"
         return with_errno(code, f"{access.library} cannot be used", path, None, hint)
     if step == USRBIO_MEMORY:
-        # A row may reach a quarter beyond its IO; see native/usrbio_channel.h.
-        return no_room(path, access.depth * access.io_bytes * 5 // 4, code)
+        # A row may reach a quarter beyond its IO; see native/src/usrbio/usrbio_channel.h.
+        return no_room(path, access.depth * access.slot_io_bytes * 5 // 4, code)
     return no_ring(path, access.mount, "buffer" if step == USRBIO_BUFFER else "ring", code)

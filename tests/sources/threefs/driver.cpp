@@ -25,7 +25,7 @@ void (*dereg_fd)(int);
 
 const char *const kFaults[] = {
     "reset", "reset,jitter_us=300", "reset,short_every=2,error_every=3", "reset,zero_every=4,full_every=2",
-    "reset,hang_every=9", "reset,late_every=5,late_ms=60", "reset,error_every=1,error=1", "reset,buffer_every=2",
+    "reset,hang_every=9", "reset,hole_at=100000,hole_bytes=90000", "reset,mount_hang=1", "reset,limits=1,latency_us=500", "reset,late_every=5,late_ms=60", "reset,error_every=1,error=1", "reset,buffer_every=2",
 };
 
 void check(bool condition, const char *what) {
@@ -65,13 +65,15 @@ int main(int, char **arguments) {
     check(fstat(fd, &status) == 0 && reg_fd(fd, 0) <= 0, "file");
     std::vector<char> content(static_cast<size_t>(status.st_size));
     check(pread(fd, content.data(), content.size(), 0) == status.st_size, "pread");
+    uint32_t batch = 0;
     for (const char *faults : kFaults) {
         configure(faults);
+        batch = batch % 4 + 1;
         el_config config{};
         config.struct_bytes = sizeof config;
         config.retry_base_ms = 1;
         el_readers *readers = el_readers_create(&config, nullptr);
-        const el_usrbio_config usrbio{sizeof usrbio, 2, 4, 100, 64 << 10, library, mount};
+        const el_usrbio_config usrbio{sizeof usrbio, 2, 4, 100, 64 << 10, library, mount, 0, batch, 0};
         const int number = el_usrbio_add(readers, &usrbio);
         check(number >= 0, "add");
         const el_file file{fd, -1, content.size(), EL_USRBIO, EL_FILE_USRBIO(number)};

@@ -207,8 +207,8 @@ def test_ctrl_c_waits_for_no_io_and_no_deadline(emulator: Emulator, path: Path) 
         assert child.wait(GENEROUS_S) == 77
 
 
-def random_faults(rng: random.Random) -> str:
-    """Some faults; each lets an IO pass in the end, or not."""
+def random_faults(rng: random.Random, *, hanging_mount: bool) -> str:
+    """Some faults; each lets an IO pass in the end, or not. The places of a ring's queue are always freed in order."""
     faults = [
         f"error_every={rng.choice([1, 2, 3, 7, 20])},error={rng.choice([*PASSING, errno.EPERM])}",
         f"short_every={rng.choice([2, 3, 10])}",
@@ -220,6 +220,9 @@ def random_faults(rng: random.Random) -> str:
         f"buffer_every={rng.choice([1, 2, 5])}",
         f"jitter_us={rng.choice([100, 2000])}",
         f"die_after={rng.randrange(1, 50)}",
+        f"limits=1,latency_us={rng.choice([0, 500])}",
+        f"batches={rng.choice([1, 4])}",
+        *(["mount_hang=1"] if hanging_mount else []),
     ]
     return ",".join(["reset", *rng.sample(faults, rng.choice([0, 1, 1, 2, 2, 3, 4])), f"seed={rng.randrange(1, 1000)}"])
 
@@ -248,7 +251,7 @@ def test_random_rounds_give_the_right_bytes_or_one_error(emulator: Emulator, kin
         )
         reader = Reader(ThreeFsSource(options), readers)
         file = reader.open(path)
-        faults = random_faults(rng)
+        faults = random_faults(rng, hanging_mount=name == "native")
         if "die_after" in faults:  # from here on
             dies = int(faults.partition("die_after=")[2].partition(",")[0])
             faults = faults.replace(f"die_after={dies}", f"die_after={emulator.count('ios') + dies}")

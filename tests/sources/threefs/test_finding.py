@@ -1,7 +1,10 @@
 """Which library is found, which files are on 3FS, and what `auto` makes of it."""
 
+import ctypes
 import logging
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,8 @@ import pytest
 from engine_loader import CheckpointError
 from engine_loader.cli.diagnosis.file_systems import check_3fs, check_paths
 from engine_loader.sources.registry import make_source
+from engine_loader.sources.threefs import shared_library
+from engine_loader.sources.threefs.daemon import VisibleDaemon, find_daemon
 from engine_loader.sources.threefs.discovery import find_client, is_available, why_not
 from engine_loader.sources.threefs.shared_library import (
     LIBRARY_NAME,
@@ -39,6 +44,80 @@ def test_the_places_are_tried_in_the_known_order(tmp_path: Path, monkeypatch: py
     beside = find_library(environ={})
     assert (beside.path, beside.origin) == (tmp_path / "hf3fs_py_usrbio.libs" / LIBRARY_NAME, "hf3fs_py_usrbio")
     assert find_library(str(tmp_path / "first"), environ).origin == "HF3FS_LIB_DIR"
+
+
+@pytest.mark.parametrize("where", ["", "hf3fs_py_usrbio", "hf3fs_py_usrbio/lib"])
+def test_the_library_is_found_where_wheels_put_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """Beside the extension in site-packages, in the package, or in its lib."""
+    (tmp_path / "hf3fs_py_usrbio" / "lib").mkdir(parents=True)
+    (tmp_path / "hf3fs_py_usrbio" / "__init__.py").touch()
+    (tmp_path / where / LIBRARY_NAME).touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = find_library(environ={})
+    assert (found.path, found.origin) == (tmp_path / where / LIBRARY_NAME, "hf3fs_py_usrbio")
+
+
+def test_the_library_is_found_where_dlopen_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "ld.so.cache"
+    cache.write_bytes(b"glibc-ld.so.cache1.1\0libc.so.6\0/lib/libc.so.6\0/opt/3fs/libhf3fs_api_shared.so\0")
+    monkeypatch.setattr(shared_library, "_LOADER_CACHE", cache)
+    shared_library._library_of_loader.cache_clear()
+    try:
+        assert find_library(environ={}).path == Path("/opt/3fs/libhf3fs_api_shared.so")
+        cache.write_bytes(b"glibc-ld.so.cache1.1\0libc.so.6\0/lib/libc.so.6\0")
+        shared_library._library_of_loader.cache_clear()
+        assert find_library(environ={}).path is None
+    finally:
+        shared_library._library_of_loader.cache_clear()
+
+
+_LIMITED = """
+import resource, sys
+from pathlib import Path
+from unittest.mock import patch
+from engine_loader.sources.threefs import shared_library
+shared_library.MOST_DESCRIPTORS = 2000
+if sys.argv[2] == "refused":
+    shared_library.resource.setrlimit = lambda *_: (_ for _ in ()).throw(ValueError("not allowed"))
+try:
+    library = shared_library.load_library(Path(sys.argv[1]))
+except shared_library.ThreeFsError as error:
+    sys.exit(str(error))
+print(resource.getrlimit(resource.RLIMIT_NOFILE)[1], len(library.calls.hf3fs_is_hf3fs.argtypes))
+"""
+
+
+def test_the_hard_limit_of_open_files_is_lowered_before_the_library_is_loaded(emulator: Emulator) -> None:
+    command = [sys.executable, "-c", _LIMITED, str(emulator.library)]
+    lowered = subprocess.run([*command, "allowed"], check=True, capture_output=True, text=True)
+    assert lowered.stdout == "2000 1\n"
+    refused = subprocess.run([*command, "refused"], check=False, capture_output=True, text=True)
+    assert "start with `ulimit -Hn 2000`" in refused.stderr
+
+
+def test_the_library_serves_no_other_one(emulator: Emulator) -> None:
+    """Its symbols are not in the global scope, where folly and fmt would take over those of other libraries."""
+    with pytest.raises(AttributeError):
+        ctypes.CDLL(None).hf3fs_emulator_count  # noqa: B018
+
+
+def test_a_removed_file_does_not_end_the_process(emulator: Emulator, path: Path) -> None:
+    with path.open("rb") as opened:
+        assert emulator.loaded.mount_of(opened.fileno()) == str(emulator.mount)
+        path.unlink()
+        assert emulator.loaded.mount_of(opened.fileno()) is None
+
+
+@pytest.mark.parametrize(("namespace", "tells_apart"), [("pid:[1]", True), ("pid:[2]", False)])
+def test_a_daemon_in_a_pid_namespace_below_sees_no_thread_ids(
+    tmp_path: Path, namespace: str, tells_apart: bool
+) -> None:
+    for process, command, own in (("self", "python", "pid:[1]"), ("7", "hf3fs_fuse_main", namespace)):
+        (tmp_path / process / "ns").mkdir(parents=True)
+        (tmp_path / process / "ns" / "pid").symlink_to(own)
+        (tmp_path / process / "comm").write_text(f"{command}\n")
+    assert find_daemon(tmp_path) == VisibleDaemon(7, tells_apart)
+    assert find_daemon() is None
 
 
 def test_a_search_in_vain_names_every_place() -> None:

@@ -17,15 +17,15 @@ int find(const ReaderThreads &readers, const DeviceConfig &wanted) {
     return -1;
 }
 
-int add(ReaderThreads &readers, const DeviceConfig &wanted, el_device_failure &failure) {
+int add(ReaderThreads &readers, const DeviceConfig &wanted, bool slots, el_device_failure &failure) {
     {
         Lock lock(readers.mutex);
         const int there = find(readers, wanted);
         if (there >= 0) return there;
     }
-    // Locking memory takes tenths of a second: without the mutex.
     auto ring = std::make_unique<DeviceRing>(readers, wanted);
-    if (!ring->open(failure)) return EL_E_DEVICE;
+    // Locking memory takes tenths of a second: without the mutex.
+    if (!ring->open(failure) || (slots && !ring->ensure_slots(failure))) return EL_E_DEVICE;
     Lock lock(readers.mutex);
     const int there = find(readers, wanted);  // of another thread, meanwhile
     if (there >= 0 || readers.closing) {
@@ -40,6 +40,20 @@ int add(ReaderThreads &readers, const DeviceConfig &wanted, el_device_failure &f
     lock.unlock();
     failure = {EL_DEVICE_THREAD, error, ""};
     return EL_E_DEVICE;
+}
+
+// The device may have been there without slots.
+int add_with_slots(ReaderThreads &readers, const DeviceConfig &wanted, el_device_failure &failure) {
+    const int number = add(readers, wanted, true, failure);
+    if (number < 0) return number;
+    DeviceRing *ring;
+    {
+        Lock lock(readers.mutex);
+        ring = readers.devices[static_cast<size_t>(number)].get();
+    }
+    if (ring->ensure_slots(failure)) return number;
+    Lock lock(readers.mutex);
+    return readers.closing ? EL_E_CLOSED : EL_E_DEVICE;
 }
 
 }  // namespace
@@ -64,7 +78,9 @@ int el_device_add(el_readers *adding, const el_device_config *config, el_device_
     if (config == nullptr || config->struct_bytes != sizeof(el_device_config) || failure == nullptr) return EL_E_ARGUMENT;
     *failure = {};
     try {
-        return add(*readers, DeviceConfig(*config), *failure);
+        const bool slots = (config->flags & EL_DEVICE_NO_SLOTS) == 0;
+        const DeviceConfig wanted(*config);
+        return slots ? add_with_slots(*readers, wanted, *failure) : add(*readers, wanted, false, *failure);
     } catch (const std::bad_alloc &) {
         return EL_E_MEMORY;
     }

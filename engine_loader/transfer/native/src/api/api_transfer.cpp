@@ -100,7 +100,11 @@ int submit(ReaderThreads &readers, const el_file *files, uint32_t n_files, const
         auto transfer = plan(readers, files, n_files, extents, n_extents, (flags & EL_ORDERED) != 0);
         if (owner.device != nullptr) {
             transfer->device = owner.device;
-            const int error = owner.device->follow(owner.stream, *transfer);
+            el_device_failure failure{};
+            const bool wants_slots = !transfer->narrow.empty() || !transfer->wide.empty();
+            const bool slots = !wants_slots || owner.device->ensure_slots(failure);
+            // Without slots and without an error, the threads are being closed: start() says so.
+            const int error = slots ? owner.device->follow(owner.stream, *transfer) : failure.error;
             if (error != 0) {
                 errno = error;
                 return EL_E_DEVICE;

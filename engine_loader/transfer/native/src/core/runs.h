@@ -18,6 +18,7 @@ struct Run {
 struct RunLimits {
     uint64_t span;
     uint64_t gap;  // between two segments, to be read through
+    uint64_t cell = UINT64_MAX;  // longer rows are cut at multiples of this in the file
 };
 
 // Cuts a block into runs. The segments of a run lie in the worker's memory and are gone with the next one.
@@ -28,7 +29,8 @@ class RunCutter {
 
   private:
     bool append(Run &run, const Piece &piece, uint64_t row);
-    void advance();
+    uint64_t next_bytes(const Piece &piece, uint64_t offset) const;
+    void advance(uint64_t bytes);
 
     const Transfer &transfer_;
     const Block &block_;
@@ -36,6 +38,8 @@ class RunCutter {
     std::vector<Segment> &segments_;
     uint32_t piece_ = 0;
     uint32_t row_ = 0;
+    uint64_t within_ = 0;  // bytes of the row that are in runs
+    uint64_t taken_ = 0;   // bytes that the last append() added
 };
 
 }  // namespace el

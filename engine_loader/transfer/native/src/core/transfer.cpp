@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <unistd.h>
 
+#include "device/device_ring.h"
+
 namespace el {
 namespace {
 
@@ -27,7 +29,7 @@ void settle(Transfer &transfer) {
     active.erase(std::find(active.begin(), active.end(), &transfer));
     transfer.quiet = true;
     transfer.references--;
-    transfer.ready.reset();
+    if (transfer.device != nullptr) transfer.device->give_back(transfer.ready.release());
     transfer.destinations.close();
     forget(transfer.pieces);
     forget(transfer.blocks);

@@ -5,7 +5,6 @@
 #include <stdio.h>
 
 #include "readers/reader_device.h"
-#include "readers/reader_usrbio.h"
 #include "readers/readers.h"
 #include "threads/threads.h"
 #include "core/transfer.h"

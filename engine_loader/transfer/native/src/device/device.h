@@ -17,10 +17,15 @@ typedef struct {
     uint32_t struct_bytes; /* sizeof(el_device_config) */
     int32_t device;        /* its number in the runtime */
     uint32_t streams;      /* 0: 2 */
-    uint32_t reserved;
+    uint32_t flags;        /* EL_DEVICE_NO_SLOTS */
     uint64_t pinned_bytes; /* of host memory for the slots, of which there are at least two; 0: 256 MiB */
     const char *library;   /* path of the runtime; NULL: the one that the process has loaded, or else can load */
 } el_device_config;
+
+enum { /* el_device_config.flags */
+    EL_DEVICE_NO_SLOTS = 1, /* make no slots yet: transfers by USRBIO need none, as the rings' buffers are theirs. The first
+                               other transfer, or el_device_add without this flag, makes them */
+};
 
 enum { /* el_device_failure.step */
     EL_DEVICE_LIBRARY = 1, /* no runtime was found, or it lacks a function */

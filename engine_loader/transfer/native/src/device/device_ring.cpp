@@ -102,7 +102,19 @@ bool DeviceRing::open(el_device_failure &failure) {
         streams_.push_back(stream);
     }
     flights_.resize(streams_.size());
-    return make_slots(failure);
+    node_ = near_node(*runtime_, config_.device);
+    return true;
+}
+
+bool DeviceRing::ensure_slots(el_device_failure &failure) {
+    Lock making(making_slots_);
+    if (slots_ready_) return true;
+    if (closed_) return explain(failure, EL_DEVICE_MEMORY, 0);
+    const CurrentDevice current(*runtime_, config_.device);
+    if (current.error() != 0) return explain(failure, EL_DEVICE_SELECT, current.error());
+    slots_ready_ = make_slots(failure);
+    if (!slots_ready_) give_slots_back();
+    return slots_ready_;
 }
 
 bool DeviceRing::make_slots(el_device_failure &failure) {
@@ -137,22 +149,27 @@ char *DeviceRing::pinned_memory(uint64_t bytes, int &error) {
 }
 
 void DeviceRing::prefer_near_node(char *memory, uint64_t bytes) const {
-    const int node = near_node(*runtime_, config_.device);
-    if (node < 0 || node >= 1024) return;
+    if (node_ < 0 || node_ >= 1024) return;
     constexpr unsigned kWord = 8 * sizeof(unsigned long);
     unsigned long nodes[1024 / kWord + 1] = {};
-    nodes[static_cast<unsigned>(node) / kWord] |= 1ul << (static_cast<unsigned>(node) % kWord);
+    nodes[static_cast<unsigned>(node_) / kWord] |= 1ul << (static_cast<unsigned>(node_) % kWord);
     // Best effort: memory farther away is slower, not wrong.
     syscall(SYS_mbind, memory, bytes, kPreferred, nodes, 1024ul, 0u);
 }
 
 void DeviceRing::close() {
     if (runtime_ == nullptr) return;
+    Lock making(making_slots_);
+    closed_ = true;
     const CurrentDevice current(*runtime_, config_.device);
-    free_.clear();
-    slots_.clear();
     for (DeviceStream stream : streams_) checked(*runtime_, runtime_->StreamDestroy(stream));
     streams_.clear();
+    give_slots_back();
+}
+
+void DeviceRing::give_slots_back() {
+    free_.clear();
+    slots_.clear();
     if (memory_ != nullptr && registered_) {
         checked(*runtime_, runtime_->HostUnregister(memory_));
         munmap(memory_, memory_bytes_);
@@ -271,14 +288,31 @@ void *DeviceRing::thread_main(void *argument) {
 
 // Until el_readers_close, and all who could begin a copy have ended.
 void DeviceRing::watch(Lock &lock) {
-    while (flying_ > 0 || !readers_.closing || readers_.running > readers_.landing) {
-        if (land_some(lock)) continue;
+    while (flying_ > 0 || !readers_.closing || readers_.running > readers_.landing || !old_events_.empty()) {
+        if (destroy_events(lock) || land_some(lock)) continue;
         if (flying_ > 0) {
             changed_.wait_until(lock, now_ns() + kLook);
         } else {
             changed_.wait_until(lock, readers_.closing ? now_ns() + kSlice / 5 : kForever);
         }
     }
+}
+
+void DeviceRing::give_back(DeviceEvent event) {
+    if (event == nullptr) return;
+    old_events_.push_back(event);
+    changed_.notify_all();
+}
+
+// Returns whether there were any: meanwhile the mutex was let go of.
+bool DeviceRing::destroy_events(Lock &lock) {
+    if (old_events_.empty()) return false;
+    const std::vector<DeviceEvent> events = std::move(old_events_);
+    old_events_.clear();
+    lock.unlock();
+    for (DeviceEvent event : events) checked(*runtime_, runtime_->EventDestroy(event));
+    lock.lock();
+    return true;
 }
 
 // The streams' oldest flights. Returns whether any had landed.

@@ -49,7 +49,7 @@ struct Flight {
     int64_t since;
 };
 
-// Only `slots` and `flights` change after open; the mutex of the ReaderThreads guards them.
+// Only slots and flights change after open; the mutex of the ReaderThreads guards them.
 class DeviceRing {
   public:
     DeviceRing(ReaderThreads &readers, const DeviceConfig &config);
@@ -57,8 +57,13 @@ class DeviceRing {
     DeviceRing(const DeviceRing &) = delete;
     DeviceRing &operator=(const DeviceRing &) = delete;
 
-    // Make slots and streams; false with `failure` set. Neither this nor close() wants the mutex.
+    // Make streams; false with `failure` set. Neither this nor close() wants the mutex.
     bool open(el_device_failure &failure);
+    // Make slots unless there are: what comes by the rings of USRBIO needs none. False with `failure` set. It takes tenths of
+    // a second, and may be called by several threads; not with the mutex.
+    bool ensure_slots(el_device_failure &failure);
+    // The memory node near the device; -1 where that is unknown, or where there is only one.
+    int node() const { return node_; }
     // Give everything back. Nothing is in flight, and no thread uses the ring, any more.
     void close();
     // Start the thread. The mutex is held. 0 or an errno.
@@ -83,6 +88,9 @@ class DeviceRing {
     PinnedSlot *take(Reader reader, const Run &run);
     // The mutex is held.
     void give(PinnedSlot &slot);
+    // Have the ring's thread give an event back, or nothing, since that can wait for the driver's own lock: all reader
+    // threads would wait with it. The mutex is held.
+    void give_back(DeviceEvent event);
 
     // Have a stream wait for what the transfer follows. Copies of a block come after it. 0, or the runtime's error.
     int begin(uint32_t stream, const Transfer &transfer);
@@ -97,11 +105,13 @@ class DeviceRing {
   private:
     static void *thread_main(void *ring);
     void watch(Lock &lock);
+    bool destroy_events(Lock &lock);
     // The state of the oldest flight of a stream: 0, kDeviceNotReady or an error.
     int look_at(const Flight &flight, Lock &lock);
     bool land_some(Lock &lock);
     void check_deadline(const Flight &flight);
     bool make_slots(el_device_failure &failure);
+    void give_slots_back();
     char *pinned_memory(uint64_t bytes, int &error);
     void prefer_near_node(char *memory, uint64_t bytes) const;
     bool explain(el_device_failure &failure, uint32_t step, int error) const;
@@ -110,6 +120,10 @@ class DeviceRing {
     const DeviceConfig config_;
     const DeviceRuntime *runtime_ = nullptr;
     const uint64_t slot_bytes_;
+    int node_ = -1;
+    Mutex making_slots_;  // guards the next two
+    bool slots_ready_ = false;
+    bool closed_ = false;
     char *memory_ = nullptr;
     uint64_t memory_bytes_ = 0;
     bool registered_ = false;  // our own memory; else the runtime's
@@ -118,6 +132,7 @@ class DeviceRing {
     std::vector<PinnedSlot *> free_;
     std::vector<std::deque<Flight>> flights_;  // by stream
     uint32_t flying_ = 0;
+    std::vector<DeviceEvent> old_events_;  // of ended transfers
     Condition changed_;  // there are flights, or el_readers_close was called
     Condition freed_;    // a slot
     pthread_t thread_{};

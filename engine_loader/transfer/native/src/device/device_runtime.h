@@ -5,6 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <string>
+#include <utility>
 
 namespace el {
 
@@ -71,6 +72,8 @@ class OwnedEvent {
     // 0, or the runtime's error.
     int create(const DeviceRuntime &runtime);
     void reset();
+    // Whose it is from now on: the caller's.
+    DeviceEvent release() { return std::exchange(event_, nullptr); }
     DeviceEvent get() const { return event_; }
 
   private:

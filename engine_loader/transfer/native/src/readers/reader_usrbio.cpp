@@ -1,23 +1,24 @@
-#include "readers/reader_usrbio.h"
-
+// The threads that read by USRBIO: each keeps a window of IOs in flight on a ring of its own.
 #include <algorithm>
 #include <errno.h>
 #include <optional>
+#include <string.h>
 
 #include "device/device_ring.h"
 #include "readers/readers.h"
 #include "core/transfer.h"
 #include "readers/usrbio_slots.h"
 #include "readers/usrbio_window.h"
-#include "usrbio/usrbio_channel.h"
+#include "usrbio/usrbio_keeper.h"
 
 namespace el {
 namespace {
 
 constexpr int64_t kSlice = 100 * kMillisecond;  // how often cancellation and deadlines are looked at, at least
 constexpr int64_t kSliceWithRoom = 5 * kMillisecond;  // and new work, while IOs are in flight
-constexpr int64_t kSliceWhenFull = kMillisecond;
+constexpr int64_t kSliceWhenFull = kMillisecond;  // or while a ring is made
 constexpr int64_t kOrphanGrace = 5000 * kMillisecond;  // for IOs of a cancelled transfer to come back
+constexpr int64_t kMomentForMount = 1000 * kMillisecond;  // where it has given no answer for the whole deadline
 constexpr int64_t kClosingGrace = 300 * kMillisecond;
 
 Transfer *first_with_blocks(ReaderThreads &readers) {
@@ -27,53 +28,17 @@ Transfer *first_with_blocks(ReaderThreads &readers) {
     return nullptr;
 }
 
-const File &file(const Slot &slot) { return slot.work->transfer->files[slot.run.file]; }
-
-int prepare_event(Slot &slot, DeviceRing &ring) {
-    if (slot.device == &ring && slot.pinned.event.get() != nullptr) return 0;
-    slot.pinned.event.reset();
-    slot.device = &ring;
-    return slot.pinned.event.create(ring.runtime());
-}
-
-void release(Slot &slot, Slot::State state) {
-    slot.work->runs--;
-    slot.work = nullptr;
-    slot.state = state;
-}
-
-void finish_if_done(Worker &worker, Work *work) {
-    if (work->runs > 0 || !work->cut) return;
-    Transfer *transfer = work->transfer;
-    const bool on_device = transfer->device != nullptr;
-    if (!work->failed && !on_device) worker.counters.bytes.add(work->block.bytes);
-    Lock lock(worker.readers.mutex);
-    if (!work->failed && on_device) worker.readers.device_bytes += work->block.bytes;
-    const bool last = finish_block(*transfer, work->block, !work->failed);
-    lock.unlock();
-    if (last) delete transfer;
-    delete work;
-}
-
-void fail_slot(Worker &worker, Slot &slot, uint32_t kind, int error, uint32_t tries) {
-    const uint64_t offset = slot.run.offset + slot.done;
-    Lock lock(worker.readers.mutex);
-    fail(*slot.work->transfer, el_failure_info{kind, error, slot.run.file, slot.run.extent, offset, tries, 0});
-}
-
-// Lets waiters see that this thread is in a system call for the transfer.
-void note_transfer(Worker &worker, Transfer *transfer) {
-    Lock lock(worker.readers.mutex);
-    worker.transfer = transfer;
-}
-
 class RingReader {
   public:
     explicit RingReader(Worker &worker) : worker_(worker), readers_(worker.readers) {}
+    ~RingReader() { holder_.retire_and_wait(now_ns() + kClosingGrace); }
+    RingReader(const RingReader &) = delete;
+    RingReader &operator=(const RingReader &) = delete;
 
     // One round: drop what was cancelled, start what has room, take what came back. False after el_readers_close.
     bool step() {
         take_landed();
+        take_mounted();
         drop_stopped();
         fill();
         if (slots_.used() == 0 && !current_) return wait_for_work();
@@ -84,8 +49,6 @@ class RingReader {
     }
 
   private:
-    // --- taking work -------------------------------------------------------------------------------------------------
-
     bool wait_for_work() {
         Lock lock(readers_.mutex);
         const int64_t begin = now_ns();
@@ -101,9 +64,11 @@ class RingReader {
         }
         while (!full_ && (current_ || take_block())) {
             Slot *slot = slots_.unused(window_.slots());
-            if (slot == nullptr) return;
+            if (slot == nullptr) break;
             if (cut_run(*slot)) issue(*slot);
         }
+        if (prepared_) holder_.get()->submit();
+        prepared_ = false;
     }
 
     // Take the next block, and see to a ring for its mount. False when there is none that this thread can serve now.
@@ -117,8 +82,8 @@ class RingReader {
             if (transfer == nullptr) return false;
             const Block &block = transfer->blocks[transfer->rings.blocks[transfer->rings.next]];
             config = transfer->files[block.file].usrbio;
-            if (config != config_ && slots_.used() > 0) return false;
-            if (config == config_ && slots_.unused(window_.slots()) == nullptr) return false;
+            const bool same = config_ != nullptr && config->same_ring(*config_);
+            if (same ? slots_.unused(window_.slots()) == nullptr : slots_.used() > 0) return false;
             current_ = std::make_unique<Work>(Work{transfer, block});
             transfer->rings.next++;
             transfer->in_flight++;
@@ -126,17 +91,19 @@ class RingReader {
                 readers_.queue.erase(std::find(readers_.queue.begin(), readers_.queue.end(), transfer));
             }
         }
-        if (config != config_) change_mount(*config);
-        const RunLimits limits{std::min(window_.read_bytes(), config->slot_bytes()), readers_.config.wide_gap_bytes};
+        if (config_ == nullptr || !config->same_ring(*config_)) change_rings(*config);
+        // Rows stay whole up to a quarter more, for which slots have room.
+        const uint64_t bytes = std::min(window_.read_bytes(), config->io_bytes);
+        const RunLimits limits{bytes + bytes / 4, readers_.config.wide_gap_bytes, bytes};
         cutter_.emplace(*current_->transfer, current_->block, limits, cut_segments_);
         return true;
     }
 
-    void change_mount(const UsrbioConfig &config) {
-        channel_.close();
+    void change_rings(const UsrbioConfig &config) {
+        holder_.retire();
         config_ = &config;
         slots_.reset(config.depth);
-        window_.reset(config.depth, config.slot_bytes());
+        window_.reset(config.depth, config.slot_io_bytes);
     }
 
     // Put the next run of the current block into a slot; false when there was none.
@@ -162,20 +129,22 @@ class RingReader {
         return true;
     }
 
-    // --- reading -----------------------------------------------------------------------------------------------------
-
     void issue(Slot &slot) {
-        if (!channel_.is_open()) {
+        if (!holder_.ready(*config_, node_of(slot), readers_.cpus)) {
+            full_ = true;
             UsrbioFailure failure{};
-            if (!channel_.open(*config_, failure)) {
-                fail_slot(worker_, slot, EL_FAIL_USRBIO, failure.error, failure.step);
-                return;
-            }
+            // What was begun for others that are gone says nothing of now: the next look begins anew.
+            if (holder_.failed(slot.since, failure)) fail_waiting(EL_FAIL_USRBIO, failure.error, failure.step);
+            return;
         }
+        if (slot.channel != holder_.get()) slot.done = 0;  // what came lies in the buffer of a ring that was given up
         const uint64_t at = slot.done;
-        const int error = channel_.read(slots_.number(slot), file(slot).fd, slot.run.offset + at, at, slot.run.span - at);
+        const int error = holder_.get()->prepare(slots_.number(slot), file(slot).fd, slot.run.offset + at, at, slot.run.span - at);
         if (error == 0) {
             slot.state = Slot::flying;
+            slot.channel = holder_.get();
+            slot.begun = now_ns();
+            prepared_ = true;
         } else if (error == EAGAIN) {
             full_ = true;
         } else {
@@ -188,12 +157,11 @@ class RingReader {
         const int64_t begin = now_ns();
         const int64_t timeout = slice(begin);
         if (flying == 0) {
-            Lock lock(readers_.mutex);
-            readers_.stopped.wait_until(lock, begin + timeout);
+            wait_without_ios(begin + timeout);
             return;
         }
         Hf3fsCqe cqes[kReaped];
-        const int n = channel_.reap(cqes, kReaped, timeout);
+        const int n = holder_.get()->reap(cqes, kReaped, timeout);
         const int64_t waited = now_ns() - begin;
         worker_.counters.read_ns.add(static_cast<uint64_t>(waited));
         if (n > 0) window_.adapt(waited, slots_.count(Slot::copying) > 0);
@@ -201,8 +169,18 @@ class RingReader {
             const auto index = reinterpret_cast<uintptr_t>(cqes[i].userdata) - 1;
             if (index >= slots_.size()) continue;
             completed(slots_[index], cqes[i].result);
-            fill();  // the storage works on while the next one is copied
+            // The storage works on while the next one is copied; whole batches are begun when all of one have come.
+            if (config_->batch == 1) fill();
         }
+    }
+
+    void wait_without_ios(int64_t until) {
+        if (holder_.is_making()) {
+            holder_.wait(until);
+            return;
+        }
+        Lock lock(readers_.mutex);
+        readers_.stopped.wait_until(lock, until);
     }
 
     int64_t slice(int64_t now) const {
@@ -210,7 +188,7 @@ class RingReader {
         int64_t timeout = slots_.used() < window_.slots() && !closing_ ? kSliceWithRoom : kSlice;
         for (const Slot &slot : slots_) {
             if (slot.state == Slot::waiting) timeout = std::min(timeout, std::max<int64_t>(slot.retry_at - now, 0));
-            if (slot.state == Slot::copying) timeout = 0;
+            if (slot.state == Slot::copying || slot.state == Slot::mounted) timeout = 0;
         }
         return std::max<int64_t>(timeout, kMillisecond / 10);
     }
@@ -225,10 +203,10 @@ class RingReader {
         const uint64_t left = slot.run.span - slot.done;
         worker_.counters.reads.add(1);
         if (result > static_cast<int64_t>(left)) result = -EIO;
-        if (result < 0) {
+        if (result == 0 || result == -ENODATA) {
+            ask_mount(slot);
+        } else if (result < 0) {
             retry(slot, static_cast<int>(-result));
-        } else if (result == 0) {
-            read_by_posix(slot);
         } else {
             progress(slot, static_cast<uint64_t>(result));
         }
@@ -239,6 +217,7 @@ class RingReader {
         slot.tries = 0;
         slot.since = now_ns();
         slot.retry_at = 0;
+        window_.came(slot.since - slot.begun);
         if (slot.done == slot.run.span) {
             deliver(slot, 0);
         } else {
@@ -246,18 +225,34 @@ class RingReader {
         }
     }
 
-    // An empty result before the end of the file is a hole or a failure of 3FS; reading by the kernel shows which.
-    void read_by_posix(Slot &slot) {
-        Transfer &transfer = *slot.work->transfer;
-        const uint64_t left = slot.run.span - slot.done;
-        iovec vector{channel_.memory(slots_.number(slot)) + slot.done, left};
-        const Request request{slot.run.file, slot.run.extent, slot.run.offset + slot.done, &vector, 1, left};
-        note_transfer(worker_, &transfer);
-        const Outcome outcome = read_all(Reader{worker_, transfer}, request);
-        note_transfer(worker_, nullptr);
-        if (outcome == Outcome::done) deliver(slot, left);
+    // Nothing before the end of the file, or ENODATA: a hole, or a failure of 3FS. The kernel's answer shows which.
+    void ask_mount(Slot &slot) {
+        slot.state = Slot::mounted;
+        slot.mount_read =
+            read_by_mount(file(slot).fd, slot.run.offset + slot.done, slot.run.span - slot.done, readers_.cpus);
     }
 
+    void take_mounted() {
+        for (Slot &slot : slots_) {
+            if (slot.state != Slot::mounted || !slot.mount_read->done.load(std::memory_order_acquire)) continue;
+            const std::shared_ptr<MountRead> read = std::move(slot.mount_read);
+            slot.state = Slot::waiting;
+            if (slot.work->transfer->stop.load(std::memory_order_relaxed)) continue;
+            if (read->error != 0) {
+                retry(slot, read->error);
+            } else if (read->has_hole()) {
+                // Zeros, for all that the mount says: data that comes yet (an upload), or is lost.
+                retry(slot, ENODATA, read->hole);
+            } else if (read->got < slot.run.span - slot.done) {
+                fail_slot(worker_, slot, EL_FAIL_EOF, 0, slot.tries + 1, read->got);
+            } else {
+                memcpy(memory(slot) + slot.done, read->bytes.data(), read->got);
+                deliver(slot, read->got);
+            }
+        }
+    }
+
+    char *memory(const Slot &slot) const { return slot.channel->memory(slots_.number(slot)); }
     void deliver(Slot &slot, uint64_t by_posix) {
         Work *work = slot.work;
         worker_.counters.buffered_bytes.add(std::min(by_posix, slot.run.wanted));
@@ -267,7 +262,9 @@ class RingReader {
             copy_to_device(slot);
             return;
         }
-        scatter(Reader{worker_, *work->transfer}, slot.run, channel_.memory(slots_.number(slot)));
+        const int64_t begin = now_ns();
+        scatter(Reader{worker_, *work->transfer}, slot.run, memory(slot));
+        window_.copied(now_ns() - begin);
         release(slot, Slot::free);
         finish_if_done(worker_, work);
     }
@@ -285,10 +282,10 @@ class RingReader {
             slot.copied.store(-1, std::memory_order_relaxed);
             return;
         }
-        channel_.pin(ring.runtime());
+        slot.channel->pin(ring.runtime(), ring.config().device);
         const uint32_t stream = worker_.index % ring.streams();
         int refused = ring.begin(stream, transfer);
-        if (refused == 0) refused = ring.copy(stream, slot.run, channel_.memory(slots_.number(slot)));
+        if (refused == 0) refused = ring.copy(stream, slot.run, memory(slot));
         if (refused != 0) ring.fail_copy(transfer, position, refused);
         ring.launch(Flight{&transfer, &slot, &slot.pinned, position, stream, 0});
     }
@@ -305,13 +302,13 @@ class RingReader {
         }
     }
 
-    // --- failing -----------------------------------------------------------------------------------------------------
-
-    void retry(Slot &slot, int error) {
+    // `at`: how far beyond what came so far it went wrong.
+    void retry(Slot &slot, int error, uint64_t at = 0) {
         const el_config &config = readers_.config;
         slot.tries++;
-        if (!may_pass(error) || slot.tries >= config.max_tries) {
-            fail_slot(worker_, slot, EL_FAIL_IO, error, slot.tries);
+        const bool passes = may_pass(error) || error == ENODATA;
+        if (!passes || slot.tries >= config.max_tries) {
+            fail_slot(worker_, slot, EL_FAIL_IO, error, slot.tries, at);
             return;
         }
         const uint64_t doubled = uint64_t{config.retry_base_ms} << std::min(slot.tries - 1, 20u);
@@ -350,22 +347,29 @@ class RingReader {
             }
             lost |= slot.state == Slot::orphaned && now > slot.since;
         }
+        // Since then the mount has given no answer: what comes later waits for a moment only.
+        if (holder_.is_making() && now - holder_.making_since() > limit) {
+            fail_waiting(EL_FAIL_DEADLINE, ETIMEDOUT, 1, now - std::min(limit, kMomentForMount));
+        }
         if (lost) retire_channel();
     }
 
-    // An IO never came back, and its read may still land in the buffer: neither ring nor buffer is used again. What else
-    // was in flight is read anew, by another ring.
-    void retire_channel() {
-        while (slots_.count(Slot::copying) > 0) {
-            take_landed();
-            Lock lock(readers_.mutex);
-            readers_.stopped.wait_until(lock, now_ns() + kMillisecond / 10);
-        }
-        channel_.close();
+    // `since`: only those that wait since then, at least.
+    void fail_waiting(uint32_t kind, int error, uint32_t tries, int64_t since = kForever) {
         for (Slot &slot : slots_) {
-            if (slot.state == Slot::orphaned) slot.state = Slot::free;
-            if (slot.state == Slot::flying) slot.state = Slot::waiting;
-            slot.done = 0;
+            if (slot.state == Slot::waiting && slot.since <= since) fail_slot(worker_, slot, kind, error, tries);
+        }
+    }
+
+    // An IO never came back, and its read may still land in the buffer: neither ring nor buffer is used again. What else
+    // was in flight is read anew, by another ring, and its deadline begins anew. Copies to devices keep the buffer for as
+    // long as they take.
+    void retire_channel() {
+        holder_.retire();
+        for (Slot &slot : slots_) {
+            if (slot.state != Slot::orphaned && slot.state != Slot::flying) continue;
+            slot.state = slot.state == Slot::orphaned ? Slot::free : Slot::waiting;
+            slot.since = now_ns();
         }
     }
 
@@ -374,13 +378,14 @@ class RingReader {
     Worker &worker_;
     ReaderThreads &readers_;
     const UsrbioConfig *config_ = nullptr;
-    Channel channel_;
+    ChannelHolder holder_;
     Slots slots_;
     Window window_;
     std::unique_ptr<Work> current_;  // being cut
     std::optional<RunCutter> cutter_;
     std::vector<Segment> cut_segments_;
-    bool full_ = false;
+    bool full_ = false;      // nothing can be begun now
+    bool prepared_ = false;  // IOs that were not submitted
     bool closing_ = false;
     int64_t give_up_at_ = 0;
 };

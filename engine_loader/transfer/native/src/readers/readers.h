@@ -30,6 +30,9 @@ Outcome read_block(Reader reader, const Block &block);
 // Which alignments O_DIRECT reads of this descriptor want; false where it takes none.
 bool find_direct_limits(int direct_fd, DirectLimits &limits);
 
+// Read files of 3FS by a ring until el_readers_close; what a thread with such a ring does.
+void read_by_usrbio(Worker &worker);
+
 // Copy a run from memory that holds its span.
 void scatter(Reader reader, const Run &run, const char *span);
 

@@ -7,6 +7,8 @@
 
 #include "core/runs.h"
 #include "device/device_ring.h"
+#include "usrbio/usrbio_channel.h"
+#include "usrbio/usrbio_mount_read.h"
 
 namespace el {
 
@@ -21,8 +23,9 @@ struct Work {
 
 // A part of the ring's buffer, and the run that is read into it.
 struct Slot final : Lander {
-    // orphaned: in flight, but nobody wants it any more; copying: has come, and is on its way to a device
-    enum State { free, waiting, flying, orphaned, copying };
+    // orphaned: in flight, but nobody wants it any more; mounted: being read through the mount; copying: has come, and is
+    // on its way to a device
+    enum State { free, waiting, flying, orphaned, mounted, copying };
 
     void landed(PinnedSlot &, bool complete, Lock &) override {
         copied.store(complete ? 1 : -1, std::memory_order_release);
@@ -36,10 +39,30 @@ struct Slot final : Lander {
     uint32_t tries = 0;
     int64_t since = 0;  // of the last progress; orphaned: when to give it up
     int64_t retry_at = 0;
+    int64_t begun = 0;  // the IO in flight
+    std::shared_ptr<Channel> channel;      // into whose buffer it is read; kept by copies to devices after a ring was given up
+    std::shared_ptr<MountRead> mount_read;
     PinnedSlot pinned;  // its memory is the ring's
     DeviceRing *device = nullptr;  // of which the event is
     std::atomic<int> copied{0};  // copies to the device: 1 when they have landed, -1 when one failed
 };
+
+const File &file(const Slot &slot);
+
+// The memory node of the device that the bytes are for; -1 where there is none, or only one node.
+int node_of(const Slot &slot);
+
+// See to an event of this device's. 0, or the runtime's error.
+int prepare_event(Slot &slot, DeviceRing &ring);
+
+// The slot's run is over, well or not.
+void release(Slot &slot, Slot::State state);
+
+// End a block of which no run is left.
+void finish_if_done(Worker &worker, Work *work);
+
+// Fail the transfer at the slot's bytes. `at`: how far beyond what came so far.
+void fail_slot(Worker &worker, Slot &slot, uint32_t kind, int error, uint32_t tries, uint64_t at = 0);
 
 class Slots {
   public:
@@ -57,7 +80,7 @@ class Slots {
             std::count_if(slots_.begin(), slots_.end(), [state](const Slot &slot) { return slot.state == state; }));
     }
     uint32_t used() const { return static_cast<uint32_t>(slots_.size()) - count(Slot::free); }
-    bool wanted() const { return count(Slot::waiting) + count(Slot::flying) + count(Slot::copying) > 0; }
+    bool wanted() const { return count(Slot::free) + count(Slot::orphaned) < slots_.size(); }
 
     // A free one if fewer than `window` are used: the first, whose memory is the likeliest to be in the processor's cache.
     Slot *unused(uint32_t window) {

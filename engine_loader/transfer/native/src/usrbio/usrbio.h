@@ -18,6 +18,10 @@ typedef struct {
     uint64_t io_bytes;     /* largest IO; files are cut at its multiples, so a multiple of the chunk size; 0: 4 MiB */
     const char *library;   /* path of libhf3fs_api_shared.so */
     const char *mount;
+    uint64_t slot_io_bytes; /* the ring's buffer has room for `depth` IOs of this size, at least io_bytes: files whose
+                               settings differ in io_bytes only are then read by the same rings; 0: io_bytes */
+    uint32_t batch;         /* IOs that the daemon carries out as one job, which complete together; 0: 1 */
+    uint32_t reserved;
 } el_usrbio_config;
 
 #define EL_FILE_USRBIO(number) ((uint32_t)(number) << 8)

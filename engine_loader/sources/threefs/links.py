@@ -1,0 +1,102 @@
+"""The links below 3fs-virt/iovs by which 3FS's daemon knows our buffers and rings, and what a crash left of them.
+
+Each ring has a ledger in /dev/shm: a file that lists its links, locked (flock) for as long as its process lives. The
+lock tells across PID namespaces whether the process is there; where its /dev/shm is another one, there is no ledger to
+be seen and nothing is touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from .shared_library import VIRTUAL_DIR
+
+logger = logging.getLogger(__name__)
+
+_SHARED_MEMORY = Path("/dev/shm")
+_LEDGERS = "engine-loader-*.links"
+_OURS = re.compile(r"/.*/3fs-virt/iovs/[^/]+|/dev/shm/engine-loader-[^/]+")
+
+
+def directory_of_links(mount: str) -> str:
+    """The directory of a mount in which buffers and rings are registered."""
+    return os.path.join(mount, VIRTUAL_DIR, "iovs")
+
+
+class Ledger:
+    """The list of one ring's links and shared memory, for whoever finds it when this process is dead.
+
+    Args:
+        name: of the ledger; each ring has another.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._path = _SHARED_MEMORY / f"engine-loader-{name}.links"
+        unlocked = self._path.with_suffix(".new")
+        self._fd = os.open(unlocked, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._fd, fcntl.LOCK_EX)  # before it has a name by which others find it
+        unlocked.rename(self._path)
+
+    def add(self, *paths: str) -> None:
+        """List what is about to be made, or was."""
+        os.write(self._fd, b"".join(os.fsencode(path) + b"\n" for path in paths))
+
+    def close(self) -> None:
+        """Remove the ledger, when nothing of what it lists is left."""
+        self._path.unlink(missing_ok=True)
+        os.close(self._fd)
+
+
+def remove_dead() -> int:
+    """Remove the links and shared memory that dead processes of this user left; returns how many there were."""
+    removed = 0
+    for ledger in _SHARED_MEMORY.glob(_LEDGERS):
+        with contextlib.suppress(OSError), _locked(ledger) as fd:
+            for line in Path(f"/proc/self/fd/{fd}").read_bytes().splitlines():
+                removed += _remove(os.fsdecode(line))
+            ledger.unlink(missing_ok=True)
+    if removed:
+        logger.info("removed %d links and buffers of 3FS that processes which are dead had left", removed)
+    return removed
+
+
+def ring_links_of_this_process(mount: str) -> list[str]:
+    """The links of this process's rings: those to memory that is mapped here. For a binding that does not name them."""
+    directory = directory_of_links(mount)
+    mapped = Path("/proc/self/maps").read_text(errors="surrogateescape")
+    rings = [os.path.join(directory, name) for name in os.listdir(directory) if ".r" in name]
+    found = []
+    for ring in rings:
+        with contextlib.suppress(OSError):  # it is removed meanwhile
+            if os.readlink(ring) in mapped:
+                found.append(ring)
+    return found
+
+
+@contextlib.contextmanager
+def _locked(ledger: Path) -> Iterator[int]:
+    """A descriptor of the ledger. OSError: its process lives, or it is not ours."""
+    fd = os.open(ledger, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        if os.fstat(fd).st_uid != os.geteuid():
+            raise PermissionError(ledger)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _remove(path: str) -> int:
+    if not _OURS.fullmatch(path):
+        return 0
+    try:
+        os.unlink(path)
+    except OSError:
+        return 0
+    return 1
