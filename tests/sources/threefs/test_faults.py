@@ -220,6 +220,7 @@ def random_faults(rng: random.Random) -> str:
         f"buffer_every={rng.choice([1, 2, 5])}",
         f"jitter_us={rng.choice([100, 2000])}",
         f"die_after={rng.randrange(1, 50)}",
+        f"limits=1,chunk_bytes={rng.choice([4096, 65536])},latency_us={rng.choice([50, 300])}",
     ]
     return ",".join(["reset", *rng.sample(faults, rng.choice([0, 1, 1, 2, 2, 3, 4])), f"seed={rng.randrange(1, 1000)}"])
 
