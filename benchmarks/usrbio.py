@@ -231,6 +231,8 @@ def _serve(name: str, file: Path) -> None:
 
 
 def _ours(name: str, path: Path, target: "object") -> Callable[[], object]:
+    from pydantic import ByteSize
+
     from engine_loader.settings import LoaderSettings
     from engine_loader.sources.registry import make_source
     from engine_loader.transfer.constructor import make_readers

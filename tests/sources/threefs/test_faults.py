@@ -220,7 +220,7 @@ def random_faults(rng: random.Random, *, hanging_mount: bool) -> str:
         f"buffer_every={rng.choice([1, 2, 5])}",
         f"jitter_us={rng.choice([100, 2000])}",
         f"die_after={rng.randrange(1, 50)}",
-        f"limits=1,latency_us={rng.choice([0, 500])}",
+        f"limits=1,chunk_bytes={rng.choice([4096, 65536])},latency_us={rng.choice([0, 50, 300, 500])}",
         f"batches={rng.choice([1, 4])}",
         *(["mount_hang=1"] if hanging_mount else []),
     ]
