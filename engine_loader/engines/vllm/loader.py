@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import logging
 import time
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from ..common.mode import obstacle_to_direct, plan_mode
 from ..common.names import explaining_misfits
 from ..common.options import split_options
 from ..common.reading import Weights, prepare_memory, read_weights
+from ..common.sharded import refuse_in_place
 from ..common.weights_uri import has_weights, training_checkpoint_at, weights_at
 from .sharded import files_of_this_rank, fill_state, tie_as_saved
 
@@ -39,6 +41,8 @@ logger = logging.getLogger("vllm.engine_loader")
 _ENGINE_KEYS = frozenset({"enable_weights_track"})
 """Keys of --model-loader-extra-config that vLLM's default loader takes and that mean something with this reader."""
 _ITERATOR = "safetensors_weights_iterator"
+_LOADED_FOR = "_engine_loader_loaded_for"
+"""Attribute of a model: ``model_config.model`` as it was at the first load. ``weights_uri`` replaces that path alone."""
 
 
 def register() -> None:
@@ -76,6 +80,7 @@ class B10ModelLoader(DefaultModelLoader):
         self._note: str | None = None
         self._device: torch.device | None = None
         self._replaced: tuple[str, str] | None = None
+        self._in_load_weights = False
 
     def download_model(self, model_config: Any) -> None:
         """Download a hub model's weights, unless others are loaded in their place (the setting ``weights_uri``)."""
@@ -98,12 +103,18 @@ class B10ModelLoader(DefaultModelLoader):
 
     def _fill(self, model: torch.nn.Module, model_config: Any) -> None:
         """Fill the model: by vLLM's ``load_weights``, or by its state dict if the checkpoint is a sharded_state one."""
-        replaced = self._replacement(model_config)
+        if not hasattr(model, _LOADED_FOR):
+            setattr(model, _LOADED_FOR, model_config.model)
+        replaced = self._replacement(model_config, model)
         directory = replaced[1] if replaced else getattr(model_config, "model_weights", None) or model_config.model
         files = files_of_this_rank(directory, self._reader_settings)
         if files is None:
-            with explaining_misfits(model, directory, self._reader_settings):
-                super().load_weights(model, model_config)
+            self._in_load_weights = True
+            try:
+                with explaining_misfits(model, directory, self._reader_settings):
+                    super().load_weights(model, model_config)
+            finally:
+                self._in_load_weights = False
             return
         tie_as_saved(model, model_config, files, self._reader_settings)
         weights = self._read(files, show_progress=self.load_config.use_tqdm_on_load)
@@ -127,14 +138,34 @@ class B10ModelLoader(DefaultModelLoader):
                 self._direct = None
 
     def get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Weights:
-        self._replaced = self._replacement(model_config)
-        return super().get_all_weights(model_config, model)  # type: ignore[no-any-return]
+        """(name, tensor) of all the model's weights.
 
-    def _replacement(self, model_config: Any) -> tuple[str, str] | None:
+        vLLM's ``reload_weights`` calls this on a new loader, without ``load_weights``, after it has set
+        ``model_config.model`` to the path of the new weights, if it was given one.
+
+        Raises:
+            CheckpointError: in a reload, the weights are missing or damaged; the model has not been touched then.
+        """
+        self._replaced = self._replacement(model_config, model)
+        weights: Weights = super().get_all_weights(model_config, model)
+        return weights if self._in_load_weights else self._reloaded(weights, model_config, model)
+
+    def _reloaded(self, weights: Weights, model_config: Any, model: torch.nn.Module) -> Weights:
+        """``weights`` for a model that serves, handed over where a first load would hand them over."""
+        refuse_in_place(self._replaced[1] if self._replaced else model_config.model, self._reader_settings)
+        # Not in direct mode: vLLM processes each layer as soon as it has its tensors, and needs their data then.
+        streamed = self._reader_settings.model_copy(update={"mode": "stream"})
+        _, self._note, self._device = plan_mode(streamed, model)
+        # The first tensor comes when all files are open and checked: vLLM takes the model apart behind this.
+        return itertools.chain(list(itertools.islice(weights, 1)), weights)
+
+    def _replacement(self, model_config: Any, model: torch.nn.Module | None = None) -> tuple[str, str] | None:
         """The model's directory, and the ``weights_uri`` that its weights are read from instead; else None."""
         uri = self._reader_settings.weights_uri
         if uri is None or (getattr(model_config, "runner_type", None) == "draft" and has_weights(model_config.model)):
             return None  # a draft model is another model, unless its weights are among those of the one that it serves
+        if model is not None and _started_with(model, model_config) != model_config.model:
+            return None  # reload_weights was given other weights
         return model_config.model, uri.rstrip("/")
 
     def _get_weights_iterator(self, source: Any) -> Weights:
@@ -186,6 +217,14 @@ class B10ModelLoader(DefaultModelLoader):
             direct=self._direct,
             device=self._device,
         )
+
+
+def _started_with(model: torch.nn.Module, model_config: Any) -> str:
+    """``model_config.model`` as it was before any reload. Its configuration tells, if another loader loaded it first
+    (vLLM can start with --load-format dummy, and reload).
+    """
+    configured = getattr(getattr(model_config, "hf_config", None), "_name_or_path", None)
+    return str(getattr(model, _LOADED_FOR, None) or configured or model_config.model)
 
 
 def _expects(model: torch.nn.Module) -> Callable[[str], bool]:
