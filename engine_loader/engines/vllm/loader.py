@@ -42,7 +42,7 @@ _ENGINE_KEYS = frozenset({"enable_weights_track"})
 """Keys of --model-loader-extra-config that vLLM's default loader takes and that mean something with this reader."""
 _ITERATOR = "safetensors_weights_iterator"
 _LOADED_FOR = "_engine_loader_loaded_for"
-"""Attribute of a model: ``model_config.model`` as it was at the first load. ``weights_uri`` replaces that path alone."""
+"""Attribute of a model: ``model_config.model`` at its first load, the one path that ``weights_uri`` replaces."""
 
 
 def register() -> None:

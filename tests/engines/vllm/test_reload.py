@@ -74,7 +74,6 @@ def _unpacked() -> Iterator[None]:
         yield
 
 
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", ["safetensors", "training"])
 def test_a_path_goes_before_weights_uri(
@@ -107,9 +106,7 @@ def test_a_path_without_weights_uri(mode: str, old: Path, new: Path, states: dic
         assert differences(states["old"], reload(built, old)) == []
 
 
-def test_weights_uri_after_a_start_without_weights(
-    bare: Path, old: Path, new: Path, states: dict[str, State]
-) -> None:
+def test_weights_uri_after_a_start_without_weights(bare: Path, old: Path, new: Path, states: dict[str, State]) -> None:
     for path, name in ((None, "old"), (new, "new")):
         with serving(bare, "dummy") as built:
             built.config.load_config.load_format = "b10_3fs"
@@ -141,6 +138,6 @@ def test_a_sharded_state_checkpoint_is_refused_in_place(
     with serving(old) as built:
         from vllm.model_executor.model_loader.reload.inplace import reload_weights
 
-        with pytest.raises(CheckpointError, match="sharded_state one.*start a server with it"):
+        with pytest.raises(CheckpointError, match=r"sharded_state one.*start a server with it"):
             reload_weights(built.config, built.module, None, str(tmp_path / "sharded"), True)
         assert differences(states["old"], state_of(built.module)) == []
