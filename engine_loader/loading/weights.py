@@ -17,7 +17,7 @@ from .direct.load import SMALL_BYTES, DirectLoad
 from .find import SafetensorsFiles, TrainingCheckpoint, natural_key
 from .open_store import open_store
 from .safetensors_store import SafetensorsStore
-from .shards import check_indexes, open_files
+from .shards import follow_indexes, open_files
 from .store import TensorStore
 
 WeightFiles: TypeAlias = Iterable[str] | TrainingCheckpoint
@@ -43,7 +43,7 @@ def stream_weights(
     """Yield (name, tensor) of all ``weights``: the files in natural order, each in file order.
 
     Args:
-        weights: safetensors files; where an index lies beside them, they are checked against it. Or a training
+        weights: safetensors files; where an index lies beside them, it says which of two copies counts. Or a training
             checkpoint.
         settings: how to read.
         skip: a tensor for whose name it is true is not read.
@@ -105,7 +105,7 @@ def _open(weights: WeightFiles, settings: LoaderSettings) -> TensorStore:
     found = SafetensorsFiles(tuple(sorted(weights, key=natural_key)))
     files = open_files(source, found)
     try:
-        check_indexes(source, files)
+        follow_indexes(source, files)
     except BaseException:
         files.close()
         raise

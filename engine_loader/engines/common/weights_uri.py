@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
 
 from ...errors import CheckpointError, SettingsError
 from ...loading.find import Found, NoCheckpointError, TrainingCheckpoint, find_checkpoint
@@ -24,7 +24,8 @@ def weights_at(
         uri: the value of the setting.
         settings: how to read.
         subfolder: below it.
-        patterns: take the files whose names match one of these, instead of those of the index or all.
+        patterns: take the files that match the first of these that any file matches, instead of those of the index or
+            all; a pattern may name folders below ``uri``.
 
     Raises:
         SettingsError: the setting ``backend`` is of another kind of source.
@@ -53,10 +54,20 @@ def _weights_at(source: Source, path: str, patterns: Sequence[str] | None) -> li
         return found
     if found is not None and not patterns:
         return list(listed_files(source, found)[0])
-    names = [name for name in source.list(path) if any(fnmatch(name, pattern) for pattern in patterns or ())]
-    if not names:
-        raise CheckpointError(f"no file matches {', '.join(patterns or ())}", file=path)
-    return [os.path.join(path, name) for name in names]
+    for pattern in patterns or ():  # as engines do: of several, the first that matches
+        files = _matching(source, path, pattern.split("/"))
+        if files:
+            return files
+    raise CheckpointError(f"no file matches {', '.join(patterns or ())}", file=path)
+
+
+def _matching(source: Source, directory: str, pattern: Sequence[str]) -> list[str]:
+    """The files below ``directory`` whose path matches, part by part; hidden ones do not, as with ``glob``."""
+    first, *rest = pattern
+    names = source.folders(directory) if rest else source.list(directory)
+    matching = [name for name in names if not name.startswith(".") and fnmatchcase(name, first)]
+    below = [os.path.join(directory, name) for name in matching]
+    return [path for folder in below for path in _matching(source, folder, rest)] if rest else below
 
 
 def training_checkpoint_at(path: str, settings: LoaderSettings) -> TrainingCheckpoint | None:
