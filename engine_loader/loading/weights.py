@@ -59,7 +59,7 @@ def stream_weights(
         SettingsError: GPUDirect Storage was asked for and cannot be used.
     """
     with ExitStack() as stack:
-        store = stack.enter_context(_open(weights, settings))
+        store = stack.enter_context(open_weights(weights, settings))
         infos = [info for info in store.infos if skip is None or not skip(info.name)]
         report = LoadReport()
         if note:
@@ -94,11 +94,16 @@ def check_weights(weights: WeightFiles, settings: LoaderSettings) -> None:
     Raises:
         CheckpointError: a file, a header, the index or the metadata is wrong.
     """
-    with _open(weights, settings) as store:
+    with open_weights(weights, settings) as store:
         _ = store.infos  # a training checkpoint finds out where in its files they lie
 
 
-def _open(weights: WeightFiles, settings: LoaderSettings) -> TensorStore:
+def open_weights(weights: WeightFiles, settings: LoaderSettings) -> TensorStore:
+    """Open what an engine is to load: of two copies of a tensor, without the one that an index does not name.
+
+    Raises:
+        CheckpointError: a file, a header, the index or the metadata is wrong.
+    """
     source = make_source(settings.backend, settings=settings)
     if isinstance(weights, TrainingCheckpoint):
         return open_store(source, weights, settings)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from ...errors import CheckpointError, SettingsError
 from ...loading.find import Found, NoCheckpointError, TrainingCheckpoint, find_checkpoint
 from ...loading.shards import listed_files
+from ...loading.weights import open_weights
 from ...settings import LoaderSettings
 from ...sources.posix import PosixSource
 from ...sources.registry import make_source, remote_backend
@@ -38,9 +40,8 @@ def weights_at(
     try:
         return _weights_at(source, os.path.join(uri, subfolder) if subfolder else uri, patterns)
     except CheckpointError as error:
-        raise CheckpointError(
-            f"weights_uri: {error.message}", file=error.file, offset=error.offset, hint=error.hint
-        ) from error
+        kind = NoCheckpointError if isinstance(error, NoCheckpointError) else CheckpointError
+        raise kind(f"weights_uri: {error.message}", file=error.file, offset=error.offset, hint=error.hint) from error
 
 
 def _weights_at(source: Source, path: str, patterns: Sequence[str] | None) -> list[str] | TrainingCheckpoint:
@@ -77,6 +78,16 @@ def training_checkpoint_at(path: str, settings: LoaderSettings) -> TrainingCheck
     except NoCheckpointError:
         return None
     return found if isinstance(found, TrainingCheckpoint) else None
+
+
+def headers_of(weights: list[str] | TrainingCheckpoint, settings: LoaderSettings) -> dict[str, dict[str, Any]]:
+    """Name -> ``dtype`` (safetensors' name) and ``shape`` of all tensors that an engine would be given.
+
+    Raises:
+        CheckpointError: a file, a header, the index or the metadata is wrong.
+    """
+    with open_weights(weights, settings) as store:
+        return {info.name: {"dtype": info.dtype, "shape": list(info.shape)} for info in store.infos}
 
 
 def has_weights(model: str) -> bool:

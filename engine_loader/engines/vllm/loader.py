@@ -26,20 +26,18 @@ from ...loading.direct.load import DirectLoad
 from ...loading.find import TrainingCheckpoint
 from ...plugin import LOAD_FORMAT
 from ...replacing import wrapped_in_thread
-from ...settings import load_settings
 from ..common.mode import obstacle_to_direct, plan_mode
 from ..common.names import explaining_misfits
-from ..common.options import split_options
 from ..common.reading import Weights, prepare_memory, read_weights
 from ..common.sharded import refuse_in_place
 from ..common.weights_uri import has_weights, training_checkpoint_at, weights_at
+from .headers import WeightHeaders, answering
+from .options import settings_of
 from .sharded import files_of_this_rank, fill_state, tie_as_saved
 
 # Below vLLM's own logger, so that it is shown in vLLM's way and at vLLM's level.
 logger = logging.getLogger("vllm.engine_loader")
 
-_ENGINE_KEYS = frozenset({"enable_weights_track"})
-"""Keys of --model-loader-extra-config that vLLM's default loader takes and that mean something with this reader."""
 _ITERATOR = "safetensors_weights_iterator"
 _LOADED_FOR = "_engine_loader_loaded_for"
 """Attribute of a model: ``model_config.model`` at its first load, the one path that ``weights_uri`` replaces."""
@@ -64,13 +62,7 @@ class B10ModelLoader(DefaultModelLoader):
     counter_before_loading_weights: float
 
     def __init__(self, load_config: LoadConfig) -> None:
-        own, engine = split_options(
-            load_config.model_loader_extra_config,
-            engine="vLLM",
-            kept=_ENGINE_KEYS,
-            refused=("enable_multithread_load", "num_threads"),
-        )
-        self._reader_settings = load_settings(own).settings.loader
+        self._reader_settings, engine = settings_of(load_config.model_loader_extra_config)
         masked = copy.copy(load_config)
         masked.load_format = "safetensors"
         masked.model_loader_extra_config = engine
@@ -87,6 +79,13 @@ class B10ModelLoader(DefaultModelLoader):
         own = self._replacement(model_config) is None
         if own and not training_checkpoint_at(model_config.model, self._reader_settings):
             super().download_model(model_config)
+
+    def create_model(self, vllm_config: Any, model_config: Any, *args: Any, **options: Any) -> torch.nn.Module:
+        """Build the model. Where a model is made of others, vLLM makes configurations for them here, and asks for
+        headers again.
+        """
+        with answering(WeightHeaders(model_config.model, self._reader_settings)):
+            return super().create_model(vllm_config, model_config, *args, **options)  # type: ignore[no-any-return]
 
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
         """Load into an initialised model, in direct mode where that can serve.
