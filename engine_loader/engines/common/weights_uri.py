@@ -16,6 +16,9 @@ from ...sources.posix import PosixSource
 from ...sources.registry import make_source, remote_backend
 from ...sources.source import Source
 
+_TRAINING_STATE = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
+"""What engines do not take for weights either."""
+
 
 def weights_at(
     uri: str, settings: LoaderSettings, *, subfolder: str | None = None, patterns: Sequence[str] | None = None
@@ -90,12 +93,17 @@ def headers_of(weights: list[str] | TrainingCheckpoint, settings: LoaderSettings
         return {info.name: {"dtype": info.dtype, "shape": list(info.shape)} for info in store.infos}
 
 
+def _is_pytorch_file(name: str) -> bool:
+    """Whether a file holds weights as ``torch.save`` wrote them; not the state of a training."""
+    return name.endswith((".bin", ".pt", ".pth")) and not name.startswith(".") and name not in _TRAINING_STATE
+
+
 def has_weights(model: str) -> bool:
-    """Whether the directory ``model`` holds a checkpoint, or ``model`` is the name of one on the hub."""
+    """Whether the directory ``model`` holds weights of any kind, or ``model`` is the name of a model on the hub."""
     try:
         find_checkpoint(PosixSource(), model)
     except NoCheckpointError:
-        return False
+        return any(map(_is_pytorch_file, PosixSource().list(model)))
     except CheckpointError:  # it cannot be listed: whoever loads it says why
         return True
     return True

@@ -1,6 +1,6 @@
 """vLLM: the loader class behind ``--load-format b10_3fs``.
 
-The class extends vLLM's DefaultModelLoader, gives it "safetensors" as the format, and replaces the iterator over
+The class extends vLLM's DefaultModelLoader, gives it one of its own formats (masks.py), and replaces the iterator over
 safetensors files while it is called. Whatever the default loader does around the reading (download, revisions, ignore
 patterns, secondary weights and prefixes, filters, weight tracking, reloading) stays vLLM's, in every version. Read in
 vLLM 0.10.1 to 0.32.
@@ -21,17 +21,20 @@ from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader import default_loader, register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+from ...errors import SettingsError
 from ...loading.direct.dry_run import Explanation
 from ...loading.direct.load import DirectLoad
 from ...loading.find import TrainingCheckpoint
 from ...plugin import LOAD_FORMAT
 from ...replacing import wrapped_in_thread
+from ...sources.registry import is_remote
 from ..common.mode import obstacle_to_direct, plan_mode
 from ..common.names import explaining_misfits
 from ..common.reading import Weights, prepare_memory, read_weights
 from ..common.sharded import refuse_in_place
 from ..common.weights_uri import has_weights, training_checkpoint_at, weights_at
 from .headers import WeightHeaders, answering
+from .masks import mask_of, patterns_of
 from .options import settings_of
 from .sharded import files_of_this_rank, fill_state, tie_as_saved
 
@@ -39,6 +42,7 @@ from .sharded import files_of_this_rank, fill_state, tie_as_saved
 logger = logging.getLogger("vllm.engine_loader")
 
 _ITERATOR = "safetensors_weights_iterator"
+_TORCHAO = "torchao"
 _LOADED_FOR = "_engine_loader_loaded_for"
 """Attribute of a model: ``model_config.model`` at its first load, the one path that ``weights_uri`` replaces."""
 
@@ -76,6 +80,7 @@ class B10ModelLoader(DefaultModelLoader):
 
     def download_model(self, model_config: Any) -> None:
         """Download a hub model's weights, unless others are loaded in their place (the setting ``weights_uri``)."""
+        self.load_config.load_format = mask_of(model_config)
         own = self._replacement(model_config) is None
         if own and not training_checkpoint_at(model_config.model, self._reader_settings):
             super().download_model(model_config)
@@ -145,6 +150,7 @@ class B10ModelLoader(DefaultModelLoader):
         Raises:
             CheckpointError: in a reload, the weights are missing or damaged; the model has not been touched then.
         """
+        self.load_config.load_format = mask_of(model_config)
         self._replaced = self._replacement(model_config, model)
         weights: Weights = super().get_all_weights(model_config, model)
         return weights if self._in_load_weights else self._reloaded(weights, model_config, model)
@@ -179,11 +185,16 @@ class B10ModelLoader(DefaultModelLoader):
         """What vLLM's ``_get_weights_iterator`` returns for a source, but with the weights at ``uri``."""
         # Both attributes are of newer versions.
         subfolder, patterns = getattr(source, "subfolder", None), getattr(source, "allow_patterns_overrides", None)
+        patterns = patterns_of(self.load_config.load_format, patterns)
         files = weights_at(uri, self._reader_settings, subfolder=subfolder, patterns=patterns)
         if not self.counter_before_loading_weights:
             self.counter_before_loading_weights = time.perf_counter()
-        skip = _skip_experts(getattr(self, "local_expert_ids", None))
-        weights = self._read(files, show_progress=self.load_config.use_tqdm_on_load, skip=skip)
+        show_progress = self.load_config.use_tqdm_on_load
+        if getattr(self.load_config, "safetensors_load_strategy", None) == _TORCHAO:
+            weights = _by_vllms_reader(files, uri, show_progress)
+        else:
+            skip = _skip_experts(getattr(self, "local_expert_ids", None))
+            weights = self._read(files, show_progress=show_progress, skip=skip)
         return ((source.prefix + name, tensor) for name, tensor in weights)
 
     def _weights(
@@ -197,7 +208,7 @@ class B10ModelLoader(DefaultModelLoader):
         **options: Any,
     ) -> Weights:
         """Called instead of vLLM's iterator over safetensors files (``original``), with its arguments."""
-        if strategy == "torchao":
+        if strategy == _TORCHAO:
             # These files hold flattened tensor subclasses that only vLLM's iterator puts together again.
             logger.warning("%s: torchao checkpoints are read by vLLM's own reader", LOAD_FORMAT)
             return original(files, use_tqdm_on_load, strategy, *args, local_expert_ids=local_expert_ids, **options)
@@ -216,6 +227,21 @@ class B10ModelLoader(DefaultModelLoader):
             direct=self._direct,
             device=self._device,
         )
+
+
+def _by_vllms_reader(weights: list[str] | TrainingCheckpoint, uri: str, show_progress: bool) -> Weights:
+    """The tensors of a torchao checkpoint, whose files hold flattened subclasses that vLLM puts together again.
+
+    Raises:
+        SettingsError: vLLM's reader cannot read there.
+    """
+    if isinstance(weights, TrainingCheckpoint) or is_remote(uri):
+        raise SettingsError(
+            f"weights_uri: {uri} has a torchao checkpoint, whose tensors only vLLM's own reader puts together, and it "
+            "reads files of mounted file systems only; copy it to one, and name that directory"
+        )
+    logger.warning("%s: torchao checkpoints are read by vLLM's own reader", LOAD_FORMAT)
+    return default_loader.safetensors_weights_iterator(weights, show_progress, _TORCHAO)  # type: ignore[no-any-return]
 
 
 def _started_with(model: torch.nn.Module, model_config: Any) -> str:
