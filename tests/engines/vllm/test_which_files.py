@@ -53,11 +53,10 @@ def test_a_draft_with_files_of_pytorch_keeps_its_own_weights(llama: Path, tmp_pa
     draft = copy_bare(llama, tmp_path / "draft")
     config = SimpleNamespace(model=str(draft), revision=None, runner_type="draft")
     loader = make_loader(model_loader_extra_config={"weights_uri": str(llama)})
-    loader._in_load_weights = True
     torch.save({}, draft / "optimizer.pt")
-    assert len(dict(loader.get_all_weights(config, SimpleNamespace()))) == 21  # its layers are among the target's
+    assert len(dict(loader.get_all_weights(config, torch.nn.Module()))) == 21  # its layers are among the target's
     torch.save({"own": torch.full((2,), 5.0)}, draft / "pytorch_model.bin")
-    weights = dict(loader.get_all_weights(config, SimpleNamespace()))
+    weights = dict(loader.get_all_weights(config, torch.nn.Module()))
     assert {name: tensor.tolist() for name, tensor in weights.items()} == {"own": [5.0, 5.0]}
 
 
@@ -66,9 +65,10 @@ def test_other_heads_beside_safetensors_are_read_by_vllms_own_reader(tmp_path: P
     torch.save({"weight": torch.full((2,), 3.0)}, tmp_path / "head.pt")
     head = source_of(tmp_path, prefix="head.", allow_patterns_overrides=["head.pt"])
     loader = make_loader()
-    loader._in_load_weights = True
     config = SimpleNamespace(model=str(tmp_path), revision=None)
-    weights = dict(loader.get_all_weights(config, SimpleNamespace(secondary_weights=(head,))))
+    model = torch.nn.Module()
+    model.secondary_weights = (head,)
+    weights = dict(loader.get_all_weights(config, model))
     assert {name: tensor.tolist() for name, tensor in weights.items()} == {"a": [1, 1], "head.weight": [3, 3]}
 
 
@@ -83,9 +83,8 @@ def test_consolidated_files_are_taken_where_the_configuration_is_mistrals(
     (tmp_path / "params.json").write_text("{}")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"hf": "model.safetensors"}}))
     loader = make_loader(model_loader_extra_config={"weights_uri": str(tmp_path)} if uri else {})
-    loader._in_load_weights = True
     config = SimpleNamespace(model=str(tmp_path), revision=None, config_format=config_format)
-    names = [name for name, _ in loader.get_all_weights(config, SimpleNamespace())]
+    names = [name for name, _ in loader.get_all_weights(config, torch.nn.Module())]
     assert names == (["hf"] if config_format == "hf" else ["mistral"])
 
 
@@ -95,9 +94,8 @@ def test_consolidated_files_of_a_folder_below_are_left_alone(tmp_path: Path) -> 
     save_file({"mistral": torch.ones(2)}, tmp_path / "original" / "consolidated.safetensors")
     (tmp_path / "original" / "params.json").write_text("{}")
     loader = make_loader()
-    loader._in_load_weights = True
     config = SimpleNamespace(model=str(tmp_path), revision=None, config_format="auto")
-    assert [name for name, _ in loader.get_all_weights(config, SimpleNamespace())] == ["hf"]
+    assert [name for name, _ in loader.get_all_weights(config, torch.nn.Module())] == ["hf"]
 
 
 def test_a_torchao_checkpoint_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
