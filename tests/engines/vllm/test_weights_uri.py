@@ -78,7 +78,7 @@ def test_what_a_rank_would_read_can_be_explained(bare: Path, model: Path) -> Non
             explanation = built.loader.explain(built.module, built.config.model_config)
         kept.append({kind: row["kept_bytes"] for kind, row in explanation.totals().items()})
     assert kept[0] == kept[1]
-    assert set(explanation.places.values()) == {"object_store: by ranges"}
+    assert set(explanation.files.values()) == {"object_store: by ranges"}
 
 
 def test_what_vllm_remembers_of_a_model_that_is_gone_is_not_taken_for_this_one(model: Path) -> None:
