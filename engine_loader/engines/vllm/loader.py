@@ -12,6 +12,7 @@ import copy
 import functools
 import itertools
 import logging
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +22,7 @@ from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader import default_loader, register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from ...errors import SettingsError
+from ...errors import CheckpointError, SettingsError
 from ...loading.direct.dry_run import Explanation
 from ...loading.direct.load import DirectLoad
 from ...loading.find import TrainingCheckpoint
@@ -157,7 +158,10 @@ class B10ModelLoader(DefaultModelLoader):
 
     def _reloaded(self, weights: Weights, model_config: Any, model: torch.nn.Module) -> Weights:
         """``weights`` for a model that serves, handed over where a first load would hand them over."""
-        refuse_in_place(self._replaced[1] if self._replaced else model_config.model, self._reader_settings)
+        path = self._replaced[1] if self._replaced else model_config.model
+        if os.path.isabs(path) and not os.path.exists(path):
+            raise CheckpointError("there is nothing to reload weights from", file=path, hint="check the path")
+        refuse_in_place(path, self._reader_settings)
         # Not in direct mode: vLLM processes each layer as soon as it has its tensors, and needs their data then.
         streamed = self._reader_settings.model_copy(update={"mode": "stream"})
         _, self._note, self._device = plan_mode(streamed, model)
@@ -166,6 +170,8 @@ class B10ModelLoader(DefaultModelLoader):
 
     def _replacement(self, model_config: Any, model: torch.nn.Module | None = None) -> tuple[str, str] | None:
         """The model's directory, and the ``weights_uri`` that its weights are read from instead; else None."""
+        if is_remote(model_config.model):  # in a reload: vLLM starts with a directory or the name of a hub model
+            return model_config.model, model_config.model.rstrip("/")
         uri = self._reader_settings.weights_uri
         if uri is None or (getattr(model_config, "runner_type", None) == "draft" and has_weights(model_config.model)):
             return None  # a draft model is another model, unless its weights are among those of the one that it serves

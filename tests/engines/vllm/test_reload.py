@@ -1,6 +1,8 @@
 """vLLM's reload_weights: the new weights are those that it was told of, wherever the first ones came from."""
 
+import json
 import shutil
+import urllib.error
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,9 @@ from engine_loader.engines.vllm.sharded import reshard
 from tests.support.tiny_models import make_model
 from tests.support.training_checkpoints import copy_bare, trained
 from tests.support.vllm_inprocess import State, differences, load_state_as, rank_as, state_of
+from tests.support.vllm_server import VllmServer
+
+from .conftest import PROMPT
 
 pytestmark = pytest.mark.engine
 
@@ -126,7 +131,7 @@ def test_a_path_where_nothing_lies_is_an_error_and_the_old_weights_stay(
     (damaged / "model.safetensors").write_bytes(b"damaged")
     with serving(bare if uri else old, **options) as built:
         for path in (str(tmp_path / "nothing"), str(damaged)):
-            with pytest.raises(Exception, match=path):
+            with pytest.raises(CheckpointError, match=path):
                 reload_weights(built.config, built.module, None, path, True)
             assert differences(states["old"], state_of(built.module)) == []
 
@@ -141,3 +146,20 @@ def test_a_sharded_state_checkpoint_is_refused_in_place(
         with pytest.raises(CheckpointError, match=r"sharded_state one.*start a server with it"):
             reload_weights(built.config, built.module, None, str(tmp_path / "sharded"), True)
         assert differences(states["old"], state_of(built.module)) == []
+
+
+def test_a_server_answers_by_the_weights_that_it_was_last_told_of(
+    bare: Path, old: Path, new: Path, llama_answer: str, tmp_path: Path
+) -> None:
+    with VllmServer(new, "--load-format", "auto") as server:
+        new_answer = server.complete(PROMPT, max_tokens=24)
+    assert new_answer != llama_answer
+    options = ("--load-format", "b10_3fs", "--model-loader-extra-config", json.dumps({"weights_uri": str(old)}))
+    with VllmServer(bare, *options, env={"VLLM_SERVER_DEV_MODE": "1"}) as server:
+        assert server.complete(PROMPT, max_tokens=24) == llama_answer
+        for path, answer in ((str(new), new_answer), (None, new_answer), (str(bare), llama_answer)):
+            server.post("/collective_rpc", method="reload_weights", kwargs={"weights_path": path})
+            assert server.complete(PROMPT, max_tokens=24) == answer
+        with pytest.raises(urllib.error.HTTPError):
+            server.post("/collective_rpc", method="reload_weights", kwargs={"weights_path": str(tmp_path / "nothing")})
+        assert server.complete(PROMPT, max_tokens=24) == llama_answer
