@@ -26,6 +26,7 @@ _SGLANG_FORMAT = "engine_loader.engines.sglang.format"
 _ADAPTERS = {
     "vllm.model_executor.model_loader": "engine_loader.engines.vllm.loader",
     "vllm.model_executor.models.registry": f"{_VLLM_CACHE}:register_registry",
+    "vllm.engine.arg_utils": "engine_loader.engines.vllm.headers",
     "vllm.v1.executor.abstract": f"{_VLLM_CACHE}:register_executor",
     "vllm.v1.engine.core": f"{_VLLM_CACHE}:register_engine_core",
     "vllm.v1.worker.worker_base": f"{_VLLM_CACHE}:register_worker",

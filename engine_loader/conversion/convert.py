@@ -21,8 +21,9 @@ from ..settings import load_settings
 from ..sources.registry import make_source
 from .dcp_output import write_dcp
 from .destination import check_destination, unfinished_directory
+from .output_check import check_output
 from .safetensors_output import write_safetensors
-from .written_tensors import outgoing
+from .written_tensors import floating_point_type, outgoing
 
 MAX_SHARD_BYTES = 5_000_000_000
 """As transformers has it."""
@@ -52,7 +53,7 @@ def convert_checkpoint(
     items: Literal["torch_save", "safetensors"] = "torch_save",
     key_mapping: KeyMapping | None = None,
     optimizer_state: bool = False,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
     progress: Callable[[int, int], object] = lambda done, total: None,
@@ -70,7 +71,7 @@ def convert_checkpoint(
         items: how dcp stores tensors: as ``torch.save`` does, or in safetensors files.
         key_mapping: from the source's names to the new ones, see ``open_checkpoint``.
         optimizer_state: of a training checkpoint, also the tensors of optimizers, and to dcp all that is no tensor.
-        dtype: of floating-point tensors of 16 bits and more; None: their own.
+        dtype: of floating-point tensors of 16 bits and more, or its name ("bfloat16"); None: their own.
         max_shard_bytes: of a safetensors file.
         overwrite: replace a checkpoint that is there.
         progress: called with (bytes written, bytes in all).
@@ -78,8 +79,9 @@ def convert_checkpoint(
 
     Raises:
         CheckpointError: the source cannot be read or is no such checkpoint, or the destination cannot be written.
-        SettingsError: an option is unknown or has a bad value.
+        SettingsError: an option is unknown or has a bad value, or ``dtype`` is no floating-point type.
     """
+    wanted = floating_point_type(dtype)
     check_destination(source, destination, overwrite=overwrite)
     settings = load_settings(options, extra_origin="the arguments of convert_checkpoint").settings.loader
     files = make_source(settings.backend, settings=settings)
@@ -95,7 +97,7 @@ def convert_checkpoint(
     at_once, later = (key_mapping, None) if isinstance(found, TrainingCheckpoint) else (None, key_mapping)
     store = open_store(files, found, settings, key_mapping=at_once, optimizer_state=optimizer_state)
     with Checkpoint(store, torch.device("cpu")) as checkpoint:
-        tensors = outgoing(checkpoint, make_renamer(later), dtype)
+        tensors = outgoing(checkpoint, make_renamer(later), wanted)
         if not tensors:
             raise CheckpointError("there are no tensors to convert", file=source)
         total = sum(tensor.nbytes for tensor in tensors)
@@ -122,10 +124,11 @@ def convert_checkpoint(
                 )
             else:
                 write_safetensors(unfinished, checkpoint, tensors, max_shard_bytes=max_shard_bytes, written=written)
+            check_output(unfinished, tensors)
             weights = sorted(path.name for path in unfinished.iterdir() if path.suffix in (".safetensors", ".distcp"))
             if found.directory is not None:
                 copy_companions(files, found.directory, unfinished)
-            _set_dtype(unfinished / _CONFIG, dtype)
+            _set_dtype(unfinished / _CONFIG, wanted)
     return Conversion([Path(destination) / name for name in weights], len(tensors), total)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, SettingsError
 from ..formats.dtypes import DTYPE_BITS, torch_dtype
 from ..formats.safetensors import TensorInfo
 from ..loading.checkpoint import Checkpoint
@@ -71,6 +71,20 @@ def outgoing(checkpoint: Checkpoint, rename: Renamer, dtype: torch.dtype | None)
             nbytes = info.nbytes * 8 // DTYPE_BITS[info.dtype] * dtype.itemsize
             found[name] = Outgoing(name, info, wanted, nbytes)
     return list(found.values())
+
+
+def floating_point_type(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The type that ``dtype`` is, or names ("bfloat16", "torch.bfloat16").
+
+    Raises:
+        SettingsError: it is no floating-point type of torch.
+    """
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if found is None and dtype is None:
+        return None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise SettingsError(f"dtype: {dtype!r} is no floating-point type of torch, such as 'bfloat16'")
+    return found
 
 
 def in_writing_order(tensors: Iterable[Outgoing]) -> list[Outgoing]:

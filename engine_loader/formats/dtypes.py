@@ -85,6 +85,12 @@ def torch_dtype(dtype: str) -> torch.dtype:
     return found  # type: ignore[no-any-return]
 
 
+def header_shape(dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in a safetensors header for a torch tensor of ``shape``: what ``torch_shape`` takes back."""
+    bits = DTYPE_BITS[dtype]
+    return shape if bits >= 8 or not shape else (*shape[:-1], shape[-1] * 8 // bits)
+
+
 def torch_shape(dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of the torch tensor for a header's ``dtype`` and ``shape``.
 

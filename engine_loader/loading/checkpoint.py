@@ -230,6 +230,9 @@ class Checkpoint:
         try:
             return self._infos[name]
         except KeyError:
+            lacking = self._store.lacking.get(name)
+            if lacking is not None:
+                raise TensorNotFoundError(lacking.message, file=lacking.file, hint=lacking.hint) from None
             raise TensorNotFoundError.among(name, self._infos, self._store.listing) from None
 
     def _stream(self, infos: Iterable[TensorInfo], report: LoadReport) -> Iterator[tuple[str, torch.Tensor]]:

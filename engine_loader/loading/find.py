@@ -108,7 +108,7 @@ def find_checkpoint(
         return SafetensorsFiles((text,))
     directory = without_end(text)
     names = source.list(directory)
-    weights = sorted((name for name in names if name.endswith(".safetensors")), key=natural_key)
+    weights = sorted(filter(is_shard_name, names), key=natural_key)
     indexed = INDEX_NAME in names
     if METADATA_NAME in names and not indexed and not weights:
         return TrainingCheckpoint(directory)
@@ -118,12 +118,21 @@ def find_checkpoint(
         os.path.join(directory, INDEX_NAME) if indexed else None,
         tuple(names),
     )
-    shards = {} if indexed and sharded_pattern is None else shards_by_rank(names, sharded_pattern)
+    shards = {} if indexed and sharded_pattern is None else shards_by_rank(weights, sharded_pattern)
     if shards:
         return ShardedState(directory, shards, files)
     if not weights and not indexed:
         raise NoCheckpointError("no .safetensors file in this directory", file=directory, hint=_what_is_there(names))
     return files
+
+
+def is_shard_name(name: str) -> bool:
+    """Whether a file of this name in a directory counts as weights.
+
+    Hidden files do not: macOS leaves a ``._NAME`` beside files that it copies, and downloads that were cut short begin
+    with a dot, too.
+    """
+    return name.endswith(".safetensors") and not name.startswith(".")
 
 
 def without_end(directory: str) -> str:

@@ -53,7 +53,9 @@ class SafetensorsStore(TensorStore):
         return self.files.tensors
 
     def by_name(self) -> dict[str, TensorInfo]:
-        return self.files.by_name()
+        infos = self.files.by_name()
+        self.lacking = self.files.lacking
+        return infos
 
     def metadata(self) -> dict[str, str]:
         merged: dict[str, str] = {}

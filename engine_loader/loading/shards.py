@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from ..errors import CheckpointError
@@ -18,6 +19,8 @@ from ..formats.safetensors import LENGTH_BYTES, Header, TensorInfo, header_lengt
 from ..garbage import no_garbage_collection
 from ..sources.source import Source, SourceFile
 from .find import SafetensorsFiles, ShardedState, natural_key
+
+logger = logging.getLogger(__name__)
 
 _HEADER_THREADS = 16
 # Starting a thread for it takes a part of a millisecond, too.
@@ -42,6 +45,7 @@ class OpenFiles:
     Attributes:
         files: the files.
         index: the checkpoint's index, where it has one.
+        lacking: name -> error of the tensors that the index lists and no file has; known after ``by_name``.
     """
 
     def __init__(self, source: Source, paths: Sequence[str], index: ShardIndex | None = None) -> None:
@@ -51,6 +55,7 @@ class OpenFiles:
             CheckpointError: a file is missing or unreadable, or its header is wrong.
         """
         self.index = index
+        self.lacking: dict[str, CheckpointError] = {}
         with ExitStack() as stack, no_garbage_collection():
             self.files: list[OpenShard] = []
             for opened in _open_all(source, paths):
@@ -66,14 +71,21 @@ class OpenFiles:
     def by_name(self) -> dict[str, TensorInfo]:
         """The tensors by name, in file order; of two with one name, the one whose file the index names.
 
+        What the index lists and no file has is left out, with a warning.
+
         Raises:
-            CheckpointError: two have one name, or the index lists a tensor that its file does not have.
+            CheckpointError: two have one name, or the index puts a tensor into one file and another has it.
         """
         tensors = self.tensors
         listed: dict[str, str] = {}
         if self.index is not None:
-            for error in misplaced(self.index, tensors):
-                raise error
+            present = {info.name for info in tensors}
+            errors = dict(misplaced(self.index, tensors))
+            for name, error in errors.items():
+                if name in present:
+                    raise error
+            self.lacking = errors
+            _warn_of(errors)
             listed = {name: self.index.path_of(shard) for name, shard in self.index.weight_map.items()}
         infos: dict[str, TensorInfo] = {}
         for info in tensors:
@@ -87,6 +99,13 @@ class OpenFiles:
                 )
             infos[info.name] = info
         return infos
+
+    def leave_out(self, tensors: Collection[tuple[str, str]]) -> None:
+        """From now on, be without these tensors, each a pair of its file's path and its name."""
+        for number, opened in enumerate(self.files):
+            kept = tuple(info for info in opened.header.tensors if (info.file, info.name) not in tensors)
+            if len(kept) < len(opened.header.tensors):
+                self.files[number] = replace(opened, header=replace(opened.header, tensors=kept))
 
     def verify_unchanged(self) -> None:
         """Raise CheckpointError when a file is not what it was when it was opened."""
@@ -149,19 +168,44 @@ def read_index(source: Source, path: str) -> ShardIndex:
     return parse_index(read_small_file(source, path), path)
 
 
-def check_indexes(source: Source, files: OpenFiles) -> None:
-    """Check files against the indexes of their directories.
+def follow_indexes(source: Source, files: OpenFiles) -> None:
+    """Leave out the tensors of ``files`` that an index in their directory says are in another one of them.
 
-    An engine may rightly leave out shards that an index lists; but what it does read must hold what the index says.
+    Such a tensor is a copy that an earlier save left behind. An engine may rightly leave out shards that an index
+    lists; and an index may list tensors that its shard does not have (some public models do), which is a warning.
 
     Raises:
-        CheckpointError: a shard does not have a tensor that the index puts into it.
+        CheckpointError: an index is unreadable or wrong.
     """
-    tensors, paths = files.tensors, {opened.file.path for opened in files.files}
+    paths = {opened.file.path for opened in files.files}
     for directory in {os.path.dirname(path) for path in paths}:
-        if INDEX_NAME in source.list(directory or "."):
-            for error in misplaced(read_index(source, os.path.join(directory, INDEX_NAME)), tensors, paths):
-                raise error
+        if INDEX_NAME not in source.list(directory or "."):
+            continue
+        index = read_index(source, os.path.join(directory, INDEX_NAME))
+        tensors = files.tensors
+        _warn_of(dict(misplaced(index, tensors, paths)))
+        stale = _superseded(index, tensors, directory)
+        if stale:
+            logger.warning(
+                "%s: %d tensors are also in files that the index does not name for them, and are not read from there, "
+                "such as %r in %s",
+                *(index.file, len(stale), stale[0].name, stale[0].file),
+            )
+            files.leave_out({(info.file, info.name) for info in stale})
+
+
+def _superseded(index: ShardIndex, tensors: Sequence[TensorInfo], directory: str) -> list[TensorInfo]:
+    """The tensors in files of ``directory`` that stand in the file, too, that the index names for them."""
+    here = {(info.file, info.name) for info in tensors}
+    found = []
+    for info in tensors:
+        shard = index.weight_map.get(info.name)
+        if shard is None or os.path.dirname(info.file) != directory:
+            continue
+        right = index.path_of(shard)
+        if right != info.file and (right, info.name) in here:
+            found.append(info)
+    return found
 
 
 def misplaced(
@@ -170,8 +214,8 @@ def misplaced(
     files: Collection[str] | None = None,
     *,
     nowhere: str = "index and shards are of different checkpoints, or a shard is damaged",
-) -> Iterator[CheckpointError]:
-    """An error for every tensor that the index puts into a file that does not have it.
+) -> Iterator[tuple[str, CheckpointError]]:
+    """Name and error of every tensor that the index puts into a file that does not have it.
 
     Args:
         index: says which file has which tensor.
@@ -185,10 +229,21 @@ def misplaced(
         path = index.path_of(shard)
         if (path, name) in here or (files is not None and path not in files):
             continue
-        yield CheckpointError(
+        error = CheckpointError(
             f"the index puts {name!r} into {shard!r}, which does not have it",
             file=index.file,
             hint=f"it is in {files_of[name]}" if name in files_of else nowhere,
+        )
+        yield name, error
+
+
+def _warn_of(errors: Mapping[str, CheckpointError]) -> None:
+    """Log what ``misplaced`` found."""
+    if errors:
+        logger.warning(
+            "the index lists %d tensors that their shards do not have, the first: %s; `engine-loader inspect --check` "
+            "lists all",
+            *(len(errors), next(iter(errors.values()))),
         )
 
 

@@ -8,11 +8,12 @@ transfer/plan.py) name bytes of a tensor by ``file_number`` and by the offset in
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol, Self
 
 import torch
 
-from ..errors import TransferError
+from ..errors import CheckpointError, TransferError
 from ..formats.safetensors import TensorInfo
 from ..report.load_report import LoadReport
 from ..sources.source import SourceFile
@@ -31,12 +32,14 @@ class TensorStore(Protocol):
         paths: the files that ``infos`` name.
         streams_to_devices: whether ``stream`` can put tensors on a device in another way than by torch's copies.
         key_mapping_applies: whether names went through the setting ``key_mapping``.
+        lacking: name -> error of the tensors that the index lists and no file has; known after ``by_name``.
     """
 
     listing: str
     paths: Sequence[str]
     streams_to_devices: bool
     key_mapping_applies: bool
+    lacking: Mapping[str, CheckpointError] = MappingProxyType({})
 
     def __enter__(self) -> Self:
         return self
@@ -53,7 +56,7 @@ class TensorStore(Protocol):
         """The tensors to be served, by name, in file order.
 
         Raises:
-            CheckpointError: two have one name, or the index lists one that its file does not have.
+            CheckpointError: two have one name, or the index puts one into a file and another has it.
         """
         ...
 

@@ -17,7 +17,7 @@ from .direct.load import SMALL_BYTES, DirectLoad
 from .find import SafetensorsFiles, TrainingCheckpoint, natural_key
 from .open_store import open_store
 from .safetensors_store import SafetensorsStore
-from .shards import check_indexes, open_files
+from .shards import follow_indexes, open_files
 from .store import TensorStore
 
 WeightFiles: TypeAlias = Iterable[str] | TrainingCheckpoint
@@ -43,7 +43,7 @@ def stream_weights(
     """Yield (name, tensor) of all ``weights``: the files in natural order, each in file order.
 
     Args:
-        weights: safetensors files; where an index lies beside them, they are checked against it. Or a training
+        weights: safetensors files; where an index lies beside them, it says which of two copies counts. Or a training
             checkpoint.
         settings: how to read.
         skip: a tensor for whose name it is true is not read.
@@ -59,7 +59,7 @@ def stream_weights(
         SettingsError: GPUDirect Storage was asked for and cannot be used.
     """
     with ExitStack() as stack:
-        store = stack.enter_context(_open(weights, settings))
+        store = stack.enter_context(open_weights(weights, settings))
         infos = [info for info in store.infos if skip is None or not skip(info.name)]
         report = LoadReport()
         if note:
@@ -94,18 +94,23 @@ def check_weights(weights: WeightFiles, settings: LoaderSettings) -> None:
     Raises:
         CheckpointError: a file, a header, the index or the metadata is wrong.
     """
-    with _open(weights, settings) as store:
+    with open_weights(weights, settings) as store:
         _ = store.infos  # a training checkpoint finds out where in its files they lie
 
 
-def _open(weights: WeightFiles, settings: LoaderSettings) -> TensorStore:
+def open_weights(weights: WeightFiles, settings: LoaderSettings) -> TensorStore:
+    """Open what an engine is to load: of two copies of a tensor, without the one that an index does not name.
+
+    Raises:
+        CheckpointError: a file, a header, the index or the metadata is wrong.
+    """
     source = make_source(settings.backend, settings=settings)
     if isinstance(weights, TrainingCheckpoint):
         return open_store(source, weights, settings)
     found = SafetensorsFiles(tuple(sorted(weights, key=natural_key)))
     files = open_files(source, found)
     try:
-        check_indexes(source, files)
+        follow_indexes(source, files)
     except BaseException:
         files.close()
         raise

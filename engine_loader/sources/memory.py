@@ -79,6 +79,11 @@ class MemorySource:
             raise CheckpointError("there is no such directory in memory", file=path)
         return [name for name in names if "/" not in name]
 
+    def folders(self, path: str) -> Sequence[str]:
+        prefix = _prefix(path)
+        below = [name[len(prefix) :] for name in self._files if name.startswith(prefix)]
+        return sorted({name.partition("/")[0] for name in below if "/" in name})
+
 
 def _prefix(directory: str) -> str:
     """What the paths below ``directory`` begin with."""

@@ -92,11 +92,18 @@ class PosixSource:
             return False
 
     def list(self, path: str) -> list[str]:
-        try:
-            with os.scandir(path) as entries:
-                return sorted(entry.name for entry in entries if not _is_dir(entry))
-        except (OSError, ValueError) as error:
-            raise _cannot("list the directory", path, error) from None
+        return _entries(path, directories=False)
+
+    def folders(self, path: str) -> Sequence[str]:
+        return _entries(path, directories=True)
+
+
+def _entries(path: str, *, directories: bool) -> list[str]:
+    try:
+        with os.scandir(path) as entries:
+            return sorted(entry.name for entry in entries if _is_dir(entry) is directories)
+    except (OSError, ValueError) as error:
+        raise _cannot("list the directory", path, error) from None
 
 
 def _is_dir(entry: os.DirEntry[str]) -> bool:

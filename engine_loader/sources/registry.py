@@ -8,7 +8,7 @@ users choose it by the setting ``loader.backend``, add its name to the values of
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pkgutil import resolve_name
 from typing import Protocol, cast
 
@@ -104,6 +104,9 @@ class AutoSource:
 
     def list(self, path: str) -> list[str]:
         return self._source(path).list(path)
+
+    def folders(self, path: str) -> Sequence[str]:
+        return self._source(path).folders(path)
 
     def _source(self, path: str) -> Source:
         backend = remote_backend(path)

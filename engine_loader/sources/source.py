@@ -105,3 +105,11 @@ class Source(Protocol):
             CheckpointError: the directory is missing or cannot be listed.
         """
         ...
+
+    def folders(self, path: str) -> Sequence[str]:
+        """Names of the directories right below the directory ``path``, sorted.
+
+        Raises:
+            CheckpointError: the directory is missing or cannot be listed.
+        """
+        ...

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as torch_dcp
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
@@ -392,3 +393,80 @@ def test_memory_holds_what_is_read_ahead_and_a_tensor(tmp_path: Path) -> None:
     assert len(peaks) == len(ways)
     assert max(peaks) < 64 << 20
     assert bits(read(tmp_path / "out" / "2")) == bits(tensors)
+
+
+@pytest.fixture
+def float4(tmp_path: Path) -> Path:
+    """A training checkpoint with a tensor of 4-bit numbers, two in an element of torch's."""
+    state = {"w": torch.arange(8, dtype=torch.uint8).reshape(4, 2).view(torch.float4_e2m1fn_x2), "s": torch.ones(2)}
+    torch_dcp.save(state, checkpoint_id=tmp_path / "float4", no_dist=True)
+    return tmp_path / "float4"
+
+
+def test_float4_has_the_shape_of_its_numbers_in_a_header(float4: Path, tmp_path: Path) -> None:
+    convert_checkpoint(str(float4), str(tmp_path / "out"))
+    convert_checkpoint(str(tmp_path / "out"), str(tmp_path / "back"), to="dcp")
+    convert_checkpoint(str(tmp_path / "back"), str(tmp_path / "again"))
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as theirs:  # their reader refuses a wrong shape
+        assert theirs.get_slice("w").get_shape() == [4, 4]
+        assert theirs.get_slice("w").get_dtype() == "F4"
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "out" / "model.safetensors"
+    ).read_bytes()
+    for directory in (float4, tmp_path / "out", tmp_path / "back"):
+        with open_checkpoint(directory) as checkpoint:
+            tensor = checkpoint.get_tensor("w")
+            assert (tensor.dtype, tensor.shape) == (torch.float4_e2m1fn_x2, (4, 2))
+            assert tensor.view(torch.uint8).flatten().tolist() == list(range(8))
+            assert checkpoint.info("w").shape == (4, 4)
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "torch.bfloat16"])
+def test_a_type_may_be_given_by_its_name(name: str, model: Path, tmp_path: Path) -> None:
+    convert_checkpoint(str(model), str(tmp_path / "named"), dtype=name)
+    convert_checkpoint(str(model), str(tmp_path / "typed"), dtype=torch.bfloat16)
+    assert bits(read(tmp_path / "named")) == bits(read(tmp_path / "typed"))
+    assert read(tmp_path / "named")["w.0"].dtype == torch.bfloat16
+    assert json.loads((tmp_path / "named" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat17", "int8", "nn", torch.int8])
+def test_what_is_no_floating_point_type_is_refused(dtype: Any, model: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="no floating-point type"):
+        convert_checkpoint(str(model), str(tmp_path / "out"), dtype=dtype)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("to", ["safetensors", "dcp"])
+def test_an_output_that_our_own_reader_refuses_is_not_published(
+    to: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engine_loader.conversion import convert
+
+    write = {"safetensors": convert.write_safetensors, "dcp": convert.write_dcp}[to]
+
+    def write_and_damage(directory: Path, *args: Any, **options: Any) -> None:
+        write(directory, *args, **options)
+        for path in (*directory.glob("*.safetensors"), *directory.glob("*.distcp")):
+            path.write_bytes(path.read_bytes()[:-3])
+
+    monkeypatch.setattr(convert, write.__name__, write_and_damage)
+    with pytest.raises(CheckpointError):
+        convert_checkpoint(str(model), str(tmp_path / "out"), to=to)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_with_other_tensors_is_not_published(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engine_loader.conversion import convert
+
+    def write(directory: Path, *_: Any, **__: Any) -> None:
+        tensors = tensors_of_all_kinds()
+        tensors["w.0"] = tensors["w.0"][:1]
+        save_file(tensors, directory / "model.safetensors")
+
+    monkeypatch.setattr(convert, "write_safetensors", write)
+    with pytest.raises(CheckpointError, match=r"'w\.0' was to be \('F32', \(64, 64\), 16384\), and is .*\(1, 64\)"):
+        convert_checkpoint(str(model), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

@@ -187,12 +187,12 @@ def test_an_index_that_puts_a_tensor_where_it_is_not_says_where_it_is(tmp_path):
     put(tmp_path / "1.safetensors", checkpoint({"a": A}))
     put(tmp_path / "2.safetensors", checkpoint({"b": B}))
     put(tmp_path / INDEX_NAME, index({"a": "1.safetensors", "b": "1.safetensors"}))
-    with pytest.raises(CheckpointError) as caught:
-        open_checkpoint(tmp_path)
+    with open_checkpoint(tmp_path) as opened, pytest.raises(CheckpointError) as caught:
+        opened.get_tensor("b")
     assert "puts 'b' into '1.safetensors', which does not have it" in str(caught.value)
     put(tmp_path / INDEX_NAME, index({"a": "2.safetensors", "b": "2.safetensors"}))
-    with pytest.raises(CheckpointError, match="which does not have it") as caught:
-        open_checkpoint(tmp_path)
+    with open_checkpoint(tmp_path) as opened, pytest.raises(CheckpointError, match="which does not have it"):
+        opened.get_tensor("a")
 
 
 def test_an_index_that_names_a_tensor_in_another_shard_says_in_which(tmp_path):

@@ -107,6 +107,10 @@ class FakeSource:
     def list(self, path: str) -> list[str]:
         return sorted(posixpath.basename(name) for name in self.files if posixpath.dirname(name) == path)
 
+    def folders(self, path: str) -> Sequence[str]:
+        below = [name.removeprefix(f"{path}/") for name in self.files if name.startswith(f"{path}/")]
+        return sorted({name.partition("/")[0] for name in below if "/" in name})
+
 
 def open_fake(*files: FakeFile, **options: object) -> "Checkpoint":
     """A checkpoint of these files."""

@@ -40,7 +40,9 @@ def check_compile_cache() -> Iterator[Finding]:
             repair = f"set compile_cache.fixups: true, or apply patches/{fixup.patch}"
             yield Finding(_AREA, fixup.name, "warn", f"needed, and switched off: {fixup.why}", repair)
         elif state == "needed":
-            replaced = " ".join(fixup.upstream.split())
-            yield Finding(_AREA, fixup.name, "ok", f"applied in {fixup.module} instead of `{replaced}`: {fixup.why}")
+            replaced, unread = " ".join(fixup.upstream.split()), fixup.unread()
+            remark = f" ({unread})" if unread else ""
+            what = f"applied in {fixup.module} instead of `{replaced}`: {fixup.why}{remark}"
+            yield Finding(_AREA, fixup.name, "ok", what)
         else:
             yield Finding(_AREA, fixup.name, "ok", f"not applied: {state}")

@@ -12,7 +12,7 @@ from ...errors import CheckpointError
 from ...formats.dtypes import torch_shape
 from ...formats.hf_index import ShardIndex
 from ...formats.safetensors import Header, TensorInfo
-from ...loading.find import TrainingCheckpoint, find_checkpoint
+from ...loading.find import TrainingCheckpoint, find_checkpoint, is_shard_name
 from ...loading.shards import OpenFiles, listed_files, misplaced, open_files
 from ...settings import load_settings
 from ...sources.posix import PosixSource
@@ -64,9 +64,8 @@ def check(path: str) -> Survey:
     else:
         tensors = [info for header in survey.headers for info in header.tensors]
         readable = {header.file for header in survey.headers}
-        survey.problems += misplaced(
-            index, tensors, readable, nowhere="no file has it: is a shard of another checkpoint here?"
-        )
+        nowhere = "no file has it: is a shard of another checkpoint here?"
+        survey.problems += [error for _, error in misplaced(index, tensors, readable, nowhere=nowhere)]
         survey.notes += _unlisted(index, survey.headers, source.list(os.path.dirname(index.file)))
     survey.problems += _without_tensor_shape(survey.tensors)
     return survey
@@ -132,5 +131,5 @@ def _unlisted(index: ShardIndex, headers: list[Header], names: list[str]) -> Ite
     for file, count in unlisted.items():
         yield f"{file}: {count} tensor{' is' if count == 1 else 's are'} not in the index and will not be loaded"
     for name in names:
-        if name.endswith(".safetensors") and name not in index.weight_map.values():
+        if is_shard_name(name) and name not in index.weight_map.values():
             yield f"{index.path_of(name)}: the index does not use this file"

@@ -1,7 +1,7 @@
-"""Faults of known versions that keep a restored cache from being used, repaired at run time.
+"""Faults of engines that keep a restored cache from being used, repaired at run time.
 
-Each fix-up is guarded by the version and by the very lines that it replaces: where those are not there, nothing is
-changed. The same changes are patch files in `patches/`. The setting `compile_cache.fixups` switches fix-ups off,
+Each fix-up is guarded by the very lines that it replaces: where those are not there, nothing is changed, in whatever
+version. The same changes are patch files in `patches/`. The setting `compile_cache.fixups` switches fix-ups off,
 `engine-loader doctor` lists them.
 """
 
@@ -29,7 +29,7 @@ class Fixup:
         name: as `engine-loader doctor` shows it.
         distribution: the installed distribution that has the fault.
         module: the module that is changed, after it was imported.
-        first, last: the first and the last version (major, minor) that have the fault.
+        read_up_to: the last version (major, minor) whose source was read for this fix-up. It does not guard it.
         upstream: the lines of the module's source that the change replaces.
         why: what goes wrong with these lines.
         patch: the file in `patches/` with the same change.
@@ -39,8 +39,7 @@ class Fixup:
     name: str
     distribution: str
     module: str
-    first: tuple[int, int]
-    last: tuple[int, int]
+    read_up_to: tuple[int, int]
     upstream: str
     why: str
     patch: str
@@ -49,32 +48,55 @@ class Fixup:
     def state(self) -> str:
         """Return "needed", or why the installed version does not need it. The distribution is not imported."""
         name = self.distribution
-        try:
-            installed = _release(version(name))
-        except PackageNotFoundError:
-            return f"{name} is not installed"
-        if not self.first <= installed <= self.last:
-            return f"{name} {installed[0]}.{installed[1]} does not have this fault"
-        top = importlib.util.find_spec(name)
-        if top is None or not top.origin:
+        installed, top = self._installed(), importlib.util.find_spec(name)
+        if installed is None or top is None or not top.origin:
             return f"{name} is not installed"
         source = Path(top.origin).parent.joinpath(*self.module.split(".")[1:]).with_suffix(".py")
         try:
-            return (
-                "needed" if self.upstream in source.read_text() else "these lines are not there (patched, or changed)"
-            )
+            there = self.upstream in source.read_text()
         except OSError:
             return f"{name} {installed[0]}.{installed[1]} has no {self.module}"
+        return "needed" if there else "these lines are not there (patched, or changed)"
+
+    def unread(self) -> str | None:
+        """A remark if the installed version is newer than what was read for this fix-up; else None."""
+        installed = self._installed()
+        if installed is None or installed <= self.read_up_to:
+            return None
+        read = ".".join(map(str, self.read_up_to))
+        return (
+            f"{self.distribution} {installed[0]}.{installed[1]} is newer than {read}, up to which its source was read"
+        )
+
+    def _installed(self) -> tuple[int, int] | None:
+        try:
+            return _release(version(self.distribution))
+        except PackageNotFoundError:
+            return None
 
 
 def apply_needed(fixups: Iterable[Fixup], module: Any) -> None:
-    """Make the changes in the imported ``module`` that the installed version needs; none if the setting is off."""
+    """Make the changes in the imported ``module`` that the installed version needs; none if the setting is off.
+
+    Where a change does not fit any more, a warning says so, and the others are made.
+    """
     if not load_settings().settings.compile_cache.fixups:
         return
     for fixup in fixups:
-        if fixup.state() == "needed":
+        if fixup.state() != "needed":
+            continue
+        try:
             fixup.apply(module)
-            logger.debug("compile cache: applied the fix-up %s", fixup.name)
+        except AttributeError as error:
+            logger.warning(
+                "compile cache: the fix-up %s was not applied: %s; %s. Until then: %s",
+                fixup.name,
+                error,
+                fixup.unread() or "the installed package was changed",
+                fixup.why,
+            )
+            continue
+        logger.debug("compile cache: applied the fix-up %s", fixup.name)
 
 
 def _release(text: str) -> tuple[int, int]:

@@ -42,6 +42,29 @@ def files_of_rank(
     return None
 
 
+def refuse_in_place(directory: str, settings: LoaderSettings) -> None:
+    """Refuse a sharded_state checkpoint as the new weights of a model that serves.
+
+    Its tensors are a rank's parameters as they were before the engine prepared them for its kernels, and engines put
+    weights in place by the names and shapes of original checkpoints.
+
+    Raises:
+        CheckpointError: ``directory`` is a sharded_state checkpoint.
+    """
+    try:
+        found = find_checkpoint(
+            make_source(settings.backend, settings=settings), directory, sharded_pattern=settings.sharded_pattern
+        )
+    except NoCheckpointError:
+        return
+    if isinstance(found, ShardedState):
+        raise CheckpointError(
+            "weights in place are taken from an original checkpoint, and this is a sharded_state one",
+            file=directory,
+            hint="start a server with it instead",
+        )
+
+
 def fill_state(
     missing: dict[str, torch.Tensor],
     weights: Iterable[tuple[str, torch.Tensor]],

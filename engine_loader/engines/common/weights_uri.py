@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
+from typing import Any
 
 from ...errors import CheckpointError, SettingsError
 from ...loading.find import Found, NoCheckpointError, TrainingCheckpoint, find_checkpoint
 from ...loading.shards import listed_files
+from ...loading.weights import open_weights
 from ...settings import LoaderSettings
 from ...sources.posix import PosixSource
 from ...sources.registry import make_source, remote_backend
 from ...sources.source import Source
+
+_TRAINING_STATE = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
+"""What engines do not take for weights either."""
 
 
 def weights_at(
@@ -24,7 +29,8 @@ def weights_at(
         uri: the value of the setting.
         settings: how to read.
         subfolder: below it.
-        patterns: take the files whose names match one of these, instead of those of the index or all.
+        patterns: take the files that match the first of these that any file matches, instead of those of the index or
+            all; a pattern may name folders below ``uri``.
 
     Raises:
         SettingsError: the setting ``backend`` is of another kind of source.
@@ -37,9 +43,8 @@ def weights_at(
     try:
         return _weights_at(source, os.path.join(uri, subfolder) if subfolder else uri, patterns)
     except CheckpointError as error:
-        raise CheckpointError(
-            f"weights_uri: {error.message}", file=error.file, offset=error.offset, hint=error.hint
-        ) from error
+        kind = NoCheckpointError if isinstance(error, NoCheckpointError) else CheckpointError
+        raise kind(f"weights_uri: {error.message}", file=error.file, offset=error.offset, hint=error.hint) from error
 
 
 def _weights_at(source: Source, path: str, patterns: Sequence[str] | None) -> list[str] | TrainingCheckpoint:
@@ -53,10 +58,20 @@ def _weights_at(source: Source, path: str, patterns: Sequence[str] | None) -> li
         return found
     if found is not None and not patterns:
         return list(listed_files(source, found)[0])
-    names = [name for name in source.list(path) if any(fnmatch(name, pattern) for pattern in patterns or ())]
-    if not names:
-        raise CheckpointError(f"no file matches {', '.join(patterns or ())}", file=path)
-    return [os.path.join(path, name) for name in names]
+    for pattern in patterns or ():  # as engines do: of several, the first that matches
+        files = _matching(source, path, pattern.split("/"))
+        if files:
+            return files
+    raise CheckpointError(f"no file matches {', '.join(patterns or ())}", file=path)
+
+
+def _matching(source: Source, directory: str, pattern: Sequence[str]) -> list[str]:
+    """The files below ``directory`` whose path matches, part by part; hidden ones do not, as with ``glob``."""
+    first, *rest = pattern
+    names = source.folders(directory) if rest else source.list(directory)
+    matching = [name for name in names if not name.startswith(".") and fnmatchcase(name, first)]
+    below = [os.path.join(directory, name) for name in matching]
+    return [path for folder in below for path in _matching(source, folder, rest)] if rest else below
 
 
 def training_checkpoint_at(path: str, settings: LoaderSettings) -> TrainingCheckpoint | None:
@@ -68,12 +83,27 @@ def training_checkpoint_at(path: str, settings: LoaderSettings) -> TrainingCheck
     return found if isinstance(found, TrainingCheckpoint) else None
 
 
+def headers_of(weights: list[str] | TrainingCheckpoint, settings: LoaderSettings) -> dict[str, dict[str, Any]]:
+    """Name -> ``dtype`` (safetensors' name) and ``shape`` of all tensors that an engine would be given.
+
+    Raises:
+        CheckpointError: a file, a header, the index or the metadata is wrong.
+    """
+    with open_weights(weights, settings) as store:
+        return {info.name: {"dtype": info.dtype, "shape": list(info.shape)} for info in store.infos}
+
+
+def _is_pytorch_file(name: str) -> bool:
+    """Whether a file holds weights as ``torch.save`` wrote them; not the state of a training."""
+    return name.endswith((".bin", ".pt", ".pth")) and not name.startswith(".") and name not in _TRAINING_STATE
+
+
 def has_weights(model: str) -> bool:
-    """Whether the directory ``model`` holds a checkpoint, or ``model`` is the name of one on the hub."""
+    """Whether the directory ``model`` holds weights of any kind, or ``model`` is the name of a model on the hub."""
     try:
         find_checkpoint(PosixSource(), model)
     except NoCheckpointError:
-        return False
+        return any(map(_is_pytorch_file, PosixSource().list(model)))
     except CheckpointError:  # it cannot be listed: whoever loads it says why
         return True
     return True

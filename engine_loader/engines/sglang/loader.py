@@ -33,7 +33,7 @@ from ..common.mode import plan_mode
 from ..common.names import explaining_misfits
 from ..common.options import split_options
 from ..common.reading import Weights, prepare_memory, read_weights
-from ..common.sharded import files_of_rank, fill_state
+from ..common.sharded import files_of_rank, fill_state, refuse_in_place
 from ..common.weights_uri import training_checkpoint_at, weights_at
 from .refusals import bypassed, refuse_model
 
@@ -166,15 +166,12 @@ class B10ModelLoader(DefaultModelLoader):
             yield
 
     def _get_weights_iterator(self, source: Any, **options: Any) -> Weights:
-        if not self._starting and _files_of_rank(source.model_or_path, self._reader_settings) is not None:
-            raise CheckpointError(
-                "weights in place are taken from an original checkpoint, and this is a sharded_state one",
-                file=source.model_or_path,
-                hint="start a server with it instead",
-            )
         uri = self._reader_settings.weights_uri
-        if uri is not None and source.model_or_path == _first.model:
-            return self._weights_at(source, uri.rstrip("/"))
+        replaced = uri.rstrip("/") if uri is not None and source.model_or_path == _first.model else None
+        if not self._starting:
+            refuse_in_place(replaced or source.model_or_path, self._reader_settings)
+        if replaced is not None:
+            return self._weights_at(source, replaced)
         if training_checkpoint_at(source.model_or_path, self._reader_settings):
             return self._weights_at(source, source.model_or_path)
         with ExitStack() as stack:

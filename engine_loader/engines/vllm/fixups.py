@@ -38,8 +38,7 @@ FIXUPS = (
         name="vllm-aot-finalize",
         distribution="vllm",
         module="vllm.compilation.decorators",
-        first=(0, 10),
-        last=(0, 32),
+        read_up_to=(0, 33),
         upstream="                loaded_fn._artifacts.compiled_fn.finalize_loading(model.vllm_config)\n",
         why="an AOT artifact of the CPU build is a plain function, which has no finalize_loading: the artifact is "
         "never loaded, and everything is compiled again on every start",

@@ -1,6 +1,6 @@
 """vLLM: the loader class behind ``--load-format b10_3fs``.
 
-The class extends vLLM's DefaultModelLoader, gives it "safetensors" as the format, and replaces the iterator over
+The class extends vLLM's DefaultModelLoader, gives it one of its own formats (masks.py), and replaces the iterator over
 safetensors files while it is called. Whatever the default loader does around the reading (download, revisions, ignore
 patterns, secondary weights and prefixes, filters, weight tracking, reloading) stays vLLM's, in every version. Read in
 vLLM 0.10.1 to 0.32.
@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import logging
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,25 +22,30 @@ from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader import default_loader, register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+from ...errors import CheckpointError, SettingsError
 from ...loading.direct.dry_run import Explanation
 from ...loading.direct.load import DirectLoad
 from ...loading.find import TrainingCheckpoint
 from ...plugin import LOAD_FORMAT
 from ...replacing import wrapped_in_thread
-from ...settings import load_settings
+from ...sources.registry import is_remote
 from ..common.mode import obstacle_to_direct, plan_mode
 from ..common.names import explaining_misfits
-from ..common.options import split_options
 from ..common.reading import Weights, prepare_memory, read_weights
+from ..common.sharded import refuse_in_place
 from ..common.weights_uri import has_weights, training_checkpoint_at, weights_at
+from .headers import WeightHeaders, answering
+from .masks import mask_of, patterns_of
+from .options import settings_of
 from .sharded import files_of_this_rank, fill_state, tie_as_saved
 
 # Below vLLM's own logger, so that it is shown in vLLM's way and at vLLM's level.
 logger = logging.getLogger("vllm.engine_loader")
 
-_ENGINE_KEYS = frozenset({"enable_weights_track"})
-"""Keys of --model-loader-extra-config that vLLM's default loader takes and that mean something with this reader."""
 _ITERATOR = "safetensors_weights_iterator"
+_TORCHAO = "torchao"
+_LOADED_FOR = "_engine_loader_loaded_for"
+"""Attribute of a model: ``model_config.model`` at its first load, the one path that ``weights_uri`` replaces."""
 
 
 def register() -> None:
@@ -60,13 +67,7 @@ class B10ModelLoader(DefaultModelLoader):
     counter_before_loading_weights: float
 
     def __init__(self, load_config: LoadConfig) -> None:
-        own, engine = split_options(
-            load_config.model_loader_extra_config,
-            engine="vLLM",
-            kept=_ENGINE_KEYS,
-            refused=("enable_multithread_load", "num_threads"),
-        )
-        self._reader_settings = load_settings(own).settings.loader
+        self._reader_settings, engine = settings_of(load_config.model_loader_extra_config)
         masked = copy.copy(load_config)
         masked.load_format = "safetensors"
         masked.model_loader_extra_config = engine
@@ -76,12 +77,21 @@ class B10ModelLoader(DefaultModelLoader):
         self._note: str | None = None
         self._device: torch.device | None = None
         self._replaced: tuple[str, str] | None = None
+        self._in_load_weights = False
 
     def download_model(self, model_config: Any) -> None:
         """Download a hub model's weights, unless others are loaded in their place (the setting ``weights_uri``)."""
+        self.load_config.load_format = mask_of(model_config)
         own = self._replacement(model_config) is None
         if own and not training_checkpoint_at(model_config.model, self._reader_settings):
             super().download_model(model_config)
+
+    def create_model(self, vllm_config: Any, model_config: Any, *args: Any, **options: Any) -> torch.nn.Module:
+        """Build the model. Where a model is made of others, vLLM makes configurations for them here, and asks for
+        headers again.
+        """
+        with answering(WeightHeaders(model_config.model, self._reader_settings)):
+            return super().create_model(vllm_config, model_config, *args, **options)  # type: ignore[no-any-return]
 
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
         """Load into an initialised model, in direct mode where that can serve.
@@ -98,12 +108,18 @@ class B10ModelLoader(DefaultModelLoader):
 
     def _fill(self, model: torch.nn.Module, model_config: Any) -> None:
         """Fill the model: by vLLM's ``load_weights``, or by its state dict if the checkpoint is a sharded_state one."""
-        replaced = self._replacement(model_config)
+        if not hasattr(model, _LOADED_FOR):
+            setattr(model, _LOADED_FOR, model_config.model)
+        replaced = self._replacement(model_config, model)
         directory = replaced[1] if replaced else getattr(model_config, "model_weights", None) or model_config.model
         files = files_of_this_rank(directory, self._reader_settings)
         if files is None:
-            with explaining_misfits(model, directory, self._reader_settings):
-                super().load_weights(model, model_config)
+            self._in_load_weights = True
+            try:
+                with explaining_misfits(model, directory, self._reader_settings):
+                    super().load_weights(model, model_config)
+            finally:
+                self._in_load_weights = False
             return
         tie_as_saved(model, model_config, files, self._reader_settings)
         weights = self._read(files, show_progress=self.load_config.use_tqdm_on_load)
@@ -127,14 +143,40 @@ class B10ModelLoader(DefaultModelLoader):
                 self._direct = None
 
     def get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Weights:
-        self._replaced = self._replacement(model_config)
-        return super().get_all_weights(model_config, model)  # type: ignore[no-any-return]
+        """(name, tensor) of all the model's weights.
 
-    def _replacement(self, model_config: Any) -> tuple[str, str] | None:
+        vLLM's ``reload_weights`` calls this on a new loader, without ``load_weights``, after it has set
+        ``model_config.model`` to the path of the new weights, if it was given one.
+
+        Raises:
+            CheckpointError: in a reload, the weights are missing or damaged; the model has not been touched then.
+        """
+        self.load_config.load_format = mask_of(model_config)
+        self._replaced = self._replacement(model_config, model)
+        weights: Weights = super().get_all_weights(model_config, model)
+        return weights if self._in_load_weights else self._reloaded(weights, model_config, model)
+
+    def _reloaded(self, weights: Weights, model_config: Any, model: torch.nn.Module) -> Weights:
+        """``weights`` for a model that serves, handed over where a first load would hand them over."""
+        path = self._replaced[1] if self._replaced else model_config.model
+        if os.path.isabs(path) and not os.path.exists(path):
+            raise CheckpointError("there is nothing to reload weights from", file=path, hint="check the path")
+        refuse_in_place(path, self._reader_settings)
+        # Not in direct mode: vLLM processes each layer as soon as it has its tensors, and needs their data then.
+        streamed = self._reader_settings.model_copy(update={"mode": "stream"})
+        _, self._note, self._device = plan_mode(streamed, model)
+        # The first tensor comes when all files are open and checked: vLLM takes the model apart behind this.
+        return itertools.chain(list(itertools.islice(weights, 1)), weights)
+
+    def _replacement(self, model_config: Any, model: torch.nn.Module | None = None) -> tuple[str, str] | None:
         """The model's directory, and the ``weights_uri`` that its weights are read from instead; else None."""
+        if is_remote(model_config.model):  # in a reload: vLLM starts with a directory or the name of a hub model
+            return model_config.model, model_config.model.rstrip("/")
         uri = self._reader_settings.weights_uri
         if uri is None or (getattr(model_config, "runner_type", None) == "draft" and has_weights(model_config.model)):
             return None  # a draft model is another model, unless its weights are among those of the one that it serves
+        if model is not None and _started_with(model, model_config) != model_config.model:
+            return None  # reload_weights was given other weights
         return model_config.model, uri.rstrip("/")
 
     def _get_weights_iterator(self, source: Any) -> Weights:
@@ -149,11 +191,16 @@ class B10ModelLoader(DefaultModelLoader):
         """What vLLM's ``_get_weights_iterator`` returns for a source, but with the weights at ``uri``."""
         # Both attributes are of newer versions.
         subfolder, patterns = getattr(source, "subfolder", None), getattr(source, "allow_patterns_overrides", None)
+        patterns = patterns_of(self.load_config.load_format, patterns)
         files = weights_at(uri, self._reader_settings, subfolder=subfolder, patterns=patterns)
         if not self.counter_before_loading_weights:
             self.counter_before_loading_weights = time.perf_counter()
-        skip = _skip_experts(getattr(self, "local_expert_ids", None))
-        weights = self._read(files, show_progress=self.load_config.use_tqdm_on_load, skip=skip)
+        show_progress = self.load_config.use_tqdm_on_load
+        if getattr(self.load_config, "safetensors_load_strategy", None) == _TORCHAO:
+            weights = _by_vllms_reader(files, uri, show_progress)
+        else:
+            skip = _skip_experts(getattr(self, "local_expert_ids", None))
+            weights = self._read(files, show_progress=show_progress, skip=skip)
         return ((source.prefix + name, tensor) for name, tensor in weights)
 
     def _weights(
@@ -167,7 +214,7 @@ class B10ModelLoader(DefaultModelLoader):
         **options: Any,
     ) -> Weights:
         """Called instead of vLLM's iterator over safetensors files (``original``), with its arguments."""
-        if strategy == "torchao":
+        if strategy == _TORCHAO:
             # These files hold flattened tensor subclasses that only vLLM's iterator puts together again.
             logger.warning("%s: torchao checkpoints are read by vLLM's own reader", LOAD_FORMAT)
             return original(files, use_tqdm_on_load, strategy, *args, local_expert_ids=local_expert_ids, **options)
@@ -186,6 +233,29 @@ class B10ModelLoader(DefaultModelLoader):
             direct=self._direct,
             device=self._device,
         )
+
+
+def _by_vllms_reader(weights: list[str] | TrainingCheckpoint, uri: str, show_progress: bool) -> Weights:
+    """The tensors of a torchao checkpoint, whose files hold flattened subclasses that vLLM puts together again.
+
+    Raises:
+        SettingsError: vLLM's reader cannot read there.
+    """
+    if isinstance(weights, TrainingCheckpoint) or is_remote(uri):
+        raise SettingsError(
+            f"weights_uri: {uri} has a torchao checkpoint, whose tensors only vLLM's own reader puts together, and it "
+            "reads files of mounted file systems only; copy it to one, and name that directory"
+        )
+    logger.warning("%s: torchao checkpoints are read by vLLM's own reader", LOAD_FORMAT)
+    return default_loader.safetensors_weights_iterator(weights, show_progress, _TORCHAO)  # type: ignore[no-any-return]
+
+
+def _started_with(model: torch.nn.Module, model_config: Any) -> str:
+    """``model_config.model`` as it was before any reload. Its configuration tells, if another loader loaded it first
+    (vLLM can start with --load-format dummy, and reload).
+    """
+    configured = getattr(getattr(model_config, "hf_config", None), "_name_or_path", None)
+    return str(getattr(model, _LOADED_FOR, None) or configured or model_config.model)
 
 
 def _expects(model: torch.nn.Module) -> Callable[[str], bool]:

@@ -24,6 +24,7 @@ from ...sources.posix import PosixSource
 from ...sources.registry import make_source
 from ..common import sharded
 from ..common.sharded import files_of_rank
+from .quantised_modules import modules_told_by_headers, write_modules
 from .rank import Rank, rank_model
 
 logger = logging.getLogger("vllm.engine_loader")
@@ -119,15 +120,18 @@ def reshard(
     target = Path(out)
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}-unfinished-", dir=target.parent))
+    modules: dict[str, list[str]] = {}
     try:
         for number in range(layout.world_size):
             step(f"rank {number} of {layout.world_size}")
             with rank_model(model, replace(layout, rank=number), **engine_args) as built, torch.no_grad():
                 built.load()
                 ShardedStateLoader.save_model(built.module, str(unfinished), pattern=pattern, max_size=max_file_bytes)
+                modules = modules or modules_told_by_headers(built.config)
             del built
         step("the other files")
         _copy_other_files(Path(model), unfinished)
+        write_modules(unfinished, modules)
         unfinished.chmod(0o755)
         if target.exists():
             target.rmdir()

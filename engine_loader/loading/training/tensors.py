@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...errors import CheckpointError
+from ...formats.dtypes import header_shape
 from ...formats.safetensors import TensorInfo
 from ..find import natural_key
 from .items import dtype_name
@@ -50,8 +51,10 @@ class DcpTensor:
 
     def info(self, file: str, offset: int) -> TensorInfo:
         # What safetensors has no name for goes by torch's.
-        dtype = dtype_name(self.dtype) or str(self.dtype).removeprefix("torch.")
-        return TensorInfo(self.name, dtype, self.shape, file, offset, self.nbytes)
+        dtype = dtype_name(self.dtype)
+        if dtype is None:
+            return TensorInfo(self.name, str(self.dtype).removeprefix("torch."), self.shape, file, offset, self.nbytes)
+        return TensorInfo(self.name, dtype, header_shape(dtype, self.shape), file, offset, self.nbytes)
 
 
 def tensors_of(metadata: Metadata, file: str, rename: Renamer, *, optimizer_state: bool) -> dict[str, DcpTensor]:

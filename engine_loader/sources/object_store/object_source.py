@@ -129,10 +129,14 @@ class ObjectFile:
 
 @dataclass(frozen=True)
 class _Listing:
-    """What lies right below a prefix: names of objects, and whether there is anything, further prefixes included."""
+    """What lies right below a prefix: names of objects, and of further prefixes."""
 
     names: list[str]
-    is_there: bool
+    folders: Sequence[str]
+
+    @property
+    def is_there(self) -> bool:
+        return bool(self.names or self.folders)
 
 
 class ObjectStoreSource:
@@ -198,6 +202,9 @@ class ObjectStoreSource:
             raise CheckpointError("there is no object below this prefix", file=path, hint="check the URL")
         return listing.names
 
+    def folders(self, path: str) -> Sequence[str]:
+        return self._listing(path).folders
+
     def _listing(self, path: str) -> _Listing:
         url = parse_object_url(path)
         with self._lock:
@@ -214,7 +221,8 @@ class ObjectStoreSource:
             raise object_failure(error, "list the prefix", path) from error
         below = len(url.key) + 1 if url.key else 0
         names = sorted(meta["path"][below:] for meta in found["objects"])
-        listing = _Listing(names, bool(names or found["common_prefixes"]))
+        folders = sorted(prefix.rstrip("/")[below:] for prefix in found["common_prefixes"])
+        listing = _Listing(names, folders)
         with self._lock:
             return self._listings.setdefault(url, listing)
 

@@ -246,6 +246,9 @@ class ThreeFsSource:
     def list(self, path: str) -> list[str]:
         return self._mounted.list(path)
 
+    def folders(self, path: str) -> Sequence[str]:
+        return self._mounted.folders(path)
+
     def _on_3fs(self, opened: PosixFile) -> ThreeFsFile | None:
         fd = opened.fileno()
         if self._client is None:

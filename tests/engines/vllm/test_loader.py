@@ -68,7 +68,8 @@ def test_prefixes_and_secondary_weights(tmp_path: Path) -> None:
     first = write(tmp_path / "model.safetensors", "a")
     (tmp_path / "audio").mkdir()
     second = write(tmp_path / "audio" / "model.safetensors", "b")
-    model = SimpleNamespace(secondary_weights=(source_of(tmp_path / "audio", prefix="audio."),))
+    model = torch.nn.Module()
+    model.secondary_weights = (source_of(tmp_path / "audio", prefix="audio."),)
     weights = dict(make_loader().get_all_weights(SimpleNamespace(model=str(tmp_path), revision=None), model))
     assert weights.keys() == {"a", "audio.b"}
     assert torch.equal(weights["a"], first["a"])

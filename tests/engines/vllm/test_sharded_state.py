@@ -14,6 +14,8 @@ from engine_loader.engines.vllm.sharded import reshard
 from tests.support.tiny_models import make_model
 from tests.support.vllm_inprocess import differences, load_state_as
 
+from .test_headers import partly_quantised
+
 pytestmark = pytest.mark.engine
 
 ARGUMENTS = {"dtype": "bfloat16", "max_model_len": 256}
@@ -139,5 +141,19 @@ def test_open_checkpoint_takes_one_ranks_part(sharded: Path) -> None:
         assert all(torch.equal(tensor, expected[name]) for name, tensor in checkpoint.tensors())
     with pytest.raises(CheckpointError, match=r"2 ranks.*rank=0"):
         open_checkpoint(sharded)
-    with pytest.raises(CheckpointError, match="rank 7 is asked for"):
+    with pytest.raises(CheckpointError, match="files of 2 ranks, but none of rank 7"):
         open_checkpoint(sharded, rank=7)
+
+
+@pytest.mark.parametrize("partly", [False, True])
+@pytest.mark.parametrize("how", ["gptq", "awq"])
+def test_a_quantised_model_is_loaded_as_the_original(how: str, partly: bool, tmp_path: Path) -> None:
+    """What is quantised stands in the original's headers only, under names that the written files do not have."""
+    model = partly_quantised(tmp_path / "model", how) if partly else make_model(f"llama-{how}", tmp_path / "model")
+    for rank in (Rank(), Rank(2, rank=1)):
+        out = tmp_path / f"tp{rank.tensor_parallel_size}"
+        reshard(str(model), str(out), Rank(rank.tensor_parallel_size), **ARGUMENTS)
+        expected, _ = load_state_as(model, "auto", rank)
+        for mode in ("direct", "stream"):
+            assert differences(expected, load_state_as(out, "b10_3fs", rank, {"mode": mode})[0]) == []
+        assert differences(expected, load_state_as(out, "sharded_state", rank)[0]) == []

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from engine_loader import CheckpointError, SettingsError
 from engine_loader.engines.vllm.rank import Rank
@@ -78,7 +80,7 @@ def test_what_a_rank_would_read_can_be_explained(bare: Path, model: Path) -> Non
             explanation = built.loader.explain(built.module, built.config.model_config)
         kept.append({kind: row["kept_bytes"] for kind, row in explanation.totals().items()})
     assert kept[0] == kept[1]
-    assert set(explanation.places.values()) == {"object_store: by ranges"}
+    assert set(explanation.files.values()) == {"object_store: by ranges"}
 
 
 def test_what_vllm_remembers_of_a_model_that_is_gone_is_not_taken_for_this_one(model: Path) -> None:
@@ -92,6 +94,14 @@ def test_what_vllm_remembers_of_a_model_that_is_gone_is_not_taken_for_this_one(m
             assert load().totals() == right
         finally:
             del utils._model_to_pp_missing_layer_names[id(built.module)]
+
+
+def test_a_reload_may_name_a_url(model: Path) -> None:
+    config = SimpleNamespace(model=URI, revision=None)
+    weights = dict(make_loader().get_all_weights(config, torch.nn.Module()))
+    expected = {name: tensor for path in model.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
 
 
 def test_weights_of_another_directory(bare: Path, model: Path, expected: State) -> None:
