@@ -56,7 +56,7 @@ def test_ctrl_c_cancels_the_read_and_its_memory_is_held(tmp_path: Path, what: st
     threads = Threads()
     target = np.zeros(5000, np.uint8)
     with AddressReader(PosixSource(), LoaderSettings()) as reader:
-        reader._engine = threads  # type: ignore[assignment]
+        reader._readers = threads  # type: ignore[assignment]
         with pytest.raises(KeyboardInterrupt):
             if what == "header":
                 reader.read_headers_batch([path])
