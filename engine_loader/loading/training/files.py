@@ -7,7 +7,6 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Self
 
-import numpy as np
 import torch
 
 from ...errors import CheckpointError
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
 
 COPY_AGAIN = "a file was cut short or belongs to another save: copy the checkpoint again"
-_FEW_FILES = 16
-"""Plans name so many files without finding out which of them they need."""
 
 
 class DcpFiles:
@@ -176,12 +173,8 @@ class DcpFiles:
         return content.numpy().tobytes()
 
     def submit_extents(self, rows: Sequence[ExtentRow], owner: object, stream: DeviceStream | None = None) -> Transfer:
-        """Start a plan; of many files, it names those only that it needs."""
-        extents, files = make_extents(rows), list(self._files)
-        if len(files) > _FEW_FILES:
-            numbers, extents["file"] = np.unique(extents["file"], return_inverse=True)
-            files = [files[number] for number in numbers]
-        return submit_to(stream, self.running_readers(), files, extents, owner)
+        """Start a plan over the files that are open."""
+        return submit_to(stream, self.running_readers(), list(self._files), make_extents(rows), owner)
 
     def running_readers(self) -> ReaderThreads:
         """The reader threads, which begin with the first read."""

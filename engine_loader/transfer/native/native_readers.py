@@ -25,7 +25,7 @@ from ..cpus import cpus_of_node, default_threads, local_cpus, waiting_threads
 from ..device_stream import DeviceStream
 from ..modes import ReadMode, choose_mode
 from ..placement import node_of_gpu, node_of_storage
-from ..plan import EXTENT, Extents, check_plan, plan_bytes
+from ..plan import EXTENT, Extents, check_plan, files_of_plan, plan_bytes
 from ..protocol import TransferStatistics
 from .device_errors import setup_error, stream_error
 from .library import (
@@ -199,7 +199,7 @@ class NativeReaders:
         if os.getpid() != self._pid:
             raise call_error(E_FORKED)
         extents = np.ascontiguousarray(extents, dtype=EXTENT)
-        files, extents = _files_of_plan(files, extents)
+        files, extents = files_of_plan(files, extents)
         check_plan(extents, files)
         rings_only = all(file.native_access is not None for file in files)
         device = None if target is None else self._add_device(target.device, slots=not rings_only)
@@ -380,34 +380,11 @@ def _flags(mode: ReadMode) -> int:
     return (FILE_WIDE if mode.wide else 0) | (FILE_REMOTE if mode.remote else 0)
 
 
-def _files_of_plan(files: Sequence[SourceFile], extents: Extents) -> tuple[Sequence[SourceFile], Extents]:
-    """The files that the extents are of, and the extents with numbers of those.
-
-    A checkpoint has up to a thousand open files, and a plan in direct mode reads one or two: what a plan costs must not
-    depend on the others.
-    """
-    if len(files) <= 1 or len(extents) == 0:
-        return files, extents
-    numbers = extents["file"]
-    used = np.flatnonzero(np.bincount(numbers, minlength=len(files)))
-    if len(used) >= len(files) or used[-1] >= len(files):  # of a file that is not there: check_plan says so
-        return files, extents
-    extents = extents.copy()
-    extents["file"] = np.searchsorted(used, numbers)
-    return [files[number] for number in used], extents
-
-
 def _native_file(file: SourceFile, opened: _OpenFile) -> File:
     fd = file.fileno()
     if fd is None:
         raise TransferError("the file was closed before it was read", file=file.path)
-    return File(
-        fd=fd,
-        direct_fd=opened.direct_fd,
-        size=file.size,
-        mode=MODES[opened.mode.name],
-        flags=opened.flags,
-    )
+    return File(fd=fd, direct_fd=opened.direct_fd, size=file.size, mode=MODES[opened.mode.name], flags=opened.flags)
 
 
 def _open_direct(file: SourceFile) -> int:
