@@ -2,11 +2,12 @@
 
 import os
 import random
+from collections.abc import Mapping
 from pathlib import Path
 
 from engine_loader.compile_cache.directories import INDUCTOR, TRITON
 from engine_loader.compile_cache.key import CacheKey
-from engine_loader.compile_cache.packs.scan import scan
+from engine_loader.compile_cache.packs.scan import LocalFile, scan
 from engine_loader.compile_cache.process.outcome import Outcome
 from engine_loader.compile_cache.process.restore import Restore
 from engine_loader.compile_cache.process.save import save
@@ -37,7 +38,7 @@ class Machine:
         return file
 
     def save(self, key: CacheKey = KEY, *, most_bytes: int = 1 << 40) -> Outcome:
-        files = scan((INDUCTOR, TRITON), self.directories)
+        files = scan_any(self.directories)
         return save(self.store, key, self.directories, files, self.trust, threads=2, level=1, most_bytes=most_bytes)
 
     def restore(self, key: CacheKey = KEY, *, least_free_bytes: int = 0) -> Outcome:
@@ -49,11 +50,16 @@ class Machine:
         """Path as in packs -> content, of everything in the local caches."""
         return {
             file.path: os.readlink(file.local).encode() if file.link else Path(file.local).read_bytes()
-            for file in scan((INDUCTOR, TRITON), self.directories)
+            for file in scan_any(self.directories)
         }
 
     def packs(self, key: CacheKey = KEY) -> list[Path]:
         return sorted(self.store.directory / stored.name for stored in self.store.list(key.prefix))
+
+
+def scan_any(directories: Mapping[str, Path], messages: list[str] | None = None) -> list[LocalFile]:
+    """All files of inductor's and Triton's caches, whatever they are called."""
+    return scan((INDUCTOR, TRITON), directories, messages, made=lambda _cache, _path: True)
 
 
 def some_bytes(size: int, seed: int = 0) -> bytes:

@@ -203,7 +203,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "nul": (set_file(0, "inductor/a\0b"), "characters"),
     "set-uid": (set_file(3, 0o4755), "set-uid"),
     "device": (set_file(3, 0o060644), "set-uid and the like"),
-    "link away": (link_to("../../etc/passwd"), "leaves its cache"),
+    "link away": (link_to("../../etc/passwd"), "leaves its directory"),
     "absolute link": (link_to("/etc/passwd"), "absolute"),
     "duplicate": (twice, "twice"),
     "below a file": (below_a_file, "which is a file"),

@@ -220,16 +220,17 @@ def _is_plain(path: str) -> bool:
 
 
 def unsafe_link(path: str, target: str) -> str | None:
-    """Why a symbolic link in a pack is refused, or None: it must stay in its cache."""
+    """Why a symbolic link in a pack is refused, or None.
+
+    It may only point into its own directory or further down. So no chain of links leaves that directory, whatever
+    they are to each other, in this pack or in another.
+    """
     if target.startswith("/"):
         return "its target is absolute"
     if not _is_plain(target) or len(target) > MOST_PATH_CHARS:
         return "its target is no path"
-    depth = path.count("/") - 1  # directories between the root of the cache and the link
-    for part in target.split("/"):
-        depth += -1 if part == ".." else 0 if part in ("", ".") else 1
-        if depth < 0:
-            return "it leaves its cache"
+    if path.count("/") < 1 or ".." in target.split("/"):
+        return "it leaves its directory"
     return None
 
 

@@ -29,7 +29,7 @@ from ..stores.interface import SUFFIX, Readable, Store, Stored, Upload
 from ..trust import TAG_BYTES, Trust
 from . import tar
 from .manifest import Frame, Manifest, PackedFile
-from .scan import LocalFile
+from .scan import LocalFile, open_unchanged
 
 FRAME_BYTES = 8 << 20
 """Content that is put into one frame; a larger file has a frame of its own."""
@@ -171,7 +171,7 @@ def _make_frame(group: list[LocalFile], level: int) -> tuple[bytes, int, list[Pa
 
 
 def _read_into(room: memoryview, file: LocalFile) -> None:
-    descriptor = os.open(file.local, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    descriptor = open_unchanged(file)
     try:
         done = 0
         while done < len(room):

@@ -18,7 +18,7 @@ from ..packs.key_packs import effective_files, read_packs
 from ..packs.manifest import Frame, Manifest, PackedFile, unsafe_link, unsafe_path
 from ..packs.pack import LARGEST_FILE_BYTES, Pack, write_pack
 from ..packs.relocate import is_group_file
-from ..packs.scan import LocalFile
+from ..packs.scan import LocalFile, open_unchanged
 from ..space import mib
 from ..stores.interface import Store
 from ..trust import Trust
@@ -114,7 +114,7 @@ def _is_same(local: LocalFile, packed: PackedFile) -> bool:
     if local.size != packed.size:
         return False
     try:
-        with open(local.local, "rb") as content:
+        with open(open_unchanged(local), "rb") as content:
             return hashlib.file_digest(content, "sha256").hexdigest() == packed.sha256
     except OSError:
         return True  # it is gone: there is nothing to save
@@ -125,6 +125,6 @@ def factors_of(files: Iterable[LocalFile]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for file in files:
         if os.path.basename(file.path) == FACTORS and file.size <= _MOST_FACTORS_BYTES:
-            with suppress(OSError, ValueError):
-                found[file.path] = json.loads(Path(file.local).read_bytes())
+            with suppress(OSError, ValueError), open(open_unchanged(file), "rb") as content:
+                found[file.path] = json.load(content)
     return found
