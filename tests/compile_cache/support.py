@@ -38,7 +38,9 @@ class Machine:
         return file
 
     def save(self, key: CacheKey = KEY, *, most_bytes: int = 1 << 40) -> Outcome:
-        files = scan_any(self.directories)
+        return self.save_files(scan_any(self.directories), key, most_bytes=most_bytes)
+
+    def save_files(self, files: list[LocalFile], key: CacheKey = KEY, *, most_bytes: int = 1 << 40) -> Outcome:
         return save(self.store, key, self.directories, files, self.trust, threads=2, level=1, most_bytes=most_bytes)
 
     def restore(self, key: CacheKey = KEY, *, least_free_bytes: int = 0) -> Outcome:

@@ -50,7 +50,7 @@ LAYOUTS: Mapping[str, tuple[str, ...]] = {
     "tilelang": (rf"(?:[^/]+/)*{_DIGEST}/[^/]+",),
     "helion": ANY_COMPILER,
     "cuda": (r"[0-9a-f]/[0-9a-f]/[0-9a-f]{14,}", r"index"),
-    "sglang": ANY_COMPILER,
+    "sglang": (*ANY_COMPILER, r"(?:[^/]+/)+autotune[^/]*\.json"),
     "sglang_jit": ANY_COMPILER,
     "sglang_cute": ANY_COMPILER,
     "torch_extensions": (r"(?:py3\d+_[^/]+/)?[^/]+/(?:build\.ninja|\.ninja_(?:log|deps)|[^/]+\.(?:so|o|cpp|cu|d))",),
@@ -58,6 +58,7 @@ LAYOUTS: Mapping[str, tuple[str, ...]] = {
 """Name of a cache -> what its compiler makes there: regular expressions for whole paths, relative to its directory.
 A cache without a row is taken as ``ANY_COMPILER`` has it.
 """
+_FLASHINFER_IN_SGLANG = ".cache/flashinfer/"
 _HIDDEN = re.compile(r"(?:.*/)?\.(?!ninja_(?:log|deps)$).*", re.DOTALL)
 _compiled: dict[tuple[str, ...], re.Pattern[str]] = {}
 
@@ -66,6 +67,8 @@ def made_by_compiler(cache: str, path: str) -> bool:
     """Whether the compiler of ``cache`` makes files at ``path`` (relative to the cache's directory). Nothing hidden
     is, but for what ninja keeps.
     """
+    if cache == "sglang":
+        path = path.removeprefix(_FLASHINFER_IN_SGLANG)
     return _HIDDEN.fullmatch(path) is None and _pattern(LAYOUTS.get(cache, ANY_COMPILER)).fullmatch(path) is not None
 
 

@@ -29,7 +29,7 @@ class LocalFile(NamedTuple):
         local: where it is.
         ctime_ns: when it was put there, which its mtime need not say.
         link: the target if it is a symbolic link, else empty.
-        identity: device and inode; None where they are not known.
+        identity: device, inode and time of the last change; None where they are not known.
     """
 
     path: str
@@ -39,7 +39,7 @@ class LocalFile(NamedTuple):
     ctime_ns: int
     mode: int
     link: str = ""
-    identity: tuple[int, int] | None = None
+    identity: tuple[int, int, int] | None = None
 
 
 def scan(
@@ -75,7 +75,8 @@ def open_unchanged(file: LocalFile) -> int:
     """
     descriptor = os.open(file.local, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     facts = os.fstat(descriptor)
-    if file.identity not in (None, (facts.st_dev, facts.st_ino)):
+    # An inode's number is used again when its file is gone; the time of its last change then tells.
+    if file.identity is not None and file.identity != (facts.st_dev, facts.st_ino, facts.st_ctime_ns):
         os.close(descriptor)
         raise OSError(errno.ESTALE, "it was replaced while it was being saved", file.local)
     return descriptor
@@ -124,7 +125,7 @@ class _Walk:
                         facts.st_ctime_ns,
                         stat.S_IMODE(facts.st_mode) & 0o777,
                         link,
-                        (facts.st_dev, facts.st_ino),
+                        (facts.st_dev, facts.st_ino, facts.st_ctime_ns),
                     )
 
     def _enter(self, parent: int, name: str, path: str) -> Iterator[LocalFile]:

@@ -42,7 +42,7 @@ def scratch(tmp_path: Path) -> Iterator[Path]:
 def first(tmp_path: Path, url: str, scratch: Path) -> Machine:
     machine = on_objects(Machine(tmp_path / "first", tmp_path), url, scratch)
     machine.write("inductor/ab/kernel.so", some_bytes(300_000), mtime_ns=1_700_000_000_123_456_789)
-    machine.write("triton/XYZ/kernel.cubin", bytes(range(256)))
+    machine.write("triton/XYZAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA/kernel.cubin", bytes(range(256)))
     return machine
 
 
