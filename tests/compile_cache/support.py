@@ -16,6 +16,8 @@ from engine_loader.compile_cache.trust import Trust
 
 KEY = CacheKey((("torch", "2.13.0"), ("cuda", "13.0")), "model_tp1")
 OTHER_KEY = CacheKey((("torch", "2.12.0"), ("cuda", "13.0")), "model_tp1")
+TRITON_KERNEL = f"triton/XYZ{'A' * 49}/kernel.cubin"
+"""Where Triton keeps a kernel: the digest has 52 characters."""
 SECRET = Trust(b"sixteen bytes or more")
 
 

@@ -11,7 +11,7 @@ import zstandard
 
 from engine_loader.compile_cache.cache_errors import CacheOperationInterrupted
 from engine_loader.compile_cache.process.restore import Restore
-from tests.compile_cache.support import KEY, OTHER_KEY, Machine, some_bytes
+from tests.compile_cache.support import KEY, OTHER_KEY, TRITON_KERNEL, Machine, some_bytes
 
 
 def test_a_cache_moves_to_another_machine(first: Machine, second: Machine) -> None:
@@ -99,17 +99,13 @@ def test_links_inside_a_cache_are_kept_and_others_left(first: Machine, second: M
 
 
 def test_tritons_group_files_move_with_their_root(first: Machine, second: Machine) -> None:
-    old = str(first.directories["triton"] / "XYZ/kernel.cubin")
-    first.write(
-        "triton/XYZAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA/__grp__kernel.json",
-        json.dumps({"child_paths": {"kernel.cubin": old}}).encode(),
-    )
+    kernel, group = TRITON_KERNEL.partition("/")[2], TRITON_KERNEL.replace("kernel.cubin", "__grp__kernel.json")
+    old = str(first.directories["triton"] / kernel)
+    first.write(group, json.dumps({"child_paths": {"kernel.cubin": old}}).encode())
     first.save()
     second.restore()
-    group = json.loads(
-        second.content()["triton/XYZAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA/__grp__kernel.json"]
-    )
-    assert group == {"child_paths": {"kernel.cubin": str(second.directories["triton"] / "XYZ/kernel.cubin")}}
+    there = json.loads(second.content()[group])
+    assert there == {"child_paths": {"kernel.cubin": str(second.directories["triton"] / kernel)}}
     assert second.save().status == "complete"  # that it reads otherwise here is nothing new
 
 
@@ -171,7 +167,7 @@ def test_a_local_cache_that_others_may_write_is_left_alone_and_the_others_are_re
     outcome = second.restore()
     assert (outcome.status, outcome.files) == ("restored", 1)
     assert "others may write it" in outcome.messages[0]
-    assert set(second.content()) == {"triton/XYZAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA/kernel.cubin"}
+    assert set(second.content()) == {TRITON_KERNEL}
 
 
 def test_a_local_cache_that_cannot_be_made_is_left_alone(first: Machine, second: Machine) -> None:
