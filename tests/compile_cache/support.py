@@ -45,9 +45,9 @@ class Machine:
     def save_files(self, files: list[LocalFile], key: CacheKey = KEY, *, most_bytes: int = 1 << 40) -> Outcome:
         return save(self.store, key, self.directories, files, self.trust, threads=2, level=1, most_bytes=most_bytes)
 
-    def restore(self, key: CacheKey = KEY, *, least_free_bytes: int = 0) -> Outcome:
+    def restore(self, key: CacheKey = KEY, *, least_free_bytes: int = 0, threads: int = 2) -> Outcome:
         return Restore(
-            self.store, key, self.directories, self.trust, threads=2, least_free_bytes=least_free_bytes
+            self.store, key, self.directories, self.trust, threads=threads, least_free_bytes=least_free_bytes
         ).run()
 
     def content(self) -> dict[str, bytes]:

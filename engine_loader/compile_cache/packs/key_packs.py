@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from ..cache_errors import CacheError
 from ..key import CacheKey
 from ..stores.interface import Store
@@ -17,7 +19,9 @@ def read_packs(store: Store, key: CacheKey, trust: Trust, messages: list[str]) -
         OSError: the store cannot be listed.
     """
     packs = []
-    for stored in store.list(key.prefix):
+    entries = list(store.entries(key.prefix))
+    out = {entry.digest for entry in entries if entry.kind == "quarantined"}
+    for stored in (entry for entry in entries if entry.kind == "pack" and entry.digest not in out):
         try:
             packs.append(read_manifest(store, stored, key.prefix, trust))
         except FileNotFoundError:
@@ -29,13 +33,21 @@ def read_packs(store: Store, key: CacheKey, trust: Trust, messages: list[str]) -
     return sorted(packs, key=lambda pack: (pack.manifest.created, pack.stored.name), reverse=True)
 
 
-def effective_files(packs: list[Pack]) -> dict[str, tuple[Pack, PackedFile]]:
-    """Path -> the newest file of that path. A file that lies where another pack has a directory is left out."""
+def effective_files(
+    packs: list[Pack], without: Collection[tuple[str, int]] = frozenset()
+) -> dict[str, tuple[Pack, PackedFile]]:
+    """Path -> the newest file of that path. A file that lies where another pack has a directory is left out.
+
+    Args:
+        without: frames, each as (name of its pack, index), that count as not there: older files of their paths count.
+    """
     found: dict[str, tuple[Pack, PackedFile]] = {}
     above: set[str] = set()
     links: set[str] = set()
     for pack in packs:
         for file in pack.manifest.files:
+            if (pack.stored.name, file.frame) in without:
+                continue
             parents = _parents(file.path)
             if (
                 file.path in found

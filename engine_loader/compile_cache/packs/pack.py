@@ -25,7 +25,8 @@ import zstandard
 from ..cache_errors import CacheOperationInterrupted, CacheValidationError
 from ..key import CacheKey
 from ..space import mib
-from ..stores.interface import SUFFIX, Readable, Store, Stored, Upload
+from ..stores.interface import Readable, Store, Stored, Upload
+from ..stores.names import SUFFIX
 from ..trust import TAG_BYTES, Trust
 from . import tar
 from .manifest import Frame, Manifest, PackedFile
@@ -51,6 +52,10 @@ class Pack:
 
     stored: Stored
     manifest: Manifest
+
+
+class DamagedFrameError(CacheValidationError):
+    """The bytes of a frame are not those that the pack's manifest names; the pack's other frames may be sound."""
 
 
 class FileChanged(Exception):
@@ -239,12 +244,22 @@ def _check_end(store: Store, stored: Stored, manifest: Manifest, tail_offset: in
     raise CacheValidationError(f"{location}: refused: there is something in it that its manifest does not name")
 
 
-def read_frame(file: Readable, frame: Frame, location: str) -> bytes:
-    """A frame's content, verified before it is decompressed."""
+def read_compressed(file: Readable, frame: Frame, location: str) -> bytes:
+    """A frame as it lies in the pack, verified.
+
+    Raises:
+        DamagedFrameError: its digest is not the one in the manifest.
+        OSError: the store fails.
+    """
     content = file.read(frame.offset, frame.size)
     if hashlib.sha256(content).hexdigest() != frame.sha256:
-        raise CacheValidationError(f"{location}: refused: the frame at byte {frame.offset} is damaged or was changed")
-    return decompress(content, frame.raw_size, location)
+        raise DamagedFrameError(f"{location}: refused: the frame at byte {frame.offset} is damaged or was changed")
+    return content
+
+
+def read_frame(file: Readable, frame: Frame, location: str) -> bytes:
+    """A frame's content, verified before it is decompressed. Raises as ``read_compressed`` and ``decompress``."""
+    return decompress(read_compressed(file, frame, location), frame.raw_size, location)
 
 
 def decompress(content: bytes, size: int, location: str) -> bytes:

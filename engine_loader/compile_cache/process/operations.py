@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 from ...settings import CompileCacheSettings
@@ -15,12 +16,14 @@ from ..compaction import compact
 from ..packs.key_packs import read_packs
 from ..packs.pack import Pack
 from ..packs.scan import LocalFile, scan
+from ..packs.verify import damaged_frames
 from ..retention import Policy, prune
 from ..stores.interface import Store
 from ..stores.opening import open_store
 from ..trust import Trust
 from ..verdict.explain import nearest_in_store, note_verdict
 from ..verdict.judge import judge
+from .damage import note_damage, noted_damage
 from .job import Job
 from .leftovers import clear_leftovers
 from .locks import held
@@ -75,7 +78,7 @@ def _restore(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], b
     paths = job.paths()
     for directory in paths.values():
         clear_leftovers(directory, settings.unfinished_timeout_s)
-    outcome = Restore(
+    restore = Restore(
         store,
         job.key,
         paths,
@@ -83,7 +86,10 @@ def _restore(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], b
         threads=threads_of(settings),
         least_free_bytes=int(settings.min_local_free_bytes),
         may_go_on=may_go_on,
-    ).run()
+    )
+    outcome = restore.run()
+    with suppress(OSError):  # the save behind it then relies on manifests alone
+        note_damage(job.home(), store.description, restore.refused.frames)
     if outcome.in_place and not settings.read_only:
         for stored in store.list(job.key.prefix):
             store.mark_used(stored.name)
@@ -100,10 +106,12 @@ def _save(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], bool
             _settle(job)
         uses = noted_uses(job.home(), job.since_ns - _CLOCK_SLACK_NS) if job.since_ns else []
         directories = tuple(directory for use in uses for directory in use.directories)
-        files = [file for file in scan(job.roots(), job.paths()) if _is_ours(file, job.since_ns, directories)]
+        messages: list[str] = []
+        files = [file for file in scan(job.roots(), job.paths(), messages) if _is_ours(file, job.since_ns, directories)]
         store, trust = open_store(settings)
         packs = read_packs(store, job.key, trust, [])
-        new = not_in(packs, files)
+        damaged = damaged_frames(store, packs, noted_damage(job.home(), store.description))
+        new = not_in(packs, files, damaged)
         factors = factors_of(new) | {use.factors_path: use.factors for use in uses}
         verdict = judge(packs, new, factors)
         if settings.read_only:
@@ -121,6 +129,7 @@ def _save(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], bool
                 files,
                 trust,
                 factors=factors,
+                damaged=damaged,
                 threads=threads_of(settings),
                 level=settings.compression_level,
                 most_bytes=int(settings.max_pack_bytes),
@@ -129,6 +138,7 @@ def _save(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], bool
             outcome = _attempt(write, settings)
             if not outcome.failed:
                 _tidy(store, job, settings, trust, packs, outcome)
+        outcome.messages += messages
         if uses:  # an engine ran; a save by hand has no verdict
             outcome.verdict, outcome.reasons = verdict.result, verdict.reasons
             note_verdict(job.home(), job.key, verdict)
@@ -139,12 +149,15 @@ def _tidy(
     store: Store, job: Job, settings: CompileCacheSettings, trust: Trust, packs: list[Pack], outcome: Outcome
 ) -> None:
     """Compact and prune after a save. A failure here is not a failure of the save."""
-    try:
-        if len(packs) + 1 > settings.compact_packs:
-            compact(store, job.key, trust, level=settings.compression_level, more_than=settings.compact_packs)
-        prune(store, policy_of(settings), trust)
-    except (OSError, CacheError) as error:
-        outcome.notes.append(f"the store could not be tidied up: {error}")
+    steps: list[Callable[[], object]] = [partial(prune, store, policy_of(settings), trust)]
+    if len(packs) + 1 > settings.compact_packs:
+        level = settings.compression_level
+        steps.insert(0, partial(compact, store, job.key, trust, level=level, more_than=settings.compact_packs))
+    for step in steps:
+        try:
+            step()
+        except (OSError, CacheError) as error:
+            outcome.notes.append(f"the store could not be tidied up: {error}")
 
 
 def _is_ours(file: LocalFile, since_ns: int, directories: tuple[str, ...]) -> bool:

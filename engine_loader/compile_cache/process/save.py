@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,15 @@ def save(
     trust: Trust,
     *,
     factors: Mapping[str, Any] | None = None,
+    damaged: Collection[tuple[str, int]] = frozenset(),
     threads: int,
     level: int,
     most_bytes: int,
 ) -> Outcome:
     """Bring those of ``files`` into the store that its packs of ``key`` do not hold as they are.
+
+    Args:
+        damaged: frames, each as (name of its pack, index), that are there, but cannot be restored.
 
     Raises:
         CacheOperationInterrupted: no room, or more than ``most_bytes``; nothing half-written is left.
@@ -50,7 +54,7 @@ def save(
     outcome = Outcome("complete")
     packs = read_packs(store, key, trust, outcome.messages)
     new = []
-    for file in not_in(packs, files):
+    for file in not_in(packs, files, damaged):
         problem = _problem(file)
         if problem is None:
             new.append(file)
@@ -93,9 +97,13 @@ def _problem(file: LocalFile) -> str | None:
     return None
 
 
-def not_in(packs: list[Pack], files: Iterable[LocalFile]) -> list[LocalFile]:
-    """The files that no pack holds as they are now. What could not be restored (an unsafe path or link) is left out."""
-    known = effective_files(packs)
+def not_in(
+    packs: list[Pack], files: Iterable[LocalFile], damaged: Collection[tuple[str, int]] = frozenset()
+) -> list[LocalFile]:
+    """The files that no pack holds as they are now, but for its ``damaged`` frames. What could not be restored (an
+    unsafe path or link) is left out.
+    """
+    known = effective_files(packs, damaged)
     new = []
     for file in files:
         if unsafe_path(file.path) or (file.link and unsafe_link(file.path, file.link)):

@@ -6,14 +6,16 @@ import os
 import stat
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ...machine import sync_directory
+from ..cache_errors import CacheValidationError
 from ..space import Floor, no_room_is_an_interruption
 from ..trust import Trust, make_private
-from .interface import SUFFIX, Stored
+from .interface import Small, Stored
+from .names import SUFFIX
 
 UNFINISHED = ".unfinished-"
 _MOST_READ_BYTES = 1 << 30
@@ -41,6 +43,28 @@ class FilesystemStore:
 
     def list(self, prefix: str = "") -> Iterable[Stored]:
         return [found for found in self._scan(prefix) if found.name.endswith(SUFFIX)]
+
+    def entries(self, prefix: str = "") -> Iterable[Stored]:
+        return [found for found in self._scan(prefix) if found.kind != "foreign"]
+
+    def read(self, name: str, most_bytes: int) -> Small:
+        with self.open(name) as file:
+            if file.size > most_bytes:
+                raise CacheValidationError(f"{self.directory / name}: refused: it has {file.size} bytes")
+            return Small(Stored(name, file.size, 0.0), file.read(0, file.size))
+
+    def create(self, name: str, content: bytes) -> bool:
+        path = self.directory / name
+        make_private(path.parent)
+        unfinished = path.with_name(f"{UNFINISHED}{uuid.uuid4().hex}")
+        try:
+            unfinished.write_bytes(content)
+            os.link(unfinished, path)
+        except FileExistsError:
+            return False
+        finally:
+            unfinished.unlink(missing_ok=True)
+        return True
 
     def unfinished(self) -> Iterator[Stored]:
         return (found for found in self._scan("") if found.name.rpartition("/")[2].startswith(UNFINISHED))
@@ -131,6 +155,9 @@ class _File:
         self.size = size
         self._descriptor = descriptor
         self._path = path
+
+    def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
+        return
 
     def read(self, offset: int, size: int) -> bytes:
         parts = []

@@ -7,17 +7,17 @@ is visible as a whole or not at all.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-SUFFIX = ".tar.zst"
+from .names import SUFFIX, Kind, kind_of
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A pack in a store.
+    """An object in a store.
 
     Attributes:
         name: where it is in the store.
@@ -35,15 +35,36 @@ class Stored:
         return self.name.rpartition("/")[0]
 
     @property
+    def base(self) -> str:
+        """The last part of the name."""
+        return self.name.rpartition("/")[2]
+
+    @property
+    def kind(self) -> Kind:
+        """What it is."""
+        return kind_of(self.name)
+
+    @property
     def digest(self) -> str:
-        """The content hash in the name."""
-        return self.name.rpartition("/")[2].removesuffix(SUFFIX)
+        """The content hash in a pack's name, or in that of a note about a pack."""
+        return self.base.removesuffix(SUFFIX).rpartition("-")[2]
+
+
+@dataclass(frozen=True)
+class Small:
+    """A small object with its content."""
+
+    stored: Stored
+    content: bytes
 
 
 class Readable(Protocol):
     """An opened pack. May be read by several threads at once."""
 
     size: int
+
+    def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Say which (offset, size) will each be read once, so that neighbours may be fetched together."""
 
     def read(self, offset: int, size: int) -> bytes:
         """Exactly ``size`` bytes; OSError when they are not there."""
@@ -63,6 +84,22 @@ class Store(Protocol):
     """A store of packs. Errors of the storage are OSErrors; what is not trusted is a CacheValidationError."""
 
     description: str
+
+    def entries(self, prefix: str = "") -> Iterable[Stored]:
+        """All objects with names of ours below ``prefix`` (a key's; empty: the whole store), sorted by name. A store
+        that does not exist has none.
+        """
+
+    def read(self, name: str, most_bytes: int) -> Small:
+        """A small object.
+
+        Raises:
+            FileNotFoundError: there is none.
+            CacheValidationError: it is larger than ``most_bytes``, or not trusted.
+        """
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Write a small object where there is none; whether it was written."""
 
     def list(self, prefix: str = "") -> Iterable[Stored]:
         """All packs below ``prefix`` (a key's; empty: of all keys). A store that does not exist has none."""

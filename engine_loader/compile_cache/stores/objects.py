@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from ...sources.object_store.url import parse_object_url
 from ..cache_errors import CacheValidationError
 from ..space import no_room_is_an_interruption
 from ..trust import Trust
-from .interface import SUFFIX, Stored
+from .interface import Small, Stored
 
 if TYPE_CHECKING:
     from obstore import GetOptions, ObjectMeta
@@ -63,13 +63,33 @@ class ObjectCacheStore:
         self._work_directory = work_directory
 
     def list(self, prefix: str = "") -> Iterable[Stored]:
+        return [stored for stored in self.entries(prefix) if stored.kind == "pack"]
+
+    def read(self, name: str, most_bytes: int) -> Small:
+        with self.open(name) as file:
+            if file.size > most_bytes:
+                raise CacheValidationError(f"{self.description}/{name}: refused: it has {file.size} bytes")
+            return Small(Stored(name, file.size, 0.0), file.read(0, file.size))
+
+    def create(self, name: str, content: bytes) -> bool:
+        import obstore
+        from obstore.exceptions import AlreadyExistsError
+
+        with _errors_of(f"{self.description}/{name}", "write the note"):
+            try:
+                obstore.put(self._store, self._prefix + name, content, mode="create")
+            except AlreadyExistsError:
+                return False
+        return True
+
+    def entries(self, prefix: str = "") -> Iterable[Stored]:
         import obstore
 
         found: list[Stored] = []
         with _errors_of(self.description, "list the store"):
             for metas in obstore.list(self._store, f"{self._prefix}{prefix}" or None, chunk_size=1000):
                 found += [self._stored(meta) for meta in metas]
-        return sorted((stored for stored in found if self._is_pack(stored)), key=lambda stored: stored.name)
+        return sorted((stored for stored in found if stored.kind != "foreign"), key=lambda stored: stored.name)
 
     @contextmanager
     def open(self, name: str) -> Iterator[_Object]:
@@ -137,15 +157,15 @@ class ObjectCacheStore:
     def _stored(self, meta: ObjectMeta) -> Stored:
         return Stored(meta["path"].removeprefix(self._prefix), meta["size"], meta["last_modified"].timestamp())
 
-    def _is_pack(self, stored: Stored) -> bool:
-        return stored.name.endswith(SUFFIX) and stored.name.count("/") == 2
-
 
 class _Object:
     def __init__(self, store: ObjectStore, location: str, key: str, meta: ObjectMeta) -> None:
         self.size = meta["size"]
         self._store, self._location, self._key = store, location, key
         self._if_match = condition_of(meta["e_tag"])
+
+    def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
+        return
 
     def read(self, offset: int, size: int) -> bytes:
         import obstore

@@ -8,12 +8,13 @@ from __future__ import annotations
 import errno
 import os
 import uuid
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..cache_errors import CacheValidationError
 from ..directories import STATE
+from ..ownership import open_to_others
 from ..packs.manifest import PackedFile
 from ..packs.pack import Pack
 from ..packs.relocate import is_group_file, relocated
@@ -74,35 +75,86 @@ def write_file(
         os.close(descriptor)
 
 
-def move_into_place(source: Path, target: Path) -> None:
+def move_into_place(source: Path, target: Path) -> list[str]:
     """Rename what ``source`` holds into ``target``: whole directories where there are none yet, else file by file.
 
-    What exists is never touched.
+    What exists is never touched. Directories are walked by descriptors: one that is a link, or that others may write,
+    is left alone, and so is a link that would point out of its directory by way of what is there already.
+
+    Returns:
+        what was left alone, a line each.
     """
-    for entry in os.scandir(source):
-        destination = target / entry.name
-        if entry.is_dir(follow_symlinks=False):
-            if not os.path.lexists(destination):
-                try:
-                    os.rename(entry.path, destination)
-                    continue
-                except OSError as error:  # another process made it meanwhile
-                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                        raise
-            if os.path.isdir(destination) and not os.path.islink(destination):
-                move_into_place(Path(entry.path), destination)
-        else:
-            with suppress(FileExistsError):
-                _rename_new(entry.path, destination)
+    left: list[str] = []
+    with _directory(source) as origin, _directory(target) as destination:
+        _move(origin, destination, str(target), left)
+    return left
 
 
-def _rename_new(source: str, destination: Path) -> None:
-    """Rename, or fail where ``destination`` exists. (A hard link is the only such call that every kernel has.)"""
+@contextmanager
+def _directory(path: str | os.PathLike[str], parent: int | None = None) -> Iterator[int]:
+    # The directory of a cache itself may be a link: make_staging has looked at it.
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (0 if parent is None else os.O_NOFOLLOW)
+    descriptor = os.open(path, flags, dir_fd=parent)
     try:
-        os.link(source, destination, follow_symlinks=False)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _move(source: int, target: int, where: str, left: list[str]) -> None:
+    with os.scandir(source) as listing:
+        entries = list(listing)
+    for entry in entries:
+        if not entry.is_dir(follow_symlinks=False):
+            if entry.is_symlink() and _leaves(entry.name, source, where):
+                left.append(f"{where}/{entry.name}: is not put there: a link there leads out of its directory")
+                continue
+            with suppress(FileExistsError):
+                _rename_new(entry.name, source, target)
+            continue
+        if not _exists(entry.name, target):
+            try:
+                os.rename(entry.name, entry.name, src_dir_fd=source, dst_dir_fd=target)
+                continue
+            except OSError as error:  # another process made it meanwhile
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
+        try:
+            with _directory(entry.name, source) as origin, _directory(entry.name, target) as destination:
+                if reason := open_to_others(os.fstat(destination)):
+                    left.append(f"{where}/{entry.name}: is left alone: {reason}, and caches are code")
+                else:
+                    _move(origin, destination, f"{where}/{entry.name}", left)
+        except NotADirectoryError:
+            left.append(f"{where}/{entry.name}: is left alone: it is no directory")
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.EACCES):
+                raise
+            left.append(f"{where}/{entry.name}: is left alone: {error.strerror}")
+
+
+def _leaves(name: str, source: int, where: str) -> bool:
+    """Whether a link, put into the directory ``where``, would lead out of it by way of links that are there."""
+    here = os.path.realpath(where)
+    there = os.path.realpath(os.path.join(here, os.readlink(name, dir_fd=source)))
+    return there != here and not there.startswith(f"{here.rstrip('/')}/")
+
+
+def _exists(name: str, parent: int) -> bool:
+    try:
+        os.stat(name, dir_fd=parent, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _rename_new(name: str, source: int, target: int) -> None:
+    """Rename, or fail where ``name`` exists. (A hard link is the only such call that every kernel has.)"""
+    try:
+        os.link(name, name, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)
     except FileExistsError:
         raise
     except OSError:  # a file system without hard links
-        if os.path.lexists(destination):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(destination)) from None
-        os.rename(source, destination)
+        if _exists(name, target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name) from None
+        os.rename(name, name, src_dir_fd=source, dst_dir_fd=target)
