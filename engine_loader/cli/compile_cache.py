@@ -198,32 +198,87 @@ def prune(
 
 
 @app.command()
-def verify(as_json: JsonOption = False) -> None:
-    """Read every byte of every pack; ends with status 1 when one is damaged, forged or not to be trusted."""
+def verify(
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair", help="Save what is sound of packs with damaged frames, and take those packs out of use."
+        ),
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Read every byte of every pack; ends with status 1 when one in use is damaged, forged or not to be trusted."""
     from ..compile_cache.packs.verify import verify as verify_packs
+    from ..compile_cache.quarantine import repair as repair_packs
     from ..compile_cache.space import mib
     from ..compile_cache.stores.opening import open_store
 
-    store, trust = open_store(_settings())
+    settings = _settings()
+    store, trust = open_store(settings)
     found = list(verify_packs(store, trust))
+    repaired = {}
+    if repair:
+        done = repair_packs(store, trust, found, level=settings.compression_level)
+        repaired = {stored.name: what for stored, what in done}
+    bad = [one for one in found if one.problem and not one.quarantined and one.stored.name not in repaired]
     if as_json:
         print_json(
             [
-                {"name": one.stored.name, "bytes": one.stored.size, "files": one.files, "problem": one.problem}
+                {
+                    "name": one.stored.name,
+                    "bytes": one.stored.size,
+                    "files": one.files,
+                    "problem": one.problem,
+                    "quarantined": one.quarantined or one.stored.name in repaired,
+                    "repaired": repaired.get(one.stored.name),
+                }
                 for one in found
             ]
         )
     else:
         rows = [
-            ["ok" if one.problem is None else "BAD", str(one.files), mib(one.stored.size), one.stored.name]
+            [
+                "out of use" if one.quarantined else "ok" if one.problem is None else "BAD",
+                str(one.files),
+                mib(one.stored.size),
+                one.stored.name,
+            ]
             for one in found
         ]
         console().print(_table(["state", "files", "size", "pack"], rows) if rows else f"{store.description} is empty")
-        for one in found:
-            if one.problem:
-                print_warning(one.problem)
-    if any(one.problem for one in found):
+        for name, what in repaired.items():
+            console().print(printable(f"{name}: {what}"))
+        for one in bad:
+            print_warning(one.problem or "")
+    if bad:
         raise typer.Exit(1)
+
+
+@app.command()
+def quarantine(
+    pack: Annotated[str, typer.Argument(help="Its name, or the beginning of its content hash; `verify` shows them.")],
+    undo: Annotated[bool, typer.Option("--undo", help="Take it into use again.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Take a pack out of use for the whole fleet: no engine restores it, and its files are saved anew."""
+    from ..compile_cache.cache_errors import CacheError
+    from ..compile_cache.quarantine import find_pack, release
+    from ..compile_cache.quarantine import quarantine as take_out
+    from ..compile_cache.stores.opening import open_store
+
+    store = open_store(_settings())[0]
+    try:
+        found = find_pack(store, pack)
+    except CacheError as error:
+        raise typer.BadParameter(str(error), param_hint="PACK") from None
+    if undo:
+        release(store, found)
+    else:
+        take_out(store, found, "by hand")
+    if as_json:
+        print_json({"name": found.name, "quarantined": not undo})
+    else:
+        console().print(printable(f"{found.name}: {'in use again' if undo else 'out of use'}"))
 
 
 @app.command()

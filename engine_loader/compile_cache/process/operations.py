@@ -13,6 +13,7 @@ from functools import partial
 from ...settings import CompileCacheSettings
 from ..cache_errors import CacheError, CacheOperationInterrupted, CacheValidationError
 from ..compaction import compact
+from ..directories import STATE
 from ..packs.key_packs import read_packs
 from ..packs.pack import Pack
 from ..packs.scan import LocalFile, scan
@@ -20,6 +21,7 @@ from ..packs.verify import damaged_frames
 from ..retention import Policy, prune
 from ..stores.interface import Store
 from ..stores.opening import open_store
+from ..suspects import clear_suspects, note_suspects, suspects
 from ..trust import Trust
 from ..verdict.explain import nearest_in_store, note_verdict
 from ..verdict.judge import judge
@@ -30,6 +32,7 @@ from .locks import held
 from .outcome import Outcome
 from .restore import Restore
 from .save import factors_of, not_in, save
+from .trials import Trial, begin_trial, failed_trials
 from .use import noted_uses
 
 _SETTLE_S = 1.0
@@ -74,10 +77,14 @@ def policy_of(settings: CompileCacheSettings) -> Policy:
 
 
 def _restore(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], bool]) -> Outcome:
-    store, trust = open_store(settings)
     paths = job.paths()
     for directory in paths.values():
         clear_leftovers(directory, settings.unfinished_timeout_s)
+    suspicion = _after_crashes(job, settings) if job.engine_pid else []
+    if suspicion:
+        return Outcome("suspect", messages=suspicion)
+    store, trust = open_store(settings)
+    trial = begin_trial(job.home(), job.key.prefix, job.engine_pid, job.since_ns)
     restore = Restore(
         store,
         job.key,
@@ -86,8 +93,11 @@ def _restore(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], b
         threads=threads_of(settings),
         least_free_bytes=int(settings.min_local_free_bytes),
         may_go_on=may_go_on,
+        before_move=trial.add if job.engine_pid else lambda _: None,
     )
     outcome = restore.run()
+    if outcome.in_place:
+        outcome.messages += suspects(store, store.entries(job.key.prefix), restore.packs)
     with suppress(OSError):  # the save behind it then relies on manifests alone
         note_damage(job.home(), store.description, restore.refused.frames)
     if outcome.in_place and not settings.read_only:
@@ -96,6 +106,34 @@ def _restore(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], b
     elif outcome.status == "nothing":
         outcome.notes += nearest_in_store(store, job.key, trust)
     return outcome
+
+
+def _after_crashes(job: Job, settings: CompileCacheSettings) -> list[str]:
+    """Set aside what was restored for engines that ended before they were ready; a line for each of this key, for
+    which nothing is to be restored now.
+    """
+    lines = []
+    for trial in failed_trials(job.home()):
+        count = trial.set_aside(job.paths())
+        trial.clear()
+        told = "" if settings.read_only else _told_others(settings, trial)
+        if trial.key == job.key.prefix:
+            lines.append(
+                f"the last engine here ended before it was ready, after a restore of {', '.join(trial.packs)}: this "
+                f"start goes without a restore, and the {count} files that it brought were moved to "
+                f"{job.home() / STATE}{told}; if an engine ends again with these packs: "
+                "`engine-loader compile-cache quarantine PACK`"
+            )
+    return lines
+
+
+def _told_others(settings: CompileCacheSettings, trial: Trial) -> str:
+    """Note the packs of a failed trial in the store; what there is to say of it."""
+    try:
+        note_suspects(open_store(settings)[0], trial.packs)
+    except (OSError, CacheError) as error:
+        return f" (the store could not be told: {error})"
+    return ", and the store has a note that warns other nodes"
 
 
 def _save(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], bool]) -> Outcome:
@@ -142,6 +180,9 @@ def _save(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], bool
         if uses:  # an engine ran; a save by hand has no verdict
             outcome.verdict, outcome.reasons = verdict.result, verdict.reasons
             note_verdict(job.home(), job.key, verdict)
+            if verdict.result == "hit" and not settings.read_only:
+                with suppress(OSError):  # the next hit deletes them
+                    clear_suspects(store, store.entries(job.key.prefix), packs)
         return outcome
 
 

@@ -34,6 +34,7 @@ from ..common.cache_hooks import (
     scope_of,
     start_save,
     wait_for_node,
+    watched,
     without_secrets,
 )
 from ..common.hooks import is_wrapped, wrap
@@ -59,8 +60,9 @@ def register_engine() -> None:
     def launch(original: Any, *args: Any, **options: Any) -> Any:
         server_args = next(value for value in (*args, *options.values()) if hasattr(value, "load_format"))
         check(server_args)
-        _quietly(_start, server_args)
-        result = original(*args, **options)
+        session = _quietly(_start, server_args)
+        with watched(session, logger):
+            result = original(*args, **options)
         if getattr(server_args, "tokenizer_worker_num", 1) > 1:  # its warm-up is in processes without plugins
             _quietly(_save, server_args)
         return result

@@ -34,6 +34,7 @@ from ..common.cache_hooks import (
     scope_of,
     start_save,
     wait_for_node,
+    watched,
     without_secrets,
 )
 from ..common.hooks import wrap
@@ -76,7 +77,8 @@ def register_executor() -> None:
         session = _quietly(_start, vllm_config)
         if session is not None:
             object.__setattr__(self, _SESSION, session)
-        return original(self, vllm_config, *args, **options)
+        with watched(session, logger):
+            return original(self, vllm_config, *args, **options)
 
     wrap(Executor, "__init__", start)
 
@@ -91,7 +93,8 @@ def register_engine_core() -> None:
             session = _quietly(_start, self.vllm_config)
         if session is not None:
             _quietly(session.wait)
-        result = original(self, *args, **options)
+        with watched(session, logger):
+            result = original(self, *args, **options)
         if session is not None:
             _quietly(session.save)
         return result
