@@ -204,6 +204,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "set-uid": (set_file(3, 0o4755), "set-uid"),
     "device": (set_file(3, 0o060644), "set-uid and the like"),
     "link away": (link_to("../../etc/passwd"), "leaves its directory"),
+    "link upwards": (link_to("b/../c"), "leaves its directory"),
     "absolute link": (link_to("/etc/passwd"), "absolute"),
     "duplicate": (twice, "twice"),
     "below a file": (below_a_file, "which is a file"),

@@ -128,12 +128,20 @@ class Restore:
             done = unpacker.run(self._threads)
             self._outcome.pack_bytes += unpacker.read_bytes
             self._before_move(done)
+            left: dict[str, str] = {}
             for name, path in staging.items():
                 self._check_wanted()
-                self._tell(move_into_place(path, self._directories[name]))
-            self._outcome.files += len(done)
-            self._outcome.bytes += sum(file.size for _, file in done)
+                left |= move_into_place(path, self._directories[name])
+            self._tell([f"{path}: {reason}" for path, reason in left.items()])
+            placed = [file for _, file in done if not self._is_left(file, left)]
+            self._outcome.files += len(placed)
+            self._outcome.bytes += sum(file.size for file in placed)
             return unpacker.refused
+
+    def _is_left(self, file: PackedFile, left: Mapping[str, str]) -> bool:
+        """Whether a file is one of those ``left`` alone, or lies below one."""
+        path = f"{self._directories[file.root]}/{file.path.partition('/')[2]}"
+        return any(path == other or path.startswith(f"{other}/") for other in left)
 
     def _stage(self, missing: MissingFiles, stack: ExitStack) -> dict[str, Path]:
         """Name of a cache -> a staging directory, removed with ``stack``. A cache that is refused is left out."""

@@ -27,11 +27,14 @@ def make_staging(directory: Path) -> Path:
     """A new directory on the file system of the cache ``directory``.
 
     Raises:
-        CacheValidationError: other users may write to the cache.
+        CacheValidationError: other users may write to the cache, or made a link in its place.
         OSError: the directory cannot be made.
     """
     for path in (directory, directory / STATE):
         make_private(path)
+        facts = path.lstat()
+        if path.is_symlink() and facts.st_uid not in (0, os.geteuid()):
+            raise CacheValidationError(f"{path}: refused: it is a link of user {facts.st_uid}, and caches are code")
         check_private(path)
     path = directory / STATE / f"{STAGING}{os.getpid()}-{uuid.uuid4().hex[:8]}"
     path.mkdir(mode=0o700)
@@ -75,16 +78,16 @@ def write_file(
         os.close(descriptor)
 
 
-def move_into_place(source: Path, target: Path) -> list[str]:
+def move_into_place(source: Path, target: Path) -> dict[str, str]:
     """Rename what ``source`` holds into ``target``: whole directories where there are none yet, else file by file.
 
     What exists is never touched. Directories are walked by descriptors: one that is a link, or that others may write,
     is left alone, and so is a link that would point out of its directory by way of what is there already.
 
     Returns:
-        what was left alone, a line each.
+        path in ``target`` that was left alone, with everything below it -> why.
     """
-    left: list[str] = []
+    left: dict[str, str] = {}
     with _directory(source) as origin, _directory(target) as destination:
         _move(origin, destination, str(target), left)
     return left
@@ -101,13 +104,14 @@ def _directory(path: str | os.PathLike[str], parent: int | None = None) -> Itera
         os.close(descriptor)
 
 
-def _move(source: int, target: int, where: str, left: list[str]) -> None:
+def _move(source: int, target: int, where: str, left: dict[str, str]) -> None:
     with os.scandir(source) as listing:
         entries = list(listing)
     for entry in entries:
+        place = f"{where}/{entry.name}"
         if not entry.is_dir(follow_symlinks=False):
             if entry.is_symlink() and _leaves(entry.name, source, where):
-                left.append(f"{where}/{entry.name}: is not put there: a link there leads out of its directory")
+                left[place] = "is not put there: by way of a link that is there it would lead out of its directory"
                 continue
             with suppress(FileExistsError):
                 _rename_new(entry.name, source, target)
@@ -122,15 +126,15 @@ def _move(source: int, target: int, where: str, left: list[str]) -> None:
         try:
             with _directory(entry.name, source) as origin, _directory(entry.name, target) as destination:
                 if reason := open_to_others(os.fstat(destination)):
-                    left.append(f"{where}/{entry.name}: is left alone: {reason}, and caches are code")
+                    left[place] = f"is left alone: {reason}, and caches are code"
                 else:
-                    _move(origin, destination, f"{where}/{entry.name}", left)
+                    _move(origin, destination, place, left)
         except NotADirectoryError:
-            left.append(f"{where}/{entry.name}: is left alone: it is no directory")
+            left[place] = "is left alone: it is no directory"
         except OSError as error:
             if error.errno not in (errno.ELOOP, errno.EACCES):
                 raise
-            left.append(f"{where}/{entry.name}: is left alone: {error.strerror}")
+            left[place] = f"is left alone: {error.strerror}"
 
 
 def _leaves(name: str, source: int, where: str) -> bool:
