@@ -39,19 +39,24 @@ class NodeSession:
         key: of the engine.
         settings: of the cache.
         log: where to tell of it.
+        on_trial: what is restored is on trial until the engine is ready, which ``save`` or ``start_save`` tells.
+            False where no hook would tell it.
     """
 
-    def __init__(self, engine: str, key: CacheKey, settings: CompileCacheSettings, log: logging.Logger) -> None:
+    def __init__(
+        self, engine: str, key: CacheKey, settings: CompileCacheSettings, log: logging.Logger, *, on_trial: bool = True
+    ) -> None:
         self.engine = engine
         self.key = key
         self.settings = settings
         self.since_ns = time.time_ns()
         self._log = log
         self._directories = cache_directories(engine)
-        # On trial until this engine is ready: what it brings is set aside should the engine end before.
-        job = Job("restore", engine, key, self._directories, since_ns=self.since_ns, engine_pid=os.getpid())
+        pid = os.getpid() if on_trial else 0
+        job = Job("restore", engine, key, self._directories, since_ns=self.since_ns, engine_pid=pid)
         self._starting = engine_lock(job.home(), self.since_ns)
-        self._starting.acquire(0)
+        if on_trial:
+            self._starting.acquire(0)
         # Taken before there are workers, so that they find it taken. Another engine of this node may have it already.
         lock = NodeLock(job.home(), RESTORE_LOCK)
         self._running = Running(

@@ -118,14 +118,17 @@ def _start(server_args: Any) -> NodeSession | None:
     settings = cache_settings()
     if not settings.enabled:
         return None
-    _check_hooks()
-    return NodeSession(_ENGINE, key_of(server_args, settings), settings, logger)
+    return NodeSession(_ENGINE, key_of(server_args, settings), settings, logger, on_trial=_check_hooks())
 
 
-def _check_hooks() -> None:
-    """Say which of the hooks are not in force: without them the cache is not restored in time, or not saved."""
+def _check_hooks() -> bool:
+    """Say which of the hooks are not in force: without them the cache is not restored in time, or not saved. Whether
+    all are.
+    """
+    good = True
     for module, path in ((_SCHEDULER, "Scheduler.init_model_worker"), (_SERVER, "_wait_and_warmup")):
         if module in sys.modules and not _in_force(module, path):
+            good = False
             logger.error(
                 "compile cache: engine_loader's hook on %s.%s of SGLang %s is not in force, so that the cache is not "
                 "restored in time or not saved: another plugin replaced it (SGLANG_PLUGINS=b10_3fs loads this one "
@@ -134,6 +137,7 @@ def _check_hooks() -> None:
                 path,
                 module_version("sglang"),
             )
+    return good
 
 
 def _in_force(module: str, path: str) -> bool:

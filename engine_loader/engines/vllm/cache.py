@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +38,7 @@ from ..common.cache_hooks import (
     watched,
     without_secrets,
 )
-from ..common.hooks import wrap
+from ..common.hooks import is_wrapped, wrap
 
 # Below vLLM's own logger, so that it is shown in vLLM's way and at vLLM's level.
 logger = logging.getLogger("vllm.engine_loader")
@@ -137,7 +138,12 @@ def register_registry() -> None:
 
 def _start(vllm_config: Any) -> NodeSession | None:
     settings = cache_settings()
-    return NodeSession(_ENGINE, key_of(vllm_config, settings), settings, logger) if settings.enabled else None
+    if not settings.enabled:
+        return None
+    core = sys.modules.get("vllm.v1.engine.core")
+    # In a version of vLLM with another engine core nothing would tell that the engine is ready.
+    told = core is None or is_wrapped(getattr(core, "EngineCore", None), "_initialize_kv_caches")
+    return NodeSession(_ENGINE, key_of(vllm_config, settings), settings, logger, on_trial=told)
 
 
 def _watch(worker: Any, vllm_config: Any, session: NodeSession | None) -> None:
