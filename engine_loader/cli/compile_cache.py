@@ -175,7 +175,7 @@ def prune(
     as_json: JsonOption = False,
 ) -> None:
     """Delete from the store what the settings do not keep (keep_days, keep_keys, keep_bytes), and leftovers."""
-    from ..compile_cache.process.operations import policy_of
+    from ..compile_cache.process.tidy import policy_of
     from ..compile_cache.retention import prune as prune_store
     from ..compile_cache.space import mib
     from ..compile_cache.stores.opening import open_store

@@ -185,7 +185,7 @@ def test_a_process_that_cannot_start_is_an_outcome(
 def test_too_many_saves_at_once_are_passed_over(first: Machine, store: Path) -> None:
     place = store / KEY.prefix
     place.mkdir(parents=True, mode=0o700)
-    (place / ".unfinished-1").write_bytes(b"")
+    (place / f".unfinished-{1:032x}").write_bytes(b"")
     outcome = perform(job("save", first), settings_for(store, max_concurrent_saves=1))
     assert outcome.status == "nothing"
     assert "other saves" in outcome.messages[0]

@@ -61,7 +61,9 @@ class FrameUnpacker:
         written: dict[str, list[PackedFile]] = defaultdict(list)
         with ExitStack() as stack:
             for name in self._missing.packs:
-                self._readers[name] = stack.enter_context(self._store.open(name))
+                self._readers[name] = reader = stack.enter_context(self._store.open(name))
+                frames = self._missing.packs[name].manifest.frames
+                reader.expect([(frames[index].offset, frames[index].size) for index in self._missing.files[name]])
             stack.enter_context(no_room_is_an_interruption(next(iter(self._staging.values())).parents[1]))
             pool = stack.enter_context(ThreadPoolExecutor(threads, thread_name_prefix="compile-cache"))
             work = self._missing.frames()

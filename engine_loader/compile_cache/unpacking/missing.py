@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..packs.key_packs import effective_files
+from ..packs.key_packs import files_for
 from ..packs.manifest import Frame, PackedFile
 from ..packs.pack import Pack
 
@@ -62,7 +62,7 @@ class MissingFiles:
 def missing_files(packs: list[Pack], directories: Mapping[str, Path]) -> MissingFiles:
     """The files of ``packs`` that do not exist in ``directories`` (name of a cache -> its directory)."""
     missing = MissingFiles()
-    for pack, file in effective_files(packs).values():
+    for pack, file in files_for(packs).values():
         root = directories.get(file.root)
         if root is not None and not os.path.lexists(root / file.path.partition("/")[2]):
             missing.add(pack, file)
