@@ -197,6 +197,7 @@ class FilesystemStore:
 
     def _begin(self, path: Path) -> _Upload:
         modes = self._modes()
+        os.stat(self.directory)  # the root is made by ``found`` only: one without a marker would be refused
         for _ in range(_TRIES):
             with suppress(FileNotFoundError):  # another process deleted the directory, empty then
                 modes.make_directory(path.parent)
