@@ -9,13 +9,16 @@ from __future__ import annotations
 import hashlib
 import socket
 from collections import Counter, defaultdict
+from collections.abc import Mapping
+from pathlib import Path
 
 from .cache_errors import CacheValidationError
 from .key import CacheKey
-from .packs.key_packs import effective_files, read_key, update_index
+from .packs.key_packs import effective_files, living, read_key, update_index
 from .packs.manifest import ANY_HOST, Frame, HostGroup, Manifest, PackedFile
 from .packs.pack import Pack, compress_members, finish_pack, read_frame
-from .packs.relocate import is_group_file
+from .packs.relocate import is_group_file, relocated
+from .packs.tar import padding
 from .stores.interface import Readable, Store, Upload
 from .trust import Trust
 
@@ -36,8 +39,7 @@ def compact(store: Store, key: CacheKey, trust: Trust, *, level: int, more_than:
     there is nothing to do.
 
     Frames are copied as they are where all of their files still count. A pack that is far larger than the others
-    stays as it is. Of packs with files that name their directories (Triton's group files), only those are put
-    together that have equal directories.
+    stays as it is. Files that name their directories (Triton's group files) are rewritten for those of one pack.
 
     Raises:
         CacheOperationInterrupted: no room.
@@ -59,36 +61,13 @@ def compact(store: Store, key: CacheKey, trust: Trust, *, level: int, more_than:
     return made
 
 
-def living(packs: list[Pack]) -> list[Pack]:
-    """The packs that no compaction among them replaces."""
-    gone = {name for pack in packs for name in pack.manifest.replaces}
-    return [pack for pack in packs if pack.stored.digest not in gone]
-
-
 def _chosen(packs: list[Pack], more_than: int) -> list[Pack]:
-    """Which packs are put together: the largest group of those that may be, without one that is far larger than the
-    rest.
-    """
+    """Which packs are put together: all, without one that is far larger than the rest."""
     if len(packs) <= more_than:
         return []
-    alike = _alike(packs)
-    by_size = sorted(alike, key=lambda pack: pack.stored.size)
-    rest = sum(pack.stored.size for pack in by_size[:-1])
-    if len(by_size) > 2 and by_size[-1].stored.size > _LARGE * rest:
-        by_size.pop()
-    chosen = {pack.stored.digest for pack in by_size}
-    return [pack for pack in alike if pack.stored.digest in chosen] if len(chosen) > 1 else []
-
-
-def _alike(packs: list[Pack]) -> list[Pack]:
-    """The largest group of packs whose files may stand in one manifest, with one account of their directories."""
-    anywhere = [pack for pack in packs if not any(is_group_file(file.path) for file in pack.manifest.files)]
-    groups: dict[tuple[tuple[str, str], ...], list[Pack]] = defaultdict(list)
-    for pack in packs:
-        if pack not in anywhere:
-            groups[tuple(sorted(pack.manifest.roots.items()))].append(pack)
-    largest = max(groups.values(), key=len, default=[])
-    return [pack for pack in packs if pack in anywhere or pack in largest]
+    largest = max(packs, key=lambda pack: pack.stored.size)
+    rest = [pack for pack in packs if pack is not largest]
+    return rest if len(rest) > 1 and largest.stored.size > _LARGE * sum(pack.stored.size for pack in rest) else packs
 
 
 def _put_together(
@@ -98,7 +77,8 @@ def _put_together(
     for pack, file in effective_files(packs).values():
         wanted[pack.stored.name, file.frame].append(file)
     with store.upload(key.prefix) as upload:
-        writer = _FrameWriter(upload, level)
+        roots = _roots_of(chosen)
+        writer = _FrameWriter(upload, level, roots)
         for pack in chosen:
             location = f"{store.description}/{pack.stored.name}"
             with store.open(pack.stored.name) as source:
@@ -110,7 +90,7 @@ def _put_together(
             files=tuple(writer.files),
             frames=tuple(writer.frames),
             host=socket.gethostname(),
-            roots=_roots_of(chosen),
+            roots=roots,
             factors={path: value for pack in reversed(chosen) for path, value in pack.manifest.factors.items()},
             replaces=tuple(sorted({name for pack in chosen for name in (pack.stored.digest, *pack.manifest.replaces)})),
             hosts=tuple(writer.hosts),
@@ -120,9 +100,9 @@ def _put_together(
 
 
 def _roots_of(chosen: list[Pack]) -> dict[str, str]:
-    """The directories of the packs whose files name them; of any pack where none does."""
+    """The directories of the largest pack with files that name them, so that most need not be rewritten."""
     naming = [pack for pack in chosen if any(is_group_file(file.path) for file in pack.manifest.files)]
-    return dict((naming or chosen)[0].manifest.roots)
+    return dict(max(naming or chosen, key=lambda pack: pack.stored.size).manifest.roots)
 
 
 class _FrameWriter:
@@ -133,13 +113,14 @@ class _FrameWriter:
         position: bytes written.
     """
 
-    def __init__(self, upload: Upload, level: int) -> None:
+    def __init__(self, upload: Upload, level: int, roots: Mapping[str, str]) -> None:
         self.frames: list[Frame] = []
         self.files: list[PackedFile] = []
         self.hosts: list[HostGroup] = []
         self.position = 0
         self._upload = upload
         self._level = level
+        self._roots = roots
 
     def add_pack(
         self, pack: Pack, source: Readable, wanted: dict[tuple[str, int], list[PackedFile]], location: str
@@ -155,13 +136,16 @@ class _FrameWriter:
         hosts = {ANY_HOST: ANY_HOST} | {index: self._index_of(group) for index, group in enumerate(pack.manifest.hosts)}
         for frame, members, is_whole in frames:
             moved = [file._replace(host=hosts[file.host]) for file in members]
-            if is_whole:
+            names_others = pack.manifest.roots != self._roots and any(is_group_file(file.path) for file in members)
+            if is_whole and not names_others:
                 self._write(_checked(pack, source, frame, location), frame.raw_size, moved)
                 continue
             try:
                 content = read_frame(source, frame, location)
             except CacheValidationError as error:
                 raise DamagedPackError(str(error), pack) from None
+            if names_others:
+                content, moved = _relocated(content, moved, pack.manifest.roots, self._roots)
             self._write(*compress_members(content, moved, self._level))
 
     def _index_of(self, group: HostGroup) -> int:
@@ -176,6 +160,26 @@ class _FrameWriter:
         self.files += [file._replace(frame=len(self.frames) - 1) for file in members]
         self.position += len(content)
         self._upload.write(content)
+
+
+def _relocated(
+    content: bytes, members: list[PackedFile], old: Mapping[str, str], new: Mapping[str, str]
+) -> tuple[bytes, list[PackedFile]]:
+    """A frame's members with the directories in group files rewritten, one behind another."""
+    targets = {name: Path(path) for name, path in new.items()}
+    parts: list[bytes] = []
+    moved: list[PackedFile] = []
+    end = 0
+    for file in members:
+        begin = file.offset + len(file.head())
+        data = content[begin : begin + file.size]
+        if is_group_file(file.path) and not file.link:
+            data = relocated(data, old, targets)
+            file = file._replace(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+        parts += [file.head(), data, bytes(padding(file.size))]
+        moved.append(file._replace(offset=end))
+        end += sum(map(len, parts[-3:]))
+    return b"".join(parts), moved
 
 
 def _checked(pack: Pack, source: Readable, frame: Frame, location: str) -> bytes:

@@ -91,7 +91,11 @@ def read_key(
     singly.sort(key=lambda stored: stored.modified, reverse=True)
     found.unread += [stored.digest for stored in singly[most_singly:]]
     _read_singly(found, store, singly[:most_singly], prefix, trust)
-    found.packs.sort(key=lambda pack: (pack.manifest.created, pack.stored.name), reverse=True)
+    gone = replaced_by(found.packs)
+    # A compaction is as old as the newest pack that it replaces, and goes before it.
+    found.packs.sort(
+        key=lambda pack: (pack.manifest.created, pack.stored.digest not in gone, pack.stored.name), reverse=True
+    )
     return found
 
 
@@ -129,6 +133,17 @@ def update_index(store: Store, prefix: str, trust: Trust, known: Iterable[Pack] 
         if _listed(store.entries(prefix)) == _listed(found.entries):
             break
     return found
+
+
+def replaced_by(packs: Iterable[Pack]) -> set[str]:
+    """Digests of the packs that compactions among ``packs`` replace."""
+    return {name for pack in packs for name in pack.manifest.replaces}
+
+
+def living(packs: list[Pack]) -> list[Pack]:
+    """The packs that no compaction among them replaces."""
+    gone = replaced_by(packs)
+    return [pack for pack in packs if pack.stored.digest not in gone]
 
 
 def effective_files(packs: Iterable[Pack]) -> dict[tuple[str, str], tuple[Pack, PackedFile]]:

@@ -8,8 +8,8 @@ import os
 import random
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,13 @@ from ..packs.scan import LocalFile
 from ..space import mib
 from ..stores.interface import Store, Stored
 from ..stores.leases import acquire
+from ..stores.names import LEASE
 from ..trust import Trust
 from .outcome import Outcome
 
 FACTORS = "cache_key_factors.json"
 _MOST_FACTORS_BYTES = 256 << 10
-_POLL_S = (0.5, 2.5)
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
 _LEAST_LEASE_S = 30.0
 
 Digests = dict[tuple[str, int, int, tuple[tuple[str, str], ...]], str]
@@ -113,24 +114,21 @@ class Save:
 
     def _save_in_turn(self, found: KeyPacks, new: list[LocalFile]) -> None:
         """Save with the key's lease, or when it was waited for long enough."""
-        deadline = time.monotonic() + self._options.wait_s
         prefix = self._key.prefix
+        turn = _Turn(self._store, prefix, self._options.wait_s)
+        entries = found.entries
         while True:
-            lease = acquire(self._store, prefix, "save", max(self._options.wait_s * 0.75, _LEAST_LEASE_S))
-            try:
+            with turn.lease(entries) as is_ours:
                 entries = self._store.entries(prefix)
                 if _packs_of(entries) != _packs_of(found.entries):
                     found = read_key(self._store, prefix, self._trust, known=found.packs, entries=entries)
                     new = self._new(found.packs)
                 if not new:
                     return
-                if lease is not None or time.monotonic() >= deadline:
+                if is_ours or turn.is_over():
                     self._save(found, new)
                     return
-            finally:
-                if lease is not None:
-                    lease.release()
-            time.sleep(min(random.uniform(*_POLL_S), max(deadline - time.monotonic(), 0)))
+            turn.wait()
 
     def _save(self, found: KeyPacks, new: list[LocalFile]) -> None:
         # They compress to a quarter or so; the room is watched, too.
@@ -184,6 +182,44 @@ class Save:
             elif tell:
                 self._outcome.messages.append(f"{file.local} {problem}")
         return new
+
+
+class _Turn:
+    """Waits for the lease by which one pod at a time saves a key, looking ever less often."""
+
+    def __init__(self, store: Store, prefix: str, wait_s: float) -> None:
+        self._store = store
+        self._prefix = prefix
+        self._deadline = time.monotonic() + wait_s
+        # Shorter than others wait, so that the lease of a process that died is taken over.
+        self._lease_s = max(wait_s * 0.75, _LEAST_LEASE_S)
+        self._seen: dict[str, float] = {}
+        self._pause_s = _FIRST_PAUSE_S
+
+    @contextmanager
+    def lease(self, entries: Iterable[Stored]) -> Iterator[bool]:
+        """Hold the lease for a block, if the listing shows none, or one that may be left over; whether it is held."""
+        lease = acquire(self._store, self._prefix, "save", self._lease_s) if self._may_be_free(entries) else None
+        try:
+            yield lease is not None
+        finally:
+            if lease is not None:
+                lease.release()
+
+    def is_over(self) -> bool:
+        return time.monotonic() >= self._deadline
+
+    def wait(self) -> None:
+        time.sleep(min(random.uniform(0.5, 1.5) * self._pause_s, max(self._deadline - time.monotonic(), 0)))
+        self._pause_s = min(self._pause_s * 1.5, _LONGEST_PAUSE_S)
+
+    def _may_be_free(self, entries: Iterable[Stored]) -> bool:
+        name = f"{self._prefix}/{LEASE}save"
+        version = next((f"{entry.version}@{entry.modified}" for entry in entries if entry.name == name), None)
+        if version is None:
+            return True
+        now = time.monotonic()
+        return now - self._seen.setdefault(version, now) > self._lease_s
 
 
 def save(

@@ -7,9 +7,9 @@ import time
 
 from ...settings import CompileCacheSettings
 from ..cache_errors import CacheError
-from ..compaction import compact, living
+from ..compaction import compact
 from ..key import CacheKey
-from ..packs.key_packs import read_key
+from ..packs.key_packs import living, read_key
 from ..retention import Policy, prune
 from ..stores.interface import Store
 from ..stores.leases import acquire
@@ -19,6 +19,7 @@ from ..trust import Trust
 from .outcome import Outcome
 
 _LEASE_S = 900.0
+_MOST_ROUNDS = 5
 _PRUNES = 0.1
 """How many saves prune, beside the first of a day."""
 
@@ -40,15 +41,18 @@ def tidy(store: Store, key: CacheKey, settings: CompileCacheSettings, trust: Tru
 def _compact(store: Store, key: CacheKey, settings: CompileCacheSettings, trust: Trust, outcome: Outcome) -> None:
     if outcome.status != "saved":
         return
-    if len(living(read_key(store, key.prefix, trust).packs)) <= settings.compact_packs:
-        return
-    lease = acquire(store, key.prefix, "compact", _LEASE_S)
-    if lease is None:
-        return  # another process does it
-    try:
-        compact(store, key, trust, level=settings.compression_level, more_than=settings.compact_packs)
-    finally:
-        lease.release()
+    for _ in range(_MOST_ROUNDS):
+        # Looked at again without the lease: others that have saved meanwhile have left it to this process.
+        if len(living(read_key(store, key.prefix, trust).packs)) <= settings.compact_packs:
+            return
+        lease = acquire(store, key.prefix, "compact", _LEASE_S)
+        if lease is None:
+            return  # another process does it
+        try:
+            if compact(store, key, trust, level=settings.compression_level, more_than=settings.compact_packs) is None:
+                return
+        finally:
+            lease.release()
 
 
 def _prune(store: Store, key: CacheKey, settings: CompileCacheSettings, trust: Trust, outcome: Outcome) -> None:

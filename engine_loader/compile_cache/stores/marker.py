@@ -78,7 +78,9 @@ def adopt(store: Store, name: str | None = None) -> str:
     value = {"format": FORMAT, "store": name or uuid.uuid4().hex, "created": round(store.now())}
     store.create(MARKER, json.dumps(value).encode())
     # Another process may have been first: its marker counts.
-    there = read_marker(store, name)
+    there = read_marker(store, None)
+    if name is not None and there is not None and there != name:
+        raise CacheValidationError(f"{store.description}: is the store {there!r} already: it cannot become {name!r}")
     if there is None:
         raise CacheValidationError(f"{store.description}/{MARKER}: refused: it was deleted as soon as it was written")
     return there
