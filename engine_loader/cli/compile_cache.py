@@ -105,10 +105,12 @@ def list_caches(as_json: JsonOption = False) -> None:
     """List what the store has: a line for each key, the last used first."""
     from ..compile_cache.space import mib
     from ..compile_cache.stores.opening import open_store
+    from ..compile_cache.stores.uses import last_used
 
     settings = _settings()
+    store = open_store(settings)[0]
     keys: dict[str, list[Any]] = defaultdict(list)
-    for stored in open_store(settings)[0].list():
+    for stored in store.entries() if store.name else ():
         keys[stored.key_prefix].append(stored)
     rows: list[dict[str, Any]] = [
         {
@@ -116,10 +118,13 @@ def list_caches(as_json: JsonOption = False) -> None:
             "environment": prefix.partition("/")[0],
             "packs": len(packs),
             "bytes": sum(pack.size for pack in packs),
-            "last_used": max(pack.modified for pack in packs),
+            "last_used": max([last_used(entries), *(pack.modified for pack in packs)]),
         }
-        for prefix, packs in keys.items()
+        for prefix, entries in keys.items()
+        if (packs := [entry for entry in entries if entry.kind == "pack"])
     ]
+    for what in store.unreadable:
+        print_warning(f"{what}: cannot be looked into")
     rows.sort(key=lambda row: -row["last_used"])
     if as_json:
         print_json(rows)
@@ -170,19 +175,46 @@ def clear(
 
 
 @app.command()
+def adopt(
+    name: Annotated[str | None, typer.Option(help="The store's name; default: the setting, or a new one.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a directory or prefix that is not empty a store; nothing else in it is ever touched.
+
+    An empty one becomes a store with the first save.
+    """
+    from ..compile_cache.stores.marker import adopt as adopt_store
+    from ..compile_cache.stores.opening import open_store
+
+    settings = _settings()
+    name = name or settings.store_name
+    store = open_store(settings.model_copy(update={"store_name": name}))[0]
+    if store.is_empty():
+        store.found()
+    given = adopt_store(store, name)
+    if as_json:
+        print_json({"store": store.description, "name": given})
+    else:
+        console().print(f"{printable(store.description)} is the store {given}")
+
+
+@app.command()
 def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
+    unverified: Annotated[
+        bool, typer.Option("--unverified", help="Delete packs that are not trusted or damaged at their ends, too.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Delete from the store what the settings do not keep (keep_days, keep_keys, keep_bytes), and leftovers."""
-    from ..compile_cache.process.operations import policy_of
+    from ..compile_cache.process.tidy import policy_of
     from ..compile_cache.retention import prune as prune_store
     from ..compile_cache.space import mib
     from ..compile_cache.stores.opening import open_store
 
     settings = _settings()
     store, trust = open_store(settings)
-    done = prune_store(store, policy_of(settings), trust, dry_run=dry_run)
+    done = prune_store(store, policy_of(settings), trust, dry_run=dry_run, unverified=unverified)
     if as_json:
         deleted = [{"name": name, "bytes": size, "reason": reason} for name, size, reason in done.deleted]
         print_json({"deleted": deleted, "messages": done.messages, "dry_run": dry_run})

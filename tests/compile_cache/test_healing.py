@@ -18,6 +18,7 @@ from engine_loader.compile_cache.process.job import Job
 from engine_loader.compile_cache.process.operations import perform
 from engine_loader.compile_cache.process.outcome import Outcome
 from engine_loader.compile_cache.quarantine import find_pack, quarantine, release, repair
+from engine_loader.compile_cache.retention import Pruned
 from engine_loader.settings import CompileCacheSettings
 from tests.compile_cache.support import KEY, SECRET, Machine, some_bytes
 
@@ -267,9 +268,13 @@ class TestTheFleetHeals:
         def fail(*_args: Any, **_options: Any) -> None:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
+        def note(*_args: Any, **_options: Any) -> Pruned:
+            pruned.append(1)
+            return Pruned()
+
         pruned: list[int] = []
-        monkeypatch.setattr("engine_loader.compile_cache.process.operations.compact", fail)
-        monkeypatch.setattr("engine_loader.compile_cache.process.operations.prune", lambda *_: pruned.append(1))
+        monkeypatch.setattr("engine_loader.compile_cache.process.tidy.compact", fail)
+        monkeypatch.setattr("engine_loader.compile_cache.process.tidy.prune", note)
         node = Node(nodes[0].machine, compact_packs=2)
         for number in range(3):
             node.machine.write(f"inductor/ab/{number}.so", b"code")

@@ -17,6 +17,7 @@ import pytest
 from engine_loader.compile_cache.process.job import Job
 from engine_loader.compile_cache.process.operations import perform
 from engine_loader.compile_cache.process.session import Running, run_job
+from engine_loader.compile_cache.stores.names import MARKER
 from engine_loader.settings import CompileCacheSettings
 from tests.compile_cache.support import KEY, Machine, some_bytes
 from tests.support.waiting import GENEROUS_S, wait_for
@@ -56,7 +57,7 @@ def test_a_store_that_fills_up_interrupts_a_save_and_keeps_nothing_of_it(first: 
     outcome = perform(job("save", first), settings_for(tmpfs / "store"))
     assert outcome.status == "interrupted"
     assert str(tmpfs) in outcome.messages[0]
-    assert not [path for path in tmpfs.rglob("*") if path.is_file()]
+    assert [path.name for path in tmpfs.rglob("*") if path.is_file()] == [MARKER]
 
 
 def test_a_file_too_large_for_a_pack_is_told_of_and_the_others_are_saved(
@@ -183,9 +184,10 @@ def test_a_process_that_cannot_start_is_an_outcome(
 
 
 def test_too_many_saves_at_once_are_passed_over(first: Machine, store: Path) -> None:
+    first.store.found()
     place = store / KEY.prefix
     place.mkdir(parents=True, mode=0o700)
-    (place / ".unfinished-1").write_bytes(b"")
+    (place / f".unfinished-{1:032x}").write_bytes(b"")
     outcome = perform(job("save", first), settings_for(store, max_concurrent_saves=1))
     assert outcome.status == "nothing"
     assert "other saves" in outcome.messages[0]

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from ..cache_errors import CacheOperationInterrupted, CacheValidationError
 from ..key import CacheKey
-from ..packs.key_packs import read_packs
+from ..packs.key_packs import read_key
 from ..packs.manifest import PackedFile
 from ..packs.pack import Pack
 from ..space import Floor
-from ..stores.interface import Store
+from ..stores.interface import Store, Stored
 from ..trust import Trust
 from ..unpacking.frames import FrameUnpacker
 from ..unpacking.missing import MissingFiles, missing_files
@@ -38,6 +38,7 @@ class Restore:
 
     Attributes:
         packs: that were found.
+        entries: everything that the store has of the key.
         refused: what of them is damaged or could not be read.
     """
 
@@ -54,6 +55,7 @@ class Restore:
         before_move: Callable[[list[tuple[Pack, PackedFile]]], None] = lambda _: None,
     ) -> None:
         self.packs: list[Pack] = []
+        self.entries: list[Stored] = []
         self.refused = Refused()
         self._store = store
         self._key = key
@@ -77,7 +79,7 @@ class Restore:
         """
         began = time.monotonic()
         outcome = self._outcome
-        self.packs = read_packs(self._store, self._key, self._trust, outcome.messages)
+        outcome.messages += self._read()
         if not self.packs:
             outcome.status = "refused" if outcome.messages else "nothing"
             return outcome
@@ -88,13 +90,22 @@ class Restore:
             if not refused:
                 break
             if refused.gone:  # a compaction has replaced it: read that one
-                self.packs = read_packs(self._store, self._key, self._trust, [])
+                self._read()
             missing = self._missing()
         outcome.messages += self.refused.messages()
         outcome.status = self._status(missing)
         outcome.packs = len(self.packs)
         outcome.seconds = time.monotonic() - began
         return outcome
+
+    def _read(self) -> list[str]:
+        """Read what the store has; what there is to tell of it."""
+        try:
+            found = read_key(self._store, self._key.prefix, self._trust)
+        except CacheValidationError as error:
+            return [str(error)]
+        self.packs, self.entries = found.packs, found.entries
+        return found.messages()
 
     def _missing(self) -> MissingFiles:
         return missing_files(self.refused.usable(self.packs), self._directories, self.refused.frames)

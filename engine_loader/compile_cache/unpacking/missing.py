@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..packs.key_packs import effective_files
+from ..packs.key_packs import files_for
 from ..packs.manifest import Frame, PackedFile
 from ..packs.pack import Pack
 
@@ -72,7 +72,7 @@ def missing_files(
         without: frames, each as (name of its pack, index), that are not used.
     """
     missing = MissingFiles()
-    for pack, file in effective_files(packs, without).values():
+    for pack, file in files_for(packs, without=without).values():
         root = directories.get(file.root)
         if root is not None and not os.path.lexists(root / file.path.partition("/")[2]):
             missing.add(pack, file)
