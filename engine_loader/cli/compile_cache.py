@@ -241,9 +241,9 @@ def verify(
 ) -> None:
     """Read every byte of every pack; ends with status 1 when one in use is damaged, forged or not to be trusted."""
     from ..compile_cache.packs.verify import verify as verify_packs
-    from ..compile_cache.quarantine import repair as repair_packs
     from ..compile_cache.space import mib
     from ..compile_cache.stores.opening import open_store
+    from ..compile_cache.upkeep.quarantine import repair as repair_packs
 
     settings = _settings()
     store, trust = open_store(settings)
@@ -294,9 +294,9 @@ def quarantine(
 ) -> None:
     """Take a pack out of use for the whole fleet: no engine restores it, and its files are saved anew."""
     from ..compile_cache.cache_errors import CacheError
-    from ..compile_cache.quarantine import find_pack, release
-    from ..compile_cache.quarantine import quarantine as take_out
     from ..compile_cache.stores.opening import open_store
+    from ..compile_cache.upkeep.quarantine import find_pack, release
+    from ..compile_cache.upkeep.quarantine import quarantine as take_out
 
     store = open_store(_settings())[0]
     try:

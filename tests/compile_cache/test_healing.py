@@ -17,8 +17,8 @@ from engine_loader.compile_cache.packs.verify import verify
 from engine_loader.compile_cache.process.job import Job
 from engine_loader.compile_cache.process.operations import perform
 from engine_loader.compile_cache.process.outcome import Outcome
-from engine_loader.compile_cache.quarantine import find_pack, quarantine, release, repair
 from engine_loader.compile_cache.retention import Pruned
+from engine_loader.compile_cache.upkeep.quarantine import find_pack, quarantine, release, repair
 from engine_loader.settings import CompileCacheSettings
 from tests.compile_cache.support import KEY, SECRET, Machine, some_bytes
 

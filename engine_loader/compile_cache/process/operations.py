@@ -19,8 +19,8 @@ from ..packs.verify import damaged_frames
 from ..stores.interface import Store
 from ..stores.opening import open_store
 from ..stores.uses import note_used
-from ..suspects import clear_suspects, note_suspects, suspects
 from ..trust import Trust
+from ..upkeep.suspects import clear_suspects, note_suspects, suspects
 from ..verdict.explain import nearest_in_store, note_verdict
 from ..verdict.judge import judge
 from .damage import note_damage, noted_damage

@@ -7,13 +7,13 @@ import socket
 import time
 from collections.abc import Iterable
 
-from .cache_errors import CacheError
-from .compaction import salvage
-from .packs.pack import read_manifest
-from .packs.verify import Verified
-from .stores.interface import Store, Stored
-from .stores.names import QUARANTINED, SUFFIX
-from .trust import Trust
+from ..cache_errors import CacheError
+from ..compaction import salvage
+from ..packs.pack import read_manifest
+from ..packs.verify import Verified
+from ..stores.interface import Store, Stored
+from ..stores.names import QUARANTINED, SUFFIX
+from ..trust import Trust
 
 
 def find_pack(store: Store, name: str) -> Stored:
