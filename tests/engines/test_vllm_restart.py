@@ -20,8 +20,9 @@ from tests.support.moto_server import MotoServer
 from tests.support.tiny_models import make_model
 from tests.support.vllm_server import VllmServer
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(2400)]
 
+START_TIMEOUT_S = 700.0  # compiling on a busy machine takes minutes
 PROMPT = "Once upon a time"
 DONE = ("compile cache: saved", "compile cache: nothing new to save", "nothing was saved")
 NO_COMPILATION = ("Directly load AOT compilation from path",)
@@ -89,7 +90,9 @@ class Fleet:
             **variables,
         }
         self.log = machine / "log"
-        with VllmServer(self.model, *args, env=env, eager=eager, log_path=self.log) as server:
+        with VllmServer(
+            self.model, *args, env=env, eager=eager, start_timeout_s=START_TIMEOUT_S, log_path=self.log
+        ) as server:
             text = server.complete(PROMPT, max_tokens=12)
             deadline = time.monotonic() + 120
             while time.monotonic() < deadline and not any(words in server.log for words in DONE):
@@ -273,7 +276,8 @@ def poisoned(fleet: Fleet, cold: Start, tmp_path: Path) -> Path:
     shutil.copytree(fleet.directory / "machine-1" / "vllm", caches, ignore=shutil.ignore_patterns(".engine_loader"))
     (tmp_path / "poison.c").write_text("__attribute__((constructor)) static void end(void) { __builtin_trap(); }")
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", "poison.so", "poison.c"], cwd=tmp_path, check=True)
-    libraries = [path for path in caches.rglob("*.so") if path.is_file()]
+    # Kernels alone: where a library by which inductor tries the CPU fails, it generates other code.
+    libraries = list(caches.rglob("*.main.so"))
     assert libraries
     for library in libraries:
         library.chmod(0o700)
