@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..cache_errors import CacheValidationError
 from ..packs.manifest import Frame, PackedFile
-from ..packs.pack import Pack, read_frame
+from ..packs.pack import Pack, open_pack, read_frame
 from ..space import no_room_is_an_interruption
 from ..stores.interface import Readable, Store
 from .missing import MissingFiles
@@ -61,7 +61,7 @@ class FrameUnpacker:
         written: dict[str, list[PackedFile]] = defaultdict(list)
         with ExitStack() as stack:
             for name in self._missing.packs:
-                self._readers[name] = reader = stack.enter_context(self._store.open(name))
+                self._readers[name] = reader = stack.enter_context(open_pack(self._store, self._missing.packs[name]))
                 frames = self._missing.packs[name].manifest.frames
                 reader.expect([(frames[index].offset, frames[index].size) for index in self._missing.files[name]])
             stack.enter_context(no_room_is_an_interruption(next(iter(self._staging.values())).parents[1]))
