@@ -59,7 +59,8 @@ class Schedule:
 
     def __init__(self, seed: int) -> None:
         self._chance = random.Random(seed)
-        self._turn = threading.Condition()
+        self._lock = threading.Lock()
+        self._turns: list[threading.Semaphore] = []
         self._ready: list[int] = []
         self._sleeping: dict[int, float] = {}
         self._running: int | None = None
@@ -74,14 +75,14 @@ class Schedule:
         self._alive = len(work)
         self._ready = list(range(len(work)))
         self.uses = {number: Use() for number in self._ready}
+        self._turns = [threading.Semaphore(0) for _ in work]
         threads = [
             threading.Thread(target=self._carry_out, args=(number, piece, failures))
             for number, piece in enumerate(work)
         ]
         for thread in threads:
             thread.start()
-        with self._turn:
-            self._next()
+        self._next()
         for thread in threads:
             thread.join()
         if failures:
@@ -95,34 +96,29 @@ class Schedule:
         """Let another go on."""
         number = getattr(self._ids, "number", None)
         if number is not None:
-            with self._turn:
+            with self._lock:
                 self._ready.append(number)
                 self._next()
-                self._wait(number)
+            self._turns[number].acquire()
 
     def sleep(self, seconds: float) -> None:
         """Let others go on for so long, in the time of the simulation."""
         number = getattr(self._ids, "number", None)
         if number is not None:
-            with self._turn:
+            with self._lock:
                 self._sleeping[number] = self.now + seconds
                 self._next()
-                self._wait(number)
+            self._turns[number].acquire()
 
     def _carry_out(self, number: int, piece: Callable[[], None], failures: list[BaseException]) -> None:
         self._ids.number = number
-        with self._turn:
-            self._wait(number)
+        self._turns[number].acquire()
         try:
             piece()
         except BaseException as error:
             failures.append(error)
-        with self._turn:
+        with self._lock:
             self._next()
-
-    def _wait(self, number: int) -> None:
-        while self._running != number:
-            self._turn.wait()
 
     def _next(self) -> None:
         if not self._ready and self._sleeping:
@@ -131,7 +127,8 @@ class Schedule:
         self._ready += [one for one, until in self._sleeping.items() if until <= self.now]
         self._sleeping = {one: until for one, until in self._sleeping.items() if until > self.now}
         self._running = self._ready.pop(self._chance.randrange(len(self._ready))) if self._ready else None
-        self._turn.notify_all()
+        if self._running is not None:
+            self._turns[self._running].release()
 
 
 @contextlib.contextmanager
@@ -237,7 +234,7 @@ class Fleet:
         result.outcomes.append(outcome)
         result.restores.append(schedule.current())
         schedule.uses[schedule._ids.number] = use = Use()
-        schedule.sleep(random.uniform(0, 5))  # warm-up
+        schedule.sleep(random.choice((1.0, 2.0, random.uniform(1, 5))))  # warm-up; many are ready at once
         self._compile(key, caches, pod)
         options = SaveOptions(threads=1, level=3, most_bytes=1 << 40, wait_s=WAIT_S)
         store = self.store()

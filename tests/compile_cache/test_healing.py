@@ -18,6 +18,7 @@ from engine_loader.compile_cache.process.job import Job
 from engine_loader.compile_cache.process.operations import perform
 from engine_loader.compile_cache.process.outcome import Outcome
 from engine_loader.compile_cache.retention import Pruned
+from engine_loader.compile_cache.unpacking.missing import missing_files
 from engine_loader.compile_cache.upkeep.quarantine import find_pack, quarantine, release, repair
 from engine_loader.settings import CompileCacheSettings
 from tests.compile_cache.support import KEY, SECRET, Machine, some_bytes
@@ -30,6 +31,7 @@ def damage(pack: Path, position: int = 20) -> None:
     content = bytearray(pack.read_bytes())
     content[position] ^= 1
     pack.write_bytes(content)
+    pack.with_name("index").unlink(missing_ok=True)  # it may hold small packs as a whole
 
 
 def new_pack(machine: Machine, before: list[Path]) -> Path:
@@ -74,7 +76,7 @@ class TestRestore:
         first.save()
         before = first.packs()
         first.write("inductor/ab/kernel.so", b"better code")
-        first.write("inductor/cd/only-there.so", some_bytes(100_000))
+        first.write("inductor/cd/only-there.so", some_bytes(400_000))
         first.save()
         failing(monkeypatch, second, new_pack(first, before).name, error, when)
         outcome = second.restore()
@@ -85,7 +87,7 @@ class TestRestore:
     def test_a_handle_that_the_server_has_lost_is_opened_again(
         self, first: Machine, second: Machine, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        first.write("inductor/cd/some.so", some_bytes(100_000))
+        first.write("inductor/cd/some.so", some_bytes(400_000))
         first.save()
         failing(monkeypatch, second, first.packs()[0].name, errno.ESTALE, "read", times=1)
         outcome = second.restore()
@@ -94,7 +96,7 @@ class TestRestore:
     def test_a_store_of_which_nothing_can_be_read_is_a_failure(
         self, first: Machine, second: Machine, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        first.write("inductor/cd/some.so", some_bytes(100_000))
+        first.write("inductor/cd/some.so", some_bytes(400_000))
         first.save()
         failing(monkeypatch, second, first.packs()[0].name, errno.EIO, "read")
         outcome = second.restore()
@@ -105,27 +107,25 @@ class TestRestore:
         self, first: Machine, second: Machine, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         first.save()
-        first.write("inductor/cd/more.so", b"more")
+        first.write("inductor/cd/more.so", some_bytes(400_000))
         first.save()
         old = first.packs()
-        opened = second.store.open
-        calls = 0
+        planned: list[int] = []
 
-        @contextmanager
-        def open_later(name: str) -> Iterator[Any]:
-            nonlocal calls
-            calls += 1
-            if calls == 3:  # both manifests were read
-                compact(first.store, KEY, SECRET, level=1)
+        def replaced_meanwhile(*args: Any) -> Any:
+            missing = missing_files(*args)
+            if not planned:
+                compact(first.store, KEY, SECRET, level=1, more_than=1)
                 for path in old:
                     path.unlink()
-            with opened(name) as file:
-                yield file
+            planned.append(missing.count)
+            return missing
 
-        monkeypatch.setattr(second.store, "open", open_later)
+        monkeypatch.setattr("engine_loader.compile_cache.process.restore.missing_files", replaced_meanwhile)
         outcome = second.restore()
         assert (outcome.status, outcome.files, outcome.messages) == ("restored", 5, [])
         assert second.content() == first.content()
+        assert len(planned) > 1
 
     def test_80_packs_are_restored_where_64_files_may_be_open(self, first: Machine, second: Machine) -> None:
         for number in range(80):
@@ -193,8 +193,10 @@ def failing(
             file.read = read_failing  # type: ignore[method-assign]
             yield file
 
-    for path in machine.packs():  # so large that its manifest is not read together with its frames
-        assert path.stat().st_size > 64 << 10 or path.name != pack
+    for path in (
+        machine.packs()
+    ):  # so large that its manifest is not read together with its frames, nor kept in the index with them
+        assert path.stat().st_size > 256 << 10 or path.name != pack
     monkeypatch.setattr(machine.store, "open", open_failing)
     read_packs(machine.store, KEY, SECRET, [])
     opens, opens_for_manifest = 0, opens
@@ -308,7 +310,7 @@ class TestCompaction:
     ) -> None:
         for number in range(3):
             before = first.packs()
-            first.write(f"inductor/ab/{number}.so", some_bytes(100_000, number))
+            first.write(f"inductor/ab/{number}.so", some_bytes(400_000, number))
             first.save()
         bad = new_pack(first, before)
         failing(monkeypatch, first, bad.name, errno.EIO, "read")

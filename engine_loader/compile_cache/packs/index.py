@@ -1,9 +1,10 @@
-"""The index of a key: the ends of all its packs in one object, so that a restore need not open each pack.
+"""The index of a key: the ends of all its packs in one object, and small packs as a whole, so that a restore need not
+open each pack.
 
-    magic | size of the table (4 bytes) | table (JSON): [[digest, size, version, bytes of its tail], …] | the tails
+    magic | size of the table (4 bytes) | table (JSON): [[digest, size, version, bytes of its end], …] | the ends
 
-It is no authority. Every tail is verified as if it were read from the pack, packs that a listing shows and the index
-lacks are read one by one, and what the listing lacks is passed over.
+It is no authority. Everything in it is verified as if it were read from the packs, packs that a listing shows and the
+index lacks are read one by one, and what the listing lacks is passed over.
 """
 
 from __future__ import annotations
@@ -22,49 +23,36 @@ MOST_BYTES = 256 << 20
 _MAGIC = b"ELINDEX2"
 _HEAD = struct.Struct("<8sI")
 _MOST_PACKS = 10_000
+_MOST_WHOLE_BYTES = 4 << 20
 
-Tails = dict[tuple[str, int, str], bytes]
-"""(digest, size, version) of a pack -> everything behind its frames."""
-
-
-class TailReader:
-    """A pack of which only the end is at hand."""
-
-    def __init__(self, stored: Stored, tail: bytes) -> None:
-        self.size = stored.size
-        self._tail = tail
-        self._begin = stored.size - len(tail)
-
-    def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
-        return
-
-    def read(self, offset: int, size: int) -> bytes:
-        # The first read is of a guessed size: what lies before the tail is never looked at.
-        missing = min(max(self._begin - offset, 0), size)
-        begin = offset + missing - self._begin
-        content = bytes(missing) + self._tail[begin : begin + size - missing]
-        if len(content) != size:
-            raise OSError("the index holds less than the end of the pack")
-        return content
+Ends = dict[tuple[str, int, str], bytes]
+"""(digest, size, version) of a pack -> everything behind its frames, or all of it."""
 
 
-def encode(packs: Iterable[Pack]) -> bytes:
-    """The index of these packs. Those that would make it larger than ``MOST_BYTES`` are left out."""
+def encode(packs: Sequence[Pack]) -> bytes:
+    """The index of these packs. Those that would make it larger than ``MOST_BYTES`` are left out, and small ones stand
+    in it as a whole, as long as they are few.
+    """
+    gone = {name for pack in packs for name in pack.manifest.replaces}
     table: list[tuple[str, int, str, int]] = []
-    tails: list[bytes] = []
-    size = 0
+    parts: list[bytes] = []
+    size = whole_bytes = 0
     for pack in sorted(packs, key=lambda pack: pack.stored.name):
-        if size + len(pack.tail) <= MOST_BYTES - (1 << 20) and len(table) < _MOST_PACKS:
-            table.append((pack.stored.digest, pack.stored.size, pack.stored.version, len(pack.tail)))
-            tails.append(pack.tail)
-            size += len(pack.tail)
+        part = pack.tail
+        if pack.stored.digest not in gone and whole_bytes + len(pack.whole) <= _MOST_WHOLE_BYTES:
+            part = pack.whole or pack.tail
+            whole_bytes += len(pack.whole)
+        if size + len(part) <= MOST_BYTES - (1 << 20) and len(table) < _MOST_PACKS:
+            table.append((pack.stored.digest, pack.stored.size, pack.stored.version, len(part)))
+            parts.append(part)
+            size += len(part)
     text = json.dumps(table, separators=(",", ":")).encode()
-    return b"".join([_HEAD.pack(_MAGIC, len(text)), text, *tails])
+    return b"".join([_HEAD.pack(_MAGIC, len(text)), text, *parts])
 
 
-def decode(content: bytes) -> Tails:
-    """The tails in an index; none where it is damaged."""
-    found: Tails = {}
+def decode(content: bytes) -> Ends:
+    """What an index has of packs; nothing where it is damaged."""
+    found: Ends = {}
     with suppress(struct.error, ValueError, TypeError):
         magic, size = _HEAD.unpack_from(content)
         if magic != _MAGIC:
@@ -77,8 +65,8 @@ def decode(content: bytes) -> Tails:
     return found
 
 
-def read_tails(store: Store, entries: Iterable[Stored], prefix: str) -> Tails:
-    """The tails in the index of a key; none where there is no index, or it cannot be read."""
+def read_ends(store: Store, entries: Iterable[Stored], prefix: str) -> Ends:
+    """What the index of a key has; nothing where there is no index, or it cannot be read."""
     name = f"{prefix}/{INDEX}"
     if all(entry.name != name for entry in entries):
         return {}

@@ -11,9 +11,9 @@ from ..key import CacheKey
 from ..stores.interface import Store, Stored
 from ..stores.names import INDEX
 from ..trust import Trust
-from .index import TailReader, Tails, encode, read_tails
+from .index import Ends, encode, read_ends
 from .manifest import PackedFile
-from .pack import Pack, read_manifest, verified_pack
+from .pack import EndReader, Pack, read_manifest, verified_pack
 
 MOST_SINGLY = 16
 """Packs that an index lacks and that are read one by one, the newest first."""
@@ -32,6 +32,7 @@ class KeyPacks:
         refused: packs that are not trusted or cannot be read, with the reason.
         unread: digests of packs that were not looked at, for there are too many.
         unreadable: directories that could not be looked into, with the reason.
+        quarantined: digests of packs that a person or a check took out of use.
     """
 
     packs: list[Pack] = field(default_factory=list)
@@ -39,11 +40,12 @@ class KeyPacks:
     refused: list[tuple[Stored, str]] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
+    quarantined: set[str] = field(default_factory=set)
 
     @property
     def taken(self) -> set[str]:
         """Digests that name something else than a trusted pack."""
-        return {stored.digest for stored, _ in self.refused} | set(self.unread)
+        return {stored.digest for stored, _ in self.refused} | set(self.unread) | self.quarantined
 
     def messages(self) -> list[str]:
         """One line about everything that was passed over."""
@@ -79,14 +81,14 @@ def read_key(
         return KeyPacks()
     found = KeyPacks(entries=store.entries(prefix) if entries is None else entries)
     found.unreadable = list(store.unreadable)
-    out = {entry.digest for entry in found.entries if entry.kind == "quarantined"}
-    listed = [entry for entry in found.entries if entry.kind == "pack" and entry.digest not in out]
-    tails: Tails = {_id(pack.stored): pack.tail for pack in known if pack.tail}
-    if any(_id(stored) not in tails for stored in listed):
-        tails = read_tails(store, found.entries, prefix) | tails
+    found.quarantined = {entry.digest for entry in found.entries if entry.kind == "quarantined"}
+    listed = [entry for entry in found.entries if entry.kind == "pack" and entry.digest not in found.quarantined]
+    ends: Ends = {_id(pack.stored): pack.whole or pack.tail for pack in known if pack.tail}
+    if any(_id(stored) not in ends for stored in listed):
+        ends = read_ends(store, found.entries, prefix) | ends
     singly = []
     for stored in listed:
-        if (tail := tails.get(_id(stored))) is None or not _add(found, store, stored, prefix, trust, tail):
+        if (end := ends.get(_id(stored))) is None or not _add(found, store, stored, prefix, trust, end):
             singly.append(stored)
     singly.sort(key=lambda stored: stored.modified, reverse=True)
     found.unread += [stored.digest for stored in singly[most_singly:]]
@@ -206,11 +208,11 @@ def _read_singly(found: KeyPacks, store: Store, listed: list[Stored], prefix: st
                 found.refused.append((stored, result))
 
 
-def _add(found: KeyPacks, store: Store, stored: Stored, prefix: str, trust: Trust, tail: bytes) -> bool:
-    """Whether the tail in the index is that of a pack that is trusted."""
+def _add(found: KeyPacks, store: Store, stored: Stored, prefix: str, trust: Trust, end: bytes) -> bool:
+    """Whether what the index has of a pack is the end of one that is trusted."""
     try:
         store.vouch(stored)
-        found.packs.append(verified_pack(store, TailReader(stored, tail), stored, prefix, trust))
+        found.packs.append(verified_pack(store, EndReader(stored, end), stored, prefix, trust))
     except (OSError, CacheError):
         return False
     return True

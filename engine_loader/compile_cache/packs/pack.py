@@ -20,6 +20,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -42,6 +43,8 @@ _OTHER_FORMATS = {b"ELPACK01"}
 _SKIPPABLE = struct.Struct("<II")
 _SKIPPABLE_MAGIC = 0x184D2A5E
 _TRAILER = struct.Struct("<32sQI8s")
+SMALL_BYTES = 256 << 10
+"""Packs up to this size are fetched and kept in the index as a whole."""
 _FIRST_READ_BYTES = 64 << 10  # most manifests come with the first read
 _MOST_BLOCK_BYTES = 4096
 _MOST_TEXT_BYTES = 32 << 20
@@ -63,6 +66,34 @@ class Pack:
     manifest: Manifest
     tail: bytes = field(default=b"", repr=False, compare=False)
     """Everything behind the frames, as it lies in the store."""
+    whole: bytes = field(default=b"", repr=False, compare=False)
+    """All of a small pack, where it is at hand."""
+
+
+class EndReader:
+    """A pack of which the end, or all, is at hand."""
+
+    def __init__(self, stored: Stored, end: bytes) -> None:
+        self.size = stored.size
+        self._end = end
+        self._begin = stored.size - len(end)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the pack is at hand."""
+        return self._begin == 0
+
+    def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
+        return
+
+    def read(self, offset: int, size: int) -> bytes:
+        # The first read is of a guessed size: what lies before the end is not looked at.
+        missing = min(max(self._begin - offset, 0), size)
+        begin = offset + missing - self._begin
+        content = bytes(missing) + self._end[begin : begin + size - missing]
+        if len(content) != size:
+            raise OSError("less than the end of the pack is at hand")
+        return content
 
 
 class DamagedFrameError(CacheValidationError):
@@ -231,7 +262,19 @@ def read_manifest(store: Store, stored: Stored, key_prefix: str, trust: Trust) -
         OSError: the store fails, or the pack is gone.
     """
     with store.open(stored.name) as file:
+        if 0 < file.size == stored.size <= SMALL_BYTES:
+            file = EndReader(stored, file.read(0, file.size))
         return verified_pack(store, file, stored, key_prefix, trust)
+
+
+@contextmanager
+def open_pack(store: Store, pack: Pack) -> Iterator[Readable]:
+    """A pack for reading its frames: from memory where it is there."""
+    if pack.whole:
+        yield EndReader(pack.stored, pack.whole)
+        return
+    with store.open(pack.stored.name) as file:
+        yield file
 
 
 def verified_pack(store: Store, file: Readable, stored: Stored, key_prefix: str, trust: Trust) -> Pack:
@@ -256,7 +299,19 @@ def verified_pack(store: Store, file: Readable, stored: Stored, key_prefix: str,
         raise CacheValidationError(f"{location}: refused: there is something in it that its manifest does not name")
     tail = file.read(frames_end, file.size - frames_end)
     _check_end(tail[:between], location)
-    return Pack(stored, manifest, tail)
+    return Pack(stored, manifest, tail, _whole(file, manifest))
+
+
+def _whole(file: Readable, manifest: Manifest) -> bytes:
+    """All of a pack, where it is in memory and undamaged."""
+    if not isinstance(file, EndReader) or not file.is_whole:
+        return b""
+    content = file.read(0, file.size)
+    sound = all(
+        hashlib.sha256(content[frame.offset : frame.offset + frame.size]).hexdigest() == frame.sha256
+        for frame in manifest.frames
+    )
+    return content if sound else b""
 
 
 def _read_text(file: Readable, store_name: str, pack_name: str, trust: Trust, location: str) -> tuple[bytes, int]:

@@ -58,9 +58,7 @@ class FilesystemStore:
     @property
     def name(self) -> str:
         if self._name is None:
-            self._name = marker.read_marker(self, self._expected)
-        if self._name is None:
-            marker.refuse_foreign(self)
+            self._name = marker.name_of(self, self._expected)
         return self._name or ""
 
     def found(self) -> None:
@@ -112,7 +110,7 @@ class FilesystemStore:
                 raise CacheValidationError(
                     f"{self.directory / name}: refused: it has {facts.st_size} bytes, more than {most_bytes}"
                 )
-            return Small(_stored(name, facts), read_whole(descriptor, most_bytes))
+            return Small(_stored(name, facts), read_whole(descriptor, facts.st_size))
         finally:
             os.close(descriptor)
 

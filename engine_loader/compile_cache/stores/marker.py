@@ -52,13 +52,28 @@ def read_marker(store: Store, expected: str | None) -> str | None:
     return name
 
 
-def found(store: Store, expected: str | None) -> str:
-    """The store's name; an empty store gets a marker first. Raises as ``read_marker``, and ``refuse_foreign``."""
+def name_of(store: Store, expected: str | None) -> str | None:
+    """The store's name; None for an empty store.
+
+    Raises:
+        CacheValidationError: as ``read_marker``; or there is something, and no marker.
+        OSError: the store fails.
+    """
     name = read_marker(store, expected)
-    if name is None:
-        refuse_foreign(store)
-        name = adopt(store, expected)
+    if name is None and not store.is_empty():
+        name = read_marker(store, expected)  # another process may have written it, and more, meanwhile
+        if name is None:
+            raise CacheValidationError(
+                f"{store.description}: refused: it is not empty, and has no marker ({MARKER}) of a store of compile "
+                "caches; name another directory, or make this one a store by `engine-loader compile-cache adopt` "
+                "(what else lies there stays untouched)"
+            )
     return name
+
+
+def found(store: Store, expected: str | None) -> str:
+    """The store's name; an empty store gets a marker first. Raises as ``name_of``."""
+    return name_of(store, expected) or adopt(store, expected)
 
 
 def adopt(store: Store, name: str | None = None) -> str:
@@ -84,13 +99,3 @@ def adopt(store: Store, name: str | None = None) -> str:
     if there is None:
         raise CacheValidationError(f"{store.description}/{MARKER}: refused: it was deleted as soon as it was written")
     return there
-
-
-def refuse_foreign(store: Store) -> None:
-    """Raises CacheValidationError when there is something in a store that has no marker."""
-    if not store.is_empty():
-        raise CacheValidationError(
-            f"{store.description}: refused: it is not empty, and has no marker ({MARKER}) of a store of compile "
-            "caches; name another directory, or make this one a store by `engine-loader compile-cache adopt` "
-            "(what else lies there stays untouched)"
-        )

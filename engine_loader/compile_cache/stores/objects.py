@@ -80,9 +80,7 @@ class ObjectCacheStore:
     @property
     def name(self) -> str:
         if self._name is None:
-            self._name = marker.read_marker(self, self._expected)
-        if self._name is None:
-            marker.refuse_foreign(self)
+            self._name = marker.name_of(self, self._expected)
         return self._name or ""
 
     def found(self) -> None:

@@ -88,11 +88,11 @@ def replace_if(source: Path, target: Path, is_it: Callable[[os.stat_result], boo
             os.unlink(aside)
 
 
-def read_whole(descriptor: int, most_bytes: int) -> bytes:
-    """All that an opened file holds, at most ``most_bytes``."""
+def read_whole(descriptor: int, size: int) -> bytes:
+    """The first ``size`` bytes of an opened file, or what it has of them."""
     parts = []
     offset = 0
-    while offset < most_bytes and (part := os.pread(descriptor, most_bytes - offset, offset)):
+    while offset < size and (part := os.pread(descriptor, size - offset, offset)):
         parts.append(part)
         offset += len(part)
     return b"".join(parts)

@@ -67,9 +67,7 @@ class FrameUnpacker:
         self._make_directories()
         work = self._missing.frames()
         with ExitStack() as stack:
-            readers = stack.enter_context(
-                PackReaders(self._store, [(pack.stored.name, frame) for pack, frame, _ in work])
-            )
+            readers = stack.enter_context(PackReaders(self._store, [(pack, frame) for pack, frame, _ in work]))
             stack.enter_context(no_room_is_an_interruption(next(iter(self._staging.values())).parents[1]))
             pool = stack.enter_context(ThreadPoolExecutor(_fewer(threads), thread_name_prefix="compile-cache"))
             futures = [pool.submit(self._unpack, readers, *item) for item in work]

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from ..packs.manifest import Frame
+from ..packs.pack import Pack, open_pack
 from ..stores.interface import Readable, Store
 
 
@@ -16,13 +17,13 @@ class PackReaders:
     are open as there are threads, at most, when frames come pack by pack.
 
     Args:
-        frames: (name of the pack, frame) of everything that will be read.
+        frames: (pack, frame) of everything that will be read.
     """
 
-    def __init__(self, store: Store, frames: Iterable[tuple[str, Frame]]) -> None:
+    def __init__(self, store: Store, frames: Iterable[tuple[Pack, Frame]]) -> None:
         self._packs: dict[str, _Pack] = {}
-        for name, frame in frames:
-            self._packs.setdefault(name, _Pack(store, name)).frames.append(frame)
+        for pack, frame in frames:
+            self._packs.setdefault(pack.stored.name, _Pack(store, pack)).frames.append(frame)
 
     def __enter__(self) -> PackReaders:
         return self
@@ -44,11 +45,11 @@ class PackReaders:
 class _Pack:
     """One pack; read as a ``Readable`` that opens itself, and once again where the server has lost its handle."""
 
-    def __init__(self, store: Store, name: str) -> None:
+    def __init__(self, store: Store, pack: Pack) -> None:
         self.size = 0  # known when it is open
         self.frames: list[Frame] = []
         self._store = store
-        self._name = name
+        self._pack = pack
         self._done = 0
         self._lock = threading.Lock()
         self._stack = ExitStack()
@@ -82,7 +83,7 @@ class _Pack:
     def _open(self, stale: Readable | None = None) -> Readable:
         with self._lock:
             if self._opened is None or self._opened is stale:
-                self._opened = self._stack.enter_context(self._store.open(self._name))
+                self._opened = self._stack.enter_context(open_pack(self._store, self._pack))
                 self.size = self._opened.size
                 self._opened.expect([(frame.offset, frame.size) for frame in self.frames])
             return self._opened
