@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .cache_errors import CacheValidationError
+from .ownership import open_to_others as _open_to_others
 
 TAG_BYTES = 32
 _DOMAIN = b"engine_loader compile cache pack 1\0"
@@ -121,11 +122,3 @@ def make_private(path: Path) -> None:
         path = path.parent
     for directory in reversed(missing):
         directory.mkdir(mode=0o700, exist_ok=True)
-
-
-def _open_to_others(facts: os.stat_result) -> str | None:
-    if facts.st_uid not in (0, os.geteuid()):
-        return f"it belongs to user {facts.st_uid}"
-    if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"others may write it (mode {stat.S_IMODE(facts.st_mode):o})"
-    return None

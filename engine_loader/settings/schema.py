@@ -222,6 +222,10 @@ class CompileCacheSettings(_Group):
         description="The store of compile caches: a directory that the fleet shares, or a prefix in an object store "
         "(s3://bucket/prefix, gs://, az://).",
     )
+    store_name: Auto[Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]] = Field(
+        default=None,
+        description="The name that the store must have (its marker says it, and signatures cover it); auto: any.",
+    )
     scope: Auto[Annotated[str, Field(max_length=200)]] = Field(
         default=None,
         description="Caches of one scope are restored together; auto: one for each model and parallel layout.",
@@ -273,10 +277,11 @@ class CompileCacheSettings(_Group):
         description="Where temporary files of restores and saves go; auto: the temporary directory.",
     )
     compact_packs: int = Field(
-        default=12,
+        default=3,
         ge=2,
         le=1000,
-        description="When a key has more packs than this, a save puts them together into one.",
+        description="When a key has more packs than this, a save puts them together; one that is far larger than the "
+        "others stays as it is.",
     )
     keep_days: float = Field(
         default=30.0, gt=0, description="Keys that were neither made nor used for longer are pruned."

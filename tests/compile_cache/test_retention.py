@@ -69,7 +69,7 @@ def test_the_last_used_keys_stay_when_there_are_too_many_or_too_much(first: Mach
 def test_leftovers_go_by_age_and_nothing_else_is_touched(first: Machine, store: Path) -> None:
     first.save()
     (pack,) = first.packs()
-    old, new = pack.parent / ".unfinished-1", pack.parent / ".unfinished-2"
+    old, new = pack.parent / f".unfinished-{1:032x}", pack.parent / f".unfinished-{2:032x}"
     note = pack.parent / "README"
     for path in (old, new, note):
         path.write_bytes(b"x")

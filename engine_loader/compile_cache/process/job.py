@@ -19,8 +19,10 @@ class Job:
         engine: a key of directories.ENGINES.
         model_infos: only vLLM's descriptions of models, instead of everything else.
         directories: name of a cache -> where it is here.
-        since_ns: a save takes files that came after this time (nanoseconds since the epoch), and those in directories
-            that the engine noted as in use; 0: all.
+        since_ns: when the engine's start began (nanoseconds since the epoch). A save takes files that came after it,
+            and those in directories that the engine noted as in use; 0: all.
+        engine_pid: the process that starts the engine for which this is restored; 0: a restore by hand, which is not
+            put on trial.
         settle: wait until no process writes into the caches any more.
         background: with the lowest priority.
     """
@@ -31,6 +33,7 @@ class Job:
     directories: Mapping[str, str]
     model_infos: bool = False
     since_ns: int = 0
+    engine_pid: int = 0
     settle: bool = False
     background: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)

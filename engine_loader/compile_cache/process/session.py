@@ -135,6 +135,8 @@ def log_restore(log: logging.Logger, job: Job, where: str, outcome: Outcome) -> 
             outcome.seconds,
             source,
         )
+    elif outcome.status == "suspect":
+        log.info("compile cache: nothing was restored from %s", source)
     elif outcome.status == "complete":
         log.info("compile cache: everything that %s has is in place already", source)
     elif outcome.status == "nothing":

@@ -19,5 +19,6 @@ def open_store(settings: CompileCacheSettings) -> tuple[Store, Trust]:
     if is_remote(settings.directory):
         from .objects import ObjectCacheStore
 
-        return ObjectCacheStore(settings.directory, trust, settings.work_directory), trust
-    return FilesystemStore(settings.directory, trust, int(settings.min_store_free_bytes)), trust
+        return ObjectCacheStore(settings.directory, trust, settings.work_directory, settings.store_name), trust
+    floor = int(settings.min_store_free_bytes)
+    return FilesystemStore(settings.directory, trust, floor, settings.store_name), trust

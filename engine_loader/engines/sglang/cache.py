@@ -35,6 +35,7 @@ from ..common.cache_hooks import (
     scope_of,
     start_save,
     wait_for_node,
+    watched,
     without_secrets,
 )
 from .format import check
@@ -59,8 +60,9 @@ def register_engine() -> None:
     def launch(original: Any, *args: Any, **options: Any) -> Any:
         server_args = next(value for value in (*args, *options.values()) if hasattr(value, "load_format"))
         check(server_args)
-        _quietly(_start, server_args)
-        result = original(*args, **options)
+        session = _quietly(_start, server_args)
+        with watched(session, logger):
+            result = original(*args, **options)
         if getattr(server_args, "tokenizer_worker_num", 1) > 1:  # its warm-up is in processes without plugins
             _quietly(_save, server_args)
         return result
@@ -116,14 +118,17 @@ def _start(server_args: Any) -> NodeSession | None:
     settings = cache_settings()
     if not settings.enabled:
         return None
-    _check_hooks()
-    return NodeSession(_ENGINE, key_of(server_args, settings), settings, logger)
+    return NodeSession(_ENGINE, key_of(server_args, settings), settings, logger, on_trial=_check_hooks())
 
 
-def _check_hooks() -> None:
-    """Log an error for each hook that is not in force: without it the cache is not restored in time, or not saved."""
+def _check_hooks() -> bool:
+    """Return whether every hook is in force, and log an error for each that is not: without it the cache is not
+    restored in time, or not saved.
+    """
+    good = True
     for module, path in ((_SCHEDULER, "Scheduler.init_model_worker"), (_SERVER, "_wait_and_warmup")):
         if module in sys.modules and not _in_force(module, path):
+            good = False
             logger.error(
                 "compile cache: engine_loader's hook on %s.%s of SGLang %s is not in force, so that the cache is not "
                 "restored in time or not saved: another plugin replaced it (SGLANG_PLUGINS=b10_3fs loads this one "
@@ -132,6 +137,7 @@ def _check_hooks() -> None:
                 path,
                 module_version("sglang"),
             )
+    return good
 
 
 def _in_force(module: str, path: str) -> bool:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ from ...compile_cache.key import CacheKey, environment_key, module_version, pyth
 from ...compile_cache.process.job import Job
 from ...compile_cache.process.session import Running, run_job
 from ...compile_cache.process.use import note_use
-from ...replacing import wrap
+from ...replacing import is_wrapped, wrap
 from ...settings import CompileCacheSettings
 from ..common.cache_hooks import (
     NodeSession,
@@ -35,6 +36,7 @@ from ..common.cache_hooks import (
     scope_of,
     start_save,
     wait_for_node,
+    watched,
     without_secrets,
 )
 
@@ -76,7 +78,8 @@ def register_executor() -> None:
         session = _quietly(_start, vllm_config)
         if session is not None:
             object.__setattr__(self, _SESSION, session)
-        return original(self, vllm_config, *args, **options)
+        with watched(session, logger):
+            return original(self, vllm_config, *args, **options)
 
     wrap(Executor, "__init__", start)
 
@@ -91,7 +94,8 @@ def register_engine_core() -> None:
             session = _quietly(_start, self.vllm_config)
         if session is not None:
             _quietly(session.wait)
-        result = original(self, *args, **options)
+        with watched(session, logger):
+            result = original(self, *args, **options)
         if session is not None:
             _quietly(session.save)
         return result
@@ -134,7 +138,12 @@ def register_registry() -> None:
 
 def _start(vllm_config: Any) -> NodeSession | None:
     settings = cache_settings()
-    return NodeSession(_ENGINE, key_of(vllm_config, settings), settings, logger) if settings.enabled else None
+    if not settings.enabled:
+        return None
+    core = sys.modules.get("vllm.v1.engine.core")
+    # In a version of vLLM with another engine core nothing would tell that the engine is ready.
+    told = core is None or is_wrapped(getattr(core, "EngineCore", None), "_initialize_kv_caches")
+    return NodeSession(_ENGINE, key_of(vllm_config, settings), settings, logger, on_trial=told)
 
 
 def _watch(worker: Any, vllm_config: Any, session: NodeSession | None) -> None:
