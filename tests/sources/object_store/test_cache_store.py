@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -14,8 +15,12 @@ from engine_loader.compile_cache.process.operations import perform
 from engine_loader.compile_cache.process.session import run_job
 from engine_loader.compile_cache.retention import Policy, prune
 from engine_loader.compile_cache.stores import objects as object_store
+from engine_loader.compile_cache.stores.interface import Stored
+from engine_loader.compile_cache.stores.leases import acquire
+from engine_loader.compile_cache.stores.marker import adopt
 from engine_loader.compile_cache.stores.objects import ObjectCacheStore
 from engine_loader.compile_cache.stores.opening import open_store
+from engine_loader.compile_cache.stores.uses import note_used
 from engine_loader.compile_cache.trust import Trust
 from engine_loader.settings import CompileCacheSettings
 from tests.cli.running import invoke
@@ -177,3 +182,110 @@ def test_a_server_that_refuses_is_told(
     assert outcome.status == "failed"
     assert message in outcome.messages[0]
     assert "s3://bucket/caches" in outcome.messages[0]
+
+
+def on_bucket(machine: Machine, scratch: Path) -> Machine:
+    return on_objects(machine, "s3://bucket/caches", scratch)
+
+
+def test_a_server_that_ignores_conditions_still_has_one_pack_of_equal_content(
+    first: Machine, second: Machine, on_server: FaultServer, scratch: Path
+) -> None:
+    """Its PUT replaces whatever the condition says, and its DELETE and COPY too."""
+    for machine in (on_bucket(first, scratch), on_bucket(second, scratch)):
+        machine.write("inductor/ab/kernel.so", b"equal")
+    (first.directories["triton"] / "XYZ/kernel.cubin").unlink()
+    first.save()
+    before = {name: content for name, content in on_server.objects.items() if name.endswith(".tar.zst")}
+    with second.store.upload(KEY.prefix) as upload:
+        upload.write(b"other bytes")
+        upload.commit(next(iter(before)).removeprefix("bucket/caches/"))
+    assert {name: content for name, content in on_server.objects.items() if name.endswith(".tar.zst")} == before
+    assert second.save().status == "complete"
+
+
+def test_a_pack_that_was_replaced_since_it_was_listed_is_noticed(
+    first: Machine, on_server: FaultServer, scratch: Path
+) -> None:
+    on_bucket(first, scratch).save()
+    (stored,) = first.store.list()
+    with first.store.open(stored.name) as pack:
+        on_server.objects[f"bucket/caches/{stored.name}"] = b"x" * stored.size
+        with pytest.raises(FileNotFoundError, match="list again"):
+            pack.read(0, 10)
+
+
+def test_one_pod_has_a_lease_until_it_runs_out(
+    first: Machine, second: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first.store.found()
+    lease = acquire(first.store, KEY.prefix, "save", 60)
+    assert lease is not None
+    assert acquire(second.store, KEY.prefix, "save", 60) is None
+    real = second.store.now()
+    monkeypatch.setattr(second.store, "now", lambda: real + 61)
+    taken = acquire(second.store, KEY.prefix, "save", 60)
+    assert taken is not None
+    lease.release()
+    assert acquire(first.store, KEY.prefix, "save", 60) is None
+    taken.release()
+    assert acquire(first.store, KEY.prefix, "save", 60) is not None
+
+
+def test_a_prefix_that_is_not_empty_is_refused_until_it_is_adopted(
+    first: Machine, second: Machine, url: str, on_s3: S3Server
+) -> None:
+    foreign = f"{url.removeprefix('s3://caches/')}/backups/2025/db.tar.zst"
+    on_s3.put("caches", {foreign: b"somebody's"})
+    with pytest.raises(CacheValidationError, match="compile-cache adopt"):
+        first.save()
+    assert "adopt" in second.restore().messages[0]
+    adopt(first.store)
+    first.save()
+    assert second.restore().status == "restored"
+    done = prune(first.store, Policy(1e-9, 1, 1, 0), SECRET, now=first.store.now() + 40 * 86400)
+    assert [name.rpartition("/")[0] for name, _, _ in done.deleted] == [KEY.prefix]
+    assert first.store.read("backups/2025/db.tar.zst", 100).content == b"somebody's"
+    assert [entry.name for entry in first.store.entries()] == ["engine-loader-store.json"]
+
+
+def test_use_is_noted_and_keeps_a_key(first: Machine, second: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    first.save()
+    (pack,) = first.store.list()
+    second.restore()
+    note_used(second.store, KEY.prefix)
+    plain = first.store.entries
+
+    def aged(prefix: str = "") -> list[Stored]:
+        """As if the pack had been uploaded 40 days ago."""
+        return [
+            replace(entry, modified=entry.modified - 40 * 86400) if entry.kind == "pack" else entry
+            for entry in plain(prefix)
+        ]
+
+    monkeypatch.setattr(first.store, "entries", aged)
+    policy = Policy(30, 10, 1 << 40, 0)
+    assert prune(first.store, policy, SECRET, now=first.store.now()).deleted == []
+    for entry in plain(KEY.prefix):
+        if entry.kind == "used":
+            first.store.delete(entry.name)
+    assert [name for name, _, _ in prune(first.store, policy, SECRET, now=first.store.now()).deleted] == [pack.name]
+
+
+def test_a_store_whose_clock_is_another_is_not_pruned(first: Machine, on_server: FaultServer, scratch: Path) -> None:
+    """This server's is in 2024."""
+    on_bucket(first, scratch).save()
+    done = prune(first.store, Policy(1e-9, 1, 1, 0), SECRET)
+    assert done.deleted == []
+    assert "clock" in done.messages[0]
+
+
+def test_neighbouring_frames_come_with_one_request(first: Machine, on_server: FaultServer, scratch: Path) -> None:
+    for number in range(6):
+        on_bucket(first, scratch).write(f"inductor/{number}", some_bytes(5 << 20, number))
+    first.save()
+    fresh = on_bucket(Machine(first.directories["inductor"].parent / "fresh", scratch), scratch)
+    on_server.requests.clear()
+    assert fresh.restore().status == "restored"
+    assert fresh.content() == first.content()
+    assert len(on_server.requests) == 4  # marker, listing, index, and all frames of the pack
