@@ -14,6 +14,7 @@ from engine_loader.compile_cache.cache_errors import CacheValidationError
 from engine_loader.compile_cache.packs import pack as pack_module
 from engine_loader.compile_cache.packs.tar import header, padding
 from engine_loader.compile_cache.trust import Trust, load_trust
+from engine_loader.compile_cache.trust.signatures import HmacKey
 from tests.compile_cache.support import KEY, OTHER_KEY, SECRET, Machine
 
 Row = list[Any]
@@ -157,8 +158,9 @@ def forge(machine: Machine, change: Callable[[dict[str, Any]], None], archive: b
     }
     change(value)
     text = zstandard.ZstdCompressor().compress(json.dumps(value).encode())
-    trailer = pack_module._TRAILER.pack(SECRET.sign(text), len(text), pack_module._MAGIC)
-    tail = pack_module._SKIPPABLE.pack(pack_module._SKIPPABLE_MAGIC, len(text) + len(trailer)) + text + trailer
+    signature = SECRET.sign(text)
+    signed = text + signature + pack_module._TRAILER.pack(len(signature), len(text), pack_module._MAGIC)
+    tail = pack_module._SKIPPABLE.pack(pack_module._SKIPPABLE_MAGIC, len(signed)) + signed
     end = zstandard.ZstdCompressor().compress(bytes(1024))
     path = machine.store.directory / KEY.prefix / f"{hashlib.sha256(text).hexdigest()}.tar.zst"
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -272,7 +274,7 @@ class TestKeyFile:
         path = tmp_path / "key"
         path.write_text("  a secret of some length \n")
         path.chmod(0o600)
-        assert load_trust(str(path)).secret == b"a secret of some length"
+        assert load_trust(str(path)).keys == (HmacKey(b"a secret of some length"),)
 
     def test_a_short_one_is_refused(self, tmp_path: Path) -> None:
         path = tmp_path / "key"

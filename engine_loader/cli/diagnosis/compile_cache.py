@@ -27,7 +27,7 @@ def check_compile_cache() -> Iterator[Finding]:
         packs = list(store.list())
         if Path(store.description).exists():
             trust.check_store(Path(store.description))
-        signed = "signed" if trust.secret is not None else "trusted by owner" if not trust.anyone else "from anyone"
+        signed = "signed" if trust.signed else "trusted by owner" if not trust.anyone else "from anyone"
         size = mib(sum(pack.size for pack in packs))
         yield Finding(_AREA, "store", "ok", f"{store.description} ({len(packs)} packs, {size}, {signed})")
     except (OSError, CacheError) as error:

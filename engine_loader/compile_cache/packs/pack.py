@@ -1,9 +1,9 @@
 """A pack: a tar archive in zstd frames, whose last frame holds the manifest.
 
-    frame 0 | frame 1 | … | end of archive | skippable frame: manifest (zstd), HMAC, length, magic
+    frame 0 | frame 1 | … | end of archive | skippable frame: manifest (zstd), signature, lengths, magic
 
 Each frame holds whole files, so frames are made and unpacked by several threads, and a reader fetches only those that
-it needs. The manifest holds a digest of every frame, the tag is over the manifest, and the pack's name is the digest
+it needs. The manifest holds a digest of every frame, the signature is over the manifest, and the pack's name is the digest
 of the manifest: whoever vouches for the manifest vouches for every byte. Nothing is decompressed before its digest was
 found right. `zstd -d < pack | tar t` lists the files.
 """
@@ -26,7 +26,8 @@ from ..cache_errors import CacheOperationInterrupted, CacheValidationError
 from ..key import CacheKey
 from ..space import mib
 from ..stores.interface import SUFFIX, Readable, Store, Stored, Upload
-from ..trust import TAG_BYTES, Trust
+from ..trust import Trust
+from ..trust.signatures import MOST_BLOCK_BYTES
 from . import tar
 from .manifest import Frame, Manifest, PackedFile
 from .scan import LocalFile
@@ -36,7 +37,7 @@ FRAME_BYTES = 8 << 20
 _MAGIC = b"ELPACK01"
 _SKIPPABLE = struct.Struct("<II")
 _SKIPPABLE_MAGIC = 0x184D2A5E
-_TRAILER = struct.Struct(f"<{TAG_BYTES}sQ8s")
+_TRAILER = struct.Struct("<HQ8s")
 _MOST_MANIFEST_BYTES = 1 << 28
 LARGEST_FILE_BYTES = 1 << 32
 """Files of this size and more are not packed."""
@@ -120,11 +121,10 @@ def compress_members(content: bytes, members: list[PackedFile], level: int) -> t
 def _tail(manifest: Manifest, trust: Trust) -> tuple[bytes, str]:
     """What follows the frames, and the digest that names the pack."""
     text = zstandard.ZstdCompressor(level=3).compress(manifest.to_json())
-    tag = trust.sign(text)
-    trailer = _TRAILER.pack(tag, len(text), _MAGIC)
+    signature = trust.sign(text)
+    signed = text + signature + _TRAILER.pack(len(signature), len(text), _MAGIC)
     end = zstandard.ZstdCompressor().compress(tar.END)
-    head = _SKIPPABLE.pack(_SKIPPABLE_MAGIC, len(text) + len(trailer))
-    return end + head + text + trailer, hashlib.sha256(text).hexdigest()
+    return end + _SKIPPABLE.pack(_SKIPPABLE_MAGIC, len(signed)) + signed, hashlib.sha256(text).hexdigest()
 
 
 def _grouped(files: Sequence[LocalFile]) -> Iterator[list[LocalFile]]:
@@ -195,8 +195,8 @@ def read_manifest(store: Store, stored: Stored, key_prefix: str, trust: Trust) -
     """
     location = f"{store.description}/{stored.name}"
     with store.open(stored.name) as file:
-        text, tag, tail_offset = _read_tail(file, location)
-    trust.verify(text, tag, location)
+        text, signature, tail_offset = _read_tail(file, location)
+    trust.verify(text, signature, location)
     if hashlib.sha256(text).hexdigest() != stored.digest:
         raise CacheValidationError(f"{location}: refused: its content does not match its name")
     manifest = Manifest.from_json(
@@ -209,20 +209,21 @@ def read_manifest(store: Store, stored: Stored, key_prefix: str, trust: Trust) -
 
 
 def _read_tail(file: Readable, location: str) -> tuple[bytes, bytes, int]:
-    """The compressed manifest, its tag, and where what follows the frames ends."""
+    """The compressed manifest, its signature block, and where what follows the frames ends."""
     if file.size < _TRAILER.size + _SKIPPABLE.size:
         raise CacheValidationError(f"{location}: refused: it is cut short ({file.size} bytes)")
     guess = min(file.size, 64 << 10)  # most manifests come with the first read
     end = file.read(file.size - guess, guess)
-    tag, length, magic = _TRAILER.unpack(end[-_TRAILER.size :])
-    begin = file.size - _TRAILER.size - length - _SKIPPABLE.size
-    if magic != _MAGIC or length > _MOST_MANIFEST_BYTES or begin < 0:
+    block_bytes, length, magic = _TRAILER.unpack(end[-_TRAILER.size :])
+    begin = file.size - _TRAILER.size - block_bytes - length - _SKIPPABLE.size
+    if magic != _MAGIC or length > _MOST_MANIFEST_BYTES or block_bytes > MOST_BLOCK_BYTES or begin < 0:
         raise CacheValidationError(f"{location}: refused: it is no pack, or is cut short")
     wanted = file.size - begin
     whole = end[-wanted:] if wanted <= guess else file.read(begin, wanted - guess) + end
-    if _SKIPPABLE.unpack(whole[: _SKIPPABLE.size]) != (_SKIPPABLE_MAGIC, length + _TRAILER.size):
+    if _SKIPPABLE.unpack(whole[: _SKIPPABLE.size]) != (_SKIPPABLE_MAGIC, length + block_bytes + _TRAILER.size):
         raise CacheValidationError(f"{location}: refused: the frame of its manifest is damaged")
-    return whole[_SKIPPABLE.size : -_TRAILER.size], tag, begin
+    text_end = _SKIPPABLE.size + length
+    return whole[_SKIPPABLE.size : text_end], whole[text_end : text_end + block_bytes], begin
 
 
 def _check_end(store: Store, stored: Stored, manifest: Manifest, tail_offset: int, location: str) -> None:

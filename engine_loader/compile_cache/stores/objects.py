@@ -48,7 +48,7 @@ class ObjectCacheStore:
     """
 
     def __init__(self, url: str, trust: Trust, work_directory: str | None = None) -> None:
-        if trust.secret is None and not trust.anyone:
+        if not trust.signed and not trust.anyone:
             raise CacheValidationError(
                 f"{url}: refused: an object store does not say who else may write to it, and caches are code; "
                 "sign packs with compile_cache.key_file, or allow it with compile_cache.trust=anyone"
