@@ -3,9 +3,9 @@
     frame 0 | frame 1 | … | end of archive | skippable frame: manifest (zstd), signature, lengths, magic
 
 Each frame holds whole files, so frames are made and unpacked by several threads, and a reader fetches only those that
-it needs. The manifest holds a digest of every frame, the signature is over the manifest, and the pack's name is the digest
-of the manifest: whoever vouches for the manifest vouches for every byte. Nothing is decompressed before its digest was
-found right. `zstd -d < pack | tar t` lists the files.
+it needs. The manifest holds a digest of every frame, the signature is over the manifest, and the pack's name is the
+digest of the manifest: whoever vouches for the manifest vouches for every byte. Nothing is decompressed before its
+digest was found right. `zstd -d < pack | tar t` lists the files.
 """
 
 from __future__ import annotations
