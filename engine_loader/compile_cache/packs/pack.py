@@ -97,8 +97,13 @@ def write_pack(
 
 
 def finish_pack(upload: Upload, manifest: Manifest, frames_bytes: int, trust: Trust) -> Pack:
-    """Write what follows the frames, and make the pack visible."""
+    """Write what follows the frames, and make the pack visible.
+
+    Raises:
+        CacheValidationError: this node cannot sign, or the pack is on the deny-list.
+    """
     tail, digest = _tail(manifest, trust)
+    trust.check_pack(digest, manifest.created, f"the new pack {digest}")
     upload.write(tail)
     name = f"{manifest.key.prefix}/{digest}{SUFFIX}"
     upload.commit(name)
@@ -190,7 +195,7 @@ def read_manifest(store: Store, stored: Stored, key_prefix: str, trust: Trust) -
     """Read a pack's manifest and verify it.
 
     Raises:
-        CacheValidationError: damaged, cut short, forged, unsigned, or of another key.
+        CacheValidationError: damaged, cut short, forged, unsigned, denied, too old, or of another key.
         OSError: the store fails, or the pack is gone.
     """
     location = f"{store.description}/{stored.name}"
@@ -204,6 +209,7 @@ def read_manifest(store: Store, stored: Stored, key_prefix: str, trust: Trust) -
     )
     if manifest.key.prefix != key_prefix:
         raise CacheValidationError(f"{location}: refused: it is a pack of another key, {manifest.key.prefix}")
+    trust.check_pack(stored.digest, manifest.created, location)
     _check_end(store, stored, manifest, tail_offset, location)
     return Pack(stored, manifest)
 

@@ -12,13 +12,14 @@ from functools import partial
 from ...settings import CompileCacheSettings
 from ..cache_errors import CacheError, CacheOperationInterrupted, CacheValidationError
 from ..compaction import compact
+from ..directories import STATE
 from ..packs.key_packs import read_packs
 from ..packs.pack import Pack
 from ..packs.scan import LocalFile, scan
 from ..retention import Policy, prune
 from ..stores.interface import Store
 from ..stores.opening import open_store
-from ..trust import Trust
+from ..trust import CANNOT_SIGN, Trust
 from ..verdict.explain import nearest_in_store, note_verdict
 from ..verdict.judge import judge
 from .job import Job
@@ -71,7 +72,7 @@ def policy_of(settings: CompileCacheSettings) -> Policy:
 
 
 def _restore(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], bool]) -> Outcome:
-    store, trust = open_store(settings)
+    store, trust = open_store(settings, job.home() / STATE)
     paths = job.paths()
     for directory in paths.values():
         clear_leftovers(directory, settings.unfinished_timeout_s)
@@ -84,6 +85,7 @@ def _restore(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], b
         least_free_bytes=int(settings.min_local_free_bytes),
         may_go_on=may_go_on,
     ).run()
+    outcome.messages += trust.warnings
     if outcome.in_place and not settings.read_only:
         for stored in store.list(job.key.prefix):
             store.mark_used(stored.name)
@@ -101,13 +103,15 @@ def _save(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], bool
         uses = noted_uses(job.home(), job.since_ns - _CLOCK_SLACK_NS) if job.since_ns else []
         directories = tuple(directory for use in uses for directory in use.directories)
         files = [file for file in scan(job.roots(), job.paths()) if _is_ours(file, job.since_ns, directories)]
-        store, trust = open_store(settings)
+        store, trust = open_store(settings, job.home() / STATE)
         packs = read_packs(store, job.key, trust, [])
         new = not_in(packs, files)
         factors = factors_of(new) | {use.factors_path: use.factors for use in uses}
         verdict = judge(packs, new, factors)
         if settings.read_only:
             outcome = Outcome("nothing", notes=["the store is not written to (compile_cache.read_only)"])
+        elif not trust.can_sign:
+            outcome = Outcome("nothing", messages=[CANNOT_SIGN])
         elif _too_many_saves(store, settings):
             outcome = Outcome(
                 "nothing", messages=[f"{settings.max_concurrent_saves} other saves are under way; passed over"]

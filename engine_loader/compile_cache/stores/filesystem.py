@@ -76,6 +76,11 @@ class FilesystemStore:
                 with suppress(OSError):
                     path.unlink(missing_ok=True)
 
+    def replace(self, name: str, content: bytes) -> None:
+        with self.upload(name.rpartition("/")[0]) as upload:
+            upload.write(content)
+            upload.commit(name)
+
     def _begin(self, path: Path) -> _Upload:
         for _ in range(_TRIES):
             with suppress(FileNotFoundError):  # another process deleted the directory, empty then

@@ -73,6 +73,9 @@ class Store(Protocol):
     def upload(self, prefix: str) -> AbstractContextManager[Upload]:
         """Begin a pack of the key with ``prefix``. Without a commit, what was written is deleted at the end."""
 
+    def replace(self, name: str, content: bytes) -> None:
+        """Write a small object that is no pack, in the place of the one with that name."""
+
     def mark_used(self, name: str) -> None:
         """Note that a pack is in use, where the store can: retention counts from then. Raises nothing."""
 

@@ -91,6 +91,12 @@ class ObjectCacheStore:
             finally:
                 upload.close()
 
+    def replace(self, name: str, content: bytes) -> None:
+        import obstore
+
+        with _errors_of(f"{self.description}/{name}", "write the object"):
+            obstore.put(self._store, self._prefix + name, content)
+
     def mark_used(self, name: str) -> None:
         return
 

@@ -5,6 +5,6 @@ could have written it. docs/security.md states the model; to add a kind of key, 
 """
 
 from .places import check_above, check_private, make_private
-from .policy import Trust, load_trust
+from .policy import CANNOT_SIGN, Trust, load_trust
 
-__all__ = ["Trust", "check_above", "check_private", "load_trust", "make_private"]
+__all__ = ["CANNOT_SIGN", "Trust", "check_above", "check_private", "load_trust", "make_private"]

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
+from typing import Any
 
 from ..cache_errors import CacheValidationError
-from .keys import read_key_file
-from .places import check_above, check_private
+from .denied import PURPOSE as DENY_LIST
+from .denied import DenyList, ObjectStore, newest
+from .keys import KeyFile, parse_public_keys, read_key_file, signing_key
+from .places import check_above, check_mount, check_private
 from .signatures import KINDS, PLAIN, Block, HmacKey, Key, PlainDigest, make_block, signed_message, store_id
 
 PACK = "pack"
+CANNOT_SIGN = (
+    "nothing was saved: this node has public keys only, which restore packs and cannot sign any; "
+    "give compile_cache.key_file a signing key, or set compile_cache.read_only: true"
+)
 
 
 class Trust:
@@ -22,12 +31,27 @@ class Trust:
             digest, which finds damage and no forgery.
         anyone: take packs that others could have written (only without keys).
         store: the name of the store. It is inside what is signed, so that a pack of one store is none of another's.
+        most_age_days: older packs are refused; None: age does not count.
+        denied: packs that are refused.
+        warnings: what is unwise about the keys, or wrong with the deny-list, a line each.
     """
 
-    def __init__(self, keys: bytes | Sequence[Key] = (), *, anyone: bool = False, store: str = "") -> None:
+    def __init__(
+        self,
+        keys: bytes | Sequence[Key] = (),
+        *,
+        anyone: bool = False,
+        store: str = "",
+        most_age_days: float | None = None,
+        denied: DenyList | None = None,
+        warnings: Sequence[str] = (),
+    ) -> None:
         self.keys: tuple[Key, ...] = (HmacKey(keys),) if isinstance(keys, bytes) else tuple(keys)
         self.anyone = anyone
         self.store = store
+        self.most_age_days = most_age_days
+        self.denied = denied or DenyList()
+        self.warnings = tuple(warnings)
 
     @property
     def signed(self) -> bool:
@@ -37,7 +61,13 @@ class Trust:
     @property
     def can_sign(self) -> bool:
         """Whether packs can be written; False on a node that has public keys only."""
-        return not self.keys or any(key.can_sign for key in self.keys)
+        return not self.keys or signing_key(self.keys) is not None
+
+    def describe(self) -> str:
+        """Which packs are taken, in a few words."""
+        if self.signed:
+            return "signed" if self.can_sign else "signed, by others only"
+        return "from anyone" if self.anyone else "trusted by owner"
 
     def sign(self, content: bytes, *, purpose: str = PACK) -> bytes:
         """The signature block over ``content``, at most ``signatures.MOST_BLOCK_BYTES``.
@@ -53,8 +83,60 @@ class Trust:
             raise CacheValidationError(f"{location}: refused: {reason}")
 
     def for_store(self, name: str) -> Trust:
-        """The trust for the store with this name."""
-        return Trust(self.keys, anyone=self.anyone, store=name)
+        """The trust for the store that says that this is its name.
+
+        Raises:
+            CacheValidationError: another name is expected (compile_cache.store_name).
+        """
+        if self.store and self.store != name:
+            raise CacheValidationError(
+                f"the store's name is {name!r}, and compile_cache.store_name is {self.store!r}: is it the wrong store?"
+            )
+        return self._with(store=name)
+
+    def with_denied(self, store: ObjectStore, state: Path | None) -> Trust:
+        """The trust with the store's deny-list.
+
+        Args:
+            state: a directory of this node, where the newest list of each store is noted; None: nothing is noted.
+        """
+        denied, problems = newest(store, self.verify_deny_list, self.deny_note(state))
+        return self._with(denied=denied, warnings=(*self.warnings, *problems))
+
+    def verify_deny_list(self, content: bytes, block: bytes, location: str) -> None:
+        """``verify``, for a deny-list."""
+        self.verify(content, block, location, purpose=DENY_LIST)
+
+    def sign_deny_list(self, content: bytes) -> bytes:
+        """``sign``, for a deny-list."""
+        return self.sign(content, purpose=DENY_LIST)
+
+    def deny_note(self, state: Path | None) -> Path | None:
+        """The file in ``state`` that notes the newest deny-list of this store."""
+        return None if state is None else state / f"denied-{store_id(self.store).hex()}.json"
+
+    def check_pack(self, digest: str, created: float, location: str, *, now: float | None = None) -> None:
+        """Refuse a pack whose signature is right and that is not taken all the same.
+
+        Args:
+            digest: the pack's name.
+            created: seconds since the epoch, as its manifest says.
+            now: of the store; None: this machine's clock.
+
+        Raises:
+            CacheValidationError: it is on the deny-list, or too old.
+        """
+        if digest in self.denied.packs:
+            raise CacheValidationError(
+                f"{location}: refused: it is on the deny-list ({shown(self.denied.packs[digest])}); "
+                "where it was restored before, run `engine-loader compile-cache clear`"
+            )
+        age_days = ((time.time() if now is None else now) - created) / 86400
+        if self.most_age_days is not None and age_days > self.most_age_days:
+            raise CacheValidationError(
+                f"{location}: refused: it was made {age_days:.0f} days ago, "
+                f"and compile_cache.max_pack_age_days is {self.most_age_days:g}"
+            )
 
     def check_entry(self, path: Path, facts: os.stat_result | None = None) -> None:
         """Refuse a file or directory of a store that others may write, where only its owner vouches for it."""
@@ -64,19 +146,21 @@ class Trust:
     def check_store(self, directory: Path) -> None:
         """Refuse the directory of a store that others may write or replace, where only its owner vouches for it."""
         if not self.signed and not self.anyone:
+            check_mount(directory)
             check_private(directory)
             check_above(directory)
+
+    def _with(self, **changes: Any) -> Trust:
+        new = copy(self)
+        vars(new).update(changes)
+        return new
 
     def _signer(self) -> Key:
         if not self.keys:
             return PlainDigest()
-        for key in self.keys:
-            if key.can_sign:
-                return key
-        raise CacheValidationError(
-            "this node has public keys only: it restores packs and cannot sign any; "
-            "give compile_cache.key_file a signing key, or set compile_cache.read_only: true"
-        )
+        if key := signing_key(self.keys):
+            return key
+        raise CacheValidationError(CANNOT_SIGN)
 
     def _problem(self, content: bytes, block: bytes, purpose: str) -> str | None:
         try:
@@ -107,10 +191,30 @@ class Trust:
         return None
 
 
-def load_trust(key_file: str | None, *, anyone: bool = False) -> Trust:
-    """Read the key file.
+def load_trust(
+    key_file: str | None,
+    public_keys: str | None = None,
+    *,
+    anyone: bool = False,
+    store: str | None = None,
+    most_age_days: float | None = None,
+) -> Trust:
+    """Read the keys.
+
+    Args:
+        key_file: signs and verifies.
+        public_keys: verify too.
+        store: the name that the store must have; None: any.
 
     Raises:
-        CacheValidationError: it cannot be read, holds no usable key, or others may write it.
+        CacheValidationError: the key file cannot be read, holds no usable key, or others may write or replace it; or
+            there is something else among the public keys.
     """
-    return Trust(read_key_file(key_file) if key_file else (), anyone=anyone)
+    file = read_key_file(key_file) if key_file else KeyFile(())
+    keys = (*file.keys, *parse_public_keys(public_keys or ""))
+    return Trust(keys, anyone=anyone, store=store or "", most_age_days=most_age_days, warnings=file.warnings)
+
+
+def shown(text: str) -> str:
+    """A text from outside, in one line and without control characters."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
