@@ -1,4 +1,4 @@
-"""``engine-loader compile-cache keygen | keys | deny``: whose packs are taken (docs/security.md)."""
+"""``engine-loader compile-cache keygen | keys | resign | deny``: whose packs are taken (docs/security.md)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def register(app: typer.Typer) -> None:
     """Add the commands to those of ``compile-cache``."""
-    for command in (keygen, keys, deny):
+    for command in (keygen, keys, resign, deny):
         app.command()(command)
 
 
@@ -58,8 +58,10 @@ def keygen(
 
 def keys(
     file: FileArgument,
-    sign_with: Annotated[str | None, typer.Option(metavar="ID", help="Let this key sign from now on.")] = None,
-    drop: Annotated[str | None, typer.Option(metavar="ID", help="Take this key out of the file.")] = None,
+    sign_with: Annotated[
+        str | None, typer.Option(metavar="ID", help="Let this key (or `last`) sign from now on.")
+    ] = None,
+    drop: Annotated[str | None, typer.Option(metavar="ID", help="Take this key (or `last`) out of the file.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the keys of a key file, and change which of them signs."""
@@ -83,6 +85,28 @@ def keys(
             console().print(f"{row['id']}  {row['kind']}  {does}  {row['public_key'] or ''}", soft_wrap=True)
     for warning in found.warnings:
         print_warning(warning)
+
+
+def resign(as_json: JsonOption = False) -> None:
+    """Sign all packs of the store again with the key that signs now, so that older keys can be dropped."""
+    from ..compile_cache.packs.resign import resign as resign_packs
+    from ..compile_cache.stores.opening import open_store
+    from ..compile_cache.trust.denied import publish
+    from ..settings import load_settings
+
+    store, trust = open_store(load_settings().settings.compile_cache)
+    if trust.denied.counter:
+        publish(store, trust.sign_deny_list, trust.denied.with_denied({}), None)
+    done = list(resign_packs(store, trust))
+    failed = [one for one in done if one.problem is not None]
+    if as_json:
+        print_json([{"name": one.name, "problem": one.problem} for one in done])
+    else:
+        console().print(f"signed {len(done) - len(failed)} packs again")
+    for one in failed:
+        print_warning(f"{one.name}: {one.problem}")
+    if failed:
+        raise typer.Exit(1)
 
 
 def deny(
@@ -133,8 +157,9 @@ def _change(file: Path, key_id: str, *, keep: bool) -> None:
     """Move the line of a key to the front, or take it out. Comments stay where they are."""
     from ..compile_cache.trust.keys import parse_keys, read_key_file
 
-    read_key_file(str(file))
+    found = read_key_file(str(file)).keys
     lines = file.read_text().splitlines()
+    key_id = found[-1].id.hex() if key_id == "last" else key_id
 
     def is_meant(line: str) -> bool:
         return any(key.id.hex() == key_id for key in parse_keys([line.encode()], str(file)))

@@ -48,10 +48,15 @@ _R = TypeVar("_R")
 
 @dataclass(frozen=True)
 class Pack:
-    """A pack in a store whose manifest was verified."""
+    """A pack in a store whose manifest was verified.
+
+    Attributes:
+        by_signer: whether the key has signed it that signs now, and not an older one.
+    """
 
     stored: Stored
     manifest: Manifest
+    by_signer: bool = True
 
 
 class FileChanged(Exception):
@@ -211,7 +216,7 @@ def read_manifest(store: Store, stored: Stored, key_prefix: str, trust: Trust) -
         raise CacheValidationError(f"{location}: refused: it is a pack of another key, {manifest.key.prefix}")
     trust.check_pack(stored.digest, manifest.created, location)
     _check_end(store, stored, manifest, tail_offset, location)
-    return Pack(stored, manifest)
+    return Pack(stored, manifest, trust.is_by_signer(signature))
 
 
 def _read_tail(file: Readable, location: str) -> tuple[bytes, bytes, int]:
@@ -248,10 +253,15 @@ def _check_end(store: Store, stored: Stored, manifest: Manifest, tail_offset: in
 
 def read_frame(file: Readable, frame: Frame, location: str) -> bytes:
     """A frame's content, verified before it is decompressed."""
+    return decompress(read_compressed_frame(file, frame, location), frame.raw_size, location)
+
+
+def read_compressed_frame(file: Readable, frame: Frame, location: str) -> bytes:
+    """A frame as it lies in the pack, verified."""
     content = file.read(frame.offset, frame.size)
     if hashlib.sha256(content).hexdigest() != frame.sha256:
         raise CacheValidationError(f"{location}: refused: the frame at byte {frame.offset} is damaged or was changed")
-    return decompress(content, frame.raw_size, location)
+    return content
 
 
 def decompress(content: bytes, size: int, location: str) -> bytes:

@@ -52,6 +52,7 @@ class Trust:
         self.most_age_days = most_age_days
         self.denied = denied or DenyList()
         self.warnings = tuple(warnings)
+        self._devices: set[int] = set()  # whose mounts were checked
 
     @property
     def signed(self) -> bool:
@@ -81,6 +82,11 @@ class Trust:
         """Raises CacheValidationError when ``block`` is none that ``sign`` makes with one of the keys."""
         if reason := self._problem(content, block, purpose):
             raise CacheValidationError(f"{location}: refused: {reason}")
+
+    def is_by_signer(self, block: bytes) -> bool:
+        """Whether a block that was verified is by the key that signs now; True where none can sign."""
+        signer = signing_key(self.keys)
+        return signer is None or Block.parse(block).key_id == signer.id
 
     def for_store(self, name: str) -> Trust:
         """The trust for the store that says that this is its name.
@@ -141,14 +147,21 @@ class Trust:
     def check_entry(self, path: Path, facts: os.stat_result | None = None) -> None:
         """Refuse a file or directory of a store that others may write, where only its owner vouches for it."""
         if not self.signed and not self.anyone:
+            facts = facts or os.stat(path)
+            self._check_mount(path, facts)
             check_private(path, facts)
 
     def check_store(self, directory: Path) -> None:
         """Refuse the directory of a store that others may write or replace, where only its owner vouches for it."""
         if not self.signed and not self.anyone:
-            check_mount(directory)
+            self._check_mount(directory, os.stat(directory))
             check_private(directory)
             check_above(directory)
+
+    def _check_mount(self, path: Path, facts: os.stat_result) -> None:
+        if facts.st_dev not in self._devices:
+            check_mount(path)
+            self._devices.add(facts.st_dev)
 
     def _with(self, **changes: Any) -> Trust:
         new = copy(self)
