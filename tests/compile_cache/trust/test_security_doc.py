@@ -165,6 +165,27 @@ def test_denying_a_pack(node: Callable[[str], Node], tmp_path: Path) -> None:
     outcome = second.load()
     assert outcome["status"] == "refused"
     assert "SIGILL on the older nodes" in outcome["messages"][0]
+    (tmp_path / "store" / "denied.json").unlink()
+    outcome = second.load()
+    assert outcome["status"] == "refused"
+    assert "denied.json is missing" in outcome["messages"][-1]
+    second.cache("deny", "--renew")
+    assert second.load()["messages"] == outcome["messages"][:-1]
     first.shell(remove)
     third.environ |= {f"{VARIABLE}KEY_FILE": str(tmp_path / "compile-cache.key")}
     assert third.load()["status"] == "restored"
+
+
+def test_a_secret_that_others_may_read_warns_at_each_restore(node: Callable[[str], Node], tmp_path: Path) -> None:
+    first, second = node("first"), node("second")
+    first.shell(SHORTEST)
+    first.write("kernel.so", 1)
+    first.save()
+    for directory in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        directory.chmod(0o755)
+    (tmp_path / "compile-cache.key").chmod(0o644)
+    second.environ |= {f"{VARIABLE}KEY_FILE": str(tmp_path / "compile-cache.key")}
+    for status in ("restored", "complete"):
+        outcome = second.load()
+        assert outcome["status"] == status
+        assert ["others may read it (mode 644)" in message for message in outcome["messages"]] == [True]
