@@ -91,12 +91,11 @@ def resign(as_json: JsonOption = False) -> None:
     """Sign all packs of the store again with the key that signs now, so that older keys can be dropped."""
     from ..compile_cache.packs.resign import resign as resign_packs
     from ..compile_cache.stores.opening import open_store
-    from ..compile_cache.trust.denied import publish
     from ..settings import load_settings
 
     store, trust = open_store(load_settings().settings.compile_cache)
     if trust.denied.counter:
-        publish(store, trust.sign_deny_list, trust.denied.with_denied({}), None)
+        trust.publish_denied(store, trust.denied.with_denied({}), None)
     done = list(resign_packs(store, trust))
     failed = [one for one in done if one.problem is not None]
     if as_json:
@@ -120,7 +119,6 @@ def deny(
     """Let no node restore these packs, though they are well signed; without any, show the store's deny-list."""
     from ..compile_cache.directories import STATE, directories_of
     from ..compile_cache.stores.opening import open_store
-    from ..compile_cache.trust.denied import publish
     from ..settings import load_settings
 
     state = next(iter(directories_of(engine).values())) / STATE
@@ -132,7 +130,7 @@ def deny(
     elif digests or renew:
         denied = denied.with_denied(dict.fromkeys(digests, reason or "no reason was given"))
     if denied is not trust.denied:
-        publish(store, trust.sign_deny_list, denied, trust.deny_note(state))
+        trust.publish_denied(store, denied, state)
     _show(denied.counter, dict(denied.packs), as_json)
     for warning in trust.warnings:
         print_warning(warning)

@@ -53,7 +53,7 @@ def compact(store: Store, key: CacheKey, trust: Trust, *, level: int, more_than:
             factors={path: value for pack in reversed(packs) for path, value in pack.manifest.factors.items()},
             replaces=tuple(sorted({pack.stored.digest for pack in packs} | gone)),
         )
-        return finish_pack(upload, manifest, writer.position, trust)
+        return finish_pack(upload, store, manifest, writer.position, trust)
 
 
 def _packs_alike(packs: list[Pack]) -> tuple[list[Pack], set[str]]:

@@ -98,16 +98,16 @@ def write_pack(
             upload.write(content)
         if not packed:
             return None
-        return finish_pack(upload, describe(tuple(packed), tuple(frames)), position, trust)
+        return finish_pack(upload, store, describe(tuple(packed), tuple(frames)), position, trust)
 
 
-def finish_pack(upload: Upload, manifest: Manifest, frames_bytes: int, trust: Trust) -> Pack:
+def finish_pack(upload: Upload, store: Store, manifest: Manifest, frames_bytes: int, trust: Trust) -> Pack:
     """Write what follows the frames, and make the pack visible.
 
     Raises:
         CacheValidationError: this node cannot sign, or the pack is on the deny-list.
     """
-    tail, digest = _tail(manifest, trust)
+    tail, digest = _tail(manifest, store.name, trust)
     trust.check_pack(digest, manifest.created, f"the new pack {digest}")
     upload.write(tail)
     name = f"{manifest.key.prefix}/{digest}{SUFFIX}"
@@ -128,10 +128,10 @@ def compress_members(content: bytes, members: list[PackedFile], level: int) -> t
     return _local.compressor(level).compress(b"".join(parts)), end, moved
 
 
-def _tail(manifest: Manifest, trust: Trust) -> tuple[bytes, str]:
+def _tail(manifest: Manifest, store_name: str, trust: Trust) -> tuple[bytes, str]:
     """What follows the frames, and the digest that names the pack."""
     text = zstandard.ZstdCompressor(level=3).compress(manifest.to_json())
-    signature = trust.sign(text)
+    signature = trust.sign(text, store=store_name)
     signed = text + signature + _TRAILER.pack(len(signature), len(text), _MAGIC)
     end = zstandard.ZstdCompressor().compress(tar.END)
     return end + _SKIPPABLE.pack(_SKIPPABLE_MAGIC, len(signed)) + signed, hashlib.sha256(text).hexdigest()
@@ -206,7 +206,7 @@ def read_manifest(store: Store, stored: Stored, key_prefix: str, trust: Trust) -
     location = f"{store.description}/{stored.name}"
     with store.open(stored.name) as file:
         text, signature, tail_offset = _read_tail(file, location)
-    trust.verify(text, signature, location)
+    trust.verify(text, signature, location, store=store.name)
     if hashlib.sha256(text).hexdigest() != stored.digest:
         raise CacheValidationError(f"{location}: refused: its content does not match its name")
     manifest = Manifest.from_json(

@@ -60,4 +60,4 @@ def _copy(store: Store, pack: Pack, trust: Trust, *, delete: Stored | None = Non
             position += len(content)
         if delete is not None:
             store.delete(delete.name)
-        return finish_pack(upload, pack.manifest, position, trust)
+        return finish_pack(upload, store, pack.manifest, position, trust)

@@ -11,9 +11,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ...machine import sync_directory
+from ..cache_errors import CacheValidationError
 from ..space import Floor, no_room_is_an_interruption
 from ..trust import Trust, make_private
-from .interface import SUFFIX, Stored
+from .interface import SUFFIX, Small, Stored
 
 UNFINISHED = ".unfinished-"
 _MOST_READ_BYTES = 1 << 30
@@ -31,9 +32,17 @@ class FilesystemStore:
         directory: of the store; made when something is saved.
         trust: what is taken from it.
         least_free_bytes: what writing leaves free there.
+        store_name: inside every signature.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], trust: Trust, least_free_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        trust: Trust,
+        least_free_bytes: int = 0,
+        store_name: str | None = None,
+    ) -> None:
+        self.name = store_name or ""
         self.directory = Path(directory).expanduser().absolute()
         self.description = str(self.directory)
         self._trust = trust
@@ -76,10 +85,18 @@ class FilesystemStore:
                 with suppress(OSError):
                     path.unlink(missing_ok=True)
 
-    def replace(self, name: str, content: bytes) -> None:
+    def read(self, name: str, most_bytes: int) -> Small:
+        with self.open(name) as file:
+            if file.size > most_bytes:
+                path = self.directory / name
+                raise CacheValidationError(f"{path}: refused: it has {file.size} bytes, more than {most_bytes}")
+            return Small(Stored(name, file.size, 0.0), file.read(0, file.size))
+
+    def replace(self, name: str, content: bytes) -> bool:
         with self.upload(name.rpartition("/")[0]) as upload:
             upload.write(content)
             upload.commit(name)
+        return True
 
     def _begin(self, path: Path) -> _Upload:
         for _ in range(_TRIES):

@@ -40,6 +40,14 @@ class Stored:
         return self.name.rpartition("/")[2].removesuffix(SUFFIX)
 
 
+@dataclass(frozen=True)
+class Small:
+    """A small object with its content."""
+
+    stored: Stored
+    content: bytes
+
+
 class Readable(Protocol):
     """An opened pack. May be read by several threads at once."""
 
@@ -64,6 +72,10 @@ class Store(Protocol):
 
     description: str
 
+    @property
+    def name(self) -> str:
+        """The store's name, which signatures cover; empty where none is set."""
+
     def list(self, prefix: str = "") -> Iterable[Stored]:
         """All packs below ``prefix`` (a key's; empty: of all keys). A store that does not exist has none."""
 
@@ -73,8 +85,16 @@ class Store(Protocol):
     def upload(self, prefix: str) -> AbstractContextManager[Upload]:
         """Begin a pack of the key with ``prefix``. Without a commit, what was written is deleted at the end."""
 
-    def replace(self, name: str, content: bytes) -> None:
-        """Write a small object that is no pack, in the place of the one with that name."""
+    def read(self, name: str, most_bytes: int) -> Small:
+        """A small object.
+
+        Raises:
+            FileNotFoundError: there is none.
+            CacheValidationError: it is larger than ``most_bytes``, or not trusted.
+        """
+
+    def replace(self, name: str, content: bytes) -> bool:
+        """Write a small object in place of what is there; whether it was written."""
 
     def mark_used(self, name: str) -> None:
         """Note that a pack is in use, where the store can: retention counts from then. Raises nothing."""

@@ -20,7 +20,7 @@ from ...sources.object_store.url import parse_object_url
 from ..cache_errors import CacheValidationError
 from ..space import no_room_is_an_interruption
 from ..trust import Trust
-from .interface import SUFFIX, Stored
+from .interface import SUFFIX, Small, Stored
 
 if TYPE_CHECKING:
     from obstore import GetOptions, ObjectMeta
@@ -41,13 +41,17 @@ class ObjectCacheStore:
         url: of a prefix.
         trust: what is taken from it.
         work_directory: for the temporary file; None: the temporary directory.
+        store_name: inside every signature.
 
     Raises:
         CacheValidationError: packs are not signed and trust is not "anyone" (who may write to a bucket cannot be
             checked), or obstore is not installed.
     """
 
-    def __init__(self, url: str, trust: Trust, work_directory: str | None = None) -> None:
+    def __init__(
+        self, url: str, trust: Trust, work_directory: str | None = None, store_name: str | None = None
+    ) -> None:
+        self.name = store_name or ""
         if not trust.signed and not trust.anyone:
             raise CacheValidationError(
                 f"{url}: refused: an object store does not say who else may write to it, and caches are code; "
@@ -91,11 +95,19 @@ class ObjectCacheStore:
             finally:
                 upload.close()
 
-    def replace(self, name: str, content: bytes) -> None:
+    def read(self, name: str, most_bytes: int) -> Small:
+        with self.open(name) as file:
+            if file.size > most_bytes:
+                location = f"{self.description}/{name}"
+                raise CacheValidationError(f"{location}: refused: it has {file.size} bytes, more than {most_bytes}")
+            return Small(Stored(name, file.size, 0.0), file.read(0, file.size))
+
+    def replace(self, name: str, content: bytes) -> bool:
         import obstore
 
         with _errors_of(f"{self.description}/{name}", "write the object"):
             obstore.put(self._store, self._prefix + name, content)
+        return True
 
     def mark_used(self, name: str) -> None:
         return

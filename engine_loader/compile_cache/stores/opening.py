@@ -24,7 +24,6 @@ def open_store(settings: CompileCacheSettings, state: Path | None = None) -> tup
         settings.key_file,
         settings.public_keys,
         anyone=settings.trust == "anyone",
-        store=settings.store_name,
         most_age_days=settings.max_pack_age_days,
     )
     store = _store(settings, trust)
@@ -35,5 +34,6 @@ def _store(settings: CompileCacheSettings, trust: Trust) -> Store:
     if is_object_url(settings.directory):
         from .objects import ObjectCacheStore
 
-        return ObjectCacheStore(settings.directory, trust, settings.work_directory)
-    return FilesystemStore(settings.directory, trust, int(settings.min_store_free_bytes))
+        return ObjectCacheStore(settings.directory, trust, settings.work_directory, settings.store_name)
+    floor = int(settings.min_store_free_bytes)
+    return FilesystemStore(settings.directory, trust, floor, settings.store_name)

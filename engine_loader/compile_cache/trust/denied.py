@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from ..cache_errors import CacheError, CacheValidationError
 from .places import make_private
+from .signatures import store_id
 
 NAME = "denied.json"
 PURPOSE = "deny-list"
@@ -30,20 +31,22 @@ Sign = Callable[[bytes], bytes]
 Verify = Callable[[bytes, bytes, str], None]
 
 
-class _Object(Protocol):
-    size: int
-
-    def read(self, offset: int, size: int) -> bytes: ...
+class _Small(Protocol):
+    @property
+    def content(self) -> bytes: ...
 
 
 class ObjectStore(Protocol):
-    """What a deny-list needs of a store."""
+    """What a deny-list needs of a store (stores/interface.py)."""
 
     description: str
 
-    def open(self, name: str) -> AbstractContextManager[_Object]: ...
+    @property
+    def name(self) -> str: ...
 
-    def replace(self, name: str, content: bytes) -> None: ...
+    def read(self, name: str, most_bytes: int) -> _Small: ...
+
+    def replace(self, name: str, content: bytes) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,11 @@ def newest(store: ObjectStore, verify: Verify, note: Path | None) -> tuple[DenyL
     return noted, problems
 
 
+def deny_note(state: Path | None, store_name: str) -> Path | None:
+    """The file in the directory ``state`` that notes the newest deny-list of a store; None without a directory."""
+    return None if state is None else state / f"denied-{store_id(store_name).hex()}.json"
+
+
 def publish(store: ObjectStore, sign: Sign, denied: DenyList, note: Path | None) -> None:
     """Write the list into the store.
 
@@ -141,10 +149,7 @@ def _read(store: ObjectStore, verify: Verify, problems: list[str]) -> DenyList |
     """The list of the store; None without one that verifies."""
     location = f"{store.description}/{NAME}"
     try:
-        with store.open(NAME) as file:
-            if file.size > _MOST_BYTES:
-                raise CacheValidationError(f"{location}: refused: it has {file.size} bytes")
-            value: Any = json.loads(file.read(0, file.size))
+        value: Any = json.loads(store.read(NAME, _MOST_BYTES).content)
         text = str(value["list"]).encode()
         verify(text, base64.b64decode(value["signature"], validate=True), location)
         return DenyList.from_json(text)

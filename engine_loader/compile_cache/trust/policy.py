@@ -6,12 +6,13 @@ import os
 import time
 from collections.abc import Sequence
 from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..cache_errors import CacheValidationError
+from ..cache_errors import CacheError, CacheValidationError
 from .denied import PURPOSE as DENY_LIST
-from .denied import DenyList, ObjectStore, newest
+from .denied import DenyList, ObjectStore, deny_note, newest, publish
 from .keys import KeyFile, parse_public_keys, read_key_file, signing_key
 from .places import check_above, check_mount, check_private
 from .signatures import KINDS, PLAIN, Block, HmacKey, Key, PlainDigest, make_block, signed_message, store_id
@@ -30,7 +31,6 @@ class Trust:
         keys: all verify, and the first that can sign signs; or a secret for HMAC-SHA256. Empty: packs have a plain
             digest, which finds damage and no forgery.
         anyone: take packs that others could have written (only without keys).
-        store: the name of the store. It is inside what is signed, so that a pack of one store is none of another's.
         most_age_days: older packs are refused; None: age does not count.
         denied: packs that are refused.
         warnings: what is unwise about the keys, or wrong with the deny-list, a line each.
@@ -41,14 +41,12 @@ class Trust:
         keys: bytes | Sequence[Key] = (),
         *,
         anyone: bool = False,
-        store: str = "",
         most_age_days: float | None = None,
         denied: DenyList | None = None,
         warnings: Sequence[str] = (),
     ) -> None:
         self.keys: tuple[Key, ...] = (HmacKey(keys),) if isinstance(keys, bytes) else tuple(keys)
         self.anyone = anyone
-        self.store = store
         self.most_age_days = most_age_days
         self.denied = denied or DenyList()
         self.warnings = tuple(warnings)
@@ -70,17 +68,20 @@ class Trust:
             return "signed" if self.can_sign else "signed, by others only"
         return "from anyone" if self.anyone else "trusted by owner"
 
-    def sign(self, content: bytes, *, purpose: str = PACK) -> bytes:
+    def sign(self, content: bytes, *, store: str = "", purpose: str = PACK) -> bytes:
         """The signature block over ``content``, at most ``signatures.MOST_BLOCK_BYTES``.
+
+        Args:
+            store: the name of the store. It is inside what is signed: a pack of one store is none of another's.
 
         Raises:
             CacheValidationError: this node has public keys only.
         """
-        return make_block(self._signer(), content, self.store, purpose)
+        return make_block(self._signer(), content, store, purpose)
 
-    def verify(self, content: bytes, block: bytes, location: str, *, purpose: str = PACK) -> None:
-        """Raises CacheValidationError when ``block`` is none that ``sign`` makes with one of the keys."""
-        if reason := self._problem(content, block, purpose):
+    def verify(self, content: bytes, block: bytes, location: str, *, store: str = "", purpose: str = PACK) -> None:
+        """Raises CacheValidationError when ``block`` is none that ``sign`` makes of the same with one of the keys."""
+        if reason := self._problem(content, block, store, purpose):
             raise CacheValidationError(f"{location}: refused: {reason}")
 
     def is_by_signer(self, block: bytes) -> bool:
@@ -88,38 +89,29 @@ class Trust:
         signer = signing_key(self.keys)
         return signer is None or Block.parse(block).key_id == signer.id
 
-    def for_store(self, name: str) -> Trust:
-        """The trust for the store that says that this is its name.
-
-        Raises:
-            CacheValidationError: another name is expected (compile_cache.store_name).
-        """
-        if self.store and self.store != name:
-            raise CacheValidationError(
-                f"the store's name is {name!r}, and compile_cache.store_name is {self.store!r}: is it the wrong store?"
-            )
-        return self._with(store=name)
-
     def with_denied(self, store: ObjectStore, state: Path | None) -> Trust:
         """The trust with the store's deny-list.
 
         Args:
             state: a directory of this node, where the newest list of each store is noted; None: nothing is noted.
         """
-        denied, problems = newest(store, self.verify_deny_list, self.deny_note(state))
+        try:
+            name = store.name
+        except (CacheError, OSError):
+            return self  # the store is refused when it is read
+        verify = partial(self.verify, store=name, purpose=DENY_LIST)
+        denied, problems = newest(store, verify, deny_note(state, name))
         return self._with(denied=denied, warnings=(*self.warnings, *problems))
 
-    def verify_deny_list(self, content: bytes, block: bytes, location: str) -> None:
-        """``verify``, for a deny-list."""
-        self.verify(content, block, location, purpose=DENY_LIST)
+    def publish_denied(self, store: ObjectStore, denied: DenyList, state: Path | None) -> None:
+        """Write a deny-list into the store, and note it in ``state``.
 
-    def sign_deny_list(self, content: bytes) -> bytes:
-        """``sign``, for a deny-list."""
-        return self.sign(content, purpose=DENY_LIST)
-
-    def deny_note(self, state: Path | None) -> Path | None:
-        """The file in ``state`` that notes the newest deny-list of this store."""
-        return None if state is None else state / f"denied-{store_id(self.store).hex()}.json"
+        Raises:
+            CacheValidationError: this node cannot sign.
+            OSError: the store fails.
+        """
+        sign = partial(self.sign, store=store.name, purpose=DENY_LIST)
+        publish(store, sign, denied, deny_note(state, store.name))
 
     def check_pack(self, digest: str, created: float, location: str, *, now: float | None = None) -> None:
         """Refuse a pack whose signature is right and that is not taken all the same.
@@ -175,7 +167,7 @@ class Trust:
             return key
         raise CacheValidationError(CANNOT_SIGN)
 
-    def _problem(self, content: bytes, block: bytes, purpose: str) -> str | None:
+    def _problem(self, content: bytes, block: bytes, store: str, purpose: str) -> str | None:
         try:
             parsed = Block.parse(block)
         except ValueError as error:
@@ -190,9 +182,9 @@ class Trust:
             known = ", ".join(key.id.hex() for key in self.keys)
             which = f"its {kind} is by the key {parsed.key_id.hex()}, and this node knows {known}"
             return f"{which}: forged, damaged, or made with another key"
-        if parsed.store_id != store_id(self.store):
+        if parsed.store_id != store_id(store):
             return "it was made for another store, or is damaged: packs are not copied between stores"
-        message = signed_message(parsed.kind, parsed.key_id, content, self.store, purpose)
+        message = signed_message(parsed.kind, parsed.key_id, content, store, purpose)
         if key.verify(message, parsed.signature):
             return None
         return f"its {kind} is wrong: forged or damaged" if self.keys else "its digest does not match: it is damaged"
@@ -209,7 +201,6 @@ def load_trust(
     public_keys: str | None = None,
     *,
     anyone: bool = False,
-    store: str | None = None,
     most_age_days: float | None = None,
 ) -> Trust:
     """Read the keys.
@@ -217,7 +208,6 @@ def load_trust(
     Args:
         key_file: signs and verifies.
         public_keys: verify too.
-        store: the name that the store must have; None: any.
 
     Raises:
         CacheValidationError: the key file cannot be read, holds no usable key, or others may write or replace it; or
@@ -225,7 +215,7 @@ def load_trust(
     """
     file = read_key_file(key_file) if key_file else KeyFile(())
     keys = (*file.keys, *parse_public_keys(public_keys or ""))
-    return Trust(keys, anyone=anyone, store=store or "", most_age_days=most_age_days, warnings=file.warnings)
+    return Trust(keys, anyone=anyone, most_age_days=most_age_days, warnings=file.warnings)
 
 
 def shown(text: str) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from engine_loader.compile_cache.cache_errors import CacheValidationError
 from engine_loader.compile_cache.trust import Trust
-from engine_loader.compile_cache.trust.denied import NAME, DenyList, publish
+from engine_loader.compile_cache.trust.denied import NAME, DenyList
 from engine_loader.compile_cache.trust.keys import new_key, parse_keys
 from engine_loader.compile_cache.trust.signatures import Key
 from tests.compile_cache.support import Machine
@@ -24,7 +24,7 @@ def state(tmp_path: Path) -> Path:
 
 
 def deny(machine: Machine, denied: DenyList) -> None:
-    publish(machine.store, machine.trust.sign_deny_list, denied, None)
+    machine.trust.publish_denied(machine.store, denied, None)
 
 
 def digest_of(machine: Machine) -> str:
@@ -80,7 +80,7 @@ class TestWhoMayDeny:
     ) -> None:
         """Else who can write to the store could keep every node from its caches."""
         first.save()
-        publish(first.store, forger.sign_deny_list, DenyList(9, {digest_of(first): "forged"}), None)
+        forger.publish_denied(first.store, DenyList(9, {digest_of(first): "forged"}), None)
         second.trust = seen_by(second, None)
         assert "the deny-list is passed over" in second.trust.warnings[0]
         assert NAME in second.trust.warnings[0]
@@ -98,7 +98,7 @@ class TestWhoMayDeny:
 
     def test_a_list_of_another_store_does_not_count(self, first: Machine) -> None:
         deny(first, DenyList(3, {DIGEST: "bad"}))
-        other = Machine(first.directories["inductor"].parent, first.store.directory, first.trust.for_store("other"))
+        other = Machine(first.directories["inductor"].parent, first.store.directory, first.trust, "other")
         assert seen_by(other, None).denied == DenyList()
 
     @pytest.mark.parametrize(
@@ -138,14 +138,14 @@ class TestAListThatIsPutBack:
         trust = seen_by(first, state)
         (first.store.directory / NAME).unlink()
         trust = seen_by(first, state)
-        publish(first.store, trust.sign_deny_list, trust.denied.with_denied({}), trust.deny_note(state))
+        trust.publish_denied(first.store, trust.denied.with_denied({}), state)
         again = seen_by(first, state)
         assert (again.denied.packs, again.warnings) == ({DIGEST: "bad"}, ())
 
     def test_the_notes_of_two_stores_are_two(self, first: Machine, tmp_path: Path, state: Path) -> None:
         deny(first, DenyList(5, {DIGEST: "bad"}))
         seen_by(first, state)
-        other = Machine(tmp_path / "other", tmp_path / "other store", first.trust.for_store("other"))
+        other = Machine(tmp_path / "other", tmp_path / "other store", first.trust, "other")
         other_trust = seen_by(other, state)
         assert (other_trust.denied, other_trust.warnings) == (DenyList(), ())
 

@@ -17,7 +17,7 @@ from engine_loader.compile_cache.stores import objects as object_store
 from engine_loader.compile_cache.stores.objects import ObjectCacheStore
 from engine_loader.compile_cache.stores.opening import open_store
 from engine_loader.compile_cache.trust import Trust
-from engine_loader.compile_cache.trust.denied import DenyList, publish
+from engine_loader.compile_cache.trust.denied import DenyList
 from engine_loader.compile_cache.trust.signatures import HmacKey
 from engine_loader.settings import CompileCacheSettings
 from tests.cli.running import invoke
@@ -155,7 +155,7 @@ def test_a_deny_list_is_replaced_and_read(first: Machine, second: Machine) -> No
     trust = second.trust
     assert trust.with_denied(second.store, None).denied == DenyList()
     for denied in (DenyList(1, {}), DenyList(2, {pack.digest: "bad"})):
-        publish(first.store, first.trust.sign_deny_list, denied, None)
+        first.trust.publish_denied(first.store, denied, None)
         second.trust = trust.with_denied(second.store, None)
         assert (second.trust.denied, second.trust.warnings) == (denied, ())
     assert second.restore().status == "refused"
