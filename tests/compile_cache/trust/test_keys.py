@@ -12,6 +12,7 @@ from engine_loader.compile_cache.packs.resign import resign
 from engine_loader.compile_cache.trust import Trust, load_trust, places
 from engine_loader.compile_cache.trust.keys import new_key, parse_keys, public_line
 from engine_loader.compile_cache.trust.signatures import MOST_BLOCK_BYTES, Key
+from engine_loader.settings import load_settings
 from tests.compile_cache.support import KEY, Machine
 
 CONTENT = b"a manifest"
@@ -192,6 +193,13 @@ class TestKeyFiles:
         assert load_trust(None, f"{line}, {line}").keys == (public, public)
         file = key_file(tmp_path / "key", "a secret of some length")
         assert load_trust(file, line).keys == (key_of("a secret of some length"), public)
+
+    @pytest.mark.parametrize("form", ["[{0}, {0}]", "\n    - {0}\n    - {0}", "{0} {0}"])
+    def test_public_keys_are_a_list_in_the_file_of_settings(self, form: str, tmp_path: Path, public: Key) -> None:
+        file = tmp_path / "settings.yaml"
+        file.write_text(f"compile_cache:\n  public_keys: {form.format(public_line(public))}\n")
+        settings = load_settings(environ={"ENGINE_LOADER_CONFIG": str(file)}).settings.compile_cache
+        assert load_trust(None, settings.public_keys).keys == (public, public)
 
     @pytest.mark.parametrize("make", [lambda: new_key("ed25519"), lambda: new_key("hmac")])
     def test_a_secret_among_public_keys_is_refused_and_not_shown(self, make: object) -> None:
