@@ -8,7 +8,9 @@ left, and bytes and requests per pod. Waiting takes no time: the clock of the si
 """
 
 import argparse
+import base64
 import contextlib
+import hashlib
 import random
 import shutil
 import sys
@@ -252,13 +254,15 @@ class Fleet:
             names.append(f"variant-{pod // 10 % VARIANTS}")
         for name in names:
             content = random.Random(f"{engine}-{name}").randbytes(4000)
-            for path in (caches["inductor"] / name[:8] / f"{name}.so", caches["triton"] / name / "k.cubin"):
+            # As compilers name their directories: else a save passes them over.
+            kernel = caches["triton"] / base64.b32encode(hashlib.sha256(name.encode()).digest()).decode().rstrip("=")
+            for path in (caches["inductor"] / "ab" / f"{name}.so", kernel / "k.cubin"):
                 if not path.exists():
                     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                     path.write_bytes(content)
-            group = caches["triton"] / name / "__grp__k.json"
+            group = kernel / "__grp__k.json"
             if not group.exists():
-                group.write_text(f'{{"child_paths": {{"k.cubin": "{caches["triton"]}/{name}/k.cubin"}}}}')
+                group.write_text(f'{{"child_paths": {{"k.cubin": "{kernel}/k.cubin"}}}}')
 
 
 def simulate(directory: Path, pods: int, kernels: int, seed: int) -> dict[str, Round]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import compile_cache_trust
 from .console.output import console, print_json, print_warning, printable
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ def main() -> None:
 
     Engines do both by themselves; these commands are for looking, for cleaning, and for doing it by hand.
     """
+
+
+compile_cache_trust.register(app)
 
 
 @app.command()
@@ -71,9 +75,10 @@ def info(engine: EngineOption = "vllm", as_json: JsonOption = False) -> None:
                 }
             )
     environment = key.prefix.partition("/")[0]
-    packs = [stored for stored in open_store(settings)[0].list() if stored.key_prefix.partition("/")[0] == environment]
+    store, trust = open_store(settings)
+    packs = [stored for stored in store.list() if stored.key_prefix.partition("/")[0] == environment]
     stored_bytes = sum(stored.size for stored in packs)
-    signed = settings.key_file is not None
+    signed = trust.signed
     if as_json:
         value = {
             "enabled": settings.enabled,
@@ -93,7 +98,7 @@ def info(engine: EngineOption = "vllm", as_json: JsonOption = False) -> None:
     out.print(f"environment  {printable(key.environment)}  ({key.hash})")
     size = f"{len(packs)} packs, {mib(stored_bytes)} for this environment"
     out.print(f"store        {printable(settings.directory)}: {size}")
-    out.print(f"state        {'on' if settings.enabled else 'off'}, packs {'signed' if signed else 'trusted by owner'}")
+    out.print(f"state        {'on' if settings.enabled else 'off'}, packs {trust.describe()}")
     rows = [
         [item["cache"], item["directory"], item["variable"], str(item["files"]), mib(item["bytes"])] for item in local
     ]

@@ -1,7 +1,7 @@
 """Compaction: packs of a key are put together into one, which names those that it replaces.
 
 It needs no lock, but one compactor at a time saves work (stores/leases). Pruning deletes replaced packs later
-(retention). Damaged packs are left out: what is in them stays where it is.
+(retention). Damaged frames are left out. A damaged pack of whose files not even older copies are sound is not replaced.
 """
 
 from __future__ import annotations
@@ -82,6 +82,9 @@ def _around_damage(
         wanted: dict[tuple[str, int], list[PackedFile]] = defaultdict(list)
         for pack, file in effective_files(packs, damaged).values():
             wanted[pack.stored.name, file.frame].append(file)
+        if lost := _lost(packs, damaged, wanted):
+            packs = [pack for pack in packs if pack.stored.name not in lost]
+            continue
         if not any(pack.stored.name == name for pack in chosen for name, _ in wanted):
             return None
         try:
@@ -92,6 +95,19 @@ def _around_damage(
             else:
                 damaged.add((error.pack.stored.name, error.frame))
     return None
+
+
+def _lost(
+    packs: list[Pack], damaged: set[tuple[str, int]], wanted: dict[tuple[str, int], list[PackedFile]]
+) -> set[str]:
+    """Names of damaged packs of which no file, nor an older copy of one, is wanted: such a pack is not replaced."""
+    paths = {file.path for files in wanted.values() for file in files}
+    suspected = {name for name, _ in damaged}
+    return {
+        pack.stored.name
+        for pack in packs
+        if pack.stored.name in suspected and all(file.path not in paths for file in pack.manifest.files)
+    }
 
 
 def _chosen(packs: list[Pack], more_than: int) -> list[Pack]:

@@ -24,10 +24,10 @@ SECRET = Trust(b"sixteen bytes or more")
 class Machine:
     """A machine of a fleet: local caches, and the store that it shares with the others."""
 
-    def __init__(self, directory: Path, store: Path, trust: Trust = SECRET) -> None:
+    def __init__(self, directory: Path, store: Path, trust: Trust = SECRET, store_name: str | None = None) -> None:
         self.directories = {"inductor": directory / "inductor", "triton": directory / "triton"}
         self.trust = trust
-        self.store = FilesystemStore(store, trust)
+        self.store = FilesystemStore(store, trust, store_name=store_name)
 
     def write(self, path: str, content: bytes = b"", mtime_ns: int | None = None) -> Path:
         """Make a file of a local cache; ``path`` as in packs."""

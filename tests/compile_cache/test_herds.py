@@ -15,15 +15,13 @@ import pytest
 
 from benchmarks.fleet_cache import simulate
 from engine_loader.compile_cache.compaction import compact
-from engine_loader.compile_cache.directories import INDUCTOR, TRITON
 from engine_loader.compile_cache.packs.key_packs import living, read_key, update_index
-from engine_loader.compile_cache.packs.scan import scan
 from engine_loader.compile_cache.process import save as saving
 from engine_loader.compile_cache.process.save import Save, SaveOptions
 from engine_loader.compile_cache.retention import GRACE_S, Policy, prune
 from engine_loader.compile_cache.stores.filesystem import FilesystemStore
 from engine_loader.compile_cache.stores.leases import acquire
-from tests.compile_cache.support import KEY, SECRET, Machine, some_bytes
+from tests.compile_cache.support import KEY, SECRET, Machine, scan_any, some_bytes
 from tests.support.waiting import GENEROUS_S
 
 POLICY = Policy(days=30, keys=100, bytes=1 << 40, unfinished_s=3600)
@@ -34,7 +32,7 @@ def options(wait_s: float = 0.0) -> SaveOptions:
 
 
 def save_of(machine: Machine, wait_s: float = 0.0) -> Save:
-    files = scan((INDUCTOR, TRITON), machine.directories)
+    files = scan_any(machine.directories)
     return Save(machine.store, KEY, machine.directories, files, SECRET, options(wait_s))
 
 
@@ -207,7 +205,7 @@ class TestManyPacks:
             patch.setattr(saving, "update_index", lambda *_: None)
             patch.setattr(saving, "read_key", lambda *_, **__: saving.KeyPacks())
             patch.setattr(os, "fsync", lambda _: None)
-            for file in scan((INDUCTOR,), machine.directories):
+            for file in scan_any(machine.directories):
                 Save(machine.store, KEY, machine.directories, [file], SECRET, options())._save(
                     saving.KeyPacks(), [file]
                 )

@@ -7,14 +7,12 @@ import time
 from pathlib import Path
 
 from engine_loader.compile_cache.compaction import compact
-from engine_loader.compile_cache.directories import INDUCTOR, TRITON
 from engine_loader.compile_cache.key import CacheKey
 from engine_loader.compile_cache.packs.key_packs import effective_files, files_for, read_key
 from engine_loader.compile_cache.packs.manifest import Frame, HostGroup, Manifest, PackedFile
 from engine_loader.compile_cache.packs.pack import write_pack
-from engine_loader.compile_cache.packs.scan import scan
 from engine_loader.compile_cache.retention import GRACE_S, Policy, prune
-from tests.compile_cache.support import KEY, Machine, some_bytes
+from tests.compile_cache.support import KEY, Machine, scan_any, some_bytes
 
 KEEP_ALL = Policy(days=30, keys=100, bytes=1 << 40, unfinished_s=3600)
 
@@ -203,7 +201,7 @@ def test_files_of_several_hosts_stand_side_by_side(first: Machine) -> None:
 def save_for(machine: Machine, group: HostGroup, number: int) -> None:
     """Save two files, of which one holds for a host of ``group`` only."""
     names = ("inductor/any.so", "inductor/host.so")
-    files = [file for file in scan((INDUCTOR, TRITON), machine.directories) if file.path in names]
+    files = [file for file in scan_any(machine.directories) if file.path in names]
 
     def describe(packed: tuple[PackedFile, ...], frames: tuple[Frame, ...]) -> Manifest:
         rows = tuple(file._replace(host=0) if file.path.endswith("host.so") else file for file in packed)

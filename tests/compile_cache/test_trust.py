@@ -16,6 +16,7 @@ from engine_loader.compile_cache.packs import pack as pack_module
 from engine_loader.compile_cache.packs.manifest import content_digest
 from engine_loader.compile_cache.packs.tar import header, padding
 from engine_loader.compile_cache.trust import Trust, load_trust
+from engine_loader.compile_cache.trust.signatures import HmacKey
 from tests.compile_cache.support import KEY, OTHER_KEY, SECRET, Machine
 
 Row = list[Any]
@@ -279,7 +280,7 @@ class TestKeyFile:
         path = tmp_path / "key"
         path.write_text("  a secret of some length \n")
         path.chmod(0o600)
-        assert load_trust(str(path)).secret == b"a secret of some length"
+        assert load_trust(str(path)).keys == (HmacKey(b"a secret of some length"),)
 
     def test_a_short_one_is_refused(self, tmp_path: Path) -> None:
         path = tmp_path / "key"

@@ -32,6 +32,7 @@ from ..space import mib
 from ..stores.interface import Readable, Store, Stored, Upload
 from ..stores.names import SUFFIX
 from ..trust import Trust
+from ..trust.signatures import MOST_BLOCK_BYTES
 from . import tar
 from .manifest import FORMAT, Frame, Manifest, PackedFile
 from .scan import LocalFile, open_unchanged
@@ -46,7 +47,6 @@ _TRAILER = struct.Struct("<32sQI8s")
 SMALL_BYTES = 256 << 10
 """Packs up to this size are fetched and kept in the index as a whole."""
 _FIRST_READ_BYTES = 64 << 10  # most manifests come with the first read
-_MOST_BLOCK_BYTES = 4096
 _MOST_TEXT_BYTES = 32 << 20
 _MOST_MANIFEST_BYTES = 1 << 28
 MOST_AHEAD_S = 86400.0
@@ -60,7 +60,11 @@ _R = TypeVar("_R")
 
 @dataclass(frozen=True)
 class Pack:
-    """A pack in a store whose manifest was verified."""
+    """A pack in a store whose manifest was verified.
+
+    Attributes:
+        by_signer: whether the key has signed it that signs now, and not an older one.
+    """
 
     stored: Stored
     manifest: Manifest
@@ -68,6 +72,7 @@ class Pack:
     """Everything behind the frames, as it lies in the store."""
     whole: bytes = field(default=b"", repr=False, compare=False)
     """All of a small pack, where it is at hand."""
+    by_signer: bool = True
 
 
 class EndReader:
@@ -153,11 +158,16 @@ def finish_pack(upload: Upload, store: Store, manifest: Manifest, trust: Trust, 
 
     Args:
         avoid: digests that name other packs than this one, which a reader refuses: the next generation is written.
+
+    Raises:
+        CacheValidationError: this node cannot sign, or the pack is on the deny-list.
     """
     digest = manifest.digest
+    trust.check_pack(digest, manifest.created, f"the new pack {digest}", now=store.known_time())
     while digest in avoid:
         manifest = replace(manifest, generation=manifest.generation + 1)
         digest = manifest.digest
+        trust.check_pack(digest, manifest.created, f"the new pack {digest}", now=store.known_time())
     name = f"{manifest.key.prefix}/{digest}{SUFFIX}"
     tail = make_tail(manifest.to_json(), store.name, name, trust)
     upload.write(tail)
@@ -183,7 +193,7 @@ def make_tail(manifest: bytes, store_name: str, pack_name: str, trust: Trust) ->
     """What follows the frames of a pack, with its manifest as JSON."""
     text = zstandard.ZstdCompressor(level=3).compress(manifest)
     digest = hashlib.sha256(text).digest()
-    block = trust.sign(_signed(store_name, pack_name, digest, len(text)))
+    block = trust.sign(_signed(store_name, pack_name, digest, len(text)), store=store_name)
     trailer = _TRAILER.pack(digest, len(text), len(block), _MAGIC)
     end = zstandard.ZstdCompressor().compress(tar.END)
     head = _SKIPPABLE.pack(_SKIPPABLE_MAGIC, len(text) + len(block) + len(trailer))
@@ -258,7 +268,8 @@ def read_manifest(store: Store, stored: Stored, key_prefix: str, trust: Trust) -
     """Read a pack's manifest and verify it.
 
     Raises:
-        CacheValidationError: damaged, cut short, forged, unsigned, of another key or store, or made in the future.
+        CacheValidationError: damaged, cut short, forged, unsigned, denied, too old, of another key or store, or made
+            in the future.
         OSError: the store fails, or the pack is gone.
     """
     with store.open(stored.name) as file:
@@ -280,7 +291,7 @@ def open_pack(store: Store, pack: Pack) -> Iterator[Readable]:
 def verified_pack(store: Store, file: Readable, stored: Stored, key_prefix: str, trust: Trust) -> Pack:
     """The pack whose end ``file`` holds. Raises as ``read_manifest``."""
     location = f"{store.description}/{stored.name}"
-    text, begin = _read_text(file, store.name, stored.name, trust, location)
+    text, begin, by_signer = _read_text(file, store.name, stored.name, trust, location)
     manifest = Manifest.from_json(
         decompress(text, _content_size(text, location, _MOST_MANIFEST_BYTES), location), location
     )
@@ -293,13 +304,14 @@ def verified_pack(store: Store, file: Readable, stored: Stored, key_prefix: str,
             f"{location}: refused: it was made in the future, on a machine whose clock was wrong: its time is "
             f"{ahead_s:.0f} s after the store's"
         )
+    trust.check_pack(stored.digest, manifest.created, location, now=store.known_time())
     frames_end = manifest.frames_bytes
     between = begin - frames_end
     if not 0 < between < tar.BLOCK:
         raise CacheValidationError(f"{location}: refused: there is something in it that its manifest does not name")
     tail = file.read(frames_end, file.size - frames_end)
     _check_end(tail[:between], location)
-    return Pack(stored, manifest, tail, _whole(file, manifest))
+    return Pack(stored, manifest, tail, _whole(file, manifest), by_signer)
 
 
 def _whole(file: Readable, manifest: Manifest) -> bytes:
@@ -314,9 +326,9 @@ def _whole(file: Readable, manifest: Manifest) -> bytes:
     return content if sound else b""
 
 
-def _read_text(file: Readable, store_name: str, pack_name: str, trust: Trust, location: str) -> tuple[bytes, int]:
-    """The compressed manifest, and where what follows the frames' end begins. A signature that is wrong costs one
-    small read.
+def _read_text(file: Readable, store_name: str, pack_name: str, trust: Trust, location: str) -> tuple[bytes, int, bool]:
+    """The compressed manifest, where what follows the frames' end begins, and whether the key that signs now has signed
+    it. A signature that is wrong costs one small read.
     """
     least = _TRAILER.size + _SKIPPABLE.size
     if file.size < least:
@@ -327,10 +339,10 @@ def _read_text(file: Readable, store_name: str, pack_name: str, trust: Trust, lo
     begin = file.size - _TRAILER.size - block_size - length - _SKIPPABLE.size
     if magic in _OTHER_FORMATS:
         raise CacheValidationError(f"{location}: refused: it has the format of another version, {magic.decode()}")
-    if magic != _MAGIC or length > _MOST_TEXT_BYTES or block_size > _MOST_BLOCK_BYTES or begin < 0:
+    if magic != _MAGIC or length > _MOST_TEXT_BYTES or block_size > MOST_BLOCK_BYTES or begin < 0:
         raise CacheValidationError(f"{location}: refused: it is no pack, or is cut short")
     block = end[-_TRAILER.size - block_size : -_TRAILER.size]
-    trust.verify(_signed(store_name, pack_name, digest, length), block, location)
+    trust.verify(_signed(store_name, pack_name, digest, length), block, location, store=store_name)
     wanted = file.size - begin
     whole = end[-wanted:] if wanted <= guess else file.read(begin, wanted - guess) + end
     if _SKIPPABLE.unpack(whole[: _SKIPPABLE.size]) != (_SKIPPABLE_MAGIC, wanted - _SKIPPABLE.size):
@@ -338,7 +350,7 @@ def _read_text(file: Readable, store_name: str, pack_name: str, trust: Trust, lo
     text = whole[_SKIPPABLE.size : _SKIPPABLE.size + length]
     if hashlib.sha256(text).digest() != digest:
         raise CacheValidationError(f"{location}: refused: its manifest is damaged or was changed")
-    return text, begin
+    return text, begin, trust.is_by_signer(block)
 
 
 def _check_end(between: bytes, location: str) -> None:

@@ -19,7 +19,7 @@ from ..packs.verify import damaged_frames
 from ..stores.interface import Store
 from ..stores.opening import open_store
 from ..stores.uses import note_used
-from ..trust import Trust
+from ..trust import CANNOT_SIGN, Trust
 from ..upkeep.suspects import clear_suspects, note_suspects, suspects
 from ..verdict.explain import nearest_in_store, note_verdict
 from ..verdict.judge import judge
@@ -77,7 +77,7 @@ def _restore(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], b
     suspicion = _after_crashes(job, settings) if job.engine_pid else []
     if suspicion:
         return Outcome("suspect", messages=suspicion)
-    store, trust = open_store(settings)
+    store, trust = open_store(settings, job.home() / STATE)
     trial = begin_trial(job.home(), job.key.prefix, job.engine_pid, job.since_ns)
     restore = Restore(
         store,
@@ -90,6 +90,7 @@ def _restore(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], b
         before_move=trial.add if job.engine_pid else lambda _: None,
     )
     outcome = restore.run()
+    outcome.messages += trust.warnings
     with suppress(OSError):  # the save behind it then relies on manifests alone
         note_damage(job.home(), store.description, restore.refused.frames)
     if outcome.in_place:  # also where nothing is saved: else a key that such machines use would be pruned
@@ -136,7 +137,7 @@ def _save(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], bool
         directories = tuple(directory for use in uses for directory in use.directories)
         messages: list[str] = []
         files = [file for file in scan(job.roots(), job.paths(), messages) if _is_ours(file, job.since_ns, directories)]
-        store, trust = open_store(settings)
+        store, trust = open_store(settings, job.home() / STATE)
         found = read_key(store, job.key.prefix, trust)
         packs = found.packs
         damaged = damaged_frames(store, packs, noted_damage(job.home(), store.description))
@@ -145,6 +146,8 @@ def _save(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], bool
         verdict = judge(packs, new, factors)
         if settings.read_only:
             outcome = Outcome("nothing", notes=["the store is not written to (compile_cache.read_only)"])
+        elif not trust.can_sign:
+            outcome = Outcome("nothing", messages=[CANNOT_SIGN])
         else:
             saving = Save(store, job.key, job.paths(), files, trust, _save_options(store, settings), factors, damaged)
             # A failing store must not hide the verdict.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -13,10 +13,10 @@ from ...machine import sync_directory
 from ..cache_errors import CacheValidationError
 from ..space import Floor, no_room_is_an_interruption
 from ..trust import Trust
-from . import marker
-from .clock import StoreClock
 from .interface import Small, Stored
-from .names import MARKER, UNFINISHED, is_environment, is_key, is_scope, kind_of
+from .listing import Listing
+from .marker import MarkedStore
+from .names import MARKER, UNFINISHED, is_key, kind_of
 from .posix import Modes, create_as, read_whole, replace_if
 
 _MOST_READ_BYTES = 1 << 30
@@ -25,7 +25,7 @@ _NOTHING = {"lost+found", ".snapshot", ".snapshots"}
 """What file systems put into their own roots."""
 
 
-class FilesystemStore:
+class FilesystemStore(MarkedStore):
     """Packs as files below ``directory``.
 
     A pack is written in its key's directory under a name that readers pass over, synced, and linked to its content
@@ -45,26 +45,18 @@ class FilesystemStore:
         least_free_bytes: int = 0,
         store_name: str | None = None,
     ) -> None:
+        super().__init__(store_name)
         self.directory = Path(directory).expanduser().absolute()
         self.description = str(self.directory)
         self.unreadable: list[str] = []
         self._trust = trust
         self._floor = Floor(self.directory, least_free_bytes, "compile_cache.min_store_free_bytes")
-        self._expected = store_name
-        self._name: str | None = None
-        self._clock = StoreClock(self._measure)
-        self._facts: dict[str, os.stat_result] = {}
-
-    @property
-    def name(self) -> str:
-        if self._name is None:
-            self._name = marker.name_of(self, self._expected)
-        return self._name or ""
+        self._listing = Listing(self.directory)
 
     def found(self) -> None:
-        if self._name is None:
+        if self._marker is None:
             self._modes().make_directory(self.directory)
-            self._name = marker.found(self, self._expected)
+        super().found()
 
     def is_empty(self) -> bool:
         try:
@@ -74,23 +66,14 @@ class FilesystemStore:
         return all(name in _NOTHING or name == MARKER or kind_of(name) == "unfinished" for name in names)
 
     def entries(self, prefix: str = "") -> list[Stored]:
-        self.unreadable = []
-        if prefix:
-            found = list(self._files(self.directory / prefix)) if is_key(prefix) else []
-        else:
-            found = list(self._files(self.directory))
-            for environment in self._directories(self.directory, is_environment):
-                for scope in self._directories(environment, is_scope):
-                    found += self._files(scope)
+        found = [_stored(name, facts) for name, facts in self._listing.walk(prefix)]
+        self.unreadable = self._listing.unreadable
         for stored in found:
             self._clock.listed(stored.modified)
         return sorted(found, key=lambda stored: stored.name)
 
     def was_listed(self, name: str) -> bool:
-        return name in self._facts
-
-    def list(self, prefix: str = "") -> list[Stored]:
-        return [found for found in self.entries(prefix) if found.kind == "pack"]
+        return name in self._listing.facts
 
     def unfinished(self) -> Iterator[Stored]:
         return (found for found in self.entries() if found.kind == "unfinished")
@@ -133,7 +116,7 @@ class FilesystemStore:
         self._trust.check_store(self.directory)
         for parent in reversed(list(_between(self.directory, path))):
             self._trust.check_entry(parent)
-        self._trust.check_entry(path, self._facts.get(stored.name))
+        self._trust.check_entry(path, self._listing.facts.get(stored.name))
 
     @contextmanager
     def upload(self, prefix: str) -> Iterator[_Upload]:
@@ -156,12 +139,6 @@ class FilesystemStore:
             with suppress(OSError):  # it is not empty
                 path.parent.rmdir()
                 path.parent.parent.rmdir()
-
-    def now(self) -> float:
-        return self._clock.now()
-
-    def known_time(self) -> float:
-        return self._clock.known()
 
     def make_room(self, coming: int) -> None:
         self._floor.check(coming)
@@ -221,33 +198,7 @@ class FilesystemStore:
                 os.close(descriptor)
 
     def _modes(self) -> Modes:
-        return Modes(self.directory, shared=self._trust.secret is not None or self._trust.anyone)
-
-    def _files(self, directory: Path) -> Iterator[Stored]:
-        """The files of ours in one directory. Those that are deleted meanwhile are passed over."""
-        for entry in self._scan(directory):
-            name = str(Path(entry.path).relative_to(self.directory))
-            if kind_of(name) == "foreign":
-                continue
-            with suppress(FileNotFoundError):
-                facts = entry.stat(follow_symlinks=False)
-                if stat.S_ISREG(facts.st_mode):
-                    self._facts[name] = facts
-                    yield _stored(name, facts)
-
-    def _directories(self, directory: Path, is_ours: Callable[[str], bool]) -> Iterator[Path]:
-        for entry in self._scan(directory):
-            if is_ours(entry.name) and entry.is_dir(follow_symlinks=False):
-                yield Path(entry.path)
-
-    def _scan(self, directory: Path) -> Sequence[os.DirEntry[str]]:
-        try:
-            return sorted(os.scandir(directory), key=lambda entry: entry.name)
-        except FileNotFoundError:
-            return []
-        except PermissionError as error:
-            self.unreadable.append(f"{directory} ({error.strerror})")
-            return []
+        return Modes(self.directory, shared=self._trust.signed or self._trust.anyone)
 
 
 class _File:

@@ -108,6 +108,13 @@ class Store(Protocol):
             CacheValidationError: there is something, but no marker; or it is another store than the settings name.
         """
 
+    @property
+    def denies(self) -> bool:
+        """Whether the marker says that there is a deny-list. Raises as ``name``."""
+
+    def announce_denied(self) -> None:
+        """Let the marker say that there is a deny-list. Raises as ``name``, and OSError when the store fails."""
+
     def found(self) -> None:
         """Write the marker where the store is empty. Raises as ``name``."""
 

@@ -22,10 +22,9 @@ from ...sources.object_store.url import parse_object_url
 from ..cache_errors import CacheValidationError
 from ..space import no_room_is_an_interruption
 from ..trust import Trust
-from . import marker
-from .clock import StoreClock
 from .interface import PackReplacedError, Small, Stored
 from .joined import JoinedReads
+from .marker import MarkedStore
 from .names import MARKER, UNFINISHED, is_key, kind_of
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ _WHOLE_BYTES = 64 << 20
 _JUST_NOW_S = 5.0
 
 
-class ObjectCacheStore:
+class ObjectCacheStore(MarkedStore):
     """Packs as objects below ``url``.
 
     A pack is written to a temporary file, and put under its content hash when it is complete. Servers that ignore the
@@ -57,7 +56,8 @@ class ObjectCacheStore:
     def __init__(
         self, url: str, trust: Trust, work_directory: str | None = None, store_name: str | None = None
     ) -> None:
-        if trust.secret is None and not trust.anyone:
+        super().__init__(store_name)
+        if not trust.signed and not trust.anyone:
             raise CacheValidationError(
                 f"{url}: refused: an object store does not say who else may write to it, and caches are code; "
                 "sign packs with compile_cache.key_file, or allow it with compile_cache.trust=anyone"
@@ -71,21 +71,8 @@ class ObjectCacheStore:
         self.unreadable: list[str] = []
         self._prefix = f"{location.key}/" if location.key else ""
         self._work_directory = work_directory
-        self._expected = store_name
-        self._name: str | None = None
-        self._clock = StoreClock(self._measure)
         self._listed: dict[str, Stored] = {}
         self._written: dict[str, float] = {}
-
-    @property
-    def name(self) -> str:
-        if self._name is None:
-            self._name = marker.name_of(self, self._expected)
-        return self._name or ""
-
-    def found(self) -> None:
-        if self._name is None:
-            self._name = marker.found(self, self._expected)
 
     def is_empty(self) -> bool:
         import obstore
@@ -115,9 +102,6 @@ class ObjectCacheStore:
 
     def was_listed(self, name: str) -> bool:
         return name in self._listed
-
-    def list(self, prefix: str = "") -> list[Stored]:
-        return [found for found in self.entries(prefix) if found.kind == "pack"]
 
     @contextmanager
     def open(self, name: str) -> Iterator[_Object]:
@@ -180,12 +164,6 @@ class ObjectCacheStore:
                 obstore.delete(self._store, self._prefix + name)
         except FileNotFoundError:
             return
-
-    def now(self) -> float:
-        return self._clock.now()
-
-    def known_time(self) -> float:
-        return self._clock.known()
 
     def unfinished(self) -> Iterator[Stored]:
         # Parts of an upload that broke off are not listed; the bucket's lifecycle rules delete them.

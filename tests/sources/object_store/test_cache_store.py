@@ -10,6 +10,7 @@ import pytest
 
 from engine_loader.compile_cache.cache_errors import CacheValidationError
 from engine_loader.compile_cache.compaction import compact
+from engine_loader.compile_cache.packs.resign import resign
 from engine_loader.compile_cache.process.job import Job
 from engine_loader.compile_cache.process.operations import perform
 from engine_loader.compile_cache.process.session import run_job
@@ -22,6 +23,8 @@ from engine_loader.compile_cache.stores.objects import ObjectCacheStore
 from engine_loader.compile_cache.stores.opening import open_store
 from engine_loader.compile_cache.stores.uses import note_used
 from engine_loader.compile_cache.trust import Trust
+from engine_loader.compile_cache.trust.denied import DenyList
+from engine_loader.compile_cache.trust.signatures import HmacKey
 from engine_loader.settings import CompileCacheSettings
 from tests.cli.running import invoke
 from tests.compile_cache.support import KEY, OTHER_KEY, SECRET, Machine, some_bytes
@@ -153,6 +156,29 @@ def test_a_pack_that_was_forged_is_refused(first: Machine, second: Machine) -> N
     second.trust = Trust(b"another secret, long enough")
     assert second.restore().status != "restored"
     assert second.content() == {}
+
+
+def test_a_deny_list_is_replaced_and_read(first: Machine, second: Machine) -> None:
+    first.save()
+    (pack,) = first.store.list()
+    trust = second.trust
+    assert trust.with_denied(second.store, None).denied == DenyList()
+    for denied in (DenyList(1, {}), DenyList(2, {pack.digest: "bad"})):
+        first.trust.publish_denied(first.store, denied, None)
+        second.trust = trust.with_denied(second.store, None)
+        assert (second.trust.denied, second.trust.warnings) == (denied, ())
+    assert second.restore().status == "refused"
+    assert [stored.name for stored in first.store.list()] == [pack.name]
+
+
+def test_packs_are_signed_again(first: Machine, second: Machine) -> None:
+    """In a store that does not replace what is under a name."""
+    first.save()
+    new, old = HmacKey(b"a new secret of some length"), first.trust.keys[0]
+    assert [one.problem for one in resign(first.store, Trust([new, old]))] == [None]
+    second.trust = Trust([new])
+    assert second.restore().status == "restored"
+    assert second.content() == first.content()
 
 
 def job(action: str, machine: Machine, settings: CompileCacheSettings) -> Job:
