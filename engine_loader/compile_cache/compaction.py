@@ -10,8 +10,9 @@ import socket
 from collections import Counter, defaultdict
 
 from .cache_errors import CacheError
+from .host.groups import HostGroup
 from .key import CacheKey
-from .packs.key_packs import effective_files, read_packs
+from .packs.key_packs import effective_files, for_each_host, read_packs
 from .packs.manifest import Frame, Manifest, PackedFile
 from .packs.pack import Pack, compress_members, finish_pack, read_frame
 from .stores.interface import Readable, Store, Upload
@@ -34,10 +35,11 @@ def compact(store: Store, key: CacheKey, trust: Trust, *, level: int, more_than:
     if len(packs) <= max(more_than, 1):
         return None
     wanted: dict[tuple[str, int], list[PackedFile]] = defaultdict(list)
-    for pack, file in effective_files(packs).values():
-        wanted[pack.stored.name, file.frame].append(file)
+    for seen in for_each_host(packs):
+        for pack, file in effective_files(seen).values():
+            wanted[pack.stored.name, file.frame].append(file)
     with store.upload(key.prefix) as upload:
-        writer = _FrameWriter(upload, level)
+        writer = _FrameWriter(upload, level, packs)
         for pack in packs:
             location = f"{store.description}/{pack.stored.name}"
             with store.open(pack.stored.name) as source:
@@ -52,6 +54,7 @@ def compact(store: Store, key: CacheKey, trust: Trust, *, level: int, more_than:
             roots=packs[0].manifest.roots,
             factors={path: value for pack in reversed(packs) for path, value in pack.manifest.factors.items()},
             replaces=tuple(sorted({pack.stored.digest for pack in packs} | gone)),
+            hosts=writer.hosts,
         )
         return finish_pack(upload, manifest, writer.position, trust)
 
@@ -72,9 +75,11 @@ class _FrameWriter:
     Attributes:
         frames, files: written, as in the manifest.
         position: bytes written.
+        hosts: the groups of host facts of all packs.
     """
 
-    def __init__(self, upload: Upload, level: int) -> None:
+    def __init__(self, upload: Upload, level: int, packs: list[Pack]) -> None:
+        self.hosts: tuple[HostGroup, ...] = tuple(dict.fromkeys(group for p in packs for group in p.manifest.hosts))
         self.frames: list[Frame] = []
         self.files: list[PackedFile] = []
         self.position = 0
@@ -88,12 +93,17 @@ class _FrameWriter:
         held = Counter(file.frame for file in pack.manifest.files)
         for index, frame in enumerate(pack.manifest.frames):
             members = sorted(wanted.get((pack.stored.name, index), []), key=lambda file: file.offset)
+            members = [self._of_host(file, pack.manifest.hosts) for file in members]
             if not members:
                 continue
             if len(members) == held[index]:
                 self._write(_checked(source, frame, location), frame.raw_size, members)
             else:
                 self._write(*compress_members(read_frame(source, frame, location), members, self._level))
+
+    def _of_host(self, file: PackedFile, hosts: tuple[HostGroup, ...]) -> PackedFile:
+        """The file with the index of its group in the new pack."""
+        return file if file.host < 0 else file._replace(host=self.hosts.index(hosts[file.host]))
 
     def _write(self, content: bytes, raw_size: int, members: list[PackedFile]) -> None:
         self.frames.append(Frame(self.position, len(content), raw_size, hashlib.sha256(content).hexdigest()))

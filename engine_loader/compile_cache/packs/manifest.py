@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ..cache_errors import CacheValidationError
+from ..host.groups import HostGroup
 from ..key import CacheKey
 from .tar import header, padding
 
@@ -32,6 +33,7 @@ class PackedFile(NamedTuple):
         frame: which frame holds it.
         offset: where in that frame's decompressed bytes the tar header begins.
         link: the target if it is a symbolic link, else empty.
+        host: which of the manifest's groups of host facts it depends on; -1: it holds on any host.
     """
 
     path: str
@@ -42,6 +44,7 @@ class PackedFile(NamedTuple):
     frame: int
     offset: int
     link: str = ""
+    host: int = -1
 
     @property
     def root(self) -> str:
@@ -73,6 +76,7 @@ class Manifest:
         roots: name of a cache -> its directory where the pack was made (Triton's files name it).
         factors: path of a `cache_key_factors.json` -> the engine's own account of its key.
         replaces: names of the packs whose files are all in this one (it is a compaction).
+        hosts: groups of host facts that files depend on.
     """
 
     key: CacheKey
@@ -83,6 +87,7 @@ class Manifest:
     roots: Mapping[str, str] = field(default_factory=dict)
     factors: Mapping[str, Any] = field(default_factory=dict)
     replaces: tuple[str, ...] = ()
+    hosts: tuple[HostGroup, ...] = ()
 
     @property
     def content_bytes(self) -> int:
@@ -98,6 +103,7 @@ class Manifest:
             "roots": dict(self.roots),
             "factors": dict(self.factors),
             "replaces": list(self.replaces),
+            "hosts": [group.to_json() for group in self.hosts],
             "frames": self.frames,
             "files": self.files,
         }
@@ -124,6 +130,7 @@ class Manifest:
                 roots={str(name): str(path) for name, path in value["roots"].items()},
                 factors=dict(value["factors"]),
                 replaces=tuple(map(str, value["replaces"])),
+                hosts=tuple(map(HostGroup.from_json, value["hosts"])),
                 frames=tuple(_frame(row) for row in value["frames"]),
                 files=tuple(_file(row) for row in value["files"]),
             )
@@ -144,14 +151,16 @@ class Manifest:
         """
         if len(self.files) > MOST_FILES or self.content_bytes > MOST_BYTES:
             raise CacheValidationError(f"{location}: too large: {len(self.files)} files, {self.content_bytes} bytes")
-        seen: set[str] = set()
+        seen: set[tuple[str, int]] = set()
         for file in self.files:
             if reason := _unsafe(file):
                 raise CacheValidationError(f"{location}: {reason}")
-            if file.path in seen:
+            if file.host >= len(self.hosts):
+                raise CacheValidationError(f"{location}: {file.path!r} is of a host that the manifest does not have")
+            if (file.path, file.host) in seen:
                 raise CacheValidationError(f"{location}: the path {file.path!r} is there twice")
-            seen.add(file.path)
-        self._check_nesting(seen, location)
+            seen.add((file.path, file.host))
+        self._check_nesting({path for path, _ in seen}, location)
         self._check_frames(location)
 
     def _check_nesting(self, paths: set[str], location: str) -> None:
@@ -238,6 +247,8 @@ def _file(row: Any) -> PackedFile:
     numbers = (file.size, file.mtime_ns, file.mode, file.frame, file.offset)
     texts = (file.path, file.sha256, file.link)
     if not all(type(value) is int and 0 <= value < 1 << 63 for value in numbers):
+        raise ValueError(f"a file's row is {row!r}")
+    if type(file.host) is not int or file.host < -1:
         raise ValueError(f"a file's row is {row!r}")
     if not all(type(text) is str for text in texts):
         raise ValueError(f"a file's row is {row!r}")

@@ -12,7 +12,7 @@ from functools import partial
 from ...settings import CompileCacheSettings
 from ..cache_errors import CacheError, CacheOperationInterrupted, CacheValidationError
 from ..compaction import compact
-from ..packs.key_packs import read_packs
+from ..packs.key_packs import for_this_host, read_packs
 from ..packs.pack import Pack
 from ..packs.scan import LocalFile, scan
 from ..retention import Policy, prune
@@ -80,6 +80,7 @@ def _restore(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], b
         job.key,
         paths,
         trust,
+        layout=job.ranks(),
         threads=threads_of(settings),
         least_free_bytes=int(settings.min_local_free_bytes),
         may_go_on=may_go_on,
@@ -102,7 +103,7 @@ def _save(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], bool
         directories = tuple(directory for use in uses for directory in use.directories)
         files = [file for file in scan(job.roots(), job.paths()) if _is_ours(file, job.since_ns, directories)]
         store, trust = open_store(settings)
-        packs = read_packs(store, job.key, trust, [])
+        packs = for_this_host(read_packs(store, job.key, trust, []), job.key)
         new = not_in(packs, files)
         factors = factors_of(new) | {use.factors_path: use.factors for use in uses}
         verdict = judge(packs, new, factors)

@@ -12,9 +12,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..directories import depends_on
+from ..host.groups import HostGroup
 from ..key import CacheKey
 from ..packs.elf import is_cut_short
-from ..packs.key_packs import effective_files, read_packs
+from ..packs.key_packs import effective_files, for_this_host, read_packs
 from ..packs.manifest import Frame, Manifest, PackedFile, unsafe_link, unsafe_path
 from ..packs.pack import LARGEST_FILE_BYTES, Pack, write_pack
 from ..packs.relocate import is_group_file
@@ -22,6 +24,7 @@ from ..packs.scan import LocalFile
 from ..space import mib
 from ..stores.interface import Store
 from ..trust import Trust
+from ..verdict.factors import without_secrets
 from .outcome import Outcome
 
 FACTORS = "cache_key_factors.json"
@@ -48,9 +51,11 @@ def save(
     """
     began = time.monotonic()
     outcome = Outcome("complete")
-    packs = read_packs(store, key, trust, outcome.messages)
+    packs = for_this_host(read_packs(store, key, trust, outcome.messages), key)
     new = []
     for file in not_in(packs, files):
+        if os.path.basename(file.path) == FACTORS:
+            continue  # the manifest has what may be stored of it
         problem = _problem(file)
         if problem is None:
             new.append(file)
@@ -64,14 +69,16 @@ def save(
     )  # they compress to a quarter or so; watched, too
 
     def describe(packed: tuple[PackedFile, ...], frames: tuple[Frame, ...]) -> Manifest:
+        marked, hosts = with_hosts(packed, key)
         return Manifest(
             key=key,
             created=time.time(),
-            files=packed,
+            files=marked,
             frames=frames,
             host=socket.gethostname(),
             roots={name: str(path) for name, path in directories.items()},
             factors=factors or {},
+            hosts=hosts,
         )
 
     pack = write_pack(store, describe, key, new, trust, threads=threads, level=level, most_bytes=most_bytes)
@@ -81,6 +88,19 @@ def save(
         outcome.pack_bytes, outcome.packs = pack.stored.size, 1
     outcome.seconds = time.monotonic() - began
     return outcome
+
+
+def with_hosts(files: Iterable[PackedFile], key: CacheKey) -> tuple[tuple[PackedFile, ...], tuple[HostGroup, ...]]:
+    """``files`` with the group of host facts that each depends on, and these groups."""
+    hosts: list[HostGroup] = []
+    marked = []
+    for file in files:
+        code = depends_on(file.path)
+        group = None if code == "any" else key.host_groups.get(code)
+        if group is not None and group not in hosts:
+            hosts.append(group)
+        marked.append(file if group is None else file._replace(host=hosts.index(group)))
+    return tuple(marked), tuple(hosts)
 
 
 def _problem(file: LocalFile) -> str | None:
@@ -121,10 +141,10 @@ def _is_same(local: LocalFile, packed: PackedFile) -> bool:
 
 
 def factors_of(files: Iterable[LocalFile]) -> dict[str, Any]:
-    """What the engine itself says of its keys, by path."""
+    """What the engine itself says of its keys, by path, without secrets: older engines write all variables there."""
     found: dict[str, Any] = {}
     for file in files:
         if os.path.basename(file.path) == FACTORS and file.size <= _MOST_FACTORS_BYTES:
             with suppress(OSError, ValueError):
-                found[file.path] = json.loads(Path(file.local).read_bytes())
+                found[file.path] = without_secrets(json.loads(Path(file.local).read_bytes()))
     return found

@@ -9,17 +9,18 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ...compile_cache.directories import directories_of
-from ...compile_cache.key import CacheKey, short_hash
+from ...compile_cache.host.hashes import short_hash
+from ...compile_cache.key import CacheKey
 from ...compile_cache.process.job import Job
 from ...compile_cache.process.locks import NodeLock
 from ...compile_cache.process.session import Running, log_restore, log_save
+from ...escaping import printable
 from ...settings import CompileCacheSettings, load_settings
 
 RESTORE_LOCK = "restore"
@@ -29,7 +30,6 @@ STARTED = "_ENGINE_LOADER_CACHE_STARTED_NS"
 Not a setting: those begin with ENGINE_LOADER_.
 """
 _SLACK_S = 5.0
-_SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 
 
 class NodeSession:
@@ -40,16 +40,24 @@ class NodeSession:
         key: the engine's key in the compile cache.
         settings: those of the compile cache.
         log: the engine's logger.
+        layout: sizes of its parallelism, as compile_cache.unpacking.rank_sets.Layout takes them.
     """
 
-    def __init__(self, engine: str, key: CacheKey, settings: CompileCacheSettings, log: logging.Logger) -> None:
+    def __init__(
+        self,
+        engine: str,
+        key: CacheKey,
+        settings: CompileCacheSettings,
+        log: logging.Logger,
+        layout: Mapping[str, int],
+    ) -> None:
         self.engine = engine
         self.key = key
         self.settings = settings
         self.since_ns = time.time_ns()
         self._log = log
         self._directories = cache_directories(engine)
-        job = Job("restore", engine, key, self._directories)
+        job = Job("restore", engine, key, self._directories, layout=layout)
         # Taken before there are workers, so that they find it taken. Another engine of this node may have it already.
         lock = NodeLock(job.home(), RESTORE_LOCK)
         self._running = Running(
@@ -119,11 +127,6 @@ def cache_directories(engine: str) -> dict[str, str]:
     return {name: str(path) for name, path in directories_of(engine).items()}
 
 
-def without_secrets(factors: Mapping[str, Any]) -> dict[str, Any]:
-    """``factors`` without those whose names suggest a secret (KEY, TOKEN, ...): the rest may be stored and shown."""
-    return {name: value for name, value in factors.items() if not _SECRET.search(name)}
-
-
 def quietly(log: logging.Logger, action: Callable[..., Any], *args: Any) -> Any:
     """Return what ``action`` returns; None if it raises, which is logged as a warning."""
     try:
@@ -133,7 +136,7 @@ def quietly(log: logging.Logger, action: Callable[..., Any], *args: Any) -> Any:
             "compile cache: %s: %s; the engine goes on without it "
             "(switch it off: ENGINE_LOADER_COMPILE_CACHE__ENABLED=false)",
             type(error).__name__,
-            error,
+            printable("; ".join(str(error).splitlines())),
             exc_info=log.isEnabledFor(logging.DEBUG),
         )
         return None
