@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from engine_loader.compile_cache.host import groups, tools
-from engine_loader.compile_cache.host.groups import HostGroup, this_host
+from engine_loader.compile_cache.host.groups import this_host
 from engine_loader.compile_cache.host.instructions import describe
 from engine_loader.compile_cache.host.threads import threads
 from engine_loader.compile_cache.host.versions import python_version
@@ -140,13 +140,6 @@ def test_the_groups_name_all_that_host_code_depends_on() -> None:
     assert this_host()["native"].names == ("isa", "cxx", "libc", "libstdcxx")
     assert this_host()["toolkit"].names == ("isa", "cxx", "libc", "libstdcxx", "nvcc", "ptxas", "driver")
     assert dict(this_host()["native"].parts)["libc"] == "-".join(str(os.confstr("CS_GNU_LIBC_VERSION")).split())
-
-
-def test_a_group_survives_json_and_its_hash_is_checked() -> None:
-    group = HostGroup((("isa", "avx2"), ("cxx", "gcc-12.2.0")))
-    assert HostGroup.from_json(group.to_json()) == group
-    with pytest.raises(ValueError, match="parts of another hash"):
-        HostGroup.from_json({**group.to_json(), "parts": [["isa", "avx512f"]]})
 
 
 @pytest.mark.parametrize(

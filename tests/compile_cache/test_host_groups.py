@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 
 from engine_loader.compile_cache import key
+from engine_loader.compile_cache.cache_errors import CacheValidationError
 from engine_loader.compile_cache.compaction import compact
 from engine_loader.compile_cache.host.groups import HostGroup, HostGroups
 from engine_loader.compile_cache.host.instructions import describe
 from engine_loader.compile_cache.key import CacheKey
 from engine_loader.compile_cache.packs.key_packs import read_packs
+from engine_loader.compile_cache.packs.manifest import Manifest
 from tests.compile_cache.processors import GENOA, SAPPHIRE_RAPIDS
 from tests.compile_cache.support import KEY, SECRET, Machine
 
@@ -22,8 +24,8 @@ CPU_KEY = CacheKey((("torch", "2.13.0"), ("cpu", "x86_64"), ("isa", "avx2+1234")
 
 
 def host(cpuinfo: str, nvcc: str = "13.0.48") -> HostGroups:
-    native = (("isa", describe(cpuinfo)), ("cxx", "gcc-12.2.0"))
-    return {"native": HostGroup(native), "toolkit": HostGroup((*native, ("nvcc", nvcc)))}
+    native = {"isa": describe(cpuinfo), "cxx": "gcc-12.2.0"}
+    return {"native": HostGroup.of(native), "toolkit": HostGroup.of(native | {"nvcc": nvcc})}
 
 
 INTEL, AMD = host(SAPPHIRE_RAPIDS), host(GENOA)
@@ -110,3 +112,12 @@ def test_a_cpu_engine_has_the_facts_in_its_key_and_not_in_packs(tmp_path: Path, 
     (pack,) = read_packs(node.store, CPU_KEY, SECRET, [])
     assert pack.manifest.hosts == ()
     assert [file.host for file in pack.manifest.files] == [-1]
+
+
+def test_a_group_whose_hash_is_of_other_facts_is_refused(fresh: Callable[[], Machine]) -> None:
+    node = fresh()
+    (pack,) = read_packs(node.store, KEY, SECRET, [])
+    text = pack.manifest.to_json()
+    assert Manifest.from_json(text, "here") == pack.manifest
+    with pytest.raises(CacheValidationError, match="has the parts of another"):
+        Manifest.from_json(text.replace(b"gcc-12.2.0", b"gcc-13.3.0"), "here")

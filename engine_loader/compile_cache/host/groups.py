@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 from ..gpu import cuda_driver_version
 from .instructions import instruction_set
@@ -24,20 +23,22 @@ toolkit and its driver.
 _HASH_CHARS = 12
 
 
-@dataclass(frozen=True)
-class HostGroup:
-    """Facts of a host that some files of a pack depend on.
+class HostGroup(NamedTuple):
+    """Facts of a host that some files of a pack depend on: what reads them needs equal ones.
 
     Attributes:
-        parts: name -> value, in the order in which they are shown.
+        hash: of the facts.
+        parts: name and value of each, in the order in which they are shown.
     """
 
+    hash: str
     parts: tuple[tuple[str, str], ...]
 
-    @property
-    def hash(self) -> str:
-        """A short hash of the exact parts."""
-        return hashlib.sha256(json.dumps(self.parts).encode()).hexdigest()[:_HASH_CHARS]
+    @classmethod
+    def of(cls, parts: Mapping[str, str]) -> HostGroup:
+        """The group of these facts."""
+        rows = tuple(parts.items())
+        return cls(hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:_HASH_CHARS], rows)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -53,21 +54,6 @@ class HostGroup:
             for name in names
             if here.get(name) != there.get(name)
         ]
-
-    def to_json(self) -> dict[str, Any]:
-        return {"hash": self.hash, "parts": [list(part) for part in self.parts]}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> HostGroup:
-        """Read a group.
-
-        Raises:
-            ValueError: its hash is not that of its parts.
-        """
-        group = cls(tuple((str(name), str(text)) for name, text in value["parts"]))
-        if value["hash"] != group.hash:
-            raise ValueError(f"the group of host facts {value['hash']!r} has parts of another hash")
-        return group
 
 
 HostGroups = Mapping[Code, HostGroup]
@@ -95,4 +81,4 @@ def this_host() -> HostGroups:
         # Without the build of the driver: what it runs and compiles is told by the version of CUDA that it implements.
         "driver": cuda_driver_version(),
     }
-    return {"native": HostGroup(tuple(native.items())), "toolkit": HostGroup(tuple(toolkit.items()))}
+    return {"native": HostGroup.of(native), "toolkit": HostGroup.of(toolkit)}

@@ -10,7 +10,7 @@ from ..host.groups import HostGroup, HostGroups
 from ..key import CacheKey
 from ..stores.interface import Store
 from ..trust import Trust
-from .manifest import PackedFile
+from .manifest import ANY_HOST, PackedFile
 from .pack import Pack, read_manifest
 
 
@@ -46,7 +46,7 @@ def for_this_host(packs: list[Pack], key: CacheKey) -> list[Pack]:
 
 def _restricted(pack: Pack, here: set[str]) -> Pack:
     manifest = pack.manifest
-    usable = {-1, *(index for index, group in enumerate(manifest.hosts) if group.hash in here)}
+    usable = {ANY_HOST, *(index for index, group in enumerate(manifest.hosts) if group.hash in here)}
     return replace(pack, manifest=replace(manifest, files=tuple(f for f in manifest.files if f.host in usable)))
 
 
@@ -55,7 +55,7 @@ def for_each_host(packs: list[Pack]) -> Iterator[list[Pack]]:
     for group in {group for pack in packs for group in pack.manifest.hosts}:
         indexes = [{i for i, other in enumerate(pack.manifest.hosts) if other == group} for pack in packs]
         yield [_only(pack, hosts) for pack, hosts in zip(packs, indexes, strict=True)]
-    yield [_only(pack, {-1}) for pack in packs]
+    yield [_only(pack, {ANY_HOST}) for pack in packs]
 
 
 def _only(pack: Pack, hosts: set[int]) -> Pack:

@@ -19,6 +19,7 @@ MOST_FILES = 1_000_000
 MOST_BYTES = 1 << 40
 MOST_FRAME_BYTES = 1 << 33
 MOST_PATH_CHARS = 1024
+ANY_HOST = -1
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -33,7 +34,7 @@ class PackedFile(NamedTuple):
         frame: which frame holds it.
         offset: where in that frame's decompressed bytes the tar header begins.
         link: the target if it is a symbolic link, else empty.
-        host: which of the manifest's groups of host facts it depends on; -1: it holds on any host.
+        host: index of the manifest's host group that the file holds for; ANY_HOST: for any.
     """
 
     path: str
@@ -44,7 +45,7 @@ class PackedFile(NamedTuple):
     frame: int
     offset: int
     link: str = ""
-    host: int = -1
+    host: int = ANY_HOST
 
     @property
     def root(self) -> str:
@@ -103,7 +104,7 @@ class Manifest:
             "roots": dict(self.roots),
             "factors": dict(self.factors),
             "replaces": list(self.replaces),
-            "hosts": [group.to_json() for group in self.hosts],
+            "hosts": self.hosts,
             "frames": self.frames,
             "files": self.files,
         }
@@ -130,7 +131,7 @@ class Manifest:
                 roots={str(name): str(path) for name, path in value["roots"].items()},
                 factors=dict(value["factors"]),
                 replaces=tuple(map(str, value["replaces"])),
-                hosts=tuple(map(HostGroup.from_json, value["hosts"])),
+                hosts=tuple(_host(row) for row in value["hosts"]),
                 frames=tuple(_frame(row) for row in value["frames"]),
                 files=tuple(_file(row) for row in value["files"]),
             )
@@ -248,13 +249,20 @@ def _file(row: Any) -> PackedFile:
     texts = (file.path, file.sha256, file.link)
     if not all(type(value) is int and 0 <= value < 1 << 63 for value in numbers):
         raise ValueError(f"a file's row is {row!r}")
-    if type(file.host) is not int or file.host < -1:
+    if type(file.host) is not int or file.host < ANY_HOST:
         raise ValueError(f"a file's row is {row!r}")
     if not all(type(text) is str for text in texts):
         raise ValueError(f"a file's row is {row!r}")
     if not (file.link and not file.sha256) and not _SHA256.fullmatch(file.sha256):
         raise ValueError(f"a file's digest is {file.sha256!r}")
     return file
+
+
+def _host(row: Any) -> HostGroup:
+    group = HostGroup.of({str(name): str(text) for name, text in row[1]})
+    if row[0] != group.hash:
+        raise ValueError(f"the host group {row[0]!r} has the parts of another")
+    return group
 
 
 def _frame(row: Any) -> Frame:

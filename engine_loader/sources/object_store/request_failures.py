@@ -11,7 +11,6 @@ import re
 from dataclasses import dataclass
 
 from ...errors import TransferError
-from ...escaping import redacted
 
 _REGION = "does the bucket lie in this region? set AWS_REGION or object_store_region"
 _DENIED = (
@@ -88,13 +87,8 @@ def object_changed(path: str, offset: int | None = None) -> TransferError:
 
 
 def object_failure(error: Exception, doing: str, path: str, offset: int | None = None) -> TransferError:
-    """The error for a request that failed for good.
-
-    ``error``, which becomes its cause, loses passwords and tokens: obstore's text can hold a proxy's URL.
-    """
+    """The error for a request that failed for good."""
     from obstore import exceptions
-
-    _redact(error)
 
     answer = Answer.of(error)
     if isinstance(error, exceptions.PreconditionError) or answer.status == 416:
@@ -105,15 +99,6 @@ def object_failure(error: Exception, doing: str, path: str, offset: int | None =
     failure = TransferError(f"could not {doing}: {what}{after}", file=path, offset=offset, hint=hint)
     failure.errno = code
     return failure
-
-
-def _redact(error: BaseException | None) -> None:
-    """Redact the texts of an exception and of those that led to it."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        error.args = tuple(redacted(part) if isinstance(part, str) else part for part in error.args)
-        error = error.__cause__ or error.__context__
 
 
 def _explain(error: Exception, answer: Answer) -> tuple[int | None, str, str | None]:
