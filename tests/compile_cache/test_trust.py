@@ -152,6 +152,7 @@ def forge(machine: Machine, change: Callable[[dict[str, Any]], None], archive: b
         "roots": {},
         "factors": {},
         "replaces": [],
+        "hosts": [],
         "frames": [[0, len(frame), len(archive), hashlib.sha256(frame).hexdigest()]],
         "files": [row],
     }

@@ -259,9 +259,10 @@ def _file(row: Any) -> PackedFile:
 
 
 def _host(row: Any) -> HostGroup:
-    group = HostGroup.of({str(name): str(text) for name, text in row[1]})
-    if row[0] != group.hash:
-        raise ValueError(f"the host group {row[0]!r} has the parts of another")
+    digest, parts = row
+    group = HostGroup.of({str(name): str(text) for name, text in parts})
+    if digest != group.hash:
+        raise ValueError(f"the host group {digest!r} has the parts of another")
     return group
 
 
