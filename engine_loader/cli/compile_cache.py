@@ -357,7 +357,8 @@ def _check_engine(engine: str) -> None:
 
 
 def _key(engine: str, scope: str) -> CacheKey:
-    from ..compile_cache.key import environment_key, module_version
+    from ..compile_cache.host.versions import module_version
+    from ..compile_cache.key import environment_key
 
     _check_engine(engine)
     return environment_key({} if engine == "torch" else {engine: module_version(engine)}, scope)

@@ -14,9 +14,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from .cache_errors import CacheError
+from .host.groups import HostGroup
 from .key import CacheKey
 from .packs.key_packs import effective_files, living, read_key, update_index
-from .packs.manifest import ANY_HOST, Frame, HostGroup, Manifest, PackedFile
+from .packs.manifest import ANY_HOST, Frame, Manifest, PackedFile
 from .packs.pack import DamagedFrameError, Pack, compress_members, decompress, finish_pack, read_compressed
 from .packs.relocate import is_group_file, relocated
 from .packs.tar import padding

@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 
 from engine_loader.compile_cache.compaction import compact
+from engine_loader.compile_cache.host.groups import HostGroup
 from engine_loader.compile_cache.key import CacheKey
 from engine_loader.compile_cache.packs.key_packs import effective_files, files_for, read_key
-from engine_loader.compile_cache.packs.manifest import Frame, HostGroup, Manifest, PackedFile
+from engine_loader.compile_cache.packs.manifest import Frame, Manifest, PackedFile
 from engine_loader.compile_cache.packs.pack import write_pack
 from engine_loader.compile_cache.retention import GRACE_S, Policy, prune
 from tests.compile_cache.support import KEY, Machine, scan_any, some_bytes
@@ -170,32 +171,31 @@ def test_packs_of_pods_with_other_directories_are_put_together(tmp_path: Path, s
 
 def test_files_of_several_hosts_stand_side_by_side(first: Machine) -> None:
     """Each pack was made on another host; the same path is there for both, and a file for any host."""
-    groups = [HostGroup(f"hash-{number}", (("isa", f"avx{number}"),)) for number in range(2)]
+    groups = [HostGroup.of({"isa": f"avx{number}"}) for number in range(2)]
+    here, there = (group.hash for group in groups)
     for number, group in enumerate(groups):
         first.write("inductor/host.so", f"for host {number}".encode())
         first.write("inductor/any.so", b"for any host")
         save_for(first, group, number)
     made = compact(first.store, KEY, first.trust, level=1)
     assert made is not None
-    assert sorted(made.manifest.hosts) == groups
+    assert sorted(made.manifest.hosts) == sorted(groups)
     found = effective_files(read_key(first.store, KEY.prefix, first.trust).packs)
     assert {name for name in found if "host.so" in name[0]} == {
-        ("inductor/host.so", "hash-0"),
-        ("inductor/host.so", "hash-1"),
+        ("inductor/host.so", here),
+        ("inductor/host.so", there),
     }
     packs = read_key(first.store, KEY.prefix, first.trust).packs
-    sizes = {
-        host: {path.rpartition("/")[2] for path in files_for(packs, host)} for host in ("", "hash-0", "hash-1", "other")
-    }
+    sizes = {host: {path.rpartition("/")[2] for path in files_for(packs, host)} for host in ("", here, there, "other")}
     assert sizes == {
         "": {"any.so"},
-        "hash-0": {"any.so", "host.so"},
-        "hash-1": {"any.so", "host.so"},
+        here: {"any.so", "host.so"},
+        there: {"any.so", "host.so"},
         "other": {"any.so"},
     }
-    digests = {host: files_for(packs, host)["inductor/host.so"][1].sha256 for host in ("hash-0", "hash-1")}
-    assert digests["hash-0"] == hashlib.sha256(b"for host 0").hexdigest()
-    assert digests["hash-1"] == hashlib.sha256(b"for host 1").hexdigest()
+    digests = {host: files_for(packs, host)["inductor/host.so"][1].sha256 for host in (here, there)}
+    assert digests[here] == hashlib.sha256(b"for host 0").hexdigest()
+    assert digests[there] == hashlib.sha256(b"for host 1").hexdigest()
 
 
 def save_for(machine: Machine, group: HostGroup, number: int) -> None:

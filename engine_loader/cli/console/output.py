@@ -8,9 +8,22 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from ...escaping import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+__all__ = [
+    "byte_progress_bar",
+    "console",
+    "print_error",
+    "print_json",
+    "print_warning",
+    "printable",
+    "progress_bar",
+    "table",
+]
 
 # rich folds lines at 80 columns if the output is not a terminal; with this width nothing is folded.
 _PIPE_COLUMNS = 10_000
@@ -43,14 +56,6 @@ def print_json(value: Any) -> None:
     """Print a value as indented JSON on stdout."""
     # ASCII only: a file's name may hold bytes that are not text.
     print(json.dumps(value, indent=2))
-
-
-def printable(text: str, *, lines: bool = False) -> str:
-    """``text`` with control characters and others that are not printable escaped: names in files come from outside."""
-    return "".join(
-        char if char.isprintable() or (lines and char == "\n") else char.encode("unicode_escape").decode()
-        for char in text
-    )
 
 
 def table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]], right: Iterable[int] = (1, 2)) -> Table:

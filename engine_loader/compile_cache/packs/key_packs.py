@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..cache_errors import CacheError, CacheValidationError
+from ..host.groups import HostGroup, HostGroups
 from ..key import CacheKey
 from ..stores.interface import Store, Stored
 from ..stores.names import INDEX
 from ..trust import Trust
 from .index import Ends, encode, read_ends
-from .manifest import PackedFile
+from .manifest import ANY_HOST, PackedFile
 from .pack import EndReader, Pack, read_manifest, verified_pack
 
 MOST_SINGLY = 16
@@ -148,6 +149,35 @@ def living(packs: list[Pack]) -> list[Pack]:
     return [pack for pack in packs if pack.stored.digest not in gone]
 
 
+def for_this_host(packs: list[Pack], key: CacheKey) -> list[Pack]:
+    """``packs`` with those files only that hold on any host, or depend on facts that this host shares.
+
+    All that looks for files by path must see these: another host's file of a path is not this one's.
+    """
+    if not any(pack.manifest.hosts for pack in packs):
+        return packs
+    here = {group.hash for group in key.host_groups.values()}
+    return [_restricted(pack, here) for pack in packs]
+
+
+def _restricted(pack: Pack, here: set[str]) -> Pack:
+    manifest = pack.manifest
+    usable = {ANY_HOST, *(index for index, group in enumerate(manifest.hosts) if group.hash in here)}
+    return replace(pack, manifest=replace(manifest, files=tuple(f for f in manifest.files if f.host in usable)))
+
+
+def of_other_hosts(packs: list[Pack], groups: HostGroups) -> tuple[int, HostGroup | None]:
+    """How many files of ``packs`` depend on other hosts' facts, and a group of such facts, of the newest pack."""
+    here = {group.hash for group in groups.values()}
+    count, example = 0, None
+    for pack in packs:
+        for file in pack.manifest.files:
+            if file.host >= 0 and pack.manifest.hosts[file.host].hash not in here:
+                count += 1
+                example = example or pack.manifest.hosts[file.host]
+    return count, example
+
+
 def effective_files(
     packs: Iterable[Pack], without: Collection[tuple[str, int]] = frozenset()
 ) -> dict[tuple[str, str], tuple[Pack, PackedFile]]:
@@ -175,16 +205,22 @@ def effective_files(
 
 
 def files_for(
-    packs: Iterable[Pack], host: str = "", without: Collection[tuple[str, int]] = frozenset()
+    packs: Iterable[Pack], host: str | None = None, without: Collection[tuple[str, int]] = frozenset()
 ) -> dict[str, tuple[Pack, PackedFile]]:
-    """Path -> the file that a restore takes: that of the host group ``host`` where there is one, else that for any.
-    ``without`` as in ``effective_files``.
+    """Path -> the file that a restore takes: that of a host group where there is one, else that for any host.
+
+    Args:
+        host: hash of the group; None: any that ``packs`` have, of which ``for_this_host`` left none but this host's.
+        without: as in ``effective_files``.
     """
-    found: dict[str, tuple[Pack, PackedFile]] = {}
+    for_any: dict[str, tuple[Pack, PackedFile]] = {}
+    own: dict[str, tuple[Pack, PackedFile]] = {}
     for (path, group), item in effective_files(packs, without).items():
-        if group == host or (group == "" and path not in found):
-            found[path] = item
-    return found
+        if not group:
+            for_any[path] = item
+        elif host in (None, group):
+            own.setdefault(path, item)
+    return for_any | own
 
 
 def _read_singly(found: KeyPacks, store: Store, listed: list[Stored], prefix: str, trust: Trust) -> None:

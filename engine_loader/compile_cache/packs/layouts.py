@@ -1,7 +1,7 @@
 """Which paths in a local cache compilers make. What lies there besides is nobody's cache, and is never packed: a
 variable that names a cache may name a home directory.
 
-Read in torch 2.13, Triton 3.9, vLLM 0.33, SGLang 0.5.23, apache-tvm-ffi 0.1.15; the rest as their documentation has it.
+Read in torch 2.13, Triton 3.9, vLLM 0.32 and apache-tvm-ffi 0.1.15; the rest as their documentation has it.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ LAYOUTS: Mapping[str, tuple[str, ...]] = {
         rf"rocm_segmented_attention/triton/{_TRITON}",
         r"deep_gemm/(?:cache/)?kernel\.[^/]+/[^/]+",
     ),
+    "flashinfer_autotune": (r"(?:[^/]+/)*autotune_configs[^/]*\.json",),
     "flashinfer": (*ANY_COMPILER, r"(?:[^/]+/)+autotune[^/]*\.json"),
     "deep_gemm": (r"(?:cache/)?kernel\.[^/]+/[^/]+",),
     "tvm_ffi": (rf"{_DIGEST}/[^/]+",),
@@ -50,9 +51,16 @@ LAYOUTS: Mapping[str, tuple[str, ...]] = {
     "tilelang": (rf"(?:[^/]+/)*{_DIGEST}/[^/]+",),
     "helion": ANY_COMPILER,
     "cuda": (r"[0-9a-f]/[0-9a-f]/[0-9a-f]{14,}", r"index"),
-    "sglang": (*ANY_COMPILER, r"(?:[^/]+/)+autotune[^/]*\.json"),
+    "sglang": (*ANY_COMPILER, r"(?:[^/]+/)+autotune[^/]*\.json", r"flashinfer/autotune/(?:[^/]+/)*rank_[^/]*\.json"),
     "sglang_jit": ANY_COMPILER,
     "sglang_cute": ANY_COMPILER,
+    "humming": ANY_COMPILER,
+    "b12x": ANY_COMPILER,
+    "minfer_fmha": ANY_COMPILER,
+    "minfer_sparse": ANY_COMPILER,
+    "flash_attention": ANY_COMPILER,
+    "quack": ANY_COMPILER,
+    "flydsl": ANY_COMPILER,
     "torch_extensions": (r"(?:py3\d+_[^/]+/)?[^/]+/(?:build\.ninja|\.ninja_(?:log|deps)|[^/]+\.(?:so|o|cpp|cu|d))",),
 }
 """Name of a cache -> what its compiler makes there: regular expressions for whole paths, relative to its directory.

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ..cache_errors import CacheValidationError
+from ..host.groups import HostGroup
 from ..key import CacheKey
 from .tar import header, padding
 
@@ -19,6 +20,7 @@ MOST_FILES = 1_000_000
 MOST_BYTES = 1 << 40
 MOST_FRAME_BYTES = 1 << 33
 MOST_PATH_CHARS = 1024
+ANY_HOST = -1
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -68,18 +70,6 @@ class Frame(NamedTuple):
     sha256: str
 
 
-class HostGroup(NamedTuple):
-    """Facts about a host that some files of a pack were compiled for: what reads them needs equal ones.
-
-    Attributes:
-        hash: of the facts.
-        parts: name and value of each, for people.
-    """
-
-    hash: str
-    parts: tuple[tuple[str, str], ...]
-
-
 @dataclass(frozen=True)
 class Manifest:
     """Everything about a pack but the content of its files.
@@ -91,7 +81,7 @@ class Manifest:
         roots: name of a cache -> its directory where the pack was made (Triton's files name it).
         factors: path of a `cache_key_factors.json` -> the engine's own account of its key.
         replaces: names of the packs whose files are all in this one (it is a compaction).
-        hosts: that the files' ``host`` points into.
+        hosts: groups of host facts that files depend on; the files' ``host`` points into them.
         generation: counts up where the name of an equal pack is taken by a damaged one.
     """
 
@@ -296,6 +286,8 @@ def _file(row: Any) -> PackedFile:
     texts = (file.path, file.sha256, file.link)
     if not all(type(value) is int and 0 <= value < 1 << 63 for value in numbers):
         raise ValueError(f"a file's row is {row!r}")
+    if type(file.host) is not int or file.host < ANY_HOST:
+        raise ValueError(f"a file's row is {row!r}")
     if not all(type(text) is str for text in texts):
         raise ValueError(f"a file's row is {row!r}")
     if not (file.link and not file.sha256) and not _SHA256.fullmatch(file.sha256):
@@ -304,9 +296,10 @@ def _file(row: Any) -> PackedFile:
 
 
 def _host(row: Any) -> HostGroup:
-    group = HostGroup(str(row[0]), tuple((str(name), str(text)) for name, text in row[1]))
-    if not group.hash:
-        raise ValueError("a host group has no hash")
+    digest, parts = row
+    group = HostGroup.of({str(name): str(text) for name, text in parts})
+    if digest != group.hash:
+        raise ValueError(f"the host group {digest!r} has the parts of another")
     return group
 
 

@@ -13,7 +13,7 @@ from functools import partial
 from ...settings import CompileCacheSettings
 from ..cache_errors import CacheError, CacheOperationInterrupted, CacheValidationError
 from ..directories import STATE
-from ..packs.key_packs import read_key
+from ..packs.key_packs import for_this_host, read_key
 from ..packs.scan import LocalFile, scan
 from ..packs.verify import damaged_frames
 from ..stores.interface import Store
@@ -84,6 +84,7 @@ def _restore(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], b
         job.key,
         paths,
         trust,
+        layout=job.ranks(),
         threads=threads_of(settings),
         least_free_bytes=int(settings.min_local_free_bytes),
         may_go_on=may_go_on,
@@ -139,8 +140,8 @@ def _save(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], bool
         files = [file for file in scan(job.roots(), job.paths(), messages) if _is_ours(file, job.since_ns, directories)]
         store, trust = open_store(settings, job.home() / STATE)
         found = read_key(store, job.key.prefix, trust)
-        packs = found.packs
-        damaged = damaged_frames(store, packs, noted_damage(job.home(), store.description))
+        damaged = damaged_frames(store, found.packs, noted_damage(job.home(), store.description))
+        packs = for_this_host(found.packs, job.key)
         new = not_in(packs, files, job.paths(), damaged=damaged)
         factors = factors_of(new) | {use.factors_path: use.factors for use in uses}
         verdict = judge(packs, new, factors)

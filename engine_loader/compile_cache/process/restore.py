@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..cache_errors import CacheOperationInterrupted, CacheValidationError
 from ..key import CacheKey
-from ..packs.key_packs import read_key
+from ..packs.key_packs import files_for, for_this_host, of_other_hosts, read_key
 from ..packs.manifest import PackedFile
 from ..packs.pack import Pack
 from ..space import Floor
@@ -21,6 +21,7 @@ from ..stores.interface import Store, Stored
 from ..trust import Trust
 from ..unpacking.frames import FrameUnpacker
 from ..unpacking.missing import MissingFiles, missing_files
+from ..unpacking.rank_sets import Layout, leave_out_partial_sets, parts_of_broken_sets, sets_of
 from ..unpacking.refused import Refused
 from ..unpacking.staging import make_staging, move_into_place
 from .outcome import Outcome, Status
@@ -31,6 +32,7 @@ class Restore:
 
     Args:
         directories: name of a cache -> its directory on this node.
+        layout: of the engine; without it, files that ranks compare with one another are left out.
         threads: that decompress.
         least_free_bytes: left free on every local disk.
         may_go_on: asked before each frame and each rename.
@@ -49,6 +51,7 @@ class Restore:
         directories: Mapping[str, Path],
         trust: Trust,
         *,
+        layout: Layout | None = None,
         threads: int,
         least_free_bytes: int = 0,
         may_go_on: Callable[[], bool] = lambda: True,
@@ -61,6 +64,7 @@ class Restore:
         self._key = key
         self._directories = directories
         self._trust = trust
+        self._layout = layout
         self._threads = threads
         self._least_free_bytes = least_free_bytes
         self._may_go_on = may_go_on
@@ -83,6 +87,7 @@ class Restore:
         if not self.packs:
             outcome.status = "refused" if outcome.messages else "nothing"
             return outcome
+        self._note_other_hosts()
         missing = self._missing()
         while missing.count:
             refused = self._unpack(missing)
@@ -108,7 +113,26 @@ class Restore:
         return found.messages()
 
     def _missing(self) -> MissingFiles:
-        return missing_files(self.refused.usable(self.packs), self._directories, self.refused.frames)
+        """What this host lacks of the packs, less what only some ranks of the engine would find."""
+        packs = for_this_host(self.refused.usable(self.packs), self._key)
+        missing = missing_files(packs, self._directories, self.refused.frames)
+        files = files_for(packs, without=self.refused.frames)
+        missing, partial = leave_out_partial_sets(missing, files, self._directories, self._layout)
+        self._tell(partial)
+        # Older copies would stand beside parts of another measurement.
+        broken = sets_of(file for pack in self.packs for file in self.refused.files(pack))
+        return missing.where(lambda file: not broken or sets_of([file]).isdisjoint(broken))
+
+    def _note_other_hosts(self) -> None:
+        """Say which facts keep files from being used here."""
+        if not any(pack.manifest.hosts for pack in self.packs):
+            return
+        count, group = of_other_hosts(self.packs, self._key.host_groups)
+        here = next((own for own in self._key.host_groups.values() if group and own.names == group.names), None)
+        if group is not None and here is not None:
+            self._outcome.notes.append(
+                f"{count} files are left out: they hold code for other hosts ({'; '.join(here.differs_from(group))})"
+            )
 
     def _status(self, missing: MissingFiles) -> Status:
         if self._outcome.files:
@@ -136,7 +160,7 @@ class Restore:
                     floor.check()
 
             unpacker = FrameUnpacker(self._store, missing, staging, self._directories, check)
-            done = unpacker.run(self._threads)
+            done = self._whole_sets(missing, unpacker.run(self._threads), staging)
             self._outcome.pack_bytes += unpacker.read_bytes
             self._before_move(done)
             left: dict[str, str] = {}
@@ -153,6 +177,18 @@ class Restore:
         """Whether a file is one of those ``left`` alone, or lies below one."""
         path = f"{self._directories[file.root]}/{file.path.partition('/')[2]}"
         return any(path == other or path.startswith(f"{other}/") for other in left)
+
+    def _whole_sets(
+        self, missing: MissingFiles, done: list[tuple[Pack, PackedFile]], staging: Mapping[str, Path]
+    ) -> list[tuple[Pack, PackedFile]]:
+        """``done`` less the parts of sets of which something was refused, which are removed from ``staging``."""
+        wanted = [file for frames in missing.files.values() for files in frames.values() for file in files]
+        broken = parts_of_broken_sets(wanted, [file for _, file in done])
+        for file in broken:
+            (staging[file.root] / file.path.partition("/")[2]).unlink()
+        if broken:
+            self._outcome.messages.append(f"{len(broken)} autotune tables are left out with those that were refused")
+        return [(pack, file) for pack, file in done if file not in broken]
 
     def _stage(self, missing: MissingFiles, stack: ExitStack) -> dict[str, Path]:
         """Name of a cache -> a staging directory, removed with ``stack``. A cache that is refused is left out."""

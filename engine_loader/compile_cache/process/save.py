@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..directories import depends_on
+from ..host.groups import HostGroup
 from ..key import CacheKey
 from ..packs.elf import is_cut_short
-from ..packs.key_packs import KeyPacks, files_for, read_key, update_index
+from ..packs.key_packs import KeyPacks, files_for, for_this_host, read_key, update_index
 from ..packs.manifest import Frame, Manifest, PackedFile, unsafe_link, unsafe_path
 from ..packs.pack import LARGEST_FILE_BYTES, Pack, write_pack
 from ..packs.relocate import is_group_file, relocated
@@ -26,6 +28,7 @@ from ..stores.interface import Store, Stored
 from ..stores.leases import acquire
 from ..stores.names import LEASE
 from ..trust import Trust
+from ..verdict.factors import without_secrets
 from .outcome import Outcome
 
 FACTORS = "cache_key_factors.json"
@@ -142,21 +145,23 @@ class Save:
         created = max([self._store.now(), *(pack.manifest.created + 1 for pack in found.packs)])
 
         def describe(packed: tuple[PackedFile, ...], frames: tuple[Frame, ...]) -> Manifest:
+            files, hosts = with_hosts(packed, self._key)
             return Manifest(
                 key=self._key,
                 created=created,
-                files=packed,
+                files=files,
                 frames=frames,
                 host=socket.gethostname(),
                 roots={name: str(path) for name, path in self._directories.items()},
                 factors=self._factors,
+                hosts=hosts,
             )
 
         def is_wanted(packed: Sequence[PackedFile]) -> bool:
             """Whether some of what was packed is still not in the store: others may have saved it meanwhile."""
             nonlocal found
             found = read_key(self._store, self._key.prefix, self._trust, known=found.packs)
-            known = files_for(found.packs, without=self._damaged)
+            known = files_for(for_this_host(found.packs, self._key), without=self._damaged)
             return any(file.path not in known or not _holds(known[file.path][1], file) for file in packed)
 
         pack = write_pack(
@@ -185,7 +190,10 @@ class Save:
     def _new(self, packs: list[Pack], *, tell: bool = False) -> list[LocalFile]:
         """The files that are to be saved; with ``tell``, a message for each that must not be."""
         new = []
+        packs = for_this_host(packs, self._key)
         for file in not_in(packs, self._files, self._directories, self._digests, self._damaged):
+            if os.path.basename(file.path) == FACTORS:
+                continue  # the manifest has what may be stored of it
             problem = _problem(file)
             if problem is None:
                 new.append(file)
@@ -257,6 +265,19 @@ def _holds(there: PackedFile, here: PackedFile) -> bool:
     return (there.sha256, there.link, there.size) == (here.sha256, here.link, here.size)
 
 
+def with_hosts(files: Iterable[PackedFile], key: CacheKey) -> tuple[tuple[PackedFile, ...], tuple[HostGroup, ...]]:
+    """``files`` with the group of host facts that each depends on, and these groups."""
+    hosts: list[HostGroup] = []
+    marked = []
+    for file in files:
+        code = depends_on(file.path)
+        group = None if code == "any" else key.host_groups.get(code)
+        if group is not None and group not in hosts:
+            hosts.append(group)
+        marked.append(file if group is None else file._replace(host=hosts.index(group)))
+    return tuple(marked), tuple(hosts)
+
+
 def _problem(file: LocalFile) -> str | None:
     """Why a file must not be saved."""
     if file.size >= LARGEST_FILE_BYTES:
@@ -326,10 +347,10 @@ def _digest(file: LocalFile, moves: tuple[tuple[str, str], ...], digests: Digest
 
 
 def factors_of(files: Iterable[LocalFile]) -> dict[str, Any]:
-    """What the engine itself says of its keys, by path."""
+    """What the engine itself says of its keys, by path, without secrets: older engines write all variables there."""
     found: dict[str, Any] = {}
     for file in files:
         if os.path.basename(file.path) == FACTORS and file.size <= _MOST_FACTORS_BYTES:
             with suppress(OSError, ValueError), open(open_unchanged(file), "rb") as content:
-                found[file.path] = json.load(content)
+                found[file.path] = without_secrets(json.load(content))
     return found

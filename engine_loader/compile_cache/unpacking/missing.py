@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,9 +43,13 @@ class MissingFiles:
 
     def below(self, roots: Collection[str]) -> MissingFiles:
         """The missing files of the caches ``roots`` only."""
+        return self.where(lambda file: file.root in roots)
+
+    def where(self, keep: Callable[[PackedFile], bool]) -> MissingFiles:
+        """The missing files for which ``keep`` returns True."""
         left = MissingFiles()
         for name, frames in self.files.items():
-            for file in (file for files in frames.values() for file in files if file.root in roots):
+            for file in (file for files in frames.values() for file in files if keep(file)):
                 left.add(self.packs[name], file)
         return left
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 
+from ..packs.manifest import PackedFile
 from ..packs.pack import Pack
 
 _MOST_MESSAGES = 3
@@ -41,6 +42,12 @@ class Refused:
     def usable(self, packs: list[Pack]) -> list[Pack]:
         """Those of ``packs`` of which something may be used."""
         return [pack for pack in packs if pack.stored.name not in self.packs]
+
+    def files(self, pack: Pack) -> list[PackedFile]:
+        """Those of a pack's files that are not used."""
+        if pack.stored.name in self.packs:
+            return list(pack.manifest.files)
+        return [file for file in pack.manifest.files if (pack.stored.name, file.frame) in self.frames]
 
     def messages(self) -> list[str]:
         """A few lines for a person."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from ...compile_cache.directories import directories_of
-from ...compile_cache.key import CacheKey, short_hash
+from ...compile_cache.host.hashes import short_hash
+from ...compile_cache.key import CacheKey
 from ...compile_cache.process.job import Job
 from ...compile_cache.process.locks import NodeLock
 from ...compile_cache.process.session import Running, log_restore, log_save
 from ...compile_cache.process.trials import end_trial, engine_lock
+from ...escaping import printable
 from ...settings import CompileCacheSettings, load_settings
 
 RESTORE_LOCK = "restore"
@@ -31,7 +32,6 @@ STARTED = "_ENGINE_LOADER_CACHE_STARTED_NS"
 Not a setting: those begin with ENGINE_LOADER_.
 """
 _SLACK_S = 5.0
-_SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 
 
 class NodeSession:
@@ -42,12 +42,20 @@ class NodeSession:
         key: the engine's key in the compile cache.
         settings: those of the compile cache.
         log: the engine's logger.
+        layout: sizes of its parallelism, as compile_cache.unpacking.rank_sets.Layout takes them.
         on_trial: what is restored is on trial until the engine is ready, which ``save`` or ``start_save`` tells.
             False where no hook would tell it.
     """
 
     def __init__(
-        self, engine: str, key: CacheKey, settings: CompileCacheSettings, log: logging.Logger, *, on_trial: bool = True
+        self,
+        engine: str,
+        key: CacheKey,
+        settings: CompileCacheSettings,
+        log: logging.Logger,
+        layout: Mapping[str, int],
+        *,
+        on_trial: bool = True,
     ) -> None:
         self.engine = engine
         self.key = key
@@ -56,7 +64,7 @@ class NodeSession:
         self._log = log
         self._directories = cache_directories(engine)
         pid = os.getpid() if on_trial else 0
-        job = Job("restore", engine, key, self._directories, since_ns=self.since_ns, engine_pid=pid)
+        job = Job("restore", engine, key, self._directories, since_ns=self.since_ns, engine_pid=pid, layout=layout)
         self._starting = engine_lock(job.home(), self.since_ns)
         if on_trial:
             self._starting.acquire(0)
@@ -144,11 +152,6 @@ def _home(directories: Mapping[str, str]) -> Path:
     return Path(next(iter(directories.values())))
 
 
-def without_secrets(factors: Mapping[str, Any]) -> dict[str, Any]:
-    """``factors`` without those whose names suggest a secret (KEY, TOKEN, ...): the rest may be stored and shown."""
-    return {name: value for name, value in factors.items() if not _SECRET.search(name)}
-
-
 @contextmanager
 def watched(session: NodeSession | None, log: logging.Logger) -> Iterator[None]:
     """A part of an engine's start. That the engine is told to stop within is not held against what was restored."""
@@ -169,7 +172,7 @@ def quietly(log: logging.Logger, action: Callable[..., Any], *args: Any) -> Any:
             "compile cache: %s: %s; the engine goes on without it "
             "(switch it off: ENGINE_LOADER_COMPILE_CACHE__ENABLED=false)",
             type(error).__name__,
-            error,
+            printable("; ".join(str(error).splitlines())),
             exc_info=log.isEnabledFor(logging.DEBUG),
         )
         return None

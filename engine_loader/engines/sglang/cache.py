@@ -23,8 +23,10 @@ import time
 from typing import Any
 
 from ...compile_cache.directories import directories_of
-from ...compile_cache.key import CacheKey, environment_key, module_version
+from ...compile_cache.host.versions import module_version
+from ...compile_cache.key import CacheKey, environment_key
 from ...compile_cache.process.use import note_use
+from ...compile_cache.verdict.factors import without_secrets
 from ...replacing import is_wrapped, wrap
 from ...settings import CompileCacheSettings
 from ..common.cache_hooks import (
@@ -36,7 +38,6 @@ from ..common.cache_hooks import (
     start_save,
     wait_for_node,
     watched,
-    without_secrets,
 )
 from .format import check
 
@@ -106,19 +107,29 @@ def register_http_server() -> None:
 
 def key_of(server_args: Any, settings: CompileCacheSettings) -> CacheKey:
     """The key of an engine: this machine, and by default its model and parallel layout."""
-    sizes = {"tp": server_args.tp_size, "pp": server_args.pp_size, "dp": server_args.dp_size}
+    sizes = _sizes(server_args)
     scope = scope_of(settings, str(server_args.model_path), getattr(server_args, "revision", None), sizes)
     # With attention in data parallel, the replicas share the devices of the tensor-parallel ranks.
-    replicas = 1 if getattr(server_args, "enable_dp_attention", False) else sizes["dp"]
+    replicas = 1 if _dp_attention(server_args) else sizes["dp"]
     devices = sizes["tp"] * sizes["pp"] * replicas // max(1, server_args.nnodes)
     return environment_key({"sglang": module_version("sglang")}, scope, devices=devices)
+
+
+def _sizes(server_args: Any) -> dict[str, int]:
+    return {"tp": server_args.tp_size, "pp": server_args.pp_size, "dp": server_args.dp_size}
+
+
+def _dp_attention(server_args: Any) -> bool:
+    return bool(getattr(server_args, "enable_dp_attention", False))
 
 
 def _start(server_args: Any) -> NodeSession | None:
     settings = cache_settings()
     if not settings.enabled:
         return None
-    return NodeSession(_ENGINE, key_of(server_args, settings), settings, logger, on_trial=_check_hooks())
+    good = _check_hooks()
+    layout = _sizes(server_args) | {"dp_attention": _dp_attention(server_args)}
+    return NodeSession(_ENGINE, key_of(server_args, settings), settings, logger, layout, on_trial=good)
 
 
 def _check_hooks() -> bool:

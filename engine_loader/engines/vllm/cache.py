@@ -22,10 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from ...compile_cache.directories import VLLM_MODEL_INFOS, directories_of
-from ...compile_cache.key import CacheKey, environment_key, module_version, python_version
+from ...compile_cache.host.versions import module_version, python_version
+from ...compile_cache.key import CacheKey, environment_key
 from ...compile_cache.process.job import Job
 from ...compile_cache.process.session import Running, run_job
 from ...compile_cache.process.use import note_use
+from ...compile_cache.verdict.factors import without_secrets
+from ...escaping import printable
 from ...replacing import is_wrapped, wrap
 from ...settings import CompileCacheSettings
 from ..common.cache_hooks import (
@@ -37,7 +40,6 @@ from ..common.cache_hooks import (
     start_save,
     wait_for_node,
     watched,
-    without_secrets,
 )
 
 # Below vLLM's own logger, so that it is shown in vLLM's way and at vLLM's level.
@@ -52,17 +54,21 @@ _quietly = functools.partial(quietly, logger)
 
 def key_of(vllm_config: Any, settings: CompileCacheSettings) -> CacheKey:
     """The key of an engine: this machine, and by default its model and parallel layout."""
-    parallel = vllm_config.parallel_config
-    sizes = {
-        "tp": parallel.tensor_parallel_size,
-        "pp": parallel.pipeline_parallel_size,
-        "dp": parallel.data_parallel_size,
-    }
+    parallel, sizes = vllm_config.parallel_config, _sizes(vllm_config)
     model = vllm_config.model_config
     scope = scope_of(settings, str(model.model), getattr(model, "revision", None), sizes)
     local_engines = getattr(parallel, "data_parallel_size_local", 1) or 1
     devices = (getattr(parallel, "local_world_size", None) or sizes["tp"] * sizes["pp"]) * local_engines
     return environment_key({"vllm": module_version("vllm")}, scope, devices=devices)
+
+
+def _sizes(vllm_config: Any) -> dict[str, int]:
+    parallel = vllm_config.parallel_config
+    return {
+        "tp": parallel.tensor_parallel_size,
+        "pp": parallel.pipeline_parallel_size,
+        "dp": parallel.data_parallel_size,
+    }
 
 
 def model_infos_key() -> CacheKey:
@@ -143,7 +149,8 @@ def _start(vllm_config: Any) -> NodeSession | None:
     core = sys.modules.get("vllm.v1.engine.core")
     # In a version of vLLM with another engine core nothing would tell that the engine is ready.
     told = core is None or is_wrapped(getattr(core, "EngineCore", None), "_initialize_kv_caches")
-    return NodeSession(_ENGINE, key_of(vllm_config, settings), settings, logger, on_trial=told)
+    layout = _sizes(vllm_config)
+    return NodeSession(_ENGINE, key_of(vllm_config, settings), settings, logger, layout, on_trial=told)
 
 
 def _watch(worker: Any, vllm_config: Any, session: NodeSession | None) -> None:
@@ -220,7 +227,7 @@ def _restore_model_info(model: Any) -> Path | None:
     job = _model_infos_job("restore", settings)
     outcome = run_job(job, min(_MODEL_INFOS_TIMEOUT_S, settings.restore_timeout_s))
     for message in outcome.messages:
-        logger.warning("compile cache: %s", message)
+        logger.warning("compile cache: %s", printable(message))
     if path.exists():
         logger.info("compile cache: restored vLLM's description of the model in %.1f s", outcome.seconds)
         return None
