@@ -18,7 +18,8 @@ from .host.groups import HostGroup
 from .key import CacheKey
 from .packs.key_packs import effective_files, living, read_key, update_index
 from .packs.manifest import ANY_HOST, Frame, Manifest, PackedFile
-from .packs.pack import DamagedFrameError, Pack, compress_members, decompress, finish_pack, read_compressed
+from .packs.pack import DamagedFrameError, Pack, decompress, finish_pack, read_compressed
+from .packs.packing import compress_members
 from .packs.relocate import is_group_file, relocated
 from .packs.tar import padding
 from .stores.interface import Readable, Store, Upload

@@ -364,7 +364,7 @@ class TestQuarantine:
 
 
 def test_the_note_of_damage_is_about_one_store(first: Machine, tmp_path: Path) -> None:
-    from engine_loader.compile_cache.process.damage import note_damage, noted_damage
+    from engine_loader.compile_cache.upkeep.damage import note_damage, noted_damage
 
     note_damage(tmp_path, "/store", {("key/pack", 3)})
     assert noted_damage(tmp_path, "/store") == {("key/pack", 3)}

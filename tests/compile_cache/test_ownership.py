@@ -13,7 +13,7 @@ from engine_loader.compile_cache.process.operations import perform
 from engine_loader.compile_cache.retention import GRACE_S, Policy, prune
 from engine_loader.compile_cache.stores.filesystem import FilesystemStore
 from engine_loader.compile_cache.stores.marker import adopt
-from engine_loader.compile_cache.stores.names import MARKER, kind_of
+from engine_loader.compile_cache.stores.object_names import MARKER, kind_of
 from tests.compile_cache.support import KEY, SECRET, Machine
 from tests.compile_cache.test_stores import job, settings_for
 

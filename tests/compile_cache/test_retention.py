@@ -11,7 +11,7 @@ from engine_loader.compile_cache.host.groups import HostGroup
 from engine_loader.compile_cache.key import CacheKey
 from engine_loader.compile_cache.packs.key_packs import effective_files, files_for, read_key
 from engine_loader.compile_cache.packs.manifest import Frame, Manifest, PackedFile
-from engine_loader.compile_cache.packs.pack import write_pack
+from engine_loader.compile_cache.packs.packing import write_pack
 from engine_loader.compile_cache.retention import GRACE_S, Policy, prune
 from tests.compile_cache.support import KEY, Machine, scan_any, some_bytes
 

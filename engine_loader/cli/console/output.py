@@ -98,3 +98,13 @@ def byte_progress_bar() -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def plain_table(columns: list[str], rows: list[list[str]]) -> Table:
+    """A table of texts from outside, each as ``printable`` has it, all aligned to the left."""
+    from rich.table import Table
+
+    made = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        made.add_row(*map(printable, row))
+    return made

@@ -16,7 +16,7 @@ from contextlib import suppress
 
 from ..cache_errors import CacheValidationError
 from ..stores.interface import Store, Stored
-from ..stores.names import INDEX
+from ..stores.object_names import INDEX
 from .pack import Pack
 
 MOST_BYTES = 256 << 20

@@ -10,7 +10,7 @@ from ..cache_errors import CacheError, CacheValidationError
 from ..host.groups import HostGroup, HostGroups
 from ..key import CacheKey
 from ..stores.interface import Store, Stored
-from ..stores.names import INDEX
+from ..stores.object_names import INDEX
 from ..trust import Trust
 from .index import Ends, encode, read_ends
 from .manifest import ANY_HOST, PackedFile

@@ -20,10 +20,10 @@ from ..stores.interface import Store
 from ..stores.opening import open_store
 from ..stores.uses import note_used
 from ..trust import CANNOT_SIGN, Trust
+from ..upkeep.damage import note_damage, noted_damage
 from ..upkeep.suspects import clear_suspects, note_suspects, suspects
 from ..verdict.explain import nearest_in_store, note_verdict
 from ..verdict.judge import judge
-from .damage import note_damage, noted_damage
 from .job import Job
 from .leftovers import clear_leftovers
 from .locks import held

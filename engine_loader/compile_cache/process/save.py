@@ -20,13 +20,14 @@ from ..key import CacheKey
 from ..packs.elf import is_cut_short
 from ..packs.key_packs import KeyPacks, files_for, for_this_host, read_key, update_index
 from ..packs.manifest import Frame, Manifest, PackedFile, unsafe_link, unsafe_path
-from ..packs.pack import LARGEST_FILE_BYTES, Pack, write_pack
+from ..packs.pack import Pack
+from ..packs.packing import LARGEST_FILE_BYTES, write_pack
 from ..packs.relocate import is_group_file, relocated
 from ..packs.scan import LocalFile, open_unchanged
 from ..space import mib
 from ..stores.interface import Store, Stored
 from ..stores.leases import acquire
-from ..stores.names import LEASE
+from ..stores.object_names import LEASE
 from ..trust import Trust
 from ..verdict.factors import without_secrets
 from .outcome import Outcome

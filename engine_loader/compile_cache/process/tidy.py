@@ -13,7 +13,7 @@ from ..packs.key_packs import living, read_key
 from ..retention import Policy, prune
 from ..stores.interface import Store
 from ..stores.leases import acquire
-from ..stores.names import PRUNED
+from ..stores.object_names import PRUNED
 from ..stores.uses import day
 from ..trust import Trust
 from .outcome import Outcome

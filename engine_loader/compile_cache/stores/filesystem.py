@@ -16,8 +16,8 @@ from ..trust import Trust
 from .interface import Small, Stored
 from .listing import Listing
 from .marker import MarkedStore
-from .names import MARKER, UNFINISHED, is_key, kind_of
-from .posix import Modes, create_as, read_whole, replace_if
+from .new_files import Modes, create_as, read_whole, replace_if
+from .object_names import MARKER, UNFINISHED, is_key, kind_of
 
 _MOST_READ_BYTES = 1 << 30
 _TRIES = 10

@@ -1,5 +1,5 @@
 """What a store of packs does: a few verbs that file systems and object stores both have. See ``filesystem`` for an
-example, and ``names`` for what lies in a store.
+example, and ``object_names`` for what lies in a store.
 
 What is under the name of a pack never changes, and is visible as a whole or not at all.
 """
@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from .names import SUFFIX, Kind, kind_of
+from .object_names import SUFFIX, Kind, kind_of
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..cache_errors import CacheError
 from .interface import Store
-from .names import LEASE
+from .object_names import LEASE
 
 LONGEST_S = 3600.0
 _MOST_BYTES = 4096

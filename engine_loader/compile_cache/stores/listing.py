@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from .names import is_environment, is_key, is_scope, kind_of
+from .object_names import is_environment, is_key, is_scope, kind_of
 
 
 class Listing:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from ..cache_errors import CacheValidationError
 from .clock import StoreClock
 from .interface import Small, Stored
-from .names import DENIED, MARKER
+from .object_names import DENIED, MARKER
 
 FORMAT = 2
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")

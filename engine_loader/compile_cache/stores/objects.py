@@ -25,7 +25,7 @@ from ..trust import Trust
 from .interface import PackReplacedError, Small, Stored
 from .joined import JoinedReads
 from .marker import MarkedStore
-from .names import MARKER, UNFINISHED, is_key, kind_of
+from .object_names import MARKER, UNFINISHED, is_key, kind_of
 
 if TYPE_CHECKING:
     from obstore import GetOptions, ObjectMeta

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from ..cache_errors import CacheError
 from .interface import Store, Stored
-from .names import USED
+from .object_names import USED
 
 
 def note_used(store: Store, prefix: str) -> None:

@@ -12,7 +12,7 @@ from ..compaction import salvage
 from ..packs.pack import read_manifest
 from ..packs.verify import Verified
 from ..stores.interface import Store, Stored
-from ..stores.names import QUARANTINED, SUFFIX
+from ..stores.object_names import QUARANTINED, SUFFIX
 from ..trust import Trust
 
 

@@ -14,7 +14,7 @@ from ..packs.key_packs import MOST_FOR_AN_INDEX, KeyPacks, read_key, replaced_by
 from ..packs.pack import Pack, finish_pack, read_compressed
 from ..retention import GRACE_S
 from ..stores.interface import Store
-from ..stores.names import SUSPECT
+from ..stores.object_names import SUSPECT
 from ..trust import Trust
 
 _MOST_NOTE_BYTES = 1 << 16

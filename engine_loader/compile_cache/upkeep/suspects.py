@@ -10,7 +10,7 @@ from contextlib import suppress
 from ..cache_errors import CacheError
 from ..packs.pack import Pack
 from ..stores.interface import Store, Stored
-from ..stores.names import SUFFIX, SUSPECT
+from ..stores.object_names import SUFFIX, SUSPECT
 
 _MOST_NOTE_BYTES = 4096
 _MOST_SHOWN_CHARS = 64

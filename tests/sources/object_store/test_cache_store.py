@@ -10,7 +10,6 @@ import pytest
 
 from engine_loader.compile_cache.cache_errors import CacheValidationError
 from engine_loader.compile_cache.compaction import compact
-from engine_loader.compile_cache.packs.resign import resign
 from engine_loader.compile_cache.process.job import Job
 from engine_loader.compile_cache.process.operations import perform
 from engine_loader.compile_cache.process.session import run_job
@@ -25,6 +24,7 @@ from engine_loader.compile_cache.stores.uses import note_used
 from engine_loader.compile_cache.trust import Trust
 from engine_loader.compile_cache.trust.denied import DenyList
 from engine_loader.compile_cache.trust.signatures import HmacKey
+from engine_loader.compile_cache.upkeep.resign import resign
 from engine_loader.settings import CompileCacheSettings
 from tests.cli.running import invoke
 from tests.compile_cache.support import KEY, OTHER_KEY, SECRET, Machine, some_bytes

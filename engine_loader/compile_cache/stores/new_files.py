@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..trust import make_private
-from .names import UNFINISHED
+from .object_names import UNFINISHED
 
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK, errno.EINVAL}
 
