@@ -3,7 +3,18 @@
 import subprocess
 import sys
 
-MODULES = ("read", "gil", "small_tensors", "direct", "cuda", "usrbio", "compile_cache", "dcp", "object_store")
+MODULES = (
+    "read",
+    "gil",
+    "small_tensors",
+    "direct",
+    "cuda",
+    "usrbio",
+    "compile_cache",
+    "fleet_cache",
+    "dcp",
+    "object_store",
+)
 
 if __name__ == "__main__":
     for module in sys.argv[1:] or MODULES:

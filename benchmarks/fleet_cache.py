@@ -286,7 +286,7 @@ def per_pod(uses: list[Use]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pods", type=int, default=500)
+    parser.add_argument("--pods", type=int, default=200, help="a large fleet: 500, which takes some minutes")
     parser.add_argument("--kernels", type=int, default=40)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()

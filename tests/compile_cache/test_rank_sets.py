@@ -164,6 +164,22 @@ def test_a_damaged_part_takes_the_others_with_it(saved: Node, fresh: Node, tmp_p
     assert any(name in message for message in outcome.messages)
 
 
+def test_an_older_copy_takes_no_damaged_parts_place(saved: Node, fresh: Node, store: Path) -> None:
+    """It would stand beside parts of another measurement."""
+    saved.write(map(table, (0, 1)))
+    saved.save()
+    before = set((store / KEY.prefix).glob("*.tar.zst"))
+    saved.write([table(0)], "tuned anew")
+    saved.save()
+    (pack,) = set((store / KEY.prefix).glob("*.tar.zst")) - before
+    content = bytearray(pack.read_bytes())
+    content[20] ^= 1
+    pack.write_bytes(content)
+    (store / KEY.prefix / "index").unlink()  # it holds small packs as a whole
+    fresh.restore(Layout(tp=2))
+    assert fresh.has() == {OTHER}
+
+
 @pytest.mark.parametrize(
     ("layout", "ranks", "lacking"),
     [

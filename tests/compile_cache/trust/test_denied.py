@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from engine_loader.compile_cache.cache_errors import CacheValidationError
+from engine_loader.compile_cache.stores.filesystem import FilesystemStore
+from engine_loader.compile_cache.stores.interface import Small
+from engine_loader.compile_cache.stores.marker import adopt
 from engine_loader.compile_cache.trust import Trust
 from engine_loader.compile_cache.trust.denied import NAME, DenyList
 from engine_loader.compile_cache.trust.keys import new_key, parse_keys
@@ -161,6 +164,31 @@ class TestAListThatIsPutBack:
         (tmp_path / "file").write_bytes(b"")
         deny(first, DenyList().with_denied({DIGEST: "bad"}))
         assert seen_by(first, tmp_path / "file" / "state").denied.packs == {DIGEST: "bad"}
+
+
+class TestWhatItCosts:
+    def test_a_store_that_never_had_a_list_is_not_asked_for_one(
+        self, first: Machine, second: Machine, state: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first.save()
+        read: list[str] = []
+        plain = FilesystemStore.read
+
+        def noting(self: FilesystemStore, name: str, most_bytes: int) -> Small:
+            read.append(name)
+            return plain(self, name, most_bytes)
+
+        monkeypatch.setattr(FilesystemStore, "read", noting)
+        seen_by(second, state)
+        assert read == ["engine-loader-store.json"]
+
+    def test_a_marker_that_was_deleted_and_made_anew_says_that_there_is_one(self, first: Machine) -> None:
+        deny(first, DenyList().with_denied({DIGEST: "bad"}))
+        (first.store.directory / "engine-loader-store.json").unlink()
+        name = first.store.name
+        adopt(FilesystemStore(first.store.directory, first.trust), name)
+        again = FilesystemStore(first.store.directory, first.trust)
+        assert first.trust.with_denied(again, None).denied.packs == {DIGEST: "bad"}
 
 
 class TestAge:

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from engine_loader.compile_cache.cache_errors import CacheValidationError
+from engine_loader.compile_cache.stores.filesystem import FilesystemStore
 from engine_loader.compile_cache.trust import Trust, load_trust, places
 from engine_loader.compile_cache.trust.keys import new_key, parse_keys, public_line
 from engine_loader.compile_cache.trust.signatures import MOST_BLOCK_BYTES, Key
 from engine_loader.compile_cache.upkeep.resign import resign
+from engine_loader.compile_cache.upkeep.suspects import note_suspects
 from engine_loader.settings import load_settings
 from tests.compile_cache.support import KEY, Machine
 
@@ -171,6 +173,33 @@ class TestRotation:
         outcome = second.restore()
         assert (outcome.status, outcome.files, outcome.messages) == ("restored", 2, [])
         assert second.content() == first.content()
+
+    def test_signing_again_that_ended_half_way_loses_nothing(
+        self, tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        old, new = key_of(new_key("hmac")), key_of(new_key("hmac"))
+        first = Machine(tmp_path / "first", store, Trust([old]))
+        first.write("inductor/a", b"code")
+        first.save()
+        (before,) = first.packs()
+        note_suspects(first.store, [f"{KEY.prefix}/{before.name}"])
+        with monkeypatch.context() as patch:
+            patch.setattr(FilesystemStore, "delete", lambda _self, name: os._exit(1) if "tar" in name else None)
+            pid = os.fork()
+            if not pid:
+                list(resign(first.store, Trust([new, old])))
+                os._exit(0)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+        assert len(first.packs()) == 2
+        assert Machine(tmp_path / "second", store, Trust([new])).restore().status == "restored"
+        assert [one.problem for one in resign(first.store, Trust([new, old]))] == [None]
+        (after,) = first.packs()
+        assert after.name != before.name
+        third = Machine(tmp_path / "third", store, Trust([new]))
+        assert third.restore().messages == []
+        assert third.content() == first.content()
+        suspected = [entry.digest for entry in first.store.entries(KEY.prefix) if entry.kind == "suspect"]
+        assert suspected == [after.name.partition(".")[0]]
 
     def test_what_does_not_verify_is_not_signed_again(self, tmp_path: Path, store: Path) -> None:
         thief, mine = Trust(b"the secret of somebody else"), Trust(b"a secret of this fleet")

@@ -27,7 +27,7 @@ from engine_loader.compile_cache.trust.signatures import HmacKey
 from engine_loader.compile_cache.upkeep.resign import resign
 from engine_loader.settings import CompileCacheSettings
 from tests.cli.running import invoke
-from tests.compile_cache.support import KEY, OTHER_KEY, SECRET, Machine, some_bytes
+from tests.compile_cache.support import KEY, OTHER_KEY, SECRET, TRITON_KERNEL, Machine, some_bytes
 from tests.support.fault_server import Answer, FaultServer
 from tests.support.s3_server import S3Server
 
@@ -158,13 +158,14 @@ def test_a_pack_that_was_forged_is_refused(first: Machine, second: Machine) -> N
     assert second.content() == {}
 
 
-def test_a_deny_list_is_replaced_and_read(first: Machine, second: Machine) -> None:
+def test_a_deny_list_is_replaced_and_read(first: Machine, second: Machine, url: str, scratch: Path) -> None:
     first.save()
     (pack,) = first.store.list()
     trust = second.trust
     assert trust.with_denied(second.store, None).denied == DenyList()
     for denied in (DenyList(1, {}), DenyList(2, {pack.digest: "bad"})):
         first.trust.publish_denied(first.store, denied, None)
+        on_objects(second, url, scratch)  # as the next process opens it
         second.trust = trust.with_denied(second.store, None)
         assert (second.trust.denied, second.trust.warnings) == (denied, ())
     assert second.restore().status == "refused"
@@ -220,7 +221,7 @@ def test_a_server_that_ignores_conditions_still_has_one_pack_of_equal_content(
     """Its PUT replaces whatever the condition says, and its DELETE and COPY too."""
     for machine in (on_bucket(first, scratch), on_bucket(second, scratch)):
         machine.write("inductor/ab/kernel.so", b"equal")
-    (first.directories["triton"] / "XYZ/kernel.cubin").unlink()
+    (first.directories["triton"] / TRITON_KERNEL.removeprefix("triton/")).unlink()
     first.save()
     before = {name: content for name, content in on_server.objects.items() if name.endswith(".tar.zst")}
     with second.store.upload(KEY.prefix) as upload:
