@@ -18,6 +18,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -157,14 +158,15 @@ def counted(schedule: Schedule) -> Iterator[None]:
         return ask
 
     clock = SimpleNamespace(monotonic=lambda: schedule.now, sleep=schedule.sleep)
-    waiting, saving.time = saving.time, clock  # type: ignore[assignment]
+    waiting = vars(saving)["time"]
+    vars(saving)["time"] = clock
     obstore.get, obstore.put = get, put  # type: ignore[assignment]
     for name in ("head", "delete", "list"):
         setattr(obstore, name, asked(plain[name]))
     try:
         yield
     finally:
-        saving.time = waiting
+        vars(saving)["time"] = waiting
         for name, call in plain.items():
             setattr(obstore, name, call)
 
@@ -204,7 +206,7 @@ class Fleet:
 
     def store(self) -> ObjectCacheStore:
         store = ObjectCacheStore("s3://caches/fleet", TRUST, str(self._directory))
-        store._store = self._memory  # type: ignore[assignment]
+        store._store = self._memory
         return store
 
     def start(self, key: CacheKey, number: int) -> Round:
@@ -214,7 +216,7 @@ class Fleet:
         random.seed(self._seed + number)
         result = Round()
         with counted(schedule):
-            schedule.run([lambda pod=pod: self._pod(key, number, pod, schedule, result) for pod in range(self._pods)])
+            schedule.run([partial(self._pod, key, number, pod, schedule, result) for pod in range(self._pods)])
         found = read_key(self.store(), key.prefix, TRUST)
         result.packs = len(living(found.packs))
         for pod in range(self._pods):
@@ -286,7 +288,7 @@ def per_pod(uses: list[Use]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pods", type=int, default=200, help="a large fleet: 500, which takes some minutes")
+    parser.add_argument("--pods", type=int, default=100, help="a large fleet: 500, which takes some minutes")
     parser.add_argument("--kernels", type=int, default=40)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
