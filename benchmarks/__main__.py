@@ -13,6 +13,7 @@ MODULES = (
     "usrbio",
     "open_files",
     "compile_cache",
+    "fleet_cache",
     "dcp",
     "object_store",
 )

@@ -42,6 +42,9 @@ def material() -> Iterator[bytes]:
                     yield content
 
 
+_LETTERS = "abcdefghijklmnop"
+
+
 def make_files(directory: Path, count: int, total: int) -> None:
     """``count`` files of ``total`` bytes together, of very different sizes, in directories like inductor's."""
     chance = random.Random(2)
@@ -56,7 +59,7 @@ def make_files(directory: Path, count: int, total: int) -> None:
             have += len(part)
         content = b"".join(parts)
         rest = content[size:]
-        path = directory / f"{number % 256:02x}" / f"kernel_{number}.bin"
+        path = directory / f"{_LETTERS[number % 16]}{_LETTERS[number // 16 % 16]}" / f"kernel_{number}.o"
         path.parent.mkdir(exist_ok=True, parents=True)
         path.write_bytes(content[:size])
 

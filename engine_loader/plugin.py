@@ -51,7 +51,7 @@ def register() -> None:
     """Make the load format and the compile cache known to the engine of this process. Costs milliseconds, may be
     called again, never raises.
     """
-    _name_triton_directory()
+    _name_cache_directories()
     for module, adapter in _ADAPTERS.items():
         try:
             _when_imported(module, adapter)
@@ -59,12 +59,25 @@ def register() -> None:
             logger.exception("engine_loader could not prepare %s", adapter)
 
 
-def _name_triton_directory() -> None:
-    """Set TRITON_CACHE_DIR, if it is not set, to Triton's own default: else inductor points Triton to another directory
-    in mid-process, and the next start does not find the cache.
+def _name_cache_directories() -> None:
+    """Name caches that would not be found again otherwise.
+
+    TRITON_CACHE_DIR is set to Triton's own default: else inductor points Triton to another directory in mid-process.
+    CUTE_DSL_CACHE_DIR is by default below the temporary directory, which a new container does not have; CuTe DSL raises
+    where it cannot make its directory, so it is set only where it can. Each is left as it is where it is set.
     """
-    home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
-    os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(home, ".triton", "cache"))
+    home = os.path.expanduser("~")
+    os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(os.environ.get("TRITON_HOME") or home, ".triton", "cache"))
+    cute = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache"), "cute_dsl")
+    if not os.environ.get("CUTE_DSL_CACHE_DIR") and _can_be_made(cute):
+        os.environ["CUTE_DSL_CACHE_DIR"] = cute
+
+
+def _can_be_made(path: str) -> bool:
+    """Whether this user can make the directory ``path``, or write to it if it exists."""
+    while not os.path.lexists(path) and path != os.path.dirname(path):
+        path = os.path.dirname(path)
+    return os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)
 
 
 def _when_imported(module: str, adapter: str) -> None:

@@ -13,9 +13,10 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "engine_loader"
 
-BASE = {"errors", "failures", "garbage", "replacing", "settings", "machine"}
+BASE = {"errors", "escaping", "failures", "garbage", "replacing", "settings", "machine"}
 STEPS: dict[str, set[str]] = {
     "errors": set(),
+    "escaping": set(),
     "failures": {"errors"},
     "garbage": set(),
     "replacing": set(),

@@ -1,11 +1,15 @@
 """What engines call at their start: cheap, harmless, repeatable."""
 
+import os
 import subprocess
 import sys
 import textwrap
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import pytest
+
+from engine_loader.compile_cache.directories import directories_of
 
 
 def run(code: str) -> str:
@@ -83,3 +87,30 @@ def test_the_format_is_there_once_vllm_imports_its_loaders() -> None:
     """)
     assert "CLASS engine_loader.engines.vllm.loader B10ModelLoader" in classes
     assert "will be overwritten" not in classes
+
+
+def named_cute_directory(**environ: str) -> str:
+    """CUTE_DSL_CACHE_DIR once the plugin is registered."""
+    code = (
+        "import os; from engine_loader.plugin import register; register(); print(os.environ.get('CUTE_DSL_CACHE_DIR'))"
+    )
+    own = {name: value for name, value in os.environ.items() if name not in ("CUTE_DSL_CACHE_DIR", "XDG_CACHE_HOME")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env={**own, **environ}
+    )
+    return done.stdout.strip()
+
+
+def test_cute_dsl_caches_where_a_restart_finds_it(tmp_path: Path) -> None:
+    directory = directories_of("vllm", {"XDG_CACHE_HOME": str(tmp_path)})["cute_dsl"]
+    assert named_cute_directory(XDG_CACHE_HOME=str(tmp_path)) == str(directory) == str(tmp_path / "cute_dsl")
+    assert named_cute_directory(HOME=str(tmp_path)) == str(tmp_path / ".cache" / "cute_dsl")
+
+
+def test_a_named_directory_of_cute_dsl_stays(tmp_path: Path) -> None:
+    assert named_cute_directory(CUTE_DSL_CACHE_DIR="/mine", HOME=str(tmp_path)) == "/mine"
+
+
+def test_cute_dsl_keeps_its_default_where_there_is_no_home_to_write_to(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert named_cute_directory(HOME=str(tmp_path / "file")) == "None"

@@ -294,6 +294,27 @@ class TestEnvironment:
         }
         assert load_settings(environ=environ).settings == Settings()
 
+    @pytest.mark.parametrize("service", ["STORE", "CONFIG", "LOADER", "COMPILE_CACHE", "LOADER__THREADS", "V2_API"])
+    def test_what_kubernetes_sets_for_a_service_whose_name_begins_as_ours_is_no_setting(self, service: str) -> None:
+        prefix = f"ENGINE_LOADER_{service}"
+        environ = {
+            f"{prefix}_SERVICE_HOST": "10.0.0.1",
+            f"{prefix}_SERVICE_PORT": "6379",
+            f"{prefix}_SERVICE_PORT_REDIS": "6379",
+            f"{prefix}_PORT": "tcp://10.0.0.1:6379",
+            f"{prefix}_PORT_6379_TCP": "tcp://10.0.0.1:6379",
+            f"{prefix}_PORT_6379_TCP_PROTO": "tcp",
+            f"{prefix}_PORT_6379_TCP_PORT": "6379",
+            f"{prefix}_PORT_6379_TCP_ADDR": "10.0.0.1",
+        }
+        assert load_settings(environ=environ).settings == Settings()
+
+    def test_a_misspelt_setting_beside_a_service_is_told(self) -> None:
+        environ = {"ENGINE_LOADER_STORE_PORT": "tcp://10.0.0.1:6379", "ENGINE_LOADER_LOADER__THREDS": "4"}
+        with pytest.raises(SettingsError, match="ENGINE_LOADER_LOADER__THREDS") as caught:
+            load_settings(environ=environ)
+        assert "STORE_PORT" not in str(caught.value)
+
     def test_what_is_for_building_the_package_is_no_setting(self) -> None:
         assert load_settings(environ={"ENGINE_LOADER_NATIVE_BUILD": "require"}).settings == Settings()
 

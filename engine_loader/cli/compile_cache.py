@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console.output import console, print_json, print_warning, printable
+from . import compile_cache_trust, compile_cache_upkeep
+from .console.output import console, plain_table, print_json, print_warning, printable
 
 if TYPE_CHECKING:
     from ..compile_cache.key import CacheKey
@@ -32,6 +33,10 @@ def main() -> None:
 
     Engines do both by themselves; these commands are for looking, for cleaning, and for doing it by hand.
     """
+
+
+compile_cache_upkeep.register(app)
+compile_cache_trust.register(app)
 
 
 @app.command()
@@ -71,9 +76,10 @@ def info(engine: EngineOption = "vllm", as_json: JsonOption = False) -> None:
                 }
             )
     environment = key.prefix.partition("/")[0]
-    packs = [stored for stored in open_store(settings)[0].list() if stored.key_prefix.partition("/")[0] == environment]
+    store, trust = open_store(settings)
+    packs = [stored for stored in store.list() if stored.key_prefix.partition("/")[0] == environment]
     stored_bytes = sum(stored.size for stored in packs)
-    signed = settings.key_file is not None
+    signed = trust.signed
     if as_json:
         value = {
             "enabled": settings.enabled,
@@ -93,11 +99,11 @@ def info(engine: EngineOption = "vllm", as_json: JsonOption = False) -> None:
     out.print(f"environment  {printable(key.environment)}  ({key.hash})")
     size = f"{len(packs)} packs, {mib(stored_bytes)} for this environment"
     out.print(f"store        {printable(settings.directory)}: {size}")
-    out.print(f"state        {'on' if settings.enabled else 'off'}, packs {'signed' if signed else 'trusted by owner'}")
+    out.print(f"state        {'on' if settings.enabled else 'off'}, packs {trust.describe()}")
     rows = [
         [item["cache"], item["directory"], item["variable"], str(item["files"]), mib(item["bytes"])] for item in local
     ]
-    out.print(_table(["cache", "directory", "variable", "files", "size"], rows))
+    out.print(plain_table(["cache", "directory", "variable", "files", "size"], rows))
 
 
 @app.command("list")
@@ -105,10 +111,12 @@ def list_caches(as_json: JsonOption = False) -> None:
     """List what the store has: a line for each key, the last used first."""
     from ..compile_cache.space import mib
     from ..compile_cache.stores.opening import open_store
+    from ..compile_cache.stores.uses import last_used
 
     settings = _settings()
+    store = open_store(settings)[0]
     keys: dict[str, list[Any]] = defaultdict(list)
-    for stored in open_store(settings)[0].list():
+    for stored in store.entries() if store.name else ():
         keys[stored.key_prefix].append(stored)
     rows: list[dict[str, Any]] = [
         {
@@ -116,10 +124,13 @@ def list_caches(as_json: JsonOption = False) -> None:
             "environment": prefix.partition("/")[0],
             "packs": len(packs),
             "bytes": sum(pack.size for pack in packs),
-            "last_used": max(pack.modified for pack in packs),
+            "last_used": max([last_used(entries), *(pack.modified for pack in packs)]),
         }
-        for prefix, packs in keys.items()
+        for prefix, entries in keys.items()
+        if (packs := [entry for entry in entries if entry.kind == "pack"])
     ]
+    for what in store.unreadable:
+        print_warning(f"{what}: cannot be looked into")
     rows.sort(key=lambda row: -row["last_used"])
     if as_json:
         print_json(rows)
@@ -127,9 +138,8 @@ def list_caches(as_json: JsonOption = False) -> None:
     shown = [
         [row["scope"], str(row["packs"]), mib(row["bytes"]), _age(row["last_used"]), row["environment"]] for row in rows
     ]
-    console().print(
-        _table(["scope", "packs", "size", "used", "environment"], shown) if rows else f"{settings.directory} is empty"
-    )
+    columns = ["scope", "packs", "size", "used", "environment"]
+    console().print(plain_table(columns, shown) if rows else f"{settings.directory} is empty")
 
 
 @app.command()
@@ -166,63 +176,6 @@ def clear(
     for message in failed:
         print_warning(message)
     if failed:
-        raise typer.Exit(1)
-
-
-@app.command()
-def prune(
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Delete from the store what the settings do not keep (keep_days, keep_keys, keep_bytes), and leftovers."""
-    from ..compile_cache.process.operations import policy_of
-    from ..compile_cache.retention import prune as prune_store
-    from ..compile_cache.space import mib
-    from ..compile_cache.stores.opening import open_store
-
-    settings = _settings()
-    store, trust = open_store(settings)
-    done = prune_store(store, policy_of(settings), trust, dry_run=dry_run)
-    if as_json:
-        deleted = [{"name": name, "bytes": size, "reason": reason} for name, size, reason in done.deleted]
-        print_json({"deleted": deleted, "messages": done.messages, "dry_run": dry_run})
-    else:
-        if done.deleted:
-            rows = [[reason, mib(size), name] for name, size, reason in done.deleted]
-            console().print(_table(["reason", "size", "pack"], rows))
-        console().print(f"{'would delete' if dry_run else 'deleted'} {len(done.deleted)} files, {mib(done.bytes)}")
-    for message in done.messages:
-        print_warning(message)
-    if done.messages:
-        raise typer.Exit(1)
-
-
-@app.command()
-def verify(as_json: JsonOption = False) -> None:
-    """Read every byte of every pack; ends with status 1 when one is damaged, forged or not to be trusted."""
-    from ..compile_cache.packs.verify import verify as verify_packs
-    from ..compile_cache.space import mib
-    from ..compile_cache.stores.opening import open_store
-
-    store, trust = open_store(_settings())
-    found = list(verify_packs(store, trust))
-    if as_json:
-        print_json(
-            [
-                {"name": one.stored.name, "bytes": one.stored.size, "files": one.files, "problem": one.problem}
-                for one in found
-            ]
-        )
-    else:
-        rows = [
-            ["ok" if one.problem is None else "BAD", str(one.files), mib(one.stored.size), one.stored.name]
-            for one in found
-        ]
-        console().print(_table(["state", "files", "size", "pack"], rows) if rows else f"{store.description} is empty")
-        for one in found:
-            if one.problem:
-                print_warning(one.problem)
-    if any(one.problem for one in found):
         raise typer.Exit(1)
 
 
@@ -265,7 +218,8 @@ def _check_engine(engine: str) -> None:
 
 
 def _key(engine: str, scope: str) -> CacheKey:
-    from ..compile_cache.key import environment_key, module_version
+    from ..compile_cache.host.versions import module_version
+    from ..compile_cache.key import environment_key
 
     _check_engine(engine)
     return environment_key({} if engine == "torch" else {engine: module_version(engine)}, scope)
@@ -328,12 +282,3 @@ def _age(when: float) -> str:
         if seconds >= unit:
             return f"{seconds / unit:.0f} {name}"
     return f"{seconds:.0f} s"
-
-
-def _table(columns: list[str], rows: list[list[str]]) -> Any:
-    from rich.table import Table
-
-    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
-    for row in rows:
-        table.add_row(*map(printable, row))
-    return table

@@ -1,6 +1,8 @@
-"""What is cached for each engine: directories, the variables that name them, and which of their files are never shared.
+"""What is cached for each engine: directories, the variables that name them, which of their files are never shared, and
+which hold code for the host's processor.
 
-Read in vLLM 0.10 to 0.32, SGLang 0.5.9 to 0.5.23, torch 2.13, Triton 3.9, and the documentation of the rest.
+Read in vLLM 0.10 to 0.33, SGLang 0.5.9 to 0.5.23, torch 2.14, Triton 3.9, CuTe DSL, QuACK, FlashAttention, MiniMax's
+sparse attention, b12x and FlyDSL; the rest as their documentation has it.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import translate
 from pathlib import Path
+
+from .host.groups import Code
 
 STATE = ".engine_loader"
 """This package's directory in a local cache: locks, notes, and files being unpacked. Never packed."""
@@ -38,11 +42,13 @@ class CacheRoot:
         name: the first part of its files' paths in packs.
         variable: the environment variable that names its directory.
         default: the directory where the variable is not set; "<cache>" is XDG_CACHE_HOME, "<inductor>" torch's
-            default.
+            default, "<temporary>" the user's directory below the temporary one. Empty: there is no such cache then.
         below: what the component itself adds to the variable's value.
         only: patterns of what is taken; empty: everything.
         out: patterns of what is left: it holds for one machine, is no cache of compiled code, or belongs to a running
             process.
+        code: pattern -> what the files depend on whose path matches; the first that matches counts, and files that
+            match none hold on any host.
     """
 
     name: str
@@ -51,6 +57,12 @@ class CacheRoot:
     below: str = ""
     only: tuple[str, ...] = ()
     out: tuple[str, ...] = ()
+    code: tuple[tuple[str, Code], ...] = ()
+
+    def is_used(self, environ: Mapping[str, str] | None = None) -> bool:
+        """Whether there is such a cache in this process."""
+        environ = os.environ if environ is None else environ
+        return bool(self.default or environ.get(self.variable))
 
     def directory(self, environ: Mapping[str, str] | None = None) -> Path:
         """Where it is in this process."""
@@ -58,6 +70,7 @@ class CacheRoot:
         value = environ.get(self.variable)
         if not value:
             value = self.default.replace("<inductor>", default_inductor_directory())
+            value = value.replace("<temporary>", os.path.join(tempfile.gettempdir(), _user()))
             value = value.replace("<cache>", environ.get("XDG_CACHE_HOME") or "~/.cache")
         return Path(os.path.abspath(os.path.expanduser(value))) / self.below
 
@@ -67,9 +80,21 @@ class CacheRoot:
             return False
         return not self.only or any(pattern.fullmatch(path) for pattern in _patterns(self.only))
 
+    def depends_on(self, path: str) -> Code:
+        """What the file at ``path``, relative to the directory, depends on."""
+        patterns = _patterns(tuple(pattern for pattern, _ in self.code))
+        found = (code for pattern, (_, code) in zip(patterns, self.code, strict=True) if pattern.fullmatch(path))
+        return next(found, "any")
 
-INDUCTOR = CacheRoot("inductor", "TORCHINDUCTOR_CACHE_DIR", "<inductor>")
-TRITON = CacheRoot("triton", "TRITON_CACHE_DIR", "~/.triton/cache")
+
+_TRITON_CODE: tuple[tuple[str, Code], ...] = (("*.so", "native"),)  # launchers; kernels are the GPU's
+_TOOLKIT_LIBRARIES: tuple[tuple[str, Code], ...] = (("*.so", "toolkit"),)
+_ALL_BY_TOOLKIT: tuple[tuple[str, Code], ...] = (("*.cubin", "any"), ("*", "toolkit"))
+# Graphs are made for the width of the host's vectors, so they count as host code together with inductor's libraries.
+_INDUCTOR_CODE: tuple[tuple[str, Code], ...] = (("triton/*.so", "native"), ("triton/*", "any"), ("*", "native"))
+
+INDUCTOR = CacheRoot("inductor", "TORCHINDUCTOR_CACHE_DIR", "<inductor>", code=_INDUCTOR_CODE)
+TRITON = CacheRoot("triton", "TRITON_CACHE_DIR", "~/.triton/cache", code=_TRITON_CODE)
 VLLM = CacheRoot(
     "vllm",
     "VLLM_CACHE_ROOT",
@@ -82,49 +107,102 @@ VLLM = CacheRoot(
         "modelinfos/*",
         "*/precompiled_headers/*",
     ),
+    code=(
+        ("*/triton_cache/*.so", "native"),
+        ("*/triton_cache/*", "any"),
+        ("torch_compile_cache/*", "native"),
+        ("torch_aot_compile/*", "native"),
+        *_TOOLKIT_LIBRARIES,
+    ),
 )
 VLLM_MODEL_INFOS = CacheRoot("vllm", "VLLM_CACHE_ROOT", "<cache>/vllm", only=("modelinfos/*.json",))
 """One file an architecture, needed before there is an engine: it has a key of its own."""
 SHARED = (
     INDUCTOR,
     TRITON,
-    CacheRoot("flashinfer", "FLASHINFER_WORKSPACE_BASE", "~", below=".cache/flashinfer"),
-    CacheRoot("deep_gemm", "DG_JIT_CACHE_DIR", "~/.deep_gemm"),
-    CacheRoot("tvm_ffi", "TVM_FFI_CACHE_DIR", "~/.cache/tvm-ffi"),
-    CacheRoot("cute_dsl", "CUTE_DSL_CACHE_DIR", "~/.cache/cute_dsl"),
-    CacheRoot("tilelang", "TILELANG_CACHE_DIR", "~/.tilelang/cache"),
+    CacheRoot("flashinfer", "FLASHINFER_WORKSPACE_BASE", "~", below=".cache/flashinfer", code=_ALL_BY_TOOLKIT),
+    CacheRoot("deep_gemm", "DG_JIT_CACHE_DIR", "~/.deep_gemm", code=_TOOLKIT_LIBRARIES),
+    CacheRoot("tvm_ffi", "TVM_FFI_CACHE_DIR", "~/.cache/tvm-ffi", code=_ALL_BY_TOOLKIT),
+    # The plugin sets it: by default it lies below the temporary directory, which a container loses.
+    CacheRoot("cute_dsl", "CUTE_DSL_CACHE_DIR", "<cache>/cute_dsl"),
+    CacheRoot("tilelang", "TILELANG_CACHE_DIR", "~/.tilelang/cache", code=_ALL_BY_TOOLKIT),
     CacheRoot("helion", "HELION_CACHE_DIR", "~/.cache/helion"),
     CacheRoot("cuda", "CUDA_CACHE_PATH", "~/.nv/ComputeCache"),
+    CacheRoot("humming", "HUMMING_CACHE_DIR", "~/.humming/cache", code=_TOOLKIT_LIBRARIES),
+    CacheRoot("b12x", "B12X_COMPILE_CACHE_DIR", "<cache>/b12x/compile", code=_ALL_BY_TOOLKIT),
+    CacheRoot("minfer_fmha", "MINFER_FMHA_CACHE_DIR", "~/.cache/minfer/fmha_sm100", code=_ALL_BY_TOOLKIT),
+    CacheRoot("minfer_sparse", "MM_SPARSE_ATTN_AOT_CACHE", "~/.cache/minfer/mm_sparse_attn", code=_ALL_BY_TOOLKIT),
+    CacheRoot("torch_extensions", "TORCH_EXTENSIONS_DIR", "<cache>/torch_extensions", code=_ALL_BY_TOOLKIT),
+    # Filled with FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1.
+    CacheRoot(
+        "flash_attention",
+        "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR",
+        "<temporary>/flash_attention_cute_dsl_cache",
+        code=_ALL_BY_TOOLKIT,
+    ),
+    CacheRoot("quack", "QUACK_CACHE_DIR", "<temporary>/quack_cache", code=_ALL_BY_TOOLKIT),
+    CacheRoot("flydsl", "FLYDSL_RUNTIME_CACHE_DIR", "~/.flydsl/cache", code=_ALL_BY_TOOLKIT),
 )
 """What several engines fill."""
+_VLLM_AUTOTUNE = CacheRoot("flashinfer_autotune", "VLLM_FLASHINFER_AUTOTUNE_CACHE_DIR", "", only=("*.json",))
+"""FlashInfer's measurements, where they do not lie below VLLM_CACHE_ROOT."""
 SGLANG = CacheRoot(
     "sglang",
     "SGLANG_CACHE_DIR",
     "~/.cache/sglang",  # whatever XDG_CACHE_HOME says
-    # Also below it: weights of models, and tables made of them.
-    out=("gpu_p2p_access_cache_for_*", "model_streamer/*", "ple/*", "*/precompiled_headers/*"),
+    # Also below it: weights of models, and tables made of them; what cargo builds from; what one physical GPU measured,
+    # and what was measured to be looked at.
+    out=(
+        "gpu_p2p_access_cache_for_*",
+        "model_streamer/*",
+        "ple/*",
+        "*/precompiled_headers/*",
+        "rust_extensions/targets/*",
+        "flashinfer/autotune/*/rank_*_gpu*.json",
+        "flashinfer/autotune/*runs/*",
+    ),
+    code=(
+        ("triton/*.so", "native"),
+        ("triton/*", "any"),
+        ("inductor/triton/*.so", "native"),
+        ("inductor/triton/*", "any"),
+        ("inductor/*", "native"),
+        ("flashinfer/autotune/*", "any"),
+        ("deep_gemm/*.so", "toolkit"),
+        ("deep_gemm/*", "any"),
+        ("cuda/*", "any"),
+        *_ALL_BY_TOOLKIT,
+    ),
 )
 """From about 0.5.18, SGLang has Triton, inductor, CUDA, FlashInfer, TileLang and DeepGEMM put their caches below it."""
-_SGLANG_DEEP_GEMM = CacheRoot("deep_gemm", "SGLANG_DG_CACHE_DIR", "~/.cache/deep_gemm")
+_SGLANG_DEEP_GEMM = CacheRoot("deep_gemm", "SGLANG_DG_CACHE_DIR", "~/.cache/deep_gemm", code=_TOOLKIT_LIBRARIES)
 """Where SGLang has DeepGEMM put its cache before that."""
 _SGLANG_OWN = (
     # Does not follow SGLANG_CACHE_DIR.
-    CacheRoot("sglang_jit", "SGLANG_JIT_CACHE_DIR", "~/.cache/sglang/jit"),
+    CacheRoot("sglang_jit", "SGLANG_JIT_CACHE_DIR", "~/.cache/sglang/jit", code=_ALL_BY_TOOLKIT),
     # Below SGLANG_CACHE_DIR where it is not named.
-    CacheRoot("sglang_cute", "SGLANG_CUTE_AOT_CACHE_DIR", "~/.cache/sglang/cute_aot"),
+    CacheRoot("sglang_cute", "SGLANG_CUTE_AOT_CACHE_DIR", "~/.cache/sglang/cute_aot", code=_ALL_BY_TOOLKIT),
 )
 ENGINES: Mapping[str, tuple[CacheRoot, ...]] = {
-    "vllm": (VLLM, *SHARED),
+    "vllm": (VLLM, *SHARED, _VLLM_AUTOTUNE),
     "sglang": (SGLANG, *_SGLANG_OWN, *(_SGLANG_DEEP_GEMM if root.name == "deep_gemm" else root for root in SHARED)),
     "torch": (INDUCTOR, TRITON),
 }
 """Engine -> its caches; "torch" is plain torch.compile."""
+_BY_NAME = {root.name: root for roots in ENGINES.values() for root in roots}
+
+
+def depends_on(path: str) -> Code:
+    """What the file at ``path``, as in packs, depends on."""
+    name, _, below = path.partition("/")
+    root = _BY_NAME.get(name)
+    return "any" if root is None else root.depends_on(below)
 
 
 def directories_of(engine: str, environ: Mapping[str, str] | None = None) -> dict[str, Path]:
     """Name of a cache -> its directory. One that lies inside another is taken with that one."""
     found: dict[str, Path] = {}
-    for root in ENGINES[engine]:
+    for root in (root for root in ENGINES[engine] if root.is_used(environ)):
         directory = root.directory(environ)
         if not any(directory == other or other in directory.parents for other in found.values()):
             found[root.name] = directory
@@ -133,11 +211,15 @@ def directories_of(engine: str, environ: Mapping[str, str] | None = None) -> dic
 
 def default_inductor_directory() -> str:
     """Where inductor keeps its cache by default."""
-    try:
-        user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
-    except (KeyError, OSError):
-        user = f"uid_{os.getuid()}"  # a container's user without a name
+    user = re.sub(r'[\\/:*?"<>|]', "_", _user())
     return os.path.join(tempfile.gettempdir(), f"torchinductor_{user}")
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid_{os.getuid()}"  # a container's user without a name
 
 
 _compiled: dict[tuple[str, ...], list[re.Pattern[str]]] = {}

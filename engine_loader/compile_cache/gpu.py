@@ -7,6 +7,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -49,14 +50,37 @@ def _filtered(gpus: list[Gpu], visible: str | None) -> list[Gpu]:
     return chosen
 
 
-def _nvidia_gpus() -> Iterator[Gpu]:
+@cache
+def cuda_driver_version() -> str:
+    """The version of CUDA that NVIDIA's driver implements: "13.0"; "none" without a driver."""
+    with _nvml() as nvml:
+        version = ctypes.c_int()
+        if nvml is None or nvml.nvmlSystemGetCudaDriverVersion_v2(ctypes.byref(version)) != 0:
+            return "none"
+        return f"{version.value // 1000}.{version.value % 1000 // 10}"
+
+
+@contextmanager
+def _nvml() -> Iterator[ctypes.CDLL | None]:
+    """NVIDIA's management library, initialised; None where there is none."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
-        if nvml.nvmlInit_v2() != 0:
-            return
+        works = nvml.nvmlInit_v2() == 0
     except (OSError, AttributeError):
+        works = False
+    if not works:
+        yield None
         return
     try:
+        yield nvml
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _nvidia_gpus() -> Iterator[Gpu]:
+    with _nvml() as nvml:
+        if nvml is None:
+            return
         count = ctypes.c_uint()
         if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
             return
@@ -72,8 +96,6 @@ def _nvidia_gpus() -> Iterator[Gpu]:
             yield Gpu(
                 name.value.decode(errors="replace"), f"{major.value}.{minor.value}", uuid.value.decode(errors="replace")
             )
-    finally:
-        nvml.nvmlShutdown()
 
 
 def _amd_gpus() -> Iterator[Gpu]:

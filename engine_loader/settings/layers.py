@@ -26,8 +26,10 @@ from .schema import Settings
 CONFIG_VARIABLE = "ENGINE_LOADER_CONFIG"
 EXTRA_CONFIG = "--model-loader-extra-config"
 _NOT_SETTINGS = {CONFIG_VARIABLE, "ENGINE_LOADER_NATIVE_BUILD"}
-# Kubernetes sets these in every pod beside a Service named engine-loader.
-_SERVICE_LINK = re.compile(r"ENGINE_LOADER_(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT(_\d+_(TCP|UDP|SCTP)(_.*)?)?)")
+# Kubernetes sets these in every pod of a namespace for a Service whose name begins with engine-loader.
+_SERVICE_LINK = re.compile(
+    r"ENGINE_LOADER_(.+_)?(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
+)
 
 KNOWN_NAMES = {
     "FASTSAFETENSORS_BACKEND": "loader.engine",

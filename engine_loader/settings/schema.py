@@ -241,12 +241,28 @@ class CompileCacheSettings(_Group):
         default=None,
         description="Caches of one scope are restored together; auto: one for each model and parallel layout.",
     )
+    store_name: Auto[Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]] = Field(
+        default=None,
+        description="The name of the store, which its marker says and every signature covers; a store of another "
+        "name is refused. auto: the name that the store has.",
+    )
     key_file: Auto[str] = Field(
-        default=None, description="A secret that packs are signed with (HMAC-SHA256); what is not signed is refused."
+        default=None,
+        description="A file with keys, one a line: the first that can sign signs packs, and all verify; what is not "
+        "signed by one of them is refused. A line is a secret (HMAC-SHA256) or an Ed25519 key; `engine-loader "
+        "compile-cache keygen` makes both.",
+    )
+    public_keys: Auto[str] = Field(
+        default=None,
+        description="Ed25519 keys that verify packs and cannot sign any (ed25519-public:…), a list; for nodes that "
+        "only restore.",
+    )
+    max_pack_age_days: Auto[Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
+        default=None, description="Packs that were made longer ago are refused; auto: age does not count."
     )
     trust: Literal["owner", "anyone"] = Field(
         default="owner",
-        description="Without a key file: take only what this user and root alone may write (owner), or anything. "
+        description="Without keys: take only what this user and root alone may write (owner), or anything (anyone). "
         "Caches are code.",
     )
     fixups: bool = Field(
@@ -288,10 +304,11 @@ class CompileCacheSettings(_Group):
         description="Where temporary files of restores and saves go; auto: the temporary directory.",
     )
     compact_packs: int = Field(
-        default=12,
+        default=3,
         ge=2,
         le=1000,
-        description="When a key has more packs than this, a save puts them together into one.",
+        description="When a key has more packs than this, a save puts them together; one that is far larger than the "
+        "others stays as it is.",
     )
     keep_days: float = Field(
         default=30.0, gt=0, description="Keys that were neither made nor used for longer are pruned."
@@ -300,6 +317,13 @@ class CompileCacheSettings(_Group):
     keep_bytes: ByteSize = Field(
         default=ByteSize(100 * _GIB), ge=_MIB, le=_MOST_BYTES, description="The most bytes that pruning leaves."
     )
+
+    @field_validator("public_keys", mode="before")
+    @classmethod
+    def _is_list(cls, value: Any) -> Any:
+        if isinstance(value, list) and all(isinstance(key, str) for key in value):
+            return " ".join(value) or None
+        return value
 
 
 class Settings(_Group):

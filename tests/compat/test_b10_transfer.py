@@ -49,8 +49,8 @@ def test_info_and_list_have_the_keys_that_programs_read(machine: Path, tmp_path:
     info = b10_transfer.get_cache_info()
     assert info["b10fs_enabled"] is True
     assert (info["local_cache_exists"], info["b10fs_cache_exists"]) == (False, False)
-    machine.mkdir()
-    (machine / "kernel.so").write_bytes(some_bytes(1 << 20))
+    (machine / "ab").mkdir(parents=True)
+    (machine / "ab" / "kernel.so").write_bytes(some_bytes(1 << 20))
     b10_transfer.save_compile_cache()
     info = b10_transfer.get_cache_info()
     assert info["environment_key"].startswith("torch-")
@@ -67,8 +67,8 @@ def test_info_and_list_have_the_keys_that_programs_read(machine: Path, tmp_path:
 
 def test_nothing_to_save_switched_off_and_too_large_are_errors(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert b10_transfer.save_compile_cache() is OperationStatus.ERROR
-    machine.mkdir(exist_ok=True)
-    (machine / "kernel.so").write_bytes(some_bytes(3 << 20))
+    (machine / "ab").mkdir(parents=True, exist_ok=True)
+    (machine / "ab" / "kernel.so").write_bytes(some_bytes(3 << 20))
     monkeypatch.setenv("MAX_CACHE_SIZE_MB", "1")
     assert b10_transfer.save_compile_cache() is OperationStatus.ERROR
     monkeypatch.setenv("MAX_CACHE_SIZE_MB", "16")

@@ -17,9 +17,9 @@ def first(tmp_path: Path, store: Path) -> Machine:
     """A machine with a cache."""
     machine = Machine(tmp_path / "first", store)
     machine.write("inductor/ab/kernel.so", b"code" * 1000, mtime_ns=1_700_000_000_123_456_789)
-    machine.write("inductor/ab/kernel.cpp", b"int main() {}")
-    machine.write("inductor/empty", b"")
-    machine.write("triton/XYZ/kernel.cubin", bytes(range(256)))
+    machine.write("inductor/fxgraph/ab/kernel.cpp", b"int main() {}")
+    machine.write("inductor/fxgraph/ab/empty", b"")
+    machine.write("triton/XYZAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA/kernel.cubin", bytes(range(256)))
     return machine
 
 

@@ -2,11 +2,12 @@
 
 import os
 import random
+from collections.abc import Mapping
 from pathlib import Path
 
 from engine_loader.compile_cache.directories import INDUCTOR, TRITON
 from engine_loader.compile_cache.key import CacheKey
-from engine_loader.compile_cache.packs.scan import scan
+from engine_loader.compile_cache.packs.scan import LocalFile, scan
 from engine_loader.compile_cache.process.outcome import Outcome
 from engine_loader.compile_cache.process.restore import Restore
 from engine_loader.compile_cache.process.save import save
@@ -15,16 +16,18 @@ from engine_loader.compile_cache.trust import Trust
 
 KEY = CacheKey((("torch", "2.13.0"), ("cuda", "13.0")), "model_tp1")
 OTHER_KEY = CacheKey((("torch", "2.12.0"), ("cuda", "13.0")), "model_tp1")
+TRITON_KERNEL = f"triton/XYZ{'A' * 49}/kernel.cubin"
+"""Where Triton keeps a kernel: the digest has 52 characters."""
 SECRET = Trust(b"sixteen bytes or more")
 
 
 class Machine:
     """A machine of a fleet: local caches, and the store that it shares with the others."""
 
-    def __init__(self, directory: Path, store: Path, trust: Trust = SECRET) -> None:
+    def __init__(self, directory: Path, store: Path, trust: Trust = SECRET, store_name: str | None = None) -> None:
         self.directories = {"inductor": directory / "inductor", "triton": directory / "triton"}
         self.trust = trust
-        self.store = FilesystemStore(store, trust)
+        self.store = FilesystemStore(store, trust, store_name=store_name)
 
     def write(self, path: str, content: bytes = b"", mtime_ns: int | None = None) -> Path:
         """Make a file of a local cache; ``path`` as in packs."""
@@ -37,23 +40,30 @@ class Machine:
         return file
 
     def save(self, key: CacheKey = KEY, *, most_bytes: int = 1 << 40) -> Outcome:
-        files = scan((INDUCTOR, TRITON), self.directories)
+        return self.save_files(scan_any(self.directories), key, most_bytes=most_bytes)
+
+    def save_files(self, files: list[LocalFile], key: CacheKey = KEY, *, most_bytes: int = 1 << 40) -> Outcome:
         return save(self.store, key, self.directories, files, self.trust, threads=2, level=1, most_bytes=most_bytes)
 
-    def restore(self, key: CacheKey = KEY, *, least_free_bytes: int = 0) -> Outcome:
+    def restore(self, key: CacheKey = KEY, *, least_free_bytes: int = 0, threads: int = 2) -> Outcome:
         return Restore(
-            self.store, key, self.directories, self.trust, threads=2, least_free_bytes=least_free_bytes
+            self.store, key, self.directories, self.trust, threads=threads, least_free_bytes=least_free_bytes
         ).run()
 
     def content(self) -> dict[str, bytes]:
         """Path as in packs -> content, of everything in the local caches."""
         return {
             file.path: os.readlink(file.local).encode() if file.link else Path(file.local).read_bytes()
-            for file in scan((INDUCTOR, TRITON), self.directories)
+            for file in scan_any(self.directories)
         }
 
     def packs(self, key: CacheKey = KEY) -> list[Path]:
         return sorted(self.store.directory / stored.name for stored in self.store.list(key.prefix))
+
+
+def scan_any(directories: Mapping[str, Path], messages: list[str] | None = None) -> list[LocalFile]:
+    """All files of inductor's and Triton's caches, whatever they are called."""
+    return scan((INDUCTOR, TRITON), directories, messages, made=lambda _cache, _path: True)
 
 
 def some_bytes(size: int, seed: int = 0) -> bytes:

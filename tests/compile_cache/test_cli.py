@@ -85,6 +85,36 @@ def test_verify_ends_with_1_when_a_pack_is_damaged(local: Path) -> None:
     assert run_json("load", "--engine", "torch", "--scope", "all", status=0)["status"] == "complete"
 
 
+def test_verify_repairs_what_is_damaged(local: Path) -> None:
+    sound = local / "inductor" / "zz" / "large.so"
+    sound.parent.mkdir()
+    sound.write_bytes(some_bytes(9 << 20))
+    run("save", "--engine", "torch")
+    (pack,) = (local / "store").rglob("*.tar.zst")
+    content = bytearray(pack.read_bytes())
+    content[100] ^= 1
+    pack.write_bytes(content)
+    (found,) = run_json("verify", "--repair")
+    assert found["quarantined"]
+    assert "what is sound of it is in" in found["repaired"]
+    assert "out of use" in run("verify")
+    run("clear", "--engine", "torch", "--yes")
+    assert run_json("load", "--engine", "torch")["files"] == 1
+    assert sound.read_bytes() == some_bytes(9 << 20)
+
+
+def test_a_pack_is_put_into_quarantine_and_taken_out(local: Path) -> None:
+    run("save", "--engine", "torch")
+    (pack,) = (local / "store").rglob("*.tar.zst")
+    digest = pack.name.removesuffix(".tar.zst")
+    assert "out of use" in run("quarantine", digest[:10])
+    run("clear", "--engine", "torch", "--yes")
+    assert run_json("load", "--engine", "torch")["status"] == "nothing"
+    assert run_json("quarantine", digest, "--undo")["quarantined"] is False
+    assert run_json("load", "--engine", "torch")["status"] == "restored"
+    assert "verify" in run("quarantine", "f" * 64, status=2)
+
+
 def test_prune_keeps_what_is_new(local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run("save", "--engine", "torch", "--scope", "one")
     run("save", "--engine", "torch", "--scope", "two")

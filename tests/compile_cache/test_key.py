@@ -29,7 +29,24 @@ def test_the_number_of_devices_is_in_the_key(h100s: None) -> None:
 def test_a_cpu_environment_names_what_is_compiled_into_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(key, "visible_gpus", list)
     names = [name for name, _ in environment_key({}, "m").parts]
-    assert names == ["torch", "python", "cpu", "isa", "cxx", "threads", "triton"]
+    assert names == ["torch", "python", "cpu", "isa", "cxx", "libc", "libstdcxx", "threads", "triton"]
+
+
+def test_a_cpu_key_has_the_facts_of_the_host_and_a_gpu_key_keeps_them_apart(
+    h100s: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu_key = environment_key({}, "m")
+    assert not {"isa", "cxx", "libc", "libstdcxx", "nvcc", "driver"} & {name for name, _ in gpu_key.parts}
+    assert set(gpu_key.host_groups) == {"native", "toolkit"}
+    monkeypatch.setattr(key, "visible_gpus", list)
+    assert environment_key({}, "m").host_groups == {}
+
+
+@pytest.mark.parametrize("bound", ["0-3", "4-7", "8,9,10,11", "0-3|4-7"])
+def test_engines_bound_to_other_processors_share_a_key(bound: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(key, "visible_gpus", list)
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", bound)
+    assert dict(environment_key({}, "m").parts)["threads"] == "4"
 
 
 def test_another_number_of_threads_is_another_key(monkeypatch: pytest.MonkeyPatch) -> None:

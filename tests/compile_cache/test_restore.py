@@ -11,7 +11,7 @@ import zstandard
 
 from engine_loader.compile_cache.cache_errors import CacheOperationInterrupted
 from engine_loader.compile_cache.process.restore import Restore
-from tests.compile_cache.support import KEY, OTHER_KEY, Machine, some_bytes
+from tests.compile_cache.support import KEY, OTHER_KEY, TRITON_KERNEL, Machine, some_bytes
 
 
 def test_a_cache_moves_to_another_machine(first: Machine, second: Machine) -> None:
@@ -99,12 +99,13 @@ def test_links_inside_a_cache_are_kept_and_others_left(first: Machine, second: M
 
 
 def test_tritons_group_files_move_with_their_root(first: Machine, second: Machine) -> None:
-    old = str(first.directories["triton"] / "XYZ/kernel.cubin")
-    first.write("triton/XYZ/__grp__kernel.json", json.dumps({"child_paths": {"kernel.cubin": old}}).encode())
+    kernel, group = TRITON_KERNEL.partition("/")[2], TRITON_KERNEL.replace("kernel.cubin", "__grp__kernel.json")
+    old = str(first.directories["triton"] / kernel)
+    first.write(group, json.dumps({"child_paths": {"kernel.cubin": old}}).encode())
     first.save()
     second.restore()
-    group = json.loads(second.content()["triton/XYZ/__grp__kernel.json"])
-    assert group == {"child_paths": {"kernel.cubin": str(second.directories["triton"] / "XYZ/kernel.cubin")}}
+    there = json.loads(second.content()[group])
+    assert there == {"child_paths": {"kernel.cubin": str(second.directories["triton"] / kernel)}}
     assert second.save().status == "complete"  # that it reads otherwise here is nothing new
 
 
@@ -166,7 +167,7 @@ def test_a_local_cache_that_others_may_write_is_left_alone_and_the_others_are_re
     outcome = second.restore()
     assert (outcome.status, outcome.files) == ("restored", 1)
     assert "others may write it" in outcome.messages[0]
-    assert set(second.content()) == {"triton/XYZ/kernel.cubin"}
+    assert set(second.content()) == {TRITON_KERNEL}
 
 
 def test_a_local_cache_that_cannot_be_made_is_left_alone(first: Machine, second: Machine) -> None:
@@ -176,3 +177,87 @@ def test_a_local_cache_that_cannot_be_made_is_left_alone(first: Machine, second:
     outcome = second.restore()
     assert (outcome.status, outcome.files) == ("restored", 3)
     assert "the cache triton is left alone" in outcome.messages[0]
+
+
+class TestWhatIsThereAlready:
+    """A restore puts nothing into a place of a local cache that others may write, or that leads elsewhere."""
+
+    @pytest.fixture
+    def place(self, first: Machine, second: Machine) -> Path:
+        first.save()
+        place = second.directories["inductor"] / "ab"
+        place.mkdir(parents=True, mode=0o700)
+        return place
+
+    def test_a_directory_that_others_may_write_is_left_alone_and_told(
+        self, first: Machine, second: Machine, place: Path
+    ) -> None:
+        place.chmod(0o777)
+        outcome = second.restore()
+        assert outcome.messages == [f"{place}: is left alone: others may write it (mode 777), and caches are code"]
+        assert list(place.iterdir()) == []
+        assert TRITON_KERNEL in second.content()
+        assert outcome.files == 3
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+    def test_a_directory_of_another_user_is_left_alone(self, second: Machine, place: Path) -> None:
+        os.chown(place, 12345, 12345)
+        assert "it belongs to user 12345" in second.restore().messages[0]
+        assert list(place.iterdir()) == []
+
+    def test_a_link_to_a_directory_is_not_followed(self, second: Machine, place: Path, tmp_path: Path) -> None:
+        (tmp_path / "elsewhere").mkdir()
+        place.rmdir()
+        place.symlink_to(tmp_path / "elsewhere")
+        outcome = second.restore()
+        assert "is left alone" in outcome.messages[0]
+        assert list((tmp_path / "elsewhere").iterdir()) == []
+
+    def test_a_link_that_would_lead_out_by_way_of_another_is_not_put_there(
+        self, first: Machine, second: Machine, tmp_path: Path
+    ) -> None:
+        """Both are harmless by themselves: `out -> deep/further`, and `deep`, which somebody made a link away."""
+        first.write("inductor/cd/deep/further/kernel.so", b"code")
+        (first.directories["inductor"] / "cd/out").symlink_to("deep/further")
+        first.save()
+        (tmp_path / "elsewhere/further").mkdir(parents=True)
+        (second.directories["inductor"] / "cd").mkdir(parents=True, mode=0o700)
+        (second.directories["inductor"] / "cd/deep").symlink_to(tmp_path / "elsewhere")
+        outcome = second.restore()
+        assert any("it would lead out of its directory" in message for message in outcome.messages)
+        assert not (second.directories["inductor"] / "cd/out").is_symlink()
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a link away")
+    def test_a_link_of_another_user_in_the_place_of_a_cache_is_refused(
+        self, first: Machine, second: Machine, tmp_path: Path
+    ) -> None:
+        first.save()
+        (tmp_path / "disk").mkdir(mode=0o700)
+        second.directories["inductor"].parent.mkdir(parents=True)
+        second.directories["inductor"].symlink_to(tmp_path / "disk")
+        os.chown(second.directories["inductor"], 12345, 12345, follow_symlinks=False)
+        outcome = second.restore()
+        assert "it is a link of user 12345" in outcome.messages[0]
+        assert list((tmp_path / "disk").iterdir()) == []
+
+    def test_a_link_in_the_place_of_a_cache_is_followed_where_the_user_made_it(
+        self, first: Machine, second: Machine, tmp_path: Path
+    ) -> None:
+        first.save()
+        (tmp_path / "disk").mkdir(mode=0o700)
+        second.directories["inductor"].parent.mkdir(parents=True)
+        second.directories["inductor"].symlink_to(tmp_path / "disk")
+        assert second.restore().files == 4
+        assert (tmp_path / "disk/ab/kernel.so").read_bytes() == b"code" * 1000
+
+
+def test_links_that_leave_their_directory_by_a_chain_are_neither_saved_nor_restored(
+    first: Machine, second: Machine
+) -> None:
+    """`a/b/c -> ../..`, `out -> a/b/c/../..`: each stays in the cache when the other is not looked at."""
+    (first.directories["inductor"] / "a/b").mkdir(parents=True)
+    (first.directories["inductor"] / "a/b/c").symlink_to("../..")
+    (first.directories["inductor"] / "out").symlink_to("a/b/c/../..")
+    first.save()
+    second.restore()
+    assert not {"inductor/a/b/c", "inductor/out"} & set(second.content())

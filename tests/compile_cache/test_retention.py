@@ -1,13 +1,19 @@
 """What is put together, pruned and cleaned up, and what never is."""
 
+import hashlib
+import json
 import os
 import time
 from pathlib import Path
 
 from engine_loader.compile_cache.compaction import compact
+from engine_loader.compile_cache.host.groups import HostGroup
 from engine_loader.compile_cache.key import CacheKey
+from engine_loader.compile_cache.packs.key_packs import effective_files, files_for, read_key
+from engine_loader.compile_cache.packs.manifest import Frame, Manifest, PackedFile
+from engine_loader.compile_cache.packs.packing import write_pack
 from engine_loader.compile_cache.retention import GRACE_S, Policy, prune
-from tests.compile_cache.support import KEY, Machine, some_bytes
+from tests.compile_cache.support import KEY, Machine, scan_any, some_bytes
 
 KEEP_ALL = Policy(days=30, keys=100, bytes=1 << 40, unfinished_s=3600)
 
@@ -69,7 +75,7 @@ def test_the_last_used_keys_stay_when_there_are_too_many_or_too_much(first: Mach
 def test_leftovers_go_by_age_and_nothing_else_is_touched(first: Machine, store: Path) -> None:
     first.save()
     (pack,) = first.packs()
-    old, new = pack.parent / ".unfinished-1", pack.parent / ".unfinished-2"
+    old, new = pack.parent / f".unfinished-{1:032x}", pack.parent / f".unfinished-{2:032x}"
     note = pack.parent / "README"
     for path in (old, new, note):
         path.write_bytes(b"x")
@@ -103,3 +109,104 @@ def test_a_pack_that_is_not_to_be_trusted_replaces_nothing(first: Machine, tmp_p
     assert compact(forged.store, KEY, forged.trust, level=1) is not None
     prune(first.store, KEEP_ALL, first.trust, now=time.time() + GRACE_S + 1)
     assert len(first.packs()) == 5
+
+
+def damage(pack: Path) -> None:
+    """Change a byte in the pack's first frame."""
+    content = bytearray(pack.read_bytes())
+    content[50] ^= 1
+    pack.write_bytes(content)
+
+
+def test_a_damaged_pack_is_left_out_of_a_compaction_and_keeps_its_name(first: Machine, second: Machine) -> None:
+    for number in range(4):
+        first.write(f"inductor/new/{number}", some_bytes(300_000, number))
+        first.save()
+    newest = max(first.store.list(), key=lambda stored: (stored.modified, stored.name))
+    damage(first.store.directory / newest.name)
+    made = compact(first.store, KEY, first.trust, level=1)
+    assert made is not None
+    assert newest.digest not in made.manifest.replaces
+    assert len(made.manifest.replaces) == 3
+    prune(first.store, KEEP_ALL, first.trust, now=time.time() + GRACE_S + 1)
+    assert {path.name.partition(".")[0] for path in first.packs()} == {made.stored.digest, newest.digest}
+
+
+def test_a_far_larger_pack_is_not_written_again(first: Machine, second: Machine) -> None:
+    first.write("inductor/large", some_bytes(2_000_000))
+    first.save()
+    (large,) = first.store.list()
+    for number in range(3):
+        first.write(f"inductor/new/{number}", some_bytes(1000, number))
+        first.save()
+    first.write("inductor/large", some_bytes(1000, 99))
+    first.save()
+    made = compact(first.store, KEY, first.trust, level=1, more_than=3)
+    assert made is not None
+    assert large.digest not in made.manifest.replaces
+    assert made.stored.size < 100_000
+    assert second.restore().status == "restored"
+    assert second.content() == first.content()
+
+
+def test_packs_of_pods_with_other_directories_are_put_together(tmp_path: Path, store: Path, second: Machine) -> None:
+    for number in range(5):
+        pod = Machine(tmp_path / f"pod-{number}", store)
+        pod.restore()
+        pod.write(f"triton/k{number}/k.cubin", some_bytes(1000, number))
+        group = {"child_paths": {"k.cubin": f"{pod.directories['triton']}/k{number}/k.cubin"}}
+        pod.write(f"triton/k{number}/__grp__k.json", json.dumps(group).encode())
+        assert pod.save().files == 2
+    made = compact(pod.store, KEY, pod.trust, level=1)
+    assert made is not None
+    assert len(made.manifest.replaces) == 5
+    prune(pod.store, KEEP_ALL, pod.trust, now=time.time() + GRACE_S + 1)
+    assert second.restore().files == 10
+    for number in range(5):
+        group = json.loads(second.content()[f"triton/k{number}/__grp__k.json"])
+        assert group["child_paths"]["k.cubin"] == str(second.directories["triton"] / f"k{number}/k.cubin")
+    assert second.save().status == "complete"
+    assert pod.save().status == "complete"
+
+
+def test_files_of_several_hosts_stand_side_by_side(first: Machine) -> None:
+    """Each pack was made on another host; the same path is there for both, and a file for any host."""
+    groups = [HostGroup.of({"isa": f"avx{number}"}) for number in range(2)]
+    here, there = (group.hash for group in groups)
+    for number, group in enumerate(groups):
+        first.write("inductor/host.so", f"for host {number}".encode())
+        first.write("inductor/any.so", b"for any host")
+        save_for(first, group, number)
+    made = compact(first.store, KEY, first.trust, level=1)
+    assert made is not None
+    assert sorted(made.manifest.hosts) == sorted(groups)
+    found = effective_files(read_key(first.store, KEY.prefix, first.trust).packs)
+    assert {name for name in found if "host.so" in name[0]} == {
+        ("inductor/host.so", here),
+        ("inductor/host.so", there),
+    }
+    packs = read_key(first.store, KEY.prefix, first.trust).packs
+    sizes = {host: {path.rpartition("/")[2] for path in files_for(packs, host)} for host in ("", here, there, "other")}
+    assert sizes == {
+        "": {"any.so"},
+        here: {"any.so", "host.so"},
+        there: {"any.so", "host.so"},
+        "other": {"any.so"},
+    }
+    digests = {host: files_for(packs, host)["inductor/host.so"][1].sha256 for host in (here, there)}
+    assert digests[here] == hashlib.sha256(b"for host 0").hexdigest()
+    assert digests[there] == hashlib.sha256(b"for host 1").hexdigest()
+
+
+def save_for(machine: Machine, group: HostGroup, number: int) -> None:
+    """Save two files, of which one holds for a host of ``group`` only."""
+    names = ("inductor/any.so", "inductor/host.so")
+    files = [file for file in scan_any(machine.directories) if file.path in names]
+
+    def describe(packed: tuple[PackedFile, ...], frames: tuple[Frame, ...]) -> Manifest:
+        rows = tuple(file._replace(host=0) if file.path.endswith("host.so") else file for file in packed)
+        return Manifest(KEY, machine.store.now() + number, rows, frames, hosts=(group,))
+
+    machine.store.found()
+    pack = write_pack(machine.store, describe, KEY, files, machine.trust, threads=1, level=1, most_bytes=1 << 40)
+    assert pack is not None

@@ -17,6 +17,7 @@ import pytest
 from engine_loader.compile_cache.process.job import Job
 from engine_loader.compile_cache.process.operations import perform
 from engine_loader.compile_cache.process.session import Running, run_job
+from engine_loader.compile_cache.stores.object_names import MARKER
 from engine_loader.settings import CompileCacheSettings
 from tests.compile_cache.support import KEY, Machine, some_bytes
 from tests.support.waiting import GENEROUS_S, wait_for
@@ -52,29 +53,29 @@ def test_a_job_goes_through_a_process_of_its_own(first: Machine, second: Machine
 
 
 def test_a_store_that_fills_up_interrupts_a_save_and_keeps_nothing_of_it(first: Machine, tmpfs: Path) -> None:
-    first.write("inductor/large", some_bytes(6 << 20))
+    first.write("inductor/ab/large.so", some_bytes(6 << 20))
     outcome = perform(job("save", first), settings_for(tmpfs / "store"))
     assert outcome.status == "interrupted"
     assert str(tmpfs) in outcome.messages[0]
-    assert not [path for path in tmpfs.rglob("*") if path.is_file()]
+    assert [path.name for path in tmpfs.rglob("*") if path.is_file()] == [MARKER]
 
 
 def test_a_file_too_large_for_a_pack_is_told_of_and_the_others_are_saved(
     first: Machine, second: Machine, store: Path
 ) -> None:
-    first.write("inductor/large", b"")
-    os.truncate(first.directories["inductor"] / "large", 5 << 30)
+    first.write("inductor/ab/large.so", b"")
+    os.truncate(first.directories["inductor"] / "ab/large.so", 5 << 30)
     outcome = perform(job("save", first), settings_for(store))
     assert outcome.status == "saved"
     (message,) = outcome.messages
-    assert "inductor/large has 5.0 GiB" in message
+    assert "inductor/ab/large.so has 5.0 GiB" in message
     assert perform(job("restore", second), settings_for(store)).files == 4
 
 
 def test_a_local_disk_that_fills_up_interrupts_a_restore_and_keeps_nothing_of_it(
     first: Machine, store: Path, tmpfs: Path
 ) -> None:
-    first.write("inductor/large", some_bytes(6 << 20))
+    first.write("inductor/ab/large.so", some_bytes(6 << 20))
     assert perform(job("save", first), settings_for(store)).status == "saved"
     small = Machine(tmpfs, store)
     outcome = perform(job("restore", small), settings_for(store))
@@ -88,7 +89,7 @@ def test_a_disk_that_is_full_all_at_once(
 ) -> None:
     """Somebody else takes the room between the look and the write."""
     monkeypatch.setattr("engine_loader.compile_cache.space.free_bytes", lambda _path: None)
-    first.write("inductor/large", some_bytes(6 << 20))
+    first.write("inductor/ab/large.so", some_bytes(6 << 20))
     perform(job("save", first), settings_for(store))
     small = Machine(tmpfs, store)
     outcome = perform(job("restore", small), settings_for(store))
@@ -113,7 +114,7 @@ def test_a_read_only_store_is_restored_from_and_a_save_says_why_not(
     perform(job("save", first), settings_for(store))
     subprocess.run(["mount", "-o", "remount,ro", tmpfs], check=True)
     assert perform(job("restore", second), settings_for(store)).status == "restored"
-    second.write("inductor/new", b"new")
+    second.write("inductor/ab/new.so", b"new")
     outcome = perform(job("save", second), settings_for(store))
     assert outcome.status == "failed"
     assert os.strerror(errno.EROFS) in outcome.messages[0]
@@ -133,7 +134,7 @@ def test_switched_off_does_nothing(first: Machine, store: Path) -> None:
 
 def test_a_store_that_vanishes_in_the_middle(first: Machine, second: Machine, store: Path) -> None:
     for number in range(20):
-        first.write(f"inductor/{number}", some_bytes(1 << 20, number))
+        first.write(f"inductor/ab/{number}.so", some_bytes(1 << 20, number))
     perform(job("save", first), settings_for(store))
     calls = 0
 
@@ -183,9 +184,10 @@ def test_a_process_that_cannot_start_is_an_outcome(
 
 
 def test_too_many_saves_at_once_are_passed_over(first: Machine, store: Path) -> None:
+    first.store.found()
     place = store / KEY.prefix
     place.mkdir(parents=True, mode=0o700)
-    (place / ".unfinished-1").write_bytes(b"")
+    (place / f".unfinished-{1:032x}").write_bytes(b"")
     outcome = perform(job("save", first), settings_for(store, max_concurrent_saves=1))
     assert outcome.status == "nothing"
     assert "other saves" in outcome.messages[0]
@@ -194,7 +196,7 @@ def test_too_many_saves_at_once_are_passed_over(first: Machine, store: Path) -> 
 def test_a_save_that_is_ended_half_way_leaves_nothing(first: Machine, store: Path) -> None:
     """As at the shutdown of a pod: SIGTERM, at different moments."""
     for number in range(60):
-        first.write(f"inductor/{number}", some_bytes(1 << 20, number))
+        first.write(f"inductor/ab/{number}.so", some_bytes(1 << 20, number))
     told = store.parent / "job"
     told.write_text(json.dumps(job("save", first, settings_for(store, compression_level=19, threads=1)).to_json()))
     ended = 0

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import zstandard
 
 from engine_loader.compile_cache.cache_errors import CacheValidationError
 from engine_loader.compile_cache.packs import pack as pack_module
+from engine_loader.compile_cache.packs.manifest import content_digest
 from engine_loader.compile_cache.packs.tar import header, padding
 from engine_loader.compile_cache.trust import Trust, load_trust
+from engine_loader.compile_cache.trust.signatures import HmacKey
 from tests.compile_cache.support import KEY, OTHER_KEY, SECRET, Machine
 
 Row = list[Any]
@@ -31,6 +34,7 @@ def refused(machine: Machine, *words: str) -> None:
 def test_a_changed_byte_anywhere_is_refused(first: Machine, second: Machine) -> None:
     first.save()
     (path,) = first.packs()
+    (path.parent / "index").unlink()  # its copy of the pack's end would do
     sound = path.read_bytes()
     for position in range(len(sound)):
         path.write_bytes(sound[:position] + bytes([sound[position] ^ 0x40]) + sound[position + 1 :])
@@ -62,7 +66,7 @@ def test_a_pack_of_another_key_is_refused(first: Machine, second: Machine) -> No
     target = first.store.directory / KEY.prefix
     target.mkdir(parents=True)
     (target / path.name).write_bytes(path.read_bytes())
-    refused(second, "another key")
+    refused(second, "HMAC")  # which covers the key
 
 
 def test_a_pack_without_a_signature_is_refused(first: Machine, store: Path, second: Machine, tmp_path: Path) -> None:
@@ -87,7 +91,7 @@ def test_a_renamed_pack_is_refused(first: Machine, second: Machine) -> None:
     first.save()
     (path,) = first.packs()
     path.rename(path.with_name(f"{'0' * 64}.tar.zst"))
-    refused(second, "its name")
+    refused(second, "HMAC")  # which covers the name
 
 
 class TestWithoutAKeyFile:
@@ -143,26 +147,29 @@ def forge(machine: Machine, change: Callable[[dict[str, Any]], None], archive: b
     head = header("inductor/a", len(content), 1, 0o644)
     archive = head + content + bytes(padding(len(content))) if archive is None else archive
     frame = zstandard.ZstdCompressor().compress(archive)
-    row: Row = ["inductor/a", 5, 1, 0o644, hashlib.sha256(content).hexdigest(), 0, 0, ""]
+    row: Row = ["inductor/a", 5, 1, 0o644, hashlib.sha256(content).hexdigest(), 0, 0, "", -1]
     value = {
-        "format": 1,
+        "format": 2,
         "key": KEY.to_json(),
         "created": 1.0,
         "host": "",
         "roots": {},
         "factors": {},
         "replaces": [],
+        "hosts": [],
+        "generation": 0,
         "frames": [[0, len(frame), len(archive), hashlib.sha256(frame).hexdigest()]],
         "files": [row],
     }
     change(value)
-    text = zstandard.ZstdCompressor().compress(json.dumps(value).encode())
-    trailer = pack_module._TRAILER.pack(SECRET.sign(text), len(text), pack_module._MAGIC)
-    tail = pack_module._SKIPPABLE.pack(pack_module._SKIPPABLE_MAGIC, len(text) + len(trailer)) + text + trailer
-    end = zstandard.ZstdCompressor().compress(bytes(1024))
-    path = machine.store.directory / KEY.prefix / f"{hashlib.sha256(text).hexdigest()}.tar.zst"
+    digest = "0" * 64
+    with suppress(KeyError, IndexError, TypeError):  # of a manifest that is refused before its name is compared
+        digest = content_digest(KEY, value["files"], [])
+    machine.store.found()
+    name = f"{KEY.prefix}/{digest}.tar.zst"
+    path = machine.store.directory / name
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path.write_bytes(frame + end + tail)
+    path.write_bytes(frame + pack_module.make_tail(json.dumps(value).encode(), machine.store.name, name, SECRET))
 
 
 def set_file(column: int, value: Any) -> Callable[[dict[str, Any]], None]:
@@ -203,7 +210,8 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "nul": (set_file(0, "inductor/a\0b"), "characters"),
     "set-uid": (set_file(3, 0o4755), "set-uid"),
     "device": (set_file(3, 0o060644), "set-uid and the like"),
-    "link away": (link_to("../../etc/passwd"), "leaves its cache"),
+    "link away": (link_to("../../etc/passwd"), "leaves its directory"),
+    "link upwards": (link_to("b/../c"), "leaves its directory"),
     "absolute link": (link_to("/etc/passwd"), "absolute"),
     "duplicate": (twice, "twice"),
     "below a file": (below_a_file, "which is a file"),
@@ -252,7 +260,7 @@ def test_no_file_of_a_refused_frame_stays(second: Machine) -> None:
     )
 
     def second_file(manifest: dict[str, Any]) -> None:
-        manifest["files"].append(["inductor/c", *manifest["files"][0][1:6], len(archive) // 2, ""])
+        manifest["files"].append(["inductor/c", *manifest["files"][0][1:6], len(archive) // 2, "", -1])
 
     forge(second, second_file, archive)
     outcome = second.restore()
@@ -272,7 +280,7 @@ class TestKeyFile:
         path = tmp_path / "key"
         path.write_text("  a secret of some length \n")
         path.chmod(0o600)
-        assert load_trust(str(path)).secret == b"a secret of some length"
+        assert load_trust(str(path)).keys == (HmacKey(b"a secret of some length"),)
 
     def test_a_short_one_is_refused(self, tmp_path: Path) -> None:
         path = tmp_path / "key"

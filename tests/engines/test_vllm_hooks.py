@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 
+from engine_loader.compile_cache.directories import STATE
+from engine_loader.compile_cache.packs.manifest import Manifest, PackedFile
+from engine_loader.compile_cache.packs.pack import Pack
+from engine_loader.compile_cache.process.job import Job
 from engine_loader.compile_cache.process.locks import NodeLock
+from engine_loader.compile_cache.process.outcome import Outcome
+from engine_loader.compile_cache.process.trials import begin_trial
+from engine_loader.compile_cache.stores.interface import Stored
 from engine_loader.engines.common import cache_hooks, torch_fixups
 from engine_loader.engines.vllm import cache as vllm_cache
 from engine_loader.engines.vllm import fixups as vllm_fixups
@@ -30,7 +37,11 @@ def config(**parallel: Any) -> SimpleNamespace:
 class Engine:
     """vLLM's classes, and what happened in them."""
 
-    def __init__(self, events: list[str]) -> None:
+    def __init__(self, events: list[str], markers: Path) -> None:
+        self.ends: type[BaseException] | None = None
+        self.on_trial: list[int] = []
+        outer = self
+
         class Executor:
             def __init__(self, vllm_config: Any) -> None:
                 events.append("executor")
@@ -43,6 +54,9 @@ class Engine:
 
             def _initialize_kv_caches(self, vllm_config: Any) -> str:
                 events.append("compile")
+                outer.on_trial.append(len(trials(markers)))
+                if outer.ends is not None:
+                    raise outer.ends
                 return "what the engine returns"
 
         class Worker:
@@ -75,7 +89,7 @@ def events() -> list[str]:
 @pytest.fixture
 def engine(events: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     """The classes with the hooks on them; operations are only noted."""
-    made = Engine(events)
+    made = Engine(events, tmp_path / "vllm" / STATE)
     for name, attribute in (
         ("vllm.v1.executor.abstract", "Executor"),
         ("vllm.v1.engine.core", "EngineCore"),
@@ -184,6 +198,60 @@ def test_a_worker_does_not_wait_for_a_lock_that_nobody_gives_back(
     wrapper.init_device()
     assert wrapper.worker.determine_available_memory() == 17
     lock.release()
+
+
+@pytest.fixture
+def markers(tmp_path: Path, engine: Engine, events: list[str], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the markers of trials are; a restore brings a file."""
+
+    def run_job(job: Job, timeout_s: float) -> Outcome:
+        if job.action == "restore":
+            pack = Pack(Stored("key/scope/pack", 1, 1.0), Manifest(job.key, 1.0, (), ()))
+            trial = begin_trial(job.home(), job.key.prefix, job.engine_pid, job.since_ns)
+            trial.add([(pack, PackedFile("vllm/x", 1, 1, 0o644, "0" * 64, 0, 0))])
+        events.append(f"{job.action}d {job.key.scope}")
+        return Outcome("restored" if job.action == "restore" else "saved", files=1)
+
+    monkeypatch.setattr("engine_loader.compile_cache.process.session.run_job", run_job)
+    return tmp_path / "vllm" / STATE
+
+
+def trials(markers: Path) -> list[str]:
+    return [path.name for path in markers.glob("trial-*")]
+
+
+def test_what_is_restored_is_on_trial_until_the_engine_is_ready(
+    engine: Engine, events: list[str], markers: Path
+) -> None:
+    core = engine.EngineCore(config())
+    assert core.result == "what the engine returns"
+    assert engine.on_trial == [2]  # the marker and the lock, while it compiled
+    assert trials(markers) == []
+
+
+@pytest.mark.parametrize(
+    ("ends", "left"), [(RuntimeError, 2), (ImportError, 2), (SystemExit, 0), (KeyboardInterrupt, 0)]
+)
+def test_an_engine_that_ends_before_it_is_ready_saves_nothing_and_its_trial_stays_unless_it_was_told_to_stop(
+    engine: Engine, events: list[str], markers: Path, ends: type[BaseException], left: int
+) -> None:
+    engine.ends = ends
+    with pytest.raises(ends):
+        engine.EngineCore(config())
+    time.sleep(0.3)
+    assert sorted(event.partition(" ")[0] for event in events) == ["compile", "executor", "restored"]
+    assert len(trials(markers)) == left
+
+
+def test_a_follower_ends_the_trial_of_its_node(engine: Engine, events: list[str], markers: Path) -> None:
+    settings = config(node_rank_within_dp=1, tensor_parallel_size=2)
+    engine.Executor(settings)
+    wrapper = engine.WorkerWrapperBase(settings)
+    wrapper.init_device()
+    wrapper.worker.determine_available_memory()
+    assert len(trials(markers)) == 2
+    wrapper.worker.compile_or_warm_up_model()
+    assert trials(markers) == []
 
 
 def test_switched_off_nothing_happens(engine: Engine, events: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

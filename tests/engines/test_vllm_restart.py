@@ -12,12 +12,17 @@ from pathlib import Path
 
 import pytest
 
+from engine_loader.compile_cache.process.job import Job
+from engine_loader.compile_cache.process.operations import perform
+from engine_loader.compile_cache.verdict.explain import last_key
+from engine_loader.settings import CompileCacheSettings
 from tests.support.moto_server import MotoServer
 from tests.support.tiny_models import make_model
 from tests.support.vllm_server import VllmServer
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(2400)]
 
+START_TIMEOUT_S = 700.0  # compiling on a busy machine takes minutes
 PROMPT = "Once upon a time"
 DONE = ("compile cache: saved", "compile cache: nothing new to save", "nothing was saved")
 NO_COMPILATION = ("Directly load AOT compilation from path",)
@@ -51,6 +56,12 @@ class Fleet:
         self.store = directory / "store"
         self.model = make_model("llama", directory / "llama", shards=2)
         self.machines = 0
+        self.log = directory / "none"
+
+    @property
+    def last_log(self) -> str:
+        """All that the last server printed, also of one that never served."""
+        return self.log.read_text(errors="replace")
 
     def start(
         self,
@@ -78,7 +89,10 @@ class Fleet:
             "ENGINE_LOADER_COMPILE_CACHE__DIRECTORY": str(directory or self.store),
             **variables,
         }
-        with VllmServer(self.model, *args, env=env, eager=eager) as server:
+        self.log = machine / "log"
+        with VllmServer(
+            self.model, *args, env=env, eager=eager, start_timeout_s=START_TIMEOUT_S, log_path=self.log
+        ) as server:
             text = server.complete(PROMPT, max_tokens=12)
             deadline = time.monotonic() + 120
             while time.monotonic() < deadline and not any(words in server.log for words in DONE):
@@ -253,3 +267,41 @@ def test_an_engine_starts_though_its_store_hangs(fleet: Fleet, cold: Start) -> N
     )
     assert start.text
     assert "restore_timeout_s" in start.log
+
+
+@pytest.fixture
+def poisoned(fleet: Fleet, cold: Start, tmp_path: Path) -> Path:
+    """A store whose packs are sound and validly made, and whose libraries end the process that loads them."""
+    caches = tmp_path / "vllm"
+    shutil.copytree(fleet.directory / "machine-1" / "vllm", caches, ignore=shutil.ignore_patterns(".engine_loader"))
+    (tmp_path / "poison.c").write_text("__attribute__((constructor)) static void end(void) { __builtin_trap(); }")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", "poison.so", "poison.c"], cwd=tmp_path, check=True)
+    # Kernels alone: where a library by which inductor tries the CPU fails, it generates other code.
+    libraries = list(caches.rglob("*.main.so"))
+    assert libraries
+    for library in libraries:
+        library.chmod(0o700)
+        shutil.copyfile(tmp_path / "poison.so", library)
+    key = last_key(fleet.directory / "machine-1" / "vllm")
+    assert key is not None
+    settings = CompileCacheSettings(directory=str(tmp_path / "store"), min_store_free_bytes=0)
+    saved = perform(Job("save", "vllm", key, {"vllm": str(caches)}), settings)
+    assert saved.status == "saved", saved
+    return tmp_path / "store"
+
+
+def test_a_restored_start_that_crashes_once_is_followed_by_one_that_serves(
+    fleet: Fleet, cold: Start, poisoned: Path
+) -> None:
+    with pytest.raises(RuntimeError, match="before it was ready") as crash:
+        fleet.start("--load-format", "b10_3fs", directory=poisoned)
+    assert "compile cache: restored" in fleet.last_log, crash.value
+    store = {path.name for path in poisoned.rglob("*.tar.zst")}
+    start = fleet.start("--load-format", "b10_3fs", directory=poisoned, again=fleet.machines)
+    assert start.text == cold.text
+    assert start.restored == 0
+    (digest,) = (path.name.removeprefix("suspect-") for path in poisoned.rglob("suspect-*"))
+    assert f"{digest}.tar.zst" in store  # what a crashed engine leaves is not saved
+    line = warning(start, "the last engine here ended before it was ready")
+    assert digest in line
+    assert "compile cache: saved" in start.log  # what it compiled takes the place of the poison

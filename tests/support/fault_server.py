@@ -231,9 +231,10 @@ def _handler(server: FaultServer) -> type[BaseHTTPRequestHandler]:
             below = [key for key in keys if key.startswith(prefix)]
             items = "".join(
                 f"<Contents><Key>{key}</Key><LastModified>2024-01-01T00:00:00.000Z</LastModified>"
-                f"<Size>{len(server.objects[f'{bucket}/{key}'])}</Size></Contents>"
+                f"<Size>{len(server.objects[f'{bucket}/{key}'])}</Size>"
+                f"<ETag>{tag_of(server.objects[f'{bucket}/{key}'])}</ETag></Contents>"
                 for key in below
-                if "/" not in key.removeprefix(prefix)
+                if "delimiter" not in request.query or "/" not in key.removeprefix(prefix)
             )
             text = f"<ListBucketResult><IsTruncated>false</IsTruncated>{items}</ListBucketResult>"
             self._send(200, {"Content-Type": "application/xml"}, text.encode(), answer)

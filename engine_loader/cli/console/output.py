@@ -8,9 +8,22 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from ...escaping import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+__all__ = [
+    "byte_progress_bar",
+    "console",
+    "print_error",
+    "print_json",
+    "print_warning",
+    "printable",
+    "progress_bar",
+    "table",
+]
 
 # rich folds lines at 80 columns if the output is not a terminal; with this width nothing is folded.
 _PIPE_COLUMNS = 10_000
@@ -43,14 +56,6 @@ def print_json(value: Any) -> None:
     """Print a value as indented JSON on stdout."""
     # ASCII only: a file's name may hold bytes that are not text.
     print(json.dumps(value, indent=2))
-
-
-def printable(text: str, *, lines: bool = False) -> str:
-    """``text`` with control characters and others that are not printable escaped: names in files come from outside."""
-    return "".join(
-        char if char.isprintable() or (lines and char == "\n") else char.encode("unicode_escape").decode()
-        for char in text
-    )
 
 
 def table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]], right: Iterable[int] = (1, 2)) -> Table:
@@ -93,3 +98,13 @@ def byte_progress_bar() -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def plain_table(columns: list[str], rows: list[list[str]]) -> Table:
+    """A table of texts from outside, each as ``printable`` has it, all aligned to the left."""
+    from rich.table import Table
+
+    made = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        made.add_row(*map(printable, row))
+    return made

@@ -27,9 +27,10 @@ def check_compile_cache() -> Iterator[Finding]:
         packs = list(store.list())
         if Path(store.description).exists():
             trust.check_store(Path(store.description))
-        signed = "signed" if trust.secret is not None else "trusted by owner" if not trust.anyone else "from anyone"
         size = mib(sum(pack.size for pack in packs))
-        yield Finding(_AREA, "store", "ok", f"{store.description} ({len(packs)} packs, {size}, {signed})")
+        yield Finding(_AREA, "store", "ok", f"{store.description} ({len(packs)} packs, {size}, {trust.describe()})")
+        for warning in trust.warnings:
+            yield Finding(_AREA, "trust", "warn", warning, "see docs/security.md")
     except (OSError, CacheError) as error:
         yield Finding(
             _AREA, "store", "warn", str(error), "engines start without a compile cache until this is repaired"

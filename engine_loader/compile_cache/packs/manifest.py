@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ..cache_errors import CacheValidationError
+from ..host.groups import HostGroup
 from ..key import CacheKey
 from .tar import header, padding
 
-FORMAT = 1
+FORMAT = 2
 MOST_FILES = 1_000_000
 MOST_BYTES = 1 << 40
 MOST_FRAME_BYTES = 1 << 33
 MOST_PATH_CHARS = 1024
+ANY_HOST = -1
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+ANY_HOST = -1
 
 
 class PackedFile(NamedTuple):
@@ -32,6 +38,7 @@ class PackedFile(NamedTuple):
         frame: which frame holds it.
         offset: where in that frame's decompressed bytes the tar header begins.
         link: the target if it is a symbolic link, else empty.
+        host: index of the manifest's host group that the file holds for; ANY_HOST: for any.
     """
 
     path: str
@@ -42,6 +49,7 @@ class PackedFile(NamedTuple):
     frame: int
     offset: int
     link: str = ""
+    host: int = ANY_HOST
 
     @property
     def root(self) -> str:
@@ -73,6 +81,8 @@ class Manifest:
         roots: name of a cache -> its directory where the pack was made (Triton's files name it).
         factors: path of a `cache_key_factors.json` -> the engine's own account of its key.
         replaces: names of the packs whose files are all in this one (it is a compaction).
+        hosts: groups of host facts that files depend on; the files' ``host`` points into them.
+        generation: counts up where the name of an equal pack is taken by a damaged one.
     """
 
     key: CacheKey
@@ -83,6 +93,22 @@ class Manifest:
     roots: Mapping[str, str] = field(default_factory=dict)
     factors: Mapping[str, Any] = field(default_factory=dict)
     replaces: tuple[str, ...] = ()
+    hosts: tuple[HostGroup, ...] = ()
+    generation: int = 0
+
+    @property
+    def digest(self) -> str:
+        """The digest of the content, which names the pack: equal for equal files of a key, whoever saves them."""
+        return content_digest(self.key, self.files, [group.hash for group in self.hosts], self.generation)
+
+    def host_of(self, file: PackedFile) -> str:
+        """The hash of the host group that a file holds for; empty: for any."""
+        return "" if file.host == ANY_HOST else self.hosts[file.host].hash
+
+    @property
+    def frames_bytes(self) -> int:
+        """Where the last frame ends in the pack."""
+        return self.frames[-1].offset + self.frames[-1].size if self.frames else 0
 
     @property
     def content_bytes(self) -> int:
@@ -98,6 +124,8 @@ class Manifest:
             "roots": dict(self.roots),
             "factors": dict(self.factors),
             "replaces": list(self.replaces),
+            "hosts": self.hosts,
+            "generation": self.generation,
             "frames": self.frames,
             "files": self.files,
         }
@@ -124,10 +152,12 @@ class Manifest:
                 roots={str(name): str(path) for name, path in value["roots"].items()},
                 factors=dict(value["factors"]),
                 replaces=tuple(map(str, value["replaces"])),
+                hosts=tuple(_host(row) for row in value["hosts"]),
+                generation=int(value["generation"]),
                 frames=tuple(_frame(row) for row in value["frames"]),
                 files=tuple(_file(row) for row in value["files"]),
             )
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise CacheValidationError(
                 f"{location}: its manifest cannot be read: {type(error).__name__}: {error}"
             ) from None
@@ -144,14 +174,16 @@ class Manifest:
         """
         if len(self.files) > MOST_FILES or self.content_bytes > MOST_BYTES:
             raise CacheValidationError(f"{location}: too large: {len(self.files)} files, {self.content_bytes} bytes")
-        seen: set[str] = set()
+        seen: set[tuple[str, int]] = set()
         for file in self.files:
             if reason := _unsafe(file):
                 raise CacheValidationError(f"{location}: {reason}")
-            if file.path in seen:
+            if not ANY_HOST <= file.host < len(self.hosts):
+                raise CacheValidationError(f"{location}: {file.path!r} is for a host that the manifest does not name")
+            if (file.path, file.host) in seen:
                 raise CacheValidationError(f"{location}: the path {file.path!r} is there twice")
-            seen.add(file.path)
-        self._check_nesting(seen, location)
+            seen.add((file.path, file.host))
+        self._check_nesting({path for path, _ in seen}, location)
         self._check_frames(location)
 
     def _check_nesting(self, paths: set[str], location: str) -> None:
@@ -179,6 +211,20 @@ class Manifest:
                     f"{location}: the frame at byte {frame.offset} does not hold what its files need"
                 )
             position += frame.size
+
+
+def content_digest(key: CacheKey, files: Iterable[tuple[Any, ...]], hosts: list[str], generation: int = 0) -> str:
+    """The digest over what a pack holds, without times, frames and who made it.
+
+    Args:
+        files: rows of a manifest.
+        hosts: hashes of the host groups that the rows point into.
+    """
+    rows = sorted(
+        (row[0], row[1], row[3], row[4], row[7], "" if row[8] == ANY_HOST else hosts[row[8]]) for row in files
+    )
+    value = {"format": FORMAT, "key": key.to_json(), "generation": generation, "files": rows}
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _unsafe(file: PackedFile) -> str | None:
@@ -220,30 +266,41 @@ def _is_plain(path: str) -> bool:
 
 
 def unsafe_link(path: str, target: str) -> str | None:
-    """Why a symbolic link in a pack is refused, or None: it must stay in its cache."""
+    """Why a symbolic link in a pack is refused, or None.
+
+    It may only point into its own directory or further down. So no chain of links leaves that directory, whatever
+    they are to each other, in this pack or in another.
+    """
     if target.startswith("/"):
         return "its target is absolute"
     if not _is_plain(target) or len(target) > MOST_PATH_CHARS:
         return "its target is no path"
-    depth = path.count("/") - 1  # directories between the root of the cache and the link
-    for part in target.split("/"):
-        depth += -1 if part == ".." else 0 if part in ("", ".") else 1
-        if depth < 0:
-            return "it leaves its cache"
+    if path.count("/") < 1 or ".." in target.split("/"):
+        return "it leaves its directory"
     return None
 
 
 def _file(row: Any) -> PackedFile:
     file = PackedFile(*row)
-    numbers = (file.size, file.mtime_ns, file.mode, file.frame, file.offset)
+    numbers = (file.size, file.mtime_ns, file.mode, file.frame, file.offset, file.host + 1)
     texts = (file.path, file.sha256, file.link)
     if not all(type(value) is int and 0 <= value < 1 << 63 for value in numbers):
+        raise ValueError(f"a file's row is {row!r}")
+    if type(file.host) is not int or file.host < ANY_HOST:
         raise ValueError(f"a file's row is {row!r}")
     if not all(type(text) is str for text in texts):
         raise ValueError(f"a file's row is {row!r}")
     if not (file.link and not file.sha256) and not _SHA256.fullmatch(file.sha256):
         raise ValueError(f"a file's digest is {file.sha256!r}")
     return file
+
+
+def _host(row: Any) -> HostGroup:
+    digest, parts = row
+    group = HostGroup.of({str(name): str(text) for name, text in parts})
+    if digest != group.hash:
+        raise ValueError(f"the host group {digest!r} has the parts of another")
+    return group
 
 
 def _frame(row: Any) -> Frame:

@@ -1,250 +1,248 @@
 """A pack: a tar archive in zstd frames, whose last frame holds the manifest.
 
-    frame 0 | frame 1 | … | end of archive | skippable frame: manifest (zstd), HMAC, length, magic
+    frame 0 | frame 1 | … | end of archive | skippable frame: manifest (zstd) | signature block | trailer
+    trailer: SHA-256 of the compressed manifest, its size (8 bytes), the block's size (4 bytes), magic
 
 Each frame holds whole files, so frames are made and unpacked by several threads, and a reader fetches only those that
-it needs. The manifest holds a digest of every frame, the tag is over the manifest, and the pack's name is the digest
-of the manifest: whoever vouches for the manifest vouches for every byte. Nothing is decompressed before its digest was
-found right. `zstd -d < pack | tar t` lists the files.
+it needs. The signature covers the store's name, the pack's name, and the manifest's digest; the manifest holds a digest
+of every frame: whoever vouches for the manifest vouches for every byte. Nothing is decompressed before its digest was
+found right, and the signature is verified before the manifest is fetched. The pack's name is the digest of its content
+(``Manifest.digest``), so equal saves are one pack. `zstd -d < pack | tar t` lists the files.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
+import json
 import struct
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import zstandard
 
-from ..cache_errors import CacheOperationInterrupted, CacheValidationError
-from ..key import CacheKey
-from ..space import mib
-from ..stores.interface import SUFFIX, Readable, Store, Stored, Upload
-from ..trust import TAG_BYTES, Trust
+from ..cache_errors import CacheValidationError
+from ..stores.interface import Readable, Store, Stored, Upload
+from ..stores.object_names import SUFFIX
+from ..trust import Trust
+from ..trust.signatures import MOST_BLOCK_BYTES
 from . import tar
-from .manifest import Frame, Manifest, PackedFile
-from .scan import LocalFile
+from .manifest import FORMAT, Frame, Manifest
 
-FRAME_BYTES = 8 << 20
-"""Content that is put into one frame; a larger file has a frame of its own."""
-_MAGIC = b"ELPACK01"
+_MAGIC = b"ELPACK02"
+_OTHER_FORMATS = {b"ELPACK01"}
 _SKIPPABLE = struct.Struct("<II")
 _SKIPPABLE_MAGIC = 0x184D2A5E
-_TRAILER = struct.Struct(f"<{TAG_BYTES}sQ8s")
+_TRAILER = struct.Struct("<32sQI8s")
+SMALL_BYTES = 256 << 10
+"""Packs up to this size are fetched and kept in the index as a whole."""
+_FIRST_READ_BYTES = 64 << 10  # most manifests come with the first read
+_MOST_TEXT_BYTES = 32 << 20
 _MOST_MANIFEST_BYTES = 1 << 28
-LARGEST_FILE_BYTES = 1 << 32
-"""Files of this size and more are not packed."""
-
-_T = TypeVar("_T")
-_R = TypeVar("_R")
+MOST_AHEAD_S = 86400.0
+"""A pack that was made so much later than the store's time is refused: its saver's clock was wrong."""
 
 
 @dataclass(frozen=True)
 class Pack:
-    """A pack in a store whose manifest was verified."""
+    """A pack in a store whose manifest was verified.
+
+    Attributes:
+        by_signer: whether the key has signed it that signs now, and not an older one.
+    """
 
     stored: Stored
     manifest: Manifest
+    tail: bytes = field(default=b"", repr=False, compare=False)
+    """Everything behind the frames, as it lies in the store."""
+    whole: bytes = field(default=b"", repr=False, compare=False)
+    """All of a small pack, where it is at hand."""
+    by_signer: bool = True
 
 
-class FileChanged(Exception):
-    """A file was changed or removed while it was being packed: it is left for the next save."""
+class EndReader:
+    """A pack of which the end, or all, is at hand."""
+
+    def __init__(self, stored: Stored, end: bytes) -> None:
+        self.size = stored.size
+        self._end = end
+        self._begin = stored.size - len(end)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the pack is at hand."""
+        return self._begin == 0
+
+    def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
+        return
+
+    def read(self, offset: int, size: int) -> bytes:
+        # The first read is of a guessed size: what lies before the end is not looked at.
+        missing = min(max(self._begin - offset, 0), size)
+        begin = offset + missing - self._begin
+        content = bytes(missing) + self._end[begin : begin + size - missing]
+        if len(content) != size:
+            raise OSError("less than the end of the pack is at hand")
+        return content
 
 
-def write_pack(
-    store: Store,
-    describe: Callable[[tuple[PackedFile, ...], tuple[Frame, ...]], Manifest],
-    key: CacheKey,
-    files: Sequence[LocalFile],
-    trust: Trust,
-    *,
-    threads: int,
-    level: int,
-    most_bytes: int,
-) -> Pack | None:
-    """Pack ``files`` into the store; None when none of them could be read.
+class DamagedFrameError(CacheValidationError):
+    """The bytes of a frame are not those that the pack's manifest names; the pack's other frames may be sound."""
+
+
+def finish_pack(upload: Upload, store: Store, manifest: Manifest, trust: Trust, avoid: Collection[str] = ()) -> Pack:
+    """Write what follows the frames, and make the pack visible.
+
+    Args:
+        avoid: digests that name other packs than this one, which a reader refuses: the next generation is written.
 
     Raises:
-        CacheOperationInterrupted: the pack would be larger than ``most_bytes``, or there is no room for it.
-        OSError: the store fails.
+        CacheValidationError: this node cannot sign, or the pack is on the deny-list.
     """
-    packed: list[PackedFile] = []
-    frames: list[Frame] = []
-    position = 0
-    with store.upload(key.prefix) as upload:
-        for content, raw_size, members in _in_order(lambda group: _make_frame(group, level), _grouped(files), threads):
-            if not members:
-                continue
-            frames.append(Frame(position, len(content), raw_size, hashlib.sha256(content).hexdigest()))
-            packed += [member._replace(frame=len(frames) - 1) for member in members]
-            position += len(content)
-            if position > most_bytes:
-                raise CacheOperationInterrupted(
-                    f"the pack would be larger than {mib(most_bytes)}; "
-                    "raise compile_cache.max_pack_bytes (MAX_CACHE_SIZE_MB)"
-                )
-            upload.write(content)
-        if not packed:
-            return None
-        return finish_pack(upload, describe(tuple(packed), tuple(frames)), position, trust)
-
-
-def finish_pack(upload: Upload, manifest: Manifest, frames_bytes: int, trust: Trust) -> Pack:
-    """Write what follows the frames, and make the pack visible."""
-    tail, digest = _tail(manifest, trust)
-    upload.write(tail)
+    digest = manifest.digest
+    trust.check_pack(digest, manifest.created, f"the new pack {digest}", now=store.known_time())
+    while digest in avoid:
+        manifest = replace(manifest, generation=manifest.generation + 1)
+        digest = manifest.digest
+        trust.check_pack(digest, manifest.created, f"the new pack {digest}", now=store.known_time())
     name = f"{manifest.key.prefix}/{digest}{SUFFIX}"
+    tail = make_tail(manifest.to_json(), store.name, name, trust)
+    upload.write(tail)
     upload.commit(name)
-    return Pack(Stored(name, frames_bytes + len(tail), manifest.created), manifest)
+    # Without the tail: where the name existed, another one lies in the store.
+    return Pack(Stored(name, manifest.frames_bytes + len(tail), manifest.created), manifest)
 
 
-def compress_members(content: bytes, members: list[PackedFile], level: int) -> tuple[bytes, int, list[PackedFile]]:
-    """A new frame with some of the files of a frame's ``content``, its size before compression, and its files."""
-    parts: list[bytes] = []
-    moved: list[PackedFile] = []
-    end = 0
-    for file in members:
-        size = len(file.head()) + file.size + tar.padding(file.size)
-        parts.append(content[file.offset : file.offset + size])
-        moved.append(file._replace(offset=end))
-        end += size
-    return _local.compressor(level).compress(b"".join(parts)), end, moved
-
-
-def _tail(manifest: Manifest, trust: Trust) -> tuple[bytes, str]:
-    """What follows the frames, and the digest that names the pack."""
-    text = zstandard.ZstdCompressor(level=3).compress(manifest.to_json())
-    tag = trust.sign(text)
-    trailer = _TRAILER.pack(tag, len(text), _MAGIC)
+def make_tail(manifest: bytes, store_name: str, pack_name: str, trust: Trust) -> bytes:
+    """What follows the frames of a pack, with its manifest as JSON."""
+    text = zstandard.ZstdCompressor(level=3).compress(manifest)
+    digest = hashlib.sha256(text).digest()
+    block = trust.sign(_signed(store_name, pack_name, digest, len(text)), store=store_name)
+    trailer = _TRAILER.pack(digest, len(text), len(block), _MAGIC)
     end = zstandard.ZstdCompressor().compress(tar.END)
-    head = _SKIPPABLE.pack(_SKIPPABLE_MAGIC, len(text) + len(trailer))
-    return end + head + text + trailer, hashlib.sha256(text).hexdigest()
+    head = _SKIPPABLE.pack(_SKIPPABLE_MAGIC, len(text) + len(block) + len(trailer))
+    return end + head + text + block + trailer
 
 
-def _grouped(files: Sequence[LocalFile]) -> Iterator[list[LocalFile]]:
-    group: list[LocalFile] = []
-    size = 0
-    for file in files:
-        if file.size >= LARGEST_FILE_BYTES:  # it has grown since
-            continue
-        if group and size + file.size > FRAME_BYTES:
-            yield group
-            group, size = [], 0
-        group.append(file)
-        size += file.size + 2 * tar.BLOCK
-    if group:
-        yield group
-
-
-def _make_frame(group: list[LocalFile], level: int) -> tuple[bytes, int, list[PackedFile]]:
-    """The compressed frame, its size before that, and its files. Files that change meanwhile are left out."""
-    heads = [tar.header(file.path, file.size, file.mtime_ns, file.mode, file.link) for file in group]
-    room = bytearray(
-        sum(len(head) + file.size + tar.padding(file.size) for head, file in zip(heads, group, strict=True))
-    )
-    view = memoryview(room)
-    members: list[PackedFile] = []
-    end = 0
-    for head, file in zip(heads, group, strict=True):
-        content = view[end + len(head) : end + len(head) + file.size]
-        try:
-            if not file.link:
-                _read_into(content, file)
-        except (FileChanged, OSError):
-            continue
-        view[end : end + len(head)] = head
-        digest = "" if file.link else hashlib.sha256(content).hexdigest()
-        members.append(PackedFile(file.path, file.size, file.mtime_ns, file.mode, digest, 0, end, file.link))
-        pad = tar.padding(file.size)
-        end += len(head) + file.size
-        view[end : end + pad] = bytes(pad)  # a file that was left out may have left something there
-        end += pad
-    if not members:
-        return b"", 0, []
-    return _local.compressor(level).compress(view[:end]), end, members
-
-
-def _read_into(room: memoryview, file: LocalFile) -> None:
-    descriptor = os.open(file.local, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        done = 0
-        while done < len(room):
-            count = os.readv(descriptor, [room[done:]])
-            if not count:
-                raise FileChanged(file.path)
-            done += count
-        facts = os.fstat(descriptor)
-        if facts.st_size != file.size or facts.st_mtime_ns != file.mtime_ns:
-            raise FileChanged(file.path)
-    finally:
-        os.close(descriptor)
+def _signed(store_name: str, pack_name: str, digest: bytes, size: int) -> bytes:
+    """What a signature covers: the manifest, and which pack of which store it is."""
+    return json.dumps([FORMAT, store_name, pack_name, digest.hex(), size], separators=(",", ":")).encode()
 
 
 def read_manifest(store: Store, stored: Stored, key_prefix: str, trust: Trust) -> Pack:
     """Read a pack's manifest and verify it.
 
     Raises:
-        CacheValidationError: damaged, cut short, forged, unsigned, or of another key.
+        CacheValidationError: damaged, cut short, forged, unsigned, denied, too old, of another key or store, or made
+            in the future.
         OSError: the store fails, or the pack is gone.
     """
-    location = f"{store.description}/{stored.name}"
     with store.open(stored.name) as file:
-        text, tag, tail_offset = _read_tail(file, location)
-    trust.verify(text, tag, location)
-    if hashlib.sha256(text).hexdigest() != stored.digest:
-        raise CacheValidationError(f"{location}: refused: its content does not match its name")
+        if 0 < file.size == stored.size <= SMALL_BYTES:
+            file = EndReader(stored, file.read(0, file.size))
+        return verified_pack(store, file, stored, key_prefix, trust)
+
+
+@contextmanager
+def open_pack(store: Store, pack: Pack) -> Iterator[Readable]:
+    """A pack for reading its frames: from memory where it is there."""
+    if pack.whole:
+        yield EndReader(pack.stored, pack.whole)
+        return
+    with store.open(pack.stored.name) as file:
+        yield file
+
+
+def verified_pack(store: Store, file: Readable, stored: Stored, key_prefix: str, trust: Trust) -> Pack:
+    """The pack whose end ``file`` holds. Raises as ``read_manifest``."""
+    location = f"{store.description}/{stored.name}"
+    text, begin, by_signer = _read_text(file, store.name, stored.name, trust, location)
     manifest = Manifest.from_json(
         decompress(text, _content_size(text, location, _MOST_MANIFEST_BYTES), location), location
     )
     if manifest.key.prefix != key_prefix:
         raise CacheValidationError(f"{location}: refused: it is a pack of another key, {manifest.key.prefix}")
-    _check_end(store, stored, manifest, tail_offset, location)
-    return Pack(stored, manifest)
+    if manifest.digest != stored.digest:
+        raise CacheValidationError(f"{location}: refused: its content does not match its name")
+    if (ahead_s := manifest.created - store.known_time()) > MOST_AHEAD_S:
+        raise CacheValidationError(
+            f"{location}: refused: it was made in the future, on a machine whose clock was wrong: its time is "
+            f"{ahead_s:.0f} s after the store's"
+        )
+    trust.check_pack(stored.digest, manifest.created, location, now=store.known_time())
+    frames_end = manifest.frames_bytes
+    between = begin - frames_end
+    if not 0 < between < tar.BLOCK:
+        raise CacheValidationError(f"{location}: refused: there is something in it that its manifest does not name")
+    tail = file.read(frames_end, file.size - frames_end)
+    _check_end(tail[:between], location)
+    return Pack(stored, manifest, tail, _whole(file, manifest), by_signer)
 
 
-def _read_tail(file: Readable, location: str) -> tuple[bytes, bytes, int]:
-    """The compressed manifest, its tag, and where what follows the frames ends."""
-    if file.size < _TRAILER.size + _SKIPPABLE.size:
+def _whole(file: Readable, manifest: Manifest) -> bytes:
+    """All of a pack, where it is in memory and undamaged."""
+    if not isinstance(file, EndReader) or not file.is_whole:
+        return b""
+    content = file.read(0, file.size)
+    sound = all(
+        hashlib.sha256(content[frame.offset : frame.offset + frame.size]).hexdigest() == frame.sha256
+        for frame in manifest.frames
+    )
+    return content if sound else b""
+
+
+def _read_text(file: Readable, store_name: str, pack_name: str, trust: Trust, location: str) -> tuple[bytes, int, bool]:
+    """The compressed manifest, where what follows the frames' end begins, and whether the key that signs now has signed
+    it. A signature that is wrong costs one small read.
+    """
+    least = _TRAILER.size + _SKIPPABLE.size
+    if file.size < least:
         raise CacheValidationError(f"{location}: refused: it is cut short ({file.size} bytes)")
-    guess = min(file.size, 64 << 10)  # most manifests come with the first read
+    guess = min(file.size, _FIRST_READ_BYTES)
     end = file.read(file.size - guess, guess)
-    tag, length, magic = _TRAILER.unpack(end[-_TRAILER.size :])
-    begin = file.size - _TRAILER.size - length - _SKIPPABLE.size
-    if magic != _MAGIC or length > _MOST_MANIFEST_BYTES or begin < 0:
+    digest, length, block_size, magic = _TRAILER.unpack(end[-_TRAILER.size :])
+    begin = file.size - _TRAILER.size - block_size - length - _SKIPPABLE.size
+    if magic in _OTHER_FORMATS:
+        raise CacheValidationError(f"{location}: refused: it has the format of another version, {magic.decode()}")
+    if magic != _MAGIC or length > _MOST_TEXT_BYTES or block_size > MOST_BLOCK_BYTES or begin < 0:
         raise CacheValidationError(f"{location}: refused: it is no pack, or is cut short")
+    block = end[-_TRAILER.size - block_size : -_TRAILER.size]
+    trust.verify(_signed(store_name, pack_name, digest, length), block, location, store=store_name)
     wanted = file.size - begin
     whole = end[-wanted:] if wanted <= guess else file.read(begin, wanted - guess) + end
-    if _SKIPPABLE.unpack(whole[: _SKIPPABLE.size]) != (_SKIPPABLE_MAGIC, length + _TRAILER.size):
+    if _SKIPPABLE.unpack(whole[: _SKIPPABLE.size]) != (_SKIPPABLE_MAGIC, wanted - _SKIPPABLE.size):
         raise CacheValidationError(f"{location}: refused: the frame of its manifest is damaged")
-    return whole[_SKIPPABLE.size : -_TRAILER.size], tag, begin
+    text = whole[_SKIPPABLE.size : _SKIPPABLE.size + length]
+    if hashlib.sha256(text).digest() != digest:
+        raise CacheValidationError(f"{location}: refused: its manifest is damaged or was changed")
+    return text, begin, trust.is_by_signer(block)
 
 
-def _check_end(store: Store, stored: Stored, manifest: Manifest, tail_offset: int, location: str) -> None:
+def _check_end(between: bytes, location: str) -> None:
     """Between the last frame and the manifest stands the end of the archive, and nothing else."""
-    frames_end = manifest.frames[-1].offset + manifest.frames[-1].size if manifest.frames else 0
-    between = tail_offset - frames_end
-    if 0 < between < tar.BLOCK:
-        with store.open(stored.name) as file:
-            if file.read(frames_end, between) == zstandard.ZstdCompressor().compress(tar.END):
-                return
-            content = file.read(frames_end, between)
-        if decompress(content, len(tar.END), location) == tar.END:  # another version of zstd made it
+    if between != zstandard.ZstdCompressor().compress(tar.END):
+        if decompress(between, len(tar.END), location) == tar.END:  # another version of zstd made it
             return
-    raise CacheValidationError(f"{location}: refused: there is something in it that its manifest does not name")
+        raise CacheValidationError(f"{location}: refused: there is something in it that its manifest does not name")
+
+
+def read_compressed(file: Readable, frame: Frame, location: str) -> bytes:
+    """A frame as it lies in the pack, verified.
+
+    Raises:
+        DamagedFrameError: its digest is not the one in the manifest.
+        OSError: the store fails.
+    """
+    content = file.read(frame.offset, frame.size)
+    if hashlib.sha256(content).hexdigest() != frame.sha256:
+        raise DamagedFrameError(f"{location}: refused: the frame at byte {frame.offset} is damaged or was changed")
+    return content
 
 
 def read_frame(file: Readable, frame: Frame, location: str) -> bytes:
-    """A frame's content, verified before it is decompressed."""
-    content = file.read(frame.offset, frame.size)
-    if hashlib.sha256(content).hexdigest() != frame.sha256:
-        raise CacheValidationError(f"{location}: refused: the frame at byte {frame.offset} is damaged or was changed")
-    return decompress(content, frame.raw_size, location)
+    """A frame's content, verified before it is decompressed. Raises as ``read_compressed`` and ``decompress``."""
+    return decompress(read_compressed(file, frame, location), frame.raw_size, location)
 
 
 def decompress(content: bytes, size: int, location: str) -> bytes:
@@ -275,13 +273,7 @@ def _content_size(content: bytes, location: str, most: int) -> int:
 
 
 class _PerThread(threading.local):
-    """zstd's contexts, one of each kind a thread: they are slow to make, and must not be shared between threads."""
-
-    def compressor(self, level: int) -> zstandard.ZstdCompressor:
-        made: dict[int, zstandard.ZstdCompressor] = self.__dict__.setdefault("made", {})
-        if level not in made:
-            made[level] = zstandard.ZstdCompressor(level=level, write_content_size=True)
-        return made[level]
+    """zstd's context, one a thread: it is slow to make, and must not be shared between threads."""
 
     def decompressor(self) -> zstandard.ZstdDecompressor:
         if "reader" not in self.__dict__:
@@ -290,18 +282,3 @@ class _PerThread(threading.local):
 
 
 _local = _PerThread()
-
-
-def _in_order(do: Callable[[_T], _R], items: Iterable[_T], threads: int) -> Iterator[_R]:
-    """``map`` by several threads with a bounded number of results that wait."""
-    waiting: deque[Future[_R]] = deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="compile-cache") as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(do, item))
-                if len(waiting) > 2 * threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)

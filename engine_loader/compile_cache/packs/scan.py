@@ -1,15 +1,24 @@
-"""Which files the local caches hold."""
+"""Which files the local caches hold.
+
+A save signs what it finds here, for the whole fleet. So a cache is walked by descriptors, no link is followed, and
+only what this user or root alone could have written is taken.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from ..directories import CacheRoot
+from ..ownership import open_to_others
+from .layouts import made_by_compiler
+
+_MOST_LINKS = 8
 
 
 class LocalFile(NamedTuple):
@@ -20,6 +29,7 @@ class LocalFile(NamedTuple):
         local: where it is.
         ctime_ns: when it was put there, which its mtime need not say.
         link: the target if it is a symbolic link, else empty.
+        identity: device, inode and time of the last change; None where they are not known.
     """
 
     path: str
@@ -29,36 +39,152 @@ class LocalFile(NamedTuple):
     ctime_ns: int
     mode: int
     link: str = ""
+    identity: tuple[int, int, int] | None = None
 
 
-def scan(roots: Iterable[CacheRoot], directories: Mapping[str, Path]) -> list[LocalFile]:
-    """All files that may be packed, sorted by path. Files that are deleted meanwhile are left out."""
+def scan(
+    roots: Iterable[CacheRoot],
+    directories: Mapping[str, Path],
+    messages: list[str] | None = None,
+    *,
+    made: Callable[[str, str], bool] = made_by_compiler,
+) -> list[LocalFile]:
+    """All files that may be packed, sorted by path. Files that are deleted meanwhile are left out.
+
+    Args:
+        roots: the caches to look at.
+        directories: name of a cache -> where it is here.
+        messages: gets one for each cache of which something is left because others could have written it.
+        made: whether a path of a cache is one that its compiler makes.
+    """
     found: list[LocalFile] = []
     for root in roots:
         if root.name in directories:
-            found += _below(root, directories[root.name], "")
+            walk = _Walk(root, directories[root.name], made)
+            found += walk.files()
+            if messages is not None:
+                messages += walk.messages()
     return sorted(found)
 
 
-def _below(root: CacheRoot, directory: Path, relative: str) -> Iterator[LocalFile]:
-    try:
-        entries = list(os.scandir(os.path.join(directory, relative)))
-    except OSError:
+def open_unchanged(file: LocalFile) -> int:
+    """A descriptor for reading the very file that was scanned.
+
+    Raises:
+        OSError: it cannot be opened, or another file is in its place.
+    """
+    descriptor = os.open(file.local, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    facts = os.fstat(descriptor)
+    # An inode's number is used again when its file is gone; the time of its last change then tells.
+    if file.identity is not None and file.identity != (facts.st_dev, facts.st_ino, facts.st_ctime_ns):
+        os.close(descriptor)
+        raise OSError(errno.ESTALE, "it was replaced while it was being saved", file.local)
+    return descriptor
+
+
+class _Walk:
+    """One cache, from its directory downwards."""
+
+    def __init__(self, root: CacheRoot, directory: Path, made: Callable[[str, str], bool]) -> None:
+        self._root = root
+        self._directory = directory
+        self._made = made
+        self._refused: list[str] = []
+
+    def files(self) -> Iterator[LocalFile]:
+        with suppress(OSError), _opened(self._directory, self._refuse) as descriptor:
+            if descriptor >= 0:
+                yield from self._below(descriptor, "")
+
+    def messages(self) -> list[str]:
+        if not self._refused:
+            return []
+        more = f" (and {len(self._refused) - 1} more)" if len(self._refused) > 1 else ""
+        return [f"the cache {self._root.name}: not saved: {self._refused[0]}{more}; close it (`chmod -R go-w`)"]
+
+    def _refuse(self, path: str, reason: str) -> None:
+        self._refused.append(f"{os.path.join(self._directory, path)}: {reason}")
+
+    def _below(self, descriptor: int, relative: str) -> Iterator[LocalFile]:
+        """What lies in an opened directory that nobody else may write."""
+        with os.scandir(descriptor) as listing:
+            entries = list(listing)
+        for entry in entries:
+            path = f"{relative}{entry.name}"
+            with suppress(OSError):
+                facts = entry.stat(follow_symlinks=False)
+                if stat.S_ISDIR(facts.st_mode):
+                    yield from self._enter(descriptor, entry.name, path)
+                elif self._is_taken(path, facts):
+                    link = os.readlink(entry.name, dir_fd=descriptor) if stat.S_ISLNK(facts.st_mode) else ""
+                    yield LocalFile(
+                        f"{self._root.name}/{path}",
+                        os.path.join(self._directory, path),
+                        0 if link else facts.st_size,
+                        facts.st_mtime_ns,
+                        facts.st_ctime_ns,
+                        stat.S_IMODE(facts.st_mode) & 0o777,
+                        link,
+                        (facts.st_dev, facts.st_ino, facts.st_ctime_ns),
+                    )
+
+    def _enter(self, parent: int, name: str, path: str) -> Iterator[LocalFile]:
+        descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        try:
+            if reason := open_to_others(os.fstat(descriptor)):
+                self._refuse(path, reason)
+            else:
+                yield from self._below(descriptor, f"{path}/")
+        finally:
+            os.close(descriptor)
+
+    def _is_taken(self, path: str, facts: os.stat_result) -> bool:
+        if not (stat.S_ISREG(facts.st_mode) or stat.S_ISLNK(facts.st_mode)):
+            return False
+        if not self._root.takes(path) or not self._made(self._root.name, path):
+            return False
+        # A link has no mode of its own: it is 777 everywhere.
+        closed = facts if stat.S_ISREG(facts.st_mode) else _with_mode(facts, 0o600)
+        if reason := open_to_others(closed):
+            self._refuse(path, reason)
+            return False
+        return True
+
+
+def _with_mode(facts: os.stat_result, mode: int) -> os.stat_result:
+    return os.stat_result((mode, *facts[1:]))
+
+
+@contextmanager
+def _opened(directory: Path, refuse: Callable[[str, str], None]) -> Iterator[int]:
+    """A descriptor of a cache's directory; -1 where it is refused. Links there are followed if they are this user's.
+
+    Raises:
+        OSError: there is no such directory.
+    """
+    place = os.fspath(directory)
+    for _ in range(_MOST_LINKS):
+        here = os.open(place, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            facts = os.fstat(here)
+            if not stat.S_ISLNK(facts.st_mode):
+                reason = open_to_others(facts)
+                if reason is None:
+                    descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=here)
+                break
+            if facts.st_uid not in (0, os.geteuid()):
+                reason = f"it is a link of user {facts.st_uid}"
+                break
+            place = os.path.join(os.path.dirname(place), os.readlink("", dir_fd=here))
+        finally:
+            os.close(here)
+    else:
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(directory))
+    if reason is not None:
+        refuse("", reason)
+        yield -1
         return
-    for entry in entries:
-        path = f"{relative}{entry.name}"
-        with suppress(OSError):
-            facts = entry.stat(follow_symlinks=False)
-            if stat.S_ISDIR(facts.st_mode):
-                yield from _below(root, directory, f"{path}/")
-            elif root.takes(path) and (stat.S_ISREG(facts.st_mode) or stat.S_ISLNK(facts.st_mode)):
-                link = os.readlink(entry.path) if stat.S_ISLNK(facts.st_mode) else ""
-                yield LocalFile(
-                    f"{root.name}/{path}",
-                    entry.path,
-                    0 if link else facts.st_size,
-                    facts.st_mtime_ns,
-                    facts.st_ctime_ns,
-                    stat.S_IMODE(facts.st_mode) & 0o777,
-                    link,
-                )
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

@@ -7,18 +7,21 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 from ...settings import CompileCacheSettings
 from ..cache_errors import CacheError, CacheOperationInterrupted, CacheValidationError
-from ..compaction import compact
-from ..packs.key_packs import read_packs
-from ..packs.pack import Pack
+from ..directories import STATE
+from ..packs.key_packs import for_this_host, read_key
 from ..packs.scan import LocalFile, scan
-from ..retention import Policy, prune
+from ..packs.verify import damaged_frames
 from ..stores.interface import Store
 from ..stores.opening import open_store
-from ..trust import Trust
+from ..stores.uses import note_used
+from ..trust import CANNOT_SIGN, Trust
+from ..upkeep.damage import note_damage, noted_damage
+from ..upkeep.suspects import clear_suspects, note_suspects, suspects
 from ..verdict.explain import nearest_in_store, note_verdict
 from ..verdict.judge import judge
 from .job import Job
@@ -26,7 +29,9 @@ from .leftovers import clear_leftovers
 from .locks import held
 from .outcome import Outcome
 from .restore import Restore
-from .save import factors_of, not_in, save
+from .save import Save, SaveOptions, factors_of, not_in
+from .tidy import tidy
+from .trials import Trial, begin_trial, failed_trials
 from .use import noted_uses
 
 _SETTLE_S = 1.0
@@ -65,31 +70,62 @@ def threads_of(settings: CompileCacheSettings) -> int:
     return settings.threads or min(len(os.sched_getaffinity(0)), 32)
 
 
-def policy_of(settings: CompileCacheSettings) -> Policy:
-    """What pruning keeps."""
-    return Policy(settings.keep_days, settings.keep_keys, int(settings.keep_bytes), settings.unfinished_timeout_s)
-
-
 def _restore(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], bool]) -> Outcome:
-    store, trust = open_store(settings)
     paths = job.paths()
     for directory in paths.values():
         clear_leftovers(directory, settings.unfinished_timeout_s)
-    outcome = Restore(
+    suspicion = _after_crashes(job, settings) if job.engine_pid else []
+    if suspicion:
+        return Outcome("suspect", messages=suspicion)
+    store, trust = open_store(settings, job.home() / STATE)
+    trial = begin_trial(job.home(), job.key.prefix, job.engine_pid, job.since_ns)
+    restore = Restore(
         store,
         job.key,
         paths,
         trust,
+        layout=job.ranks(),
         threads=threads_of(settings),
         least_free_bytes=int(settings.min_local_free_bytes),
         may_go_on=may_go_on,
-    ).run()
-    if outcome.in_place and not settings.read_only:
-        for stored in store.list(job.key.prefix):
-            store.mark_used(stored.name)
-    elif outcome.status == "nothing":
-        outcome.notes += nearest_in_store(store, job.key, trust)
+        before_move=trial.add if job.engine_pid else lambda _: None,
+    )
+    outcome = restore.run()
+    outcome.messages += trust.warnings
+    with suppress(OSError):  # the save behind it then relies on manifests alone
+        note_damage(job.home(), store.description, restore.refused.frames)
+    if outcome.in_place:  # also where nothing is saved: else a key that such machines use would be pruned
+        outcome.messages += suspects(store, restore.entries, restore.packs)
+        note_used(store, job.key.prefix)
     return outcome
+
+
+def _after_crashes(job: Job, settings: CompileCacheSettings) -> list[str]:
+    """Set aside what was restored for engines that ended before they were ready; a line for each of this key, for
+    which nothing is to be restored now.
+    """
+    lines = []
+    for trial in failed_trials(job.home()):
+        count = trial.set_aside(job.paths())
+        trial.clear()
+        told = "" if settings.read_only else _told_others(settings, trial)
+        if trial.key == job.key.prefix:
+            lines.append(
+                f"the last engine here ended before it was ready, after a restore of {', '.join(trial.packs)}: this "
+                f"start goes without a restore, and the {count} files that it brought were moved to "
+                f"{job.home() / STATE}{told}; if an engine ends again with these packs: "
+                "`engine-loader compile-cache quarantine PACK`"
+            )
+    return lines
+
+
+def _told_others(settings: CompileCacheSettings, trial: Trial) -> str:
+    """Note the packs of a failed trial in the store; what there is to say of it."""
+    try:
+        note_suspects(open_store(settings)[0], trial.packs)
+    except (OSError, CacheError) as error:
+        return f" (the store could not be told: {error})"
+    return ", and the store has a note that warns other nodes"
 
 
 def _save(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], bool]) -> Outcome:
@@ -100,51 +136,55 @@ def _save(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], bool
             _settle(job)
         uses = noted_uses(job.home(), job.since_ns - _CLOCK_SLACK_NS) if job.since_ns else []
         directories = tuple(directory for use in uses for directory in use.directories)
-        files = [file for file in scan(job.roots(), job.paths()) if _is_ours(file, job.since_ns, directories)]
-        store, trust = open_store(settings)
-        packs = read_packs(store, job.key, trust, [])
-        new = not_in(packs, files)
+        messages: list[str] = []
+        files = [file for file in scan(job.roots(), job.paths(), messages) if _is_ours(file, job.since_ns, directories)]
+        store, trust = open_store(settings, job.home() / STATE)
+        found = read_key(store, job.key.prefix, trust)
+        damaged = damaged_frames(store, found.packs, noted_damage(job.home(), store.description))
+        packs = for_this_host(found.packs, job.key)
+        new = not_in(packs, files, job.paths(), damaged=damaged)
         factors = factors_of(new) | {use.factors_path: use.factors for use in uses}
         verdict = judge(packs, new, factors)
         if settings.read_only:
             outcome = Outcome("nothing", notes=["the store is not written to (compile_cache.read_only)"])
-        elif _too_many_saves(store, settings):
-            outcome = Outcome(
-                "nothing", messages=[f"{settings.max_concurrent_saves} other saves are under way; passed over"]
-            )
+        elif not trust.can_sign:
+            outcome = Outcome("nothing", messages=[CANNOT_SIGN])
         else:
-            write = partial(
-                save,
-                store,
-                job.key,
-                job.paths(),
-                files,
-                trust,
-                factors=factors,
-                threads=threads_of(settings),
-                level=settings.compression_level,
-                most_bytes=int(settings.max_pack_bytes),
-            )
+            saving = Save(store, job.key, job.paths(), files, trust, _save_options(store, settings), factors, damaged)
             # A failing store must not hide the verdict.
-            outcome = _attempt(write, settings)
-            if not outcome.failed:
-                _tidy(store, job, settings, trust, packs, outcome)
+            outcome = _attempt(partial(saving.run, found), settings)
+            if saving.passed_over:
+                outcome.messages.append(f"{settings.max_concurrent_saves} other saves are under way; passed over")
+            elif not outcome.failed:
+                tidy(store, job.key, settings, trust, outcome)
+        outcome.messages += messages
         if uses:  # an engine ran; a save by hand has no verdict
             outcome.verdict, outcome.reasons = verdict.result, verdict.reasons
+            if not packs:
+                outcome.reasons = outcome.reasons + _nearest(store, job, trust)
             note_verdict(job.home(), job.key, verdict)
+            if verdict.result == "hit" and not settings.read_only:
+                with suppress(OSError):  # the next hit deletes them
+                    clear_suspects(store, store.entries(job.key.prefix), packs)
         return outcome
 
 
-def _tidy(
-    store: Store, job: Job, settings: CompileCacheSettings, trust: Trust, packs: list[Pack], outcome: Outcome
-) -> None:
-    """Compact and prune after a save. A failure here is not a failure of the save."""
+def _save_options(store: Store, settings: CompileCacheSettings) -> SaveOptions:
+    return SaveOptions(
+        threads=threads_of(settings),
+        level=settings.compression_level,
+        most_bytes=int(settings.max_pack_bytes),
+        wait_s=settings.save_timeout_s / 3,
+        may_begin=lambda: not _too_many_saves(store, settings),
+    )
+
+
+def _nearest(store: Store, job: Job, trust: Trust) -> list[str]:
+    """How the key differs from the nearest that has packs. The engine does not wait for this any more."""
     try:
-        if len(packs) + 1 > settings.compact_packs:
-            compact(store, job.key, trust, level=settings.compression_level, more_than=settings.compact_packs)
-        prune(store, policy_of(settings), trust)
-    except (OSError, CacheError) as error:
-        outcome.notes.append(f"the store could not be tidied up: {error}")
+        return nearest_in_store(store, job.key, trust)
+    except (OSError, CacheError):
+        return []
 
 
 def _is_ours(file: LocalFile, since_ns: int, directories: tuple[str, ...]) -> bool:

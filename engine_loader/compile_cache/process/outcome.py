@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-Status = Literal["restored", "saved", "complete", "nothing", "refused", "interrupted", "failed", "off"]
+Status = Literal["restored", "saved", "complete", "nothing", "refused", "interrupted", "failed", "off", "suspect"]
 
 
 @dataclass
@@ -14,7 +14,8 @@ class Outcome:
 
     Attributes:
         status: "complete": the local caches or the store had everything; "nothing": there was nothing to restore
-            or save; "refused": the store had only packs that are not trusted.
+            or save; "refused": the store had only packs that are not trusted; "suspect": the last engine that started
+            with a restore ended before it was ready, and nothing was restored.
         files: restored or saved.
         bytes: of their content.
         pack_bytes: read from or written to the store.

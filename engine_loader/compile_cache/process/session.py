@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from ...escaping import printable
 from ...settings import CompileCacheSettings
 from ..space import mib
 from .job import Job
@@ -135,21 +136,25 @@ def log_restore(log: logging.Logger, job: Job, where: str, outcome: Outcome) -> 
             outcome.seconds,
             source,
         )
+    elif outcome.status == "suspect":
+        log.info("compile cache: nothing was restored from %s", source)
     elif outcome.status == "complete":
         log.info("compile cache: everything that %s has is in place already", source)
     elif outcome.status == "nothing":
         log.info(
             "compile cache: %s has nothing yet for %s; what this engine compiles will be saved", where, job.key.prefix
         )
-        for note in outcome.notes:
-            log.info("compile cache: %s", note)
+    for note in outcome.notes:
+        log.info("compile cache: %s", printable(note))
     _warn(log, outcome, "this engine starts without it")
 
 
 def log_save(log: logging.Logger, job: Job, where: str, outcome: Outcome) -> None:
     """Log one line with the verdict and one about the save, and a warning for each of its messages."""
     if outcome.verdict:
-        log.info("compile cache: %s%s", outcome.verdict, "".join(f"; {reason}" for reason in outcome.reasons))
+        log.info(
+            "compile cache: %s%s", outcome.verdict, "".join(f"; {printable(reason)}" for reason in outcome.reasons)
+        )
     if outcome.status == "saved":
         log.info(
             "compile cache: saved %d files, %s (%s packed), in %.1f s to %s (%s)",
@@ -163,10 +168,10 @@ def log_save(log: logging.Logger, job: Job, where: str, outcome: Outcome) -> Non
     elif outcome.status in ("complete", "nothing"):
         log.info("compile cache: nothing new to save")
     for note in outcome.notes:
-        log.debug("compile cache: %s", note)
+        log.debug("compile cache: %s", printable(note))
     _warn(log, outcome, "nothing was saved")
 
 
 def _warn(log: logging.Logger, outcome: Outcome, consequence: str) -> None:
     for message in outcome.messages:
-        log.warning("compile cache: %s%s", message, f"; {consequence}" if outcome.failed else "")
+        log.warning("compile cache: %s%s", printable(message), f"; {consequence}" if outcome.failed else "")

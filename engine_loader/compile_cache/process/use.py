@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..directories import STATE
-from ..key import short_hash
+from ..host.hashes import short_hash
 from ..trust import make_private
 
 NOTES = "used"

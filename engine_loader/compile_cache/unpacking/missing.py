@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..packs.key_packs import effective_files
+from ..packs.key_packs import files_for
 from ..packs.manifest import Frame, PackedFile
 from ..packs.pack import Pack
 
@@ -43,26 +43,40 @@ class MissingFiles:
 
     def below(self, roots: Collection[str]) -> MissingFiles:
         """The missing files of the caches ``roots`` only."""
+        return self.where(lambda file: file.root in roots)
+
+    def where(self, keep: Callable[[PackedFile], bool]) -> MissingFiles:
+        """The missing files for which ``keep`` returns True."""
         left = MissingFiles()
         for name, frames in self.files.items():
-            for file in (file for files in frames.values() for file in files if file.root in roots):
+            for file in (file for files in frames.values() for file in files if keep(file)):
                 left.add(self.packs[name], file)
         return left
 
     def frames(self) -> list[tuple[Pack, Frame, list[PackedFile]]]:
-        """Frames with their missing files, the largest first, so that all threads end at about one time."""
-        found = [
-            (self.packs[name], self.packs[name].manifest.frames[index], files)
-            for name, frames in self.files.items()
-            for index, files in frames.items()
-        ]
-        return sorted(found, key=lambda item: item[1].raw_size, reverse=True)
+        """Frames with their missing files, pack by pack, so that few packs are open at a time; the largest packs and
+        frames first, so that all threads end at about one time.
+        """
+        found: list[tuple[int, list[tuple[Pack, Frame, list[PackedFile]]]]] = []
+        for name, frames in self.files.items():
+            pack = self.packs[name]
+            of_pack = [(pack, pack.manifest.frames[index], files) for index, files in frames.items()]
+            of_pack.sort(key=lambda item: item[1].raw_size, reverse=True)
+            found.append((sum(frame.raw_size for _, frame, _ in of_pack), of_pack))
+        found.sort(key=lambda item: item[0], reverse=True)
+        return [item for _, of_pack in found for item in of_pack]
 
 
-def missing_files(packs: list[Pack], directories: Mapping[str, Path]) -> MissingFiles:
-    """The files of ``packs`` that do not exist in ``directories`` (name of a cache -> its directory)."""
+def missing_files(
+    packs: list[Pack], directories: Mapping[str, Path], without: Collection[tuple[str, int]] = frozenset()
+) -> MissingFiles:
+    """The files of ``packs`` that do not exist in ``directories`` (name of a cache -> its directory).
+
+    Args:
+        without: frames, each as (name of its pack, index), that are not used.
+    """
     missing = MissingFiles()
-    for pack, file in effective_files(packs).values():
+    for pack, file in files_for(packs, without=without).values():
         root = directories.get(file.root)
         if root is not None and not os.path.lexists(root / file.path.partition("/")[2]):
             missing.add(pack, file)

@@ -8,12 +8,13 @@ from __future__ import annotations
 import errno
 import os
 import uuid
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..cache_errors import CacheValidationError
 from ..directories import STATE
+from ..ownership import open_to_others
 from ..packs.manifest import PackedFile
 from ..packs.pack import Pack
 from ..packs.relocate import is_group_file, relocated
@@ -26,11 +27,14 @@ def make_staging(directory: Path) -> Path:
     """A new directory on the file system of the cache ``directory``.
 
     Raises:
-        CacheValidationError: other users may write to the cache.
+        CacheValidationError: other users may write to the cache, or made a link in its place.
         OSError: the directory cannot be made.
     """
     for path in (directory, directory / STATE):
         make_private(path)
+        facts = path.lstat()
+        if path.is_symlink() and facts.st_uid not in (0, os.geteuid()):
+            raise CacheValidationError(f"{path}: refused: it is a link of user {facts.st_uid}, and caches are code")
         check_private(path)
     path = directory / STATE / f"{STAGING}{os.getpid()}-{uuid.uuid4().hex[:8]}"
     path.mkdir(mode=0o700)
@@ -74,35 +78,87 @@ def write_file(
         os.close(descriptor)
 
 
-def move_into_place(source: Path, target: Path) -> None:
+def move_into_place(source: Path, target: Path) -> dict[str, str]:
     """Rename what ``source`` holds into ``target``: whole directories where there are none yet, else file by file.
 
-    What exists is never touched.
+    What exists is never touched. Directories are walked by descriptors: one that is a link, or that others may write,
+    is left alone, and so is a link that would point out of its directory by way of what is there already.
+
+    Returns:
+        path in ``target`` that was left alone, with everything below it -> why.
     """
-    for entry in os.scandir(source):
-        destination = target / entry.name
-        if entry.is_dir(follow_symlinks=False):
-            if not os.path.lexists(destination):
-                try:
-                    os.rename(entry.path, destination)
-                    continue
-                except OSError as error:  # another process made it meanwhile
-                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                        raise
-            if os.path.isdir(destination) and not os.path.islink(destination):
-                move_into_place(Path(entry.path), destination)
-        else:
-            with suppress(FileExistsError):
-                _rename_new(entry.path, destination)
+    left: dict[str, str] = {}
+    with _directory(source) as origin, _directory(target) as destination:
+        _move(origin, destination, str(target), left)
+    return left
 
 
-def _rename_new(source: str, destination: Path) -> None:
-    """Rename, or fail where ``destination`` exists. (A hard link is the only such call that every kernel has.)"""
+@contextmanager
+def _directory(path: str | os.PathLike[str], parent: int | None = None) -> Iterator[int]:
+    # The directory of a cache itself may be a link: make_staging has looked at it.
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (0 if parent is None else os.O_NOFOLLOW)
+    descriptor = os.open(path, flags, dir_fd=parent)
     try:
-        os.link(source, destination, follow_symlinks=False)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _move(source: int, target: int, where: str, left: dict[str, str]) -> None:
+    with os.scandir(source) as listing:
+        entries = list(listing)
+    for entry in entries:
+        place = f"{where}/{entry.name}"
+        if not entry.is_dir(follow_symlinks=False):
+            if entry.is_symlink() and _leaves(entry.name, source, where):
+                left[place] = "is not put there: by way of a link that is there it would lead out of its directory"
+                continue
+            with suppress(FileExistsError):
+                _rename_new(entry.name, source, target)
+            continue
+        if not _exists(entry.name, target):
+            try:
+                os.rename(entry.name, entry.name, src_dir_fd=source, dst_dir_fd=target)
+                continue
+            except OSError as error:  # another process made it meanwhile
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
+        try:
+            with _directory(entry.name, source) as origin, _directory(entry.name, target) as destination:
+                if reason := open_to_others(os.fstat(destination)):
+                    left[place] = f"is left alone: {reason}, and caches are code"
+                else:
+                    _move(origin, destination, place, left)
+        except NotADirectoryError:
+            left[place] = "is left alone: it is no directory"
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.EACCES):
+                raise
+            left[place] = f"is left alone: {error.strerror}"
+
+
+def _leaves(name: str, source: int, where: str) -> bool:
+    """Whether a link, put into the directory ``where``, would lead out of it by way of links that are there."""
+    here = os.path.realpath(where)
+    there = os.path.realpath(os.path.join(here, os.readlink(name, dir_fd=source)))
+    return there != here and not there.startswith(f"{here.rstrip('/')}/")
+
+
+def _exists(name: str, parent: int) -> bool:
+    try:
+        os.stat(name, dir_fd=parent, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _rename_new(name: str, source: int, target: int) -> None:
+    """Rename, or fail where ``name`` exists. (A hard link is the only such call that every kernel has.)"""
+    try:
+        os.link(name, name, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)
     except FileExistsError:
         raise
     except OSError:  # a file system without hard links
-        if os.path.lexists(destination):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(destination)) from None
-        os.rename(source, destination)
+        if _exists(name, target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name) from None
+        os.rename(name, name, src_dir_fd=source, dst_dir_fd=target)

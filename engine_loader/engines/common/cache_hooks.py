@@ -9,17 +9,20 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ...compile_cache.directories import directories_of
-from ...compile_cache.key import CacheKey, short_hash
+from ...compile_cache.host.hashes import short_hash
+from ...compile_cache.key import CacheKey
 from ...compile_cache.process.job import Job
 from ...compile_cache.process.locks import NodeLock
 from ...compile_cache.process.session import Running, log_restore, log_save
+from ...compile_cache.process.trials import end_trial, engine_lock
+from ...escaping import printable
 from ...settings import CompileCacheSettings, load_settings
 
 RESTORE_LOCK = "restore"
@@ -29,7 +32,6 @@ STARTED = "_ENGINE_LOADER_CACHE_STARTED_NS"
 Not a setting: those begin with ENGINE_LOADER_.
 """
 _SLACK_S = 5.0
-_SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 
 
 class NodeSession:
@@ -40,16 +42,32 @@ class NodeSession:
         key: the engine's key in the compile cache.
         settings: those of the compile cache.
         log: the engine's logger.
+        layout: sizes of its parallelism, as compile_cache.unpacking.rank_sets.Layout takes them.
+        on_trial: what is restored is on trial until the engine is ready, which ``save`` or ``start_save`` tells.
+            False where no hook would tell it.
     """
 
-    def __init__(self, engine: str, key: CacheKey, settings: CompileCacheSettings, log: logging.Logger) -> None:
+    def __init__(
+        self,
+        engine: str,
+        key: CacheKey,
+        settings: CompileCacheSettings,
+        log: logging.Logger,
+        layout: Mapping[str, int],
+        *,
+        on_trial: bool = True,
+    ) -> None:
         self.engine = engine
         self.key = key
         self.settings = settings
         self.since_ns = time.time_ns()
         self._log = log
         self._directories = cache_directories(engine)
-        job = Job("restore", engine, key, self._directories)
+        pid = os.getpid() if on_trial else 0
+        job = Job("restore", engine, key, self._directories, since_ns=self.since_ns, engine_pid=pid, layout=layout)
+        self._starting = engine_lock(job.home(), self.since_ns)
+        if on_trial:
+            self._starting.acquire(0)
         # Taken before there are workers, so that they find it taken. Another engine of this node may have it already.
         lock = NodeLock(job.home(), RESTORE_LOCK)
         self._running = Running(
@@ -66,9 +84,15 @@ class NodeSession:
         if self._running.result(_time_left(self.settings, self.since_ns)) is None:
             self._log.warning("compile cache: the restore does not end; this engine starts without it")
 
+    def stopped(self) -> None:
+        """The engine was told to end before it was ready: that says nothing of the cache."""
+        end_trial(_home(self._directories), self.since_ns)
+        self._starting.release()
+
     def save(self) -> None:
-        """Start to save, in the background, what was compiled since the restore began."""
+        """The engine is ready: start to save, in the background, what was compiled since the restore began."""
         start_save(self.engine, self.key, self.settings, self.since_ns, self._log)
+        self._starting.release()
 
 
 def scope_of(settings: CompileCacheSettings, model: str, revision: str | None, sizes: Mapping[str, int]) -> str:
@@ -87,8 +111,12 @@ def scope_of(settings: CompileCacheSettings, model: str, revision: str | None, s
 
 
 def start_save(engine: str, key: CacheKey, settings: CompileCacheSettings, since_ns: int, log: logging.Logger) -> None:
-    """Start a save in the background, with the lowest priority. It also settles the verdict of the restore."""
-    job = Job("save", engine, key, cache_directories(engine), since_ns=since_ns, settle=True, background=True)
+    """Start a save in the background, with the lowest priority; to be called when an engine is ready, and by no
+    other. It also settles the verdict of the restore.
+    """
+    directories = cache_directories(engine)
+    end_trial(_home(directories), since_ns)
+    job = Job("save", engine, key, directories, since_ns=since_ns, settle=True, background=True)
     Running(job, settings, settings.save_timeout_s, then=functools.partial(log_save, log, job, settings.directory))
 
 
@@ -119,9 +147,20 @@ def cache_directories(engine: str) -> dict[str, str]:
     return {name: str(path) for name, path in directories_of(engine).items()}
 
 
-def without_secrets(factors: Mapping[str, Any]) -> dict[str, Any]:
-    """``factors`` without those whose names suggest a secret (KEY, TOKEN, ...): the rest may be stored and shown."""
-    return {name: value for name, value in factors.items() if not _SECRET.search(name)}
+def _home(directories: Mapping[str, str]) -> Path:
+    """The cache whose state directory holds the marker of a trial."""
+    return Path(next(iter(directories.values())))
+
+
+@contextmanager
+def watched(session: NodeSession | None, log: logging.Logger) -> Iterator[None]:
+    """A part of an engine's start. That the engine is told to stop within is not held against what was restored."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if session is not None:
+            quietly(log, session.stopped)
+        raise
 
 
 def quietly(log: logging.Logger, action: Callable[..., Any], *args: Any) -> Any:
@@ -133,7 +172,7 @@ def quietly(log: logging.Logger, action: Callable[..., Any], *args: Any) -> Any:
             "compile cache: %s: %s; the engine goes on without it "
             "(switch it off: ENGINE_LOADER_COMPILE_CACHE__ENABLED=false)",
             type(error).__name__,
-            error,
+            printable("; ".join(str(error).splitlines())),
             exc_info=log.isEnabledFor(logging.DEBUG),
         )
         return None

@@ -23,8 +23,10 @@ import time
 from typing import Any
 
 from ...compile_cache.directories import directories_of
-from ...compile_cache.key import CacheKey, environment_key, module_version
+from ...compile_cache.host.versions import module_version
+from ...compile_cache.key import CacheKey, environment_key
 from ...compile_cache.process.use import note_use
+from ...compile_cache.verdict.factors import without_secrets
 from ...replacing import is_wrapped, wrap
 from ...settings import CompileCacheSettings
 from ..common.cache_hooks import (
@@ -35,7 +37,7 @@ from ..common.cache_hooks import (
     scope_of,
     start_save,
     wait_for_node,
-    without_secrets,
+    watched,
 )
 from .format import check
 
@@ -59,8 +61,9 @@ def register_engine() -> None:
     def launch(original: Any, *args: Any, **options: Any) -> Any:
         server_args = next(value for value in (*args, *options.values()) if hasattr(value, "load_format"))
         check(server_args)
-        _quietly(_start, server_args)
-        result = original(*args, **options)
+        session = _quietly(_start, server_args)
+        with watched(session, logger):
+            result = original(*args, **options)
         if getattr(server_args, "tokenizer_worker_num", 1) > 1:  # its warm-up is in processes without plugins
             _quietly(_save, server_args)
         return result
@@ -104,26 +107,39 @@ def register_http_server() -> None:
 
 def key_of(server_args: Any, settings: CompileCacheSettings) -> CacheKey:
     """The key of an engine: this machine, and by default its model and parallel layout."""
-    sizes = {"tp": server_args.tp_size, "pp": server_args.pp_size, "dp": server_args.dp_size}
+    sizes = _sizes(server_args)
     scope = scope_of(settings, str(server_args.model_path), getattr(server_args, "revision", None), sizes)
     # With attention in data parallel, the replicas share the devices of the tensor-parallel ranks.
-    replicas = 1 if getattr(server_args, "enable_dp_attention", False) else sizes["dp"]
+    replicas = 1 if _dp_attention(server_args) else sizes["dp"]
     devices = sizes["tp"] * sizes["pp"] * replicas // max(1, server_args.nnodes)
     return environment_key({"sglang": module_version("sglang")}, scope, devices=devices)
+
+
+def _sizes(server_args: Any) -> dict[str, int]:
+    return {"tp": server_args.tp_size, "pp": server_args.pp_size, "dp": server_args.dp_size}
+
+
+def _dp_attention(server_args: Any) -> bool:
+    return bool(getattr(server_args, "enable_dp_attention", False))
 
 
 def _start(server_args: Any) -> NodeSession | None:
     settings = cache_settings()
     if not settings.enabled:
         return None
-    _check_hooks()
-    return NodeSession(_ENGINE, key_of(server_args, settings), settings, logger)
+    good = _check_hooks()
+    layout = _sizes(server_args) | {"dp_attention": _dp_attention(server_args)}
+    return NodeSession(_ENGINE, key_of(server_args, settings), settings, logger, layout, on_trial=good)
 
 
-def _check_hooks() -> None:
-    """Log an error for each hook that is not in force: without it the cache is not restored in time, or not saved."""
+def _check_hooks() -> bool:
+    """Return whether every hook is in force, and log an error for each that is not: without it the cache is not
+    restored in time, or not saved.
+    """
+    good = True
     for module, path in ((_SCHEDULER, "Scheduler.init_model_worker"), (_SERVER, "_wait_and_warmup")):
         if module in sys.modules and not _in_force(module, path):
+            good = False
             logger.error(
                 "compile cache: engine_loader's hook on %s.%s of SGLang %s is not in force, so that the cache is not "
                 "restored in time or not saved: another plugin replaced it (SGLANG_PLUGINS=b10_3fs loads this one "
@@ -132,6 +148,7 @@ def _check_hooks() -> None:
                 path,
                 module_version("sglang"),
             )
+    return good
 
 
 def _in_force(module: str, path: str) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from ...compile_cache.key import module_version
+from ...compile_cache.host.versions import module_version
 from ...errors import SettingsError
 from ...plugin import LOAD_FORMAT, failures
 from ...replacing import wrap

@@ -15,17 +15,21 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ...compile_cache.directories import VLLM_MODEL_INFOS, directories_of
-from ...compile_cache.key import CacheKey, environment_key, module_version, python_version
+from ...compile_cache.host.versions import module_version, python_version
+from ...compile_cache.key import CacheKey, environment_key
 from ...compile_cache.process.job import Job
 from ...compile_cache.process.session import Running, run_job
 from ...compile_cache.process.use import note_use
-from ...replacing import wrap
+from ...compile_cache.verdict.factors import without_secrets
+from ...escaping import printable
+from ...replacing import is_wrapped, wrap
 from ...settings import CompileCacheSettings
 from ..common.cache_hooks import (
     NodeSession,
@@ -35,7 +39,7 @@ from ..common.cache_hooks import (
     scope_of,
     start_save,
     wait_for_node,
-    without_secrets,
+    watched,
 )
 
 # Below vLLM's own logger, so that it is shown in vLLM's way and at vLLM's level.
@@ -50,17 +54,21 @@ _quietly = functools.partial(quietly, logger)
 
 def key_of(vllm_config: Any, settings: CompileCacheSettings) -> CacheKey:
     """The key of an engine: this machine, and by default its model and parallel layout."""
-    parallel = vllm_config.parallel_config
-    sizes = {
-        "tp": parallel.tensor_parallel_size,
-        "pp": parallel.pipeline_parallel_size,
-        "dp": parallel.data_parallel_size,
-    }
+    parallel, sizes = vllm_config.parallel_config, _sizes(vllm_config)
     model = vllm_config.model_config
     scope = scope_of(settings, str(model.model), getattr(model, "revision", None), sizes)
     local_engines = getattr(parallel, "data_parallel_size_local", 1) or 1
     devices = (getattr(parallel, "local_world_size", None) or sizes["tp"] * sizes["pp"]) * local_engines
     return environment_key({"vllm": module_version("vllm")}, scope, devices=devices)
+
+
+def _sizes(vllm_config: Any) -> dict[str, int]:
+    parallel = vllm_config.parallel_config
+    return {
+        "tp": parallel.tensor_parallel_size,
+        "pp": parallel.pipeline_parallel_size,
+        "dp": parallel.data_parallel_size,
+    }
 
 
 def model_infos_key() -> CacheKey:
@@ -76,7 +84,8 @@ def register_executor() -> None:
         session = _quietly(_start, vllm_config)
         if session is not None:
             object.__setattr__(self, _SESSION, session)
-        return original(self, vllm_config, *args, **options)
+        with watched(session, logger):
+            return original(self, vllm_config, *args, **options)
 
     wrap(Executor, "__init__", start)
 
@@ -91,7 +100,8 @@ def register_engine_core() -> None:
             session = _quietly(_start, self.vllm_config)
         if session is not None:
             _quietly(session.wait)
-        result = original(self, *args, **options)
+        with watched(session, logger):
+            result = original(self, *args, **options)
         if session is not None:
             _quietly(session.save)
         return result
@@ -134,7 +144,13 @@ def register_registry() -> None:
 
 def _start(vllm_config: Any) -> NodeSession | None:
     settings = cache_settings()
-    return NodeSession(_ENGINE, key_of(vllm_config, settings), settings, logger) if settings.enabled else None
+    if not settings.enabled:
+        return None
+    core = sys.modules.get("vllm.v1.engine.core")
+    # In a version of vLLM with another engine core nothing would tell that the engine is ready.
+    told = core is None or is_wrapped(getattr(core, "EngineCore", None), "_initialize_kv_caches")
+    layout = _sizes(vllm_config)
+    return NodeSession(_ENGINE, key_of(vllm_config, settings), settings, logger, layout, on_trial=told)
 
 
 def _watch(worker: Any, vllm_config: Any, session: NodeSession | None) -> None:
@@ -211,7 +227,7 @@ def _restore_model_info(model: Any) -> Path | None:
     job = _model_infos_job("restore", settings)
     outcome = run_job(job, min(_MODEL_INFOS_TIMEOUT_S, settings.restore_timeout_s))
     for message in outcome.messages:
-        logger.warning("compile cache: %s", message)
+        logger.warning("compile cache: %s", printable(message))
     if path.exists():
         logger.info("compile cache: restored vLLM's description of the model in %.1f s", outcome.seconds)
         return None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from ...errors import CheckpointError
 from ...settings import LoaderSettings
 from .aws_profile import profile_options
+from .request_failures import without_secrets
 from .url import ObjectUrl
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def make_client(url: ObjectUrl, options: ObjectStoreOptions) -> ObjectStore:
             **config,
         )
     except (BaseError, ValueError) as error:
-        message = str(error).partition("\n")[0]
+        message = without_secrets(str(error).partition("\n")[0])
         raise CheckpointError(
             f"the object store cannot be reached as configured: {message}",
             file=f"{url.scheme}://{url.bucket}",

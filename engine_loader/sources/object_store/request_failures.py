@@ -30,6 +30,10 @@ _HINTS = {
     "IllegalLocationConstraintException": _REGION,
     "PermanentRedirect": _REGION,
 }
+_SECRETS = (
+    (re.compile(r"(?<=://)[^/\s]*@"), ""),  # user and password, as of a proxy that is named as the endpoint
+    (re.compile(r"(?i)(?<=[?&])(sig|x-(?:amz|goog)-(?:signature|credential|security-token))=[^&\s\"')]*"), r"\1=…"),
+)
 _METADATA_SERVICES = ("169.254.", "metadata.google.internal", "metadata/identity")
 
 
@@ -68,8 +72,28 @@ class Answer:
         return named or self.text
 
 
+def without_secrets(text: str) -> str:
+    """``text`` without users and passwords of URLs, and without signatures in their queries."""
+    for pattern, instead in _SECRETS:
+        text = pattern.sub(instead, text)
+    return text
+
+
+def remove_secrets(error: BaseException) -> None:
+    """Take the secrets out of an exception's own text, and of those that it came from: tracebacks print them all."""
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [error]
+    while pending:
+        one = pending.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            one.args = tuple(without_secrets(part) if isinstance(part, str) else part for part in one.args)
+            pending += [one.__cause__, one.__context__]
+
+
 def retryable_errno(error: Exception) -> int | None:
     """The errno for a response body that broke off or stalled, which is retryable; None for other failures."""
+    remove_secrets(error)
     text = str(error)
     if "response body error" not in text and "error decoding response body" not in text:
         return None
@@ -87,9 +111,10 @@ def object_changed(path: str, offset: int | None = None) -> TransferError:
 
 
 def object_failure(error: Exception, doing: str, path: str, offset: int | None = None) -> TransferError:
-    """The error for a request that failed for good."""
+    """The error for a request that failed for good. ``error`` is left without secrets, to be its cause."""
     from obstore import exceptions
 
+    remove_secrets(error)
     answer = Answer.of(error)
     if isinstance(error, exceptions.PreconditionError) or answer.status == 416:
         return object_changed(path, offset)

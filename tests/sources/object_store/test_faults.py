@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from engine_loader import CheckpointError, open_checkpoint
 from engine_loader.sources.object_store.object_source import ObjectFile, ObjectStoreSource
+from engine_loader.sources.object_store.request_failures import without_secrets
 from engine_loader.sources.registry import make_source
 from tests.sources.object_store.model import CONTENT, IMPATIENT, KEY, KIB, QUICK, RIGHT, TENSORS, URL, load
 from tests.support.checkpoints import checkpoint, entry
@@ -248,3 +250,25 @@ def test_opening_a_bucket_or_listing_nothing_is_an_error() -> None:
         source.open("s3://bucket/")
     with pytest.raises(CheckpointError, match="there is no object below this prefix"):
         source.list("s3://bucket/nothing")
+
+
+class TestSecrets:
+    """The address of a proxy may hold a password. obstore's own exception, which is our error's cause, names it."""
+
+    @pytest.mark.parametrize("status", [None, 403, 404])
+    def test_no_traceback_shows_the_password_of_an_endpoint(self, status: int | None, on_server: FaultServer) -> None:
+        port = "9" if status is None else on_server.url.rpartition(":")[2]
+        on_server.fault = always(Answer(status=status or 200, code="Whatever"), lambda request: True)
+        user, password = "some" + "one", "pass:" + "w0rd"  # in parts, for tracebacks show the lines of this test
+        with pytest.raises(CheckpointError) as raised:
+            load(object_store_endpoint_url=f"http://{user}:{password}@127.0.0.1:{port}", max_tries=1)
+        cause = raised.value.__cause__
+        told = "".join(traceback.format_exception(raised.value))
+        assert cause is not None
+        assert f"http://127.0.0.1:{port}" in str(cause)
+        assert password not in told
+        assert user not in told
+
+    def test_signatures_in_queries_are_left_out(self) -> None:
+        text = "GET https://a.test/b?x=1&sig=SECRET%3D&X-Amz-Signature=SECRET2 failed"
+        assert without_secrets(text) == "GET https://a.test/b?x=1&sig=…&X-Amz-Signature=… failed"

@@ -1,0 +1,1 @@
+"""What people and repairs do about packs that are bad."""
