@@ -18,7 +18,7 @@ from ..errors import CheckpointError
 from ..sources.byte_stream import open_stream
 from ..sources.object_store.client import ObjectStores, check_process, require_obstore
 from ..sources.object_store.object_source import ObjectStoreSource
-from ..sources.object_store.request_failures import object_failure
+from ..sources.object_store.request_failures import is_request_failure, object_failure
 from ..sources.object_store.url import ObjectUrl, parse_object_url
 from .s3_config import S3ClientConfig, S3Setup
 from .s3_upload import MAX_PARTS, ObjectUpload
@@ -188,9 +188,9 @@ class S3FileSystem(FileSystemBase):
 @contextmanager
 def _clear_errors(doing: str, path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn exceptions of the client into errors that say what to do."""
-    from obstore.exceptions import BaseError
-
     try:
         yield
-    except (BaseError, FileNotFoundError, ValueError) as error:
+    except BaseException as error:
+        if not is_request_failure(error):
+            raise
         raise object_failure(error, doing, os.fspath(path)) from error

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import numpy as np
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, TransferError
 from ...settings import LoaderSettings
 from ..source import UsrbioAccess
 from . import ranges
 from .client import ObjectStoreOptions, ObjectStores, check_process, condition_of
 from .ranges import Connections, DirectRanges, Wanted
-from .request_failures import Answer, object_changed, object_failure, retryable_errno
+from .redirects import redirect_of
+from .request_failures import Answer, is_failure, object_changed, object_failure, retryable_errno
 from .url import ObjectUrl, parse_object_url
 
 if TYPE_CHECKING:
@@ -116,7 +117,9 @@ class ObjectFile:
             content = result.bytes()
         except CheckpointError:
             raise
-        except Exception as error:
+        except BaseException as error:
+            if not is_failure(error):
+                raise
             code = retryable_errno(error)
             if code is not None:
                 raise OSError(code, os.strerror(code), self.path) from error
@@ -174,8 +177,10 @@ class ObjectStoreSource:
         check_process(path)
         try:
             meta = obstore.head(store, url.key)
-        except Exception as error:
-            raise object_failure(_with_its_code(store, url.key, error), "open the object", path) from error
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            raise _failure(store, url, _with_its_code(store, url.key, error), "open the object", path) from error
         return ObjectFile(path, url, self._stores, meta, self._connections)
 
     def is_dir(self, path: str) -> bool:
@@ -210,8 +215,10 @@ class ObjectStoreSource:
         check_process(path)
         try:
             found = interruptible(lambda: obstore.list_with_delimiter(store, url.key or None))
-        except Exception as error:
-            raise object_failure(error, "list the prefix", path) from error
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            raise _failure(store, url, error, "list the prefix", path) from error
         below = len(url.key) + 1 if url.key else 0
         names = sorted(meta["path"][below:] for meta in found["objects"])
         listing = _Listing(names, bool(names or found["common_prefixes"]))
@@ -239,7 +246,13 @@ def _identity(meta: ObjectMeta) -> tuple[Any, ...]:
     return (meta["size"], re.sub("^W/", "", tag) if tag else meta["last_modified"])
 
 
-def _with_its_code(store: ObjectStore, key: str, error: Exception) -> Exception:
+def _failure(store: ObjectStore, url: ObjectUrl, error: BaseException, doing: str, path: str) -> TransferError:
+    """``object_failure``, which sees no redirect to another host where obstore followed it and was refused there."""
+    elsewhere = redirect_of(store, url) if Answer.of(error).status in (301, 302, 307, 308, 401, 403) else None
+    return object_failure(error, doing, path, elsewhere=elsewhere)
+
+
+def _with_its_code(store: ObjectStore, key: str, error: BaseException) -> BaseException:
     """The failure of a GET of one byte instead of that of a HEAD, whose answer has no body and so no error code."""
     import obstore
 
