@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 NOT_FOUND = "no AWS credentials:"
 """Begins the message of every CredentialsError; obstore hands on the text alone."""
 _CHARACTERS = 400
+_ANSWER_BYTES = 64 << 10
 _TIMEOUT_S = 2.0
 _TRIES = 2
 _PROCESS_TIMEOUT_S = 60.0
@@ -49,14 +50,30 @@ def provider_of(keys: Mapping[str, str]) -> Provider | None:
             credentials are used.
     """
     if "credential_process" in keys:
-        return lambda: _from_process(keys["credential_process"])
+        return _kept(lambda: _from_process(keys["credential_process"]))
     if "aws_access_key_id" in keys:
         # What obstore finds in the environment (a session token) must not mix with the keys of a profile.
         return lambda: _credentials(keys, "aws_access_key_id", "aws_secret_access_key", "aws_session_token", None)
     has_identity = os.environ.get("AWS_WEB_IDENTITY_TOKEN_FILE") and os.environ.get("AWS_ROLE_ARN")
     if os.environ.get("AWS_ACCESS_KEY_ID") or has_identity:
         return None
-    return _from_container if _container_url() else _from_instance
+    return _kept(_from_container if _container_url() else _from_instance)
+
+
+def _kept(fetch: Provider) -> Provider:
+    """Credentials are fetched again minutes before they expire: until then, a service that fails ends no load."""
+    last: dict[str, Any] = {}
+
+    def provide() -> dict[str, Any]:
+        try:
+            last.update(fetch())
+        except CredentialsError:
+            expires = last.get("expires_at")
+            if expires is None or expires <= datetime.now(UTC):
+                raise
+        return dict(last)
+
+    return provide
 
 
 def _container_url() -> str | None:
@@ -165,6 +182,6 @@ def _request(method: str, url: str, headers: Mapping[str, str]) -> tuple[int, st
         path = parts.path or "/"
         connection.request(method, f"{path}?{parts.query}" if parts.query else path, headers=dict(headers))
         answer = connection.getresponse()
-        return answer.status, answer.read().decode(errors="replace")
+        return answer.status, answer.read(_ANSWER_BYTES).decode(errors="replace")
     finally:
         connection.close()

@@ -20,6 +20,7 @@ from engine_loader.sources.object_store.client import ObjectStoreOptions
 from engine_loader.sources.object_store.object_source import ObjectStoreSource
 from tests.sources.object_store.model import CONTENT, KEY, KIB, RIGHT, URL, load
 from tests.support.certificates import Authority
+from tests.support.checkpoints import tensor_bytes
 from tests.support.credential_services import CredentialServices, Refusal
 from tests.support.fault_server import Answer, FaultServer, Request
 
@@ -261,6 +262,27 @@ class TestExpiry:
                 opened.get_tensor(name)
         assert services.given > before
         assert len(signers(server)) > 1
+
+    def test_credentials_that_are_still_valid_are_used_while_the_service_fails(
+        self, in_container: CredentialServices, server: FaultServer
+    ) -> None:
+        in_container.lifetime = timedelta(seconds=60)
+        in_container.refuse = lambda asked: Refusal(500) if in_container.given else None
+        with open_checkpoint(URL, object_store_range_bytes=64 * KIB, object_store_requests=1) as opened:
+            time.sleep(_MORE_THAN_A_BACKOFF_S)
+            assert tensor_bytes(opened.get_tensor("t3")) == RIGHT["t3"]
+        assert len(in_container.asked) > 1
+        assert signers(server) == {("KEY1", "TOKEN1")}
+
+    def test_credentials_that_have_expired_are_not(self, in_container: CredentialServices) -> None:
+        in_container.lifetime = timedelta(seconds=-1)
+        in_container.refuse = lambda asked: Refusal(500) if in_container.given else None
+        with (
+            pytest.raises(CheckpointError, match="the container's credentials service answered 500"),
+            open_checkpoint(URL, object_store_range_bytes=64 * KIB, object_store_requests=1) as opened,
+        ):
+            time.sleep(_MORE_THAN_A_BACKOFF_S)
+            opened.get_tensor("t3")
 
     def test_a_url_whose_credentials_expired_is_signed_anew(
         self, in_container: CredentialServices, server: FaultServer
