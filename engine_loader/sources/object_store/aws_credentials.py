@@ -1,13 +1,15 @@
 """Credentials of AWS that obstore does not fetch, or fetches with more patience than a load has.
 
-These are the credentials of a profile, of a container, and of the instance's role.
+These are the credentials of a profile, of a web identity, of a container, and of the instance's role.
 """
 
 from __future__ import annotations
 
+import html
 import http.client
 import json
 import os
+import re
 import shlex
 import subprocess
 import threading
@@ -15,13 +17,18 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlencode, urlsplit
+from urllib.request import HTTPSHandler, build_opener
+
+from .authorities import tls_context
 
 NOT_FOUND = "no AWS credentials:"
 """Begins the message of every CredentialsError; obstore hands on the text alone."""
 _CHARACTERS = 400
 _ANSWER_BYTES = 64 << 10
 _TIMEOUT_S = 2.0
+_STS_TIMEOUT_S = 5.0
 _TRIES = 2
 _PROCESS_TIMEOUT_S = 60.0
 _REMEMBERED_S = 30.0
@@ -42,21 +49,23 @@ class CredentialsError(RuntimeError):
 Provider = Callable[[], dict[str, Any]]
 
 
-def provider_of(keys: Mapping[str, str]) -> Provider | None:
-    """obstore's ``credential_provider``; None: obstore finds the credentials (``AWS_ACCESS_KEY_ID``, web identity).
+def provider_of(keys: Mapping[str, str], sts: str) -> Provider | None:
+    """obstore's ``credential_provider``; None: obstore takes those of the environment (``AWS_ACCESS_KEY_ID``).
 
     Args:
         keys: of the profile that is used, as ``aws_profile.profile_keys`` gives them; empty: the environment's
             credentials are used.
+        sts: the address of the service that gives credentials for a web identity.
     """
     if "credential_process" in keys:
         return _kept(lambda: _from_process(keys["credential_process"]))
     if "aws_access_key_id" in keys:
         # What obstore finds in the environment (a session token) must not mix with the keys of a profile.
         return lambda: _credentials(keys, "aws_access_key_id", "aws_secret_access_key", "aws_session_token", None)
-    has_identity = os.environ.get("AWS_WEB_IDENTITY_TOKEN_FILE") and os.environ.get("AWS_ROLE_ARN")
-    if os.environ.get("AWS_ACCESS_KEY_ID") or has_identity:
+    if os.environ.get("AWS_ACCESS_KEY_ID"):
         return None
+    if os.environ.get("AWS_WEB_IDENTITY_TOKEN_FILE") and os.environ.get("AWS_ROLE_ARN"):
+        return _kept(lambda: _from_identity(sts))
     return _kept(_from_container if _container_url() else _from_instance)
 
 
@@ -81,17 +90,37 @@ def _container_url() -> str | None:
     return f"{_CONTAINER_HOST}{relative}" if relative else os.environ.get("AWS_CONTAINER_CREDENTIALS_FULL_URI")
 
 
+def _from_identity(sts: str) -> dict[str, Any]:
+    """The credentials of a role for a web identity (IRSA)."""
+    form = {
+        "Action": "AssumeRoleWithWebIdentity",
+        "Version": "2011-06-15",
+        "RoleArn": os.environ["AWS_ROLE_ARN"],
+        "RoleSessionName": os.environ.get("AWS_ROLE_SESSION_NAME") or "engine-loader",
+        "WebIdentityToken": _token_in(os.environ["AWS_WEB_IDENTITY_TOKEN_FILE"]),
+    }
+    body = urlencode(form).encode()
+    text = _ask(f"STS ({urlsplit(sts).hostname})", "POST", sts, {}, body)
+    names = ("AccessKeyId", "SecretAccessKey", "SessionToken", "Expiration")
+    found = {name: re.search(rf"<{name}>\s*([^<]*?)\s*</{name}>", text) for name in names}
+    return _parsed(json.dumps({name: html.unescape(match[1]) for name, match in found.items() if match}), names[2])
+
+
+def _token_in(file: str) -> str:
+    try:
+        with open(file, encoding="utf-8") as opened:
+            return opened.read().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CredentialsError(f"the token in {file} cannot be read: {error}") from None
+
+
 def _from_container() -> dict[str, Any]:
     """The credentials that ECS and EKS Pod Identity give to a container."""
     url = _container_url() or ""
     token = os.environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN", "")
     file = os.environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE")
     if file:
-        try:
-            with open(file, encoding="utf-8") as opened:
-                token = opened.read().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise CredentialsError(f"the container's token cannot be read: {error}") from None
+        token = _token_in(file)
     headers = {"Authorization": token} if token else {}
     return _parsed(_ask("the container's credentials service", "GET", url, headers), "Token")
 
@@ -150,21 +179,22 @@ def _credentials(found: Mapping[str, str], key: str, secret: str, token: str, ex
     }
 
 
-def _ask(service: str, method: str, url: str, headers: Mapping[str, str]) -> str:
-    """The body of an answer of a service of the machine. No proxy is asked."""
+def _ask(service: str, method: str, url: str, headers: Mapping[str, str], content: bytes | None = None) -> str:
+    """The body of a service's answer."""
     with _lock:
         when, text = _failures.get(url, (0.0, ""))
         if text and time.monotonic() - when < _REMEMBERED_S:
             raise CredentialsError(text)
         for _ in range(_TRIES):
             try:
-                status, body = _request(method, url, headers)
+                status, body = _request(method, url, headers) if content is None else _posted(url, content)
             except (OSError, http.client.HTTPException, ValueError) as error:
                 reason = "does not answer" if isinstance(error, TimeoutError) else f"cannot be reached ({error})"
             else:
                 if status == 200:
                     return body
-                reason = f"answered {status}"
+                said = [found[1] for found in re.finditer("<(?:Code|Message)>([^<]*)<", body)]
+                reason = " ".join([f"answered {status}", *said])
                 if status < 500:
                     break
         text = f"none is set, and {service} {reason}"
@@ -173,6 +203,7 @@ def _ask(service: str, method: str, url: str, headers: Mapping[str, str]) -> str
 
 
 def _request(method: str, url: str, headers: Mapping[str, str]) -> tuple[int, str]:
+    """Status and body of an answer of a service of this machine. No proxy is asked."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"{url} is no address")
@@ -185,3 +216,17 @@ def _request(method: str, url: str, headers: Mapping[str, str]) -> tuple[int, st
         return answer.status, answer.read(_ANSWER_BYTES).decode(errors="replace")
     finally:
         connection.close()
+
+
+def _posted(url: str, content: bytes) -> tuple[int, str]:
+    """Status and body of the answer to a form, from anywhere: by a proxy where one is set."""
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"{url} is no address")
+    opener = build_opener(HTTPSHandler(context=tls_context()))
+    try:
+        with opener.open(url, content, timeout=_STS_TIMEOUT_S) as answer:
+            return answer.status, answer.read(_ANSWER_BYTES).decode(errors="replace")
+    except HTTPError as error:
+        return error.code, error.read(_ANSWER_BYTES).decode(errors="replace")
+    except URLError as error:
+        raise error.reason if isinstance(error.reason, OSError) else OSError(str(error.reason)) from None

@@ -190,10 +190,9 @@ def _config(url: ObjectUrl, options: ObjectStoreOptions, endpoint: str | None) -
         # Otherwise one object, too, is deleted by DeleteObjects, which not every server has.
         "disable_bulk_delete": True,
         "s3_express": endpoint is None and is_express(url.bucket),
-        "aws_endpoint_url_sts": sts_endpoint(region),
         **_address(url.bucket, region, options, endpoint),
     }
-    provider = None if options.anonymous else provider_of(keys)
+    provider = None if options.anonymous else provider_of(keys, sts_endpoint(region))
     if provider is not None:
         config["credential_provider"] = provider
     return config

@@ -193,6 +193,33 @@ class TestAWebIdentity:
         assert "InvalidIdentityToken" in message
         assert "No OpenIDConnect provider found" in message
 
+    def test_an_sts_that_never_answers(
+        self, with_identity: CredentialServices, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(aws_credentials, "_STS_TIMEOUT_S", 0.5)
+        with_identity.refuse = lambda asked: Refusal()
+        for _ in range(2):
+            assert "no credentials were found: none is set, and STS (127.0.0.1) does not answer" in failure()
+        assert with_identity.paths() == ["POST /sts"] * 2
+
+    def test_that_cannot_be_read(self, with_identity: CredentialServices, tmp_path: Path) -> None:
+        (tmp_path / "identity").unlink()
+        assert f"the token in {tmp_path}/identity cannot be read" in failure()
+        assert not with_identity.asked
+
+    def test_whose_sts_is_not_trusted(self, with_identity: CredentialServices, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("AWS_CA_BUNDLE")
+        assert "STS (127.0.0.1) cannot be reached ([SSL: CERTIFICATE_VERIFY_FAILED]" in failure()
+
+    @pytest.mark.usefixtures("with_identity")
+    def test_whose_sts_is_behind_a_proxy(self, server: FaultServer, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("AWS_ENDPOINT_URL_STS")
+        monkeypatch.setenv("HTTPS_PROXY", server.url)
+        monkeypatch.setenv("AWS_REGION", "cn-north-1")
+        failure()
+        asked = {request.key for request in server.requests if request.method == "CONNECT"}
+        assert asked == {"sts.cn-north-1.amazonaws.com.cn:443"}
+
 
 class TestProfiles:
     @pytest.fixture(autouse=True)
