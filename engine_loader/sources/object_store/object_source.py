@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import numpy as np
 
-from ...errors import CheckpointError, TransferError
+from ...errors import CheckpointError
 from ...settings import LoaderSettings
 from ..source import UsrbioAccess
 from . import ranges
 from .client import ObjectStoreOptions, ObjectStores, check_process, condition_of
 from .ranges import Connections, DirectRanges, Wanted
-from .redirects import redirect_of
-from .request_failures import Answer, is_failure, object_changed, object_failure, retryable_errno
+from .redirects import request_failure
+from .request_failures import Answer, is_failure, object_changed, retryable_errno
 from .url import ObjectUrl, parse_object_url
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class ObjectFile:
             code = retryable_errno(error)
             if code is not None:
                 raise OSError(code, os.strerror(code), self.path) from error
-            raise object_failure(error, "read", self.path, begin) from error
+            raise request_failure(store, self._key, error, "read", self.path, begin) from error
         # obstore has compared the range that the server names with the one that was asked for, not what came.
         if len(content) != end - begin:
             raise OSError(errno.EREMOTEIO, os.strerror(errno.EREMOTEIO), self.path)
@@ -180,7 +180,9 @@ class ObjectStoreSource:
         except BaseException as error:
             if not is_failure(error):
                 raise
-            raise _failure(store, url, _with_its_code(store, url.key, error), "open the object", path) from error
+            raise request_failure(
+                store, url.key, _with_its_code(store, url.key, error), "open the object", path
+            ) from error
         return ObjectFile(path, url, self._stores, meta, self._connections)
 
     def is_dir(self, path: str) -> bool:
@@ -218,7 +220,7 @@ class ObjectStoreSource:
         except BaseException as error:
             if not is_failure(error):
                 raise
-            raise _failure(store, url, error, "list the prefix", path) from error
+            raise request_failure(store, url.key, error, "list the prefix", path) from error
         below = len(url.key) + 1 if url.key else 0
         names = sorted(meta["path"][below:] for meta in found["objects"])
         listing = _Listing(names, bool(names or found["common_prefixes"]))
@@ -244,12 +246,6 @@ def _identity(meta: ObjectMeta) -> tuple[Any, ...]:
     """What changes when an object is replaced: size and ETag; without an ETag, size and time of change (in seconds)."""
     tag = meta["e_tag"]
     return (meta["size"], re.sub("^W/", "", tag) if tag else meta["last_modified"])
-
-
-def _failure(store: ObjectStore, url: ObjectUrl, error: BaseException, doing: str, path: str) -> TransferError:
-    """``object_failure``, which sees no redirect to another host where obstore followed it and was refused there."""
-    elsewhere = redirect_of(store, url) if Answer.of(error).status in (301, 302, 307, 308, 401, 403) else None
-    return object_failure(error, doing, path, elsewhere=elsewhere)
 
 
 def _with_its_code(store: ObjectStore, key: str, error: BaseException) -> BaseException:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote, urlsplit
 from urllib.request import getproxies_environment
 
+from ...errors import TransferError
 from .authorities import tls_context
-from .url import ObjectUrl
+from .request_failures import Answer, object_failure
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -19,18 +20,27 @@ _TIMEOUT_S = 5.0
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 
-def redirect_of(store: ObjectStore, url: ObjectUrl) -> str | None:
-    """Ask, without signature, where the server sends requests for ``url``: "host (region eu-west-1)"; None where
-    it does not send elsewhere, or that is not known.
+def request_failure(
+    store: ObjectStore, key: str, error: BaseException, doing: str, path: str, offset: int | None = None
+) -> TransferError:
+    """``object_failure``, for which a refusal by another host is told from one by the server itself."""
+    refused = Answer.of(error).status in (301, 302, 307, 308, 401, 403)
+    return object_failure(error, doing, path, offset, elsewhere=_redirect_of(store, key) if refused else None)
+
+
+def _redirect_of(store: ObjectStore, key: str) -> str | None:
+    """Ask, without signature, where the server sends requests for ``key``, e.g. "host (region eu-west-1)".
+
+    None: it does not send elsewhere, or that is not known.
     """
     config = cast("dict[str, Any]", getattr(store, "config", {}))
-    address = config.get("aws_endpoint_url_s3") or config.get("endpoint_url_s3")
-    if url.scheme != "s3" or not address or getproxies_environment():
+    address = config.get("endpoint_url_s3")
+    if not address or getproxies_environment():
         return None
     parts = urlsplit(str(address))
-    bucket = "" if config.get("virtual_hosted_style_request") in (True, "true") else f"/{url.bucket}"
+    bucket = "" if config.get("virtual_hosted_style_request") in (True, "true") else f"/{config['bucket']}"
     try:
-        return _ask(parts.scheme, parts.netloc, f"{parts.path}{bucket}/{quote(url.key)}")
+        return _ask(parts.scheme, parts.netloc, f"{parts.path}{bucket}/{quote(key)}")
     except (OSError, http.client.HTTPException, ValueError):
         return None
 

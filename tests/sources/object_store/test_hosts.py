@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import cast
-from urllib.parse import urlsplit
 
 import botocore.config
 import botocore.session
@@ -13,7 +12,7 @@ import pytest
 from obstore.store import S3Store
 
 from engine_loader import CheckpointError, open_checkpoint
-from engine_loader.dcp import S3ClientConfig, S3StorageReader
+from engine_loader.dcp import S3ClientConfig, S3FileSystem, S3StorageReader
 from engine_loader.sources.object_store.client import ObjectStoreOptions, ObjectStores, make_client
 from engine_loader.sources.object_store.endpoints import sts_endpoint
 from engine_loader.sources.object_store.object_source import ObjectStoreSource
@@ -21,7 +20,7 @@ from engine_loader.sources.object_store.url import parse_object_url
 from tests.sources.object_store.model import CONTENT, KEY, QUICK, RIGHT, URL, load
 from tests.support.certificates import Authority
 from tests.support.checkpoints import checkpoint, entry
-from tests.support.fault_server import Answer, FaultServer
+from tests.support.fault_server import Answer, FaultServer, Request
 
 REGIONS = ["us-east-1", "eu-central-1", "cn-north-1", "cn-northwest-1", "us-gov-west-1", "us-iso-east-1"]
 REGIONS += ["us-isob-east-1", "us-isof-south-1", "eu-isoe-west-1", "eusc-de-east-1"]
@@ -246,17 +245,39 @@ class TestProxies:
 
 
 class TestARedirect:
+    @pytest.fixture(autouse=True)
+    def _elsewhere(self, on_server: FaultServer) -> Iterator[None]:
+        on_server.objects[KEY] = CONTENT
+        with FaultServer() as other:
+            other.fault = lambda request: Answer(status=403, code="AccessDenied")
+            self.there = other.url.replace("127.0.0.1", "localhost")
+            yield
+
+    def redirect(self, request: Request, status: int = 307) -> Answer:
+        headers = {"Location": f"{self.there}/{request.key}", "x-amz-bucket-region": "eu-west-1"}
+        return Answer(status=status, code="TemporaryRedirect", headers=headers)
+
     @pytest.mark.parametrize("status", [301, 307, 308])
     @pytest.mark.parametrize("what", [URL, "s3://bucket/prefix"])
     def test_to_another_host_is_named(self, what: str, status: int, on_server: FaultServer) -> None:
-        with FaultServer() as other:
-            other.fault = lambda request: Answer(status=403, code="AccessDenied")
-            there = other.url.replace("127.0.0.1", "localhost")
-            on_server.fault = lambda request: Answer(
-                status=status,
-                code="TemporaryRedirect",
-                headers={"Location": f"{there}{urlsplit(request.key).path}", "x-amz-bucket-region": "eu-west-1"},
-            )
-            message = failure(what)
+        on_server.fault = lambda request: self.redirect(request, status)
+        message = failure(what)
         assert "the server sends elsewhere: to localhost (region eu-west-1)" in message
         assert "set AWS_REGION or object_store_region" in message
+
+    def test_while_data_is_read(self, on_server: FaultServer) -> None:
+        with open_checkpoint(URL, **QUICK) as opened:
+            on_server.fault = self.redirect
+            with pytest.raises(CheckpointError, match="could not read: the server sends elsewhere: to localhost"):
+                opened.get_tensor("t1")
+
+    def test_while_a_training_checkpoint_is_written(self, on_server: FaultServer) -> None:
+        on_server.fault = self.redirect
+        files = S3FileSystem("us-east-1")
+        with (
+            pytest.raises(CheckpointError, match="the server sends elsewhere: to localhost"),
+            files.create_stream("s3://bucket/run/part", "wb") as stream,
+        ):
+            stream.write(b"x")
+        with pytest.raises(CheckpointError, match="could not look for the object: the server sends elsewhere"):
+            files.exists("s3://bucket/run/part")
