@@ -12,6 +12,8 @@ import pytest
 from obstore.store import S3Store
 
 from engine_loader import CheckpointError, open_checkpoint
+from engine_loader.compile_cache.stores.objects import ObjectCacheStore
+from engine_loader.compile_cache.trust import Trust
 from engine_loader.dcp import S3ClientConfig, S3FileSystem, S3StorageReader
 from engine_loader.sources.object_store.client import ObjectStoreOptions, ObjectStores, make_client
 from engine_loader.sources.object_store.endpoints import sts_endpoint
@@ -73,20 +75,43 @@ class TestAPanicOfTheClient:
     class PanicException(BaseException):
         """What pyo3 raises has this name, and cannot be imported."""
 
+    def panics(self, *_: object, **__: object) -> None:
+        raise self.PanicException("called `Option::unwrap()` on a `None` value")
+
     @pytest.mark.parametrize("call", ["head", "get", "list_with_delimiter"])
     def test_is_a_checkpoint_error(self, call: str, on_server: FaultServer, monkeypatch: pytest.MonkeyPatch) -> None:
         on_server.objects[KEY] = CONTENT
-
-        def panics(*_: object, **__: object) -> None:
-            raise self.PanicException("called `Option::unwrap()` on a `None` value")
-
-        monkeypatch.setattr(obstore, call, panics)
+        monkeypatch.setattr(obstore, call, self.panics)
         source = ObjectStoreSource(ObjectStoreOptions())
         with pytest.raises(CheckpointError, match="the client failed"):
             if call == "list_with_delimiter":
                 source.list("s3://bucket/prefix")
             else:
                 source.open(URL).read_into(0, [memoryview(bytearray(8))])
+
+    @pytest.mark.parametrize("call", ["head", "put", "delete", "copy"])
+    def test_of_a_training_checkpoints_file_system(self, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(obstore, call, self.panics)
+        files, path = S3FileSystem("us-east-1"), "s3://bucket/run/part"
+        with pytest.raises(CheckpointError, match=f"{path}: could not .*the client failed"):
+            if call == "put":
+                with files.create_stream(path, "wb") as stream:
+                    stream.write(b"x")
+            else:
+                {"head": files.exists, "delete": files.rm_file, "copy": lambda _: files.rename(path, path + "2")}[call](
+                    path
+                )
+
+    @pytest.mark.parametrize("call", ["head", "list"])
+    def test_of_the_compile_caches_store(self, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(obstore, call, self.panics)
+        store = ObjectCacheStore("s3://bucket/caches", Trust(anyone=True))
+        with pytest.raises(OSError, match="the client failed"):
+            if call == "list":
+                store.list()
+            else:
+                with store.open("scope/name/pack"):
+                    pass
 
     def test_of_the_real_client_too(self) -> None:
         # An address that is not checked here, because the client was made by the user.
