@@ -18,7 +18,8 @@ from ..errors import CheckpointError
 from ..sources.byte_stream import open_stream
 from ..sources.object_store.client import ObjectStores, check_process, require_obstore
 from ..sources.object_store.object_source import ObjectStoreSource
-from ..sources.object_store.request_failures import object_failure
+from ..sources.object_store.redirects import request_failure
+from ..sources.object_store.request_failures import is_request_failure
 from ..sources.object_store.url import ObjectUrl, parse_object_url
 from .s3_config import S3ClientConfig, S3Setup
 from .s3_upload import MAX_PARTS, ObjectUpload
@@ -115,7 +116,7 @@ class S3FileSystem(FileSystemBase):
         new_url, _ = self._object(new_path)
         if (url.scheme, url.bucket) != (new_url.scheme, new_url.bucket):
             raise ValueError(f"{os.fspath(path)} cannot be renamed to {os.fspath(new_path)}: the buckets differ")
-        with _clear_errors("copy the object", path):
+        with _clear_errors(store, url.key, "copy the object", path):
             obstore.copy(store, url.key, new_url.key)
         for tried in range(1, _DELETE_TRIES + 1):
             try:
@@ -148,7 +149,7 @@ class S3FileSystem(FileSystemBase):
         import obstore
 
         url, store = self._object(path)
-        with _clear_errors("look for the object", path):
+        with _clear_errors(store, url.key, "look for the object", path):
             try:
                 obstore.head(store, url.key)
             except FileNotFoundError:
@@ -164,7 +165,7 @@ class S3FileSystem(FileSystemBase):
         import obstore
 
         url, store = self._object(path)
-        with _clear_errors("delete the object", path):
+        with _clear_errors(store, url.key, "delete the object", path):
             obstore.delete(store, url.key)
 
     def ls(self, path: str | os.PathLike[str]) -> list[str]:
@@ -186,11 +187,11 @@ class S3FileSystem(FileSystemBase):
 
 
 @contextmanager
-def _clear_errors(doing: str, path: str | os.PathLike[str]) -> Iterator[None]:
+def _clear_errors(store: ObjectStore, key: str, doing: str, path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn exceptions of the client into errors that say what to do."""
-    from obstore.exceptions import BaseError
-
     try:
         yield
-    except (BaseError, FileNotFoundError, ValueError) as error:
-        raise object_failure(error, doing, os.fspath(path)) from error
+    except BaseException as error:
+        if not is_request_failure(error):
+            raise
+        raise request_failure(store, key, error, doing, os.fspath(path)) from error

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import CheckpointError
 from ..sources.object_store.client import check_process
-from ..sources.object_store.request_failures import object_failure
+from ..sources.object_store.redirects import request_failure
+from ..sources.object_store.request_failures import is_failure
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -181,6 +182,6 @@ class ObjectUpload(io.BufferedIOBase):
         error = self._failure
         if error is None:
             return
-        if isinstance(error, CheckpointError) or not isinstance(error, Exception):
+        if isinstance(error, CheckpointError) or not is_failure(error):
             raise error
-        raise object_failure(error, "write the object", self._path) from error
+        raise request_failure(self._store, self._key, error, "write the object", self._path) from error

@@ -1,5 +1,6 @@
 """A small S3 on loopback that does wrong what a test wants done wrong."""
 
+import ssl
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,12 +32,14 @@ class Answer:
     """What goes out instead of the right answer. None: as it would be.
 
     Attributes:
+        message: S3's explanation in the answer of an error.
         cut: bytes of the body that are sent before the connection breaks.
         stall: instead of breaking, it stays open in silence until the server stops.
     """
 
     status: int | None = None
     code: str = "Failure"
+    message: str = "as the test wants it"
     cut: int | None = None
     stall: bool = False
     ignore_range: bool = False
@@ -58,9 +61,12 @@ class FaultServer:
         fault: asked for every request of an object or a listing.
         etags: whether answers have an ETag, and If-Match is heeded.
         requests: all that came in.
+
+    Args:
+        tls: it speaks https with this context's certificate.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self.objects: dict[str, bytes] = {}
         self.uploads: dict[str, dict[int, bytes]] = {}
         self.fault: Fault = lambda request: None
@@ -71,7 +77,10 @@ class FaultServer:
         self._open: set[object] = set()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._http.server_port}"
+        if tls is not None:
+            # The handshake is made by each connection's own thread, with its first byte.
+            self._http.socket = tls.wrap_socket(self._http.socket, server_side=True, do_handshake_on_connect=False)
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self._http.server_port}"
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
@@ -132,6 +141,11 @@ def _handler(server: FaultServer) -> type[BaseHTTPRequestHandler]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
+        def do_CONNECT(self) -> None:
+            """As a proxy that may not connect to where it should."""
+            server.arrived("CONNECT", f"/{self.path}", {})
+            self._fail(403, "Forbidden", {})
+
         def do_HEAD(self) -> None:
             self._serve()
 
@@ -144,7 +158,7 @@ def _handler(server: FaultServer) -> type[BaseHTTPRequestHandler]:
             request = server.arrived("PUT", self.path, headers)
             answer = server.fault(request) or Answer()
             if answer.status is not None:
-                self._fail(answer.status, answer.code, answer.headers)
+                self._fail(answer.status, answer.code, answer.headers, answer.message)
                 return
             if "uploadId" in request.query:
                 server.uploads[request.query["uploadId"][0]][int(request.query["partNumber"][0])] = content
@@ -164,7 +178,7 @@ def _handler(server: FaultServer) -> type[BaseHTTPRequestHandler]:
             request = server.arrived("POST", self.path, headers)
             answer = server.fault(request) or Answer()
             if answer.status is not None:
-                self._fail(answer.status, answer.code, answer.headers)
+                self._fail(answer.status, answer.code, answer.headers, answer.message)
             elif "uploads" in request.query:
                 upload = f"upload-{request.number}"
                 server.uploads[upload] = {}
@@ -184,7 +198,7 @@ def _handler(server: FaultServer) -> type[BaseHTTPRequestHandler]:
             request = server.arrived("DELETE", self.path, headers)
             answer = server.fault(request) or Answer()
             if answer.status is not None:
-                self._fail(answer.status, answer.code, answer.headers)
+                self._fail(answer.status, answer.code, answer.headers, answer.message)
                 return
             if "uploadId" in request.query:
                 server.uploads.pop(request.query["uploadId"][0], None)
@@ -197,7 +211,7 @@ def _handler(server: FaultServer) -> type[BaseHTTPRequestHandler]:
             request = server.arrived(self.command, self.path, headers)
             answer = server.fault(request) or Answer()
             if answer.status is not None:
-                self._fail(answer.status, answer.code, answer.headers)
+                self._fail(answer.status, answer.code, answer.headers, answer.message)
             elif "list-type" in request.query:
                 self._list(request, answer)
             else:
@@ -239,8 +253,8 @@ def _handler(server: FaultServer) -> type[BaseHTTPRequestHandler]:
             text = f"<ListBucketResult><IsTruncated>false</IsTruncated>{items}</ListBucketResult>"
             self._send(200, {"Content-Type": "application/xml"}, text.encode(), answer)
 
-        def _fail(self, status: int, code: str, headers: dict[str, str]) -> None:
-            text = f"<Error><Code>{code}</Code><Message>as the test wants it</Message></Error>"
+        def _fail(self, status: int, code: str, headers: dict[str, str], message: str = "") -> None:
+            text = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
             self._send(status, headers, text.encode(), Answer())
 
         def _send(self, status: int, headers: dict[str, str], content: bytes, answer: Answer) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import CheckpointError
 from ...sources.object_store.client import ObjectStoreOptions, condition_of, make_client
-from ...sources.object_store.request_failures import object_failure
+from ...sources.object_store.request_failures import is_request_failure, object_failure
 from ...sources.object_store.url import parse_object_url
 from ..cache_errors import CacheValidationError
 from ..space import no_room_is_an_interruption
@@ -280,12 +280,12 @@ class _Upload:
 @contextmanager
 def _errors_of(location: str, doing: str) -> Iterator[None]:
     """Raise failures of a request as OSErrors, as ``interface.Store`` promises."""
-    from obstore.exceptions import BaseError
-
     try:
         yield
     except PackReplacedError:
         raise
-    except (BaseError, FileNotFoundError, ValueError) as error:
+    except BaseException as error:
+        if not is_request_failure(error):
+            raise
         failure = object_failure(error, doing, location)
         raise OSError(failure.errno or errno.EIO, failure.message, location) from error

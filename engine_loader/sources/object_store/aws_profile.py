@@ -1,4 +1,4 @@
-"""Keys and region of an AWS profile, from the files that AWS's own tools share; obstore does not read them."""
+"""Keys and region of an AWS profile, from the files that AWS's own tools share; obstore reads no profiles."""
 
 from __future__ import annotations
 
@@ -15,21 +15,19 @@ _OTHER_CREDENTIALS = (
     "AWS_CONTAINER_CREDENTIALS_FULL_URI",
 )
 """Variables that say where credentials come from: they go before the default profile."""
-_KEYS = {
-    "aws_access_key_id": "access_key_id",
-    "aws_secret_access_key": "secret_access_key",
-    "aws_session_token": "session_token",
-}
+_KEYS = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
 
 
-def profile_options(environ: Mapping[str, str] | None = None, *, profile: str | None = None) -> dict[str, str]:
-    """obstore's options from ``profile``, else from the one that AWS_PROFILE names, else from "default".
+def profile_keys(environ: Mapping[str, str] | None = None, *, profile: str | None = None) -> dict[str, str]:
+    """Keys and region of ``profile``, else of the one that AWS_PROFILE names, else of "default", as the files name them
+    (``aws_access_key_id`` …, or ``credential_process``, and ``region``).
 
-    Keys in the environment go before a profile that is not named by ``profile``, as in AWS's tools; of a profile only
-    static keys are read. Empty where there is none.
+    Keys in the environment go before a profile that is not named by ``profile``, as in AWS's tools. Empty where
+    there is none.
 
     Raises:
-        CheckpointError: a profile that is named is not there, or has no keys (SSO, a role); or a file cannot be read.
+        CheckpointError: a profile that is named is not there, or has no keys (SSO, a role); a secret is missing; or a
+            file cannot be read.
     """
     environ = os.environ if environ is None else environ
     named = profile or environ.get("AWS_PROFILE")
@@ -40,16 +38,23 @@ def profile_options(environ: Mapping[str, str] | None = None, *, profile: str | 
     credentials = environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials"
     config = environ.get("AWS_CONFIG_FILE") or "~/.aws/config"
     found = _section(config, name if name == "default" else f"profile {name}") | _section(credentials, name)
-    options = {option: found[key] for key, option in _KEYS.items() if found.get(key)}
-    if named and "access_key_id" not in options:
+    keys = _static_keys(_section(credentials, name)) or _static_keys(found)
+    if not keys and found.get("credential_process"):
+        keys = {"credential_process": found["credential_process"]}
+    if named and not keys:
         raise CheckpointError(
             f"the AWS profile {name!r} has no keys in {credentials} or {config}",
             hint="for SSO and roles, let AWS's tool fetch them: "
             'eval "$(aws configure export-credentials --format env)"',
         )
-    if options and found.get("region") and not (environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION")):
-        options["region"] = found["region"]
-    return options
+    if keys and "credential_process" not in keys and "aws_secret_access_key" not in keys:
+        raise CheckpointError(f"the AWS profile {name!r} has no aws_secret_access_key", file=credentials)
+    return {**keys, "region": found["region"]} if keys and found.get("region") else keys
+
+
+def _static_keys(section: Mapping[str, str]) -> dict[str, str]:
+    """Keys that belong together: those of one section of one file."""
+    return {key: section[key] for key in _KEYS if section.get(key)} if section.get("aws_access_key_id") else {}
 
 
 def _section(path: str, name: str) -> dict[str, str]:

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ...errors import CheckpointError
 from ...settings import LoaderSettings
-from .aws_profile import profile_options
+from .authorities import ca_bundle
+from .aws_credentials import provider_of
+from .aws_profile import profile_keys
+from .endpoints import aws_endpoint, endpoint_of, is_access_point, is_express, sts_endpoint
 from .request_failures import without_secrets
 from .url import ObjectUrl
 
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 _FIRST_PAUSE = timedelta(milliseconds=100)
 _LONGEST_PAUSE = timedelta(seconds=5)
 _CONNECT_S = 5.0
+_REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
 _first_process: list[int] = []
 
 
@@ -88,6 +92,7 @@ def make_client(url: ObjectUrl, options: ObjectStoreOptions) -> ObjectStore:
     kind: type[Any] = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}[url.scheme]
     endpoint = endpoint_of(url, options)
     config = _config(url, options, endpoint)
+    bundle = ca_bundle() if url.scheme == "s3" else None
     if options.anonymous:
         config["skip_signature"] = True
     try:
@@ -100,6 +105,7 @@ def make_client(url: ObjectUrl, options: ObjectStoreOptions) -> ObjectStore:
                 # For a whole request; read_timeout notices a server that hangs.
                 "timeout": timedelta(seconds=10 * options.timeout_s),
                 "user_agent": "engine-loader",
+                **({"root_certificate": bundle} if bundle else {}),
             },
             retry_config={
                 "max_retries": options.max_tries - 1,
@@ -172,46 +178,36 @@ def check_process(path: str) -> None:
         )
 
 
-def endpoint_of(url: ObjectUrl, options: ObjectStoreOptions) -> str | None:
-    """The endpoint that is configured for a URL's store; None for that of AWS, Google or Azure."""
-    endpoint = options.endpoint_url
-    if endpoint is None and url.scheme == "s3":
-        names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-        endpoint = next((os.environ[name] for name in names if os.environ.get(name)), None)
-    return endpoint and endpoint.rstrip("/")
-
-
 def _config(url: ObjectUrl, options: ObjectStoreOptions, endpoint: str | None) -> dict[str, Any]:
     """Options of one kind of store; obstore takes those that are missing from the environment."""
     if url.scheme != "s3":
         name = "base_url" if url.scheme == "gs" else "endpoint"
         return {} if endpoint is None else {name: endpoint}
+    keys = {} if options.anonymous else profile_keys(profile=options.profile)
+    region = options.region or next(filter(None, map(os.environ.get, _REGIONS)), None) or keys.get("region")
+    region = region or "us-east-1"
     config: dict[str, Any] = {
-        "virtual_hosted_style_request": options.virtual_host,
+        "region": region,
         # Otherwise one object, too, is deleted by DeleteObjects, which not every server has.
         "disable_bulk_delete": True,
+        "s3_express": endpoint is None and is_express(url.bucket),
+        **_address(url.bucket, region, options, endpoint),
     }
-    if not options.anonymous:
-        config |= _profile(options.profile)
-    if options.region is not None:
-        config["region"] = options.region
-    if endpoint is not None:
-        # obstore wants the bucket in the endpoint when it is the host's first part.
-        host = re.sub("(?<=://)", f"{url.bucket}.", endpoint, count=1) if options.virtual_host else endpoint
-        # Of obstore's two options the more specific one: AWS_ENDPOINT_URL_S3 would override the other.
-        config["aws_endpoint_url_s3"] = host
+    provider = None if options.anonymous else provider_of(keys, sts_endpoint(region))
+    if provider is not None:
+        config["credential_provider"] = provider
     return config
 
 
-def _profile(name: str | None) -> dict[str, Any]:
-    options: dict[str, Any] = dict(profile_options(profile=name))
-    if name is None:
-        return options
-    # What obstore finds in the environment (a session token) must not mix with keys that were chosen by name.
-    keys = {
-        "access_key_id": options.pop("access_key_id"),
-        "secret_access_key": options.pop("secret_access_key", ""),
-        "token": options.pop("session_token", None),
-        "expires_at": None,
-    }
-    return {**options, "credential_provider": lambda: keys}
+def _address(bucket: str, region: str, options: ObjectStoreOptions, endpoint: str | None) -> dict[str, Any]:
+    """Where requests go. What obstore would derive itself knows one domain of AWS only."""
+    virtual_host = options.virtual_host or (endpoint is None and is_access_point(bucket))
+    if endpoint is None:
+        endpoint = aws_endpoint(region, bucket=bucket)
+        if is_express(bucket):
+            # obstore has the host of a directory bucket from its name; an endpoint of the environment was found empty.
+            return {}
+    # obstore wants the bucket in the endpoint when it is the host's first part.
+    host = re.sub("(?<=://)", f"{bucket}.", endpoint, count=1) if virtual_host else endpoint
+    # Of obstore's two options the more specific one: AWS_ENDPOINT_URL_S3 would override the other.
+    return {"virtual_hosted_style_request": virtual_host, "aws_endpoint_url_s3": host}

@@ -24,7 +24,8 @@ from ..source import UsrbioAccess
 from . import ranges
 from .client import ObjectStoreOptions, ObjectStores, check_process, condition_of
 from .ranges import Connections, DirectRanges, Wanted
-from .request_failures import Answer, object_changed, object_failure, retryable_errno
+from .redirects import request_failure
+from .request_failures import Answer, is_failure, object_changed, retryable_errno
 from .url import ObjectUrl, parse_object_url
 
 if TYPE_CHECKING:
@@ -116,11 +117,13 @@ class ObjectFile:
             content = result.bytes()
         except CheckpointError:
             raise
-        except Exception as error:
+        except BaseException as error:
+            if not is_failure(error):
+                raise
             code = retryable_errno(error)
             if code is not None:
                 raise OSError(code, os.strerror(code), self.path) from error
-            raise object_failure(error, "read", self.path, begin) from error
+            raise request_failure(store, self._key, error, "read", self.path, begin) from error
         # obstore has compared the range that the server names with the one that was asked for, not what came.
         if len(content) != end - begin:
             raise OSError(errno.EREMOTEIO, os.strerror(errno.EREMOTEIO), self.path)
@@ -178,8 +181,12 @@ class ObjectStoreSource:
         check_process(path)
         try:
             meta = obstore.head(store, url.key)
-        except Exception as error:
-            raise object_failure(_with_its_code(store, url.key, error), "open the object", path) from error
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            raise request_failure(
+                store, url.key, _with_its_code(store, url.key, error), "open the object", path
+            ) from error
         return ObjectFile(path, url, self._stores, meta, self._connections)
 
     def is_dir(self, path: str) -> bool:
@@ -217,8 +224,10 @@ class ObjectStoreSource:
         check_process(path)
         try:
             found = interruptible(lambda: obstore.list_with_delimiter(store, url.key or None))
-        except Exception as error:
-            raise object_failure(error, "list the prefix", path) from error
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            raise request_failure(store, url.key, error, "list the prefix", path) from error
         below = len(url.key) + 1 if url.key else 0
         names = sorted(meta["path"][below:] for meta in found["objects"])
         folders = sorted(prefix.rstrip("/")[below:] for prefix in found["common_prefixes"])
@@ -247,7 +256,7 @@ def _identity(meta: ObjectMeta) -> tuple[Any, ...]:
     return (meta["size"], re.sub("^W/", "", tag) if tag else meta["last_modified"])
 
 
-def _with_its_code(store: ObjectStore, key: str, error: Exception) -> Exception:
+def _with_its_code(store: ObjectStore, key: str, error: BaseException) -> BaseException:
     """The failure of a GET of one byte instead of that of a HEAD, whose answer has no body and so no error code."""
     import obstore
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import http.client
 import os
+import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +19,10 @@ from typing import TYPE_CHECKING, cast
 from urllib.parse import SplitResult, quote, urlsplit
 from urllib.request import getproxies_environment
 
-from .client import ObjectStores, endpoint_of
+from .authorities import tls_context
+from .client import ObjectStores
+from .endpoints import endpoint_of
+from .request_failures import is_failure
 from .url import ObjectUrl
 
 if TYPE_CHECKING:
@@ -29,6 +33,8 @@ MIN_BYTES = 1 << 20
 _CONNECT_S = 5.0
 _SIGNED_FOR = timedelta(hours=1)
 _SIGN_AGAIN_S = 600.0
+_REFUSED = (400, 401, 403)
+_ERROR_BYTES = 4096
 
 
 class Connections:
@@ -36,6 +42,7 @@ class Connections:
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
+        self._tls: ssl.SSLContext | None = None
         self._idle: dict[tuple[str, str], list[http.client.HTTPConnection]] = {}
         self._users = 0
         self._lock = threading.Lock()
@@ -61,8 +68,15 @@ class Connections:
             idle = self._idle.get((url.scheme, url.netloc))
             if idle:
                 return idle.pop(), True
-        kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
-        connection = kind(url.netloc, timeout=min(_CONNECT_S, self._timeout_s))
+        timeout_s = min(_CONNECT_S, self._timeout_s)
+        if url.scheme == "https":
+            if self._tls is None:
+                self._tls = tls_context()
+            connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+                url.netloc, timeout=timeout_s, context=self._tls
+            )
+        else:
+            connection = http.client.HTTPConnection(url.netloc, timeout=timeout_s)
         connection.connect()
         connection.sock.settimeout(self._timeout_s)
         return connection, False
@@ -119,13 +133,19 @@ class DirectRanges:
             target = self._signed()
             connection, answer = self._ask(target, wanted)
         # Whatever it was, obstore will say it, or do better.
-        except Exception:
+        except BaseException as error:
+            if not is_failure(error):
+                raise
             self._usable = False
             return False
         keep = False
         try:
             if not _is_accepted(answer, wanted):
-                self._usable = False
+                if answer.status in _REFUSED and b"ExpiredToken" in answer.read(_ERROR_BYTES):
+                    # obstore fetches the credentials anew, and the next URL is signed with those.
+                    self._target = None
+                else:
+                    self._usable = False
                 return False
             _fill(answer, buffers, wanted.end - wanted.begin)
             answer.read()  # marks the response as complete, so that its connection can be used again

@@ -7,10 +7,12 @@ answer, the phase in which a connection broke. (Read in obstore 0.12.)
 from __future__ import annotations
 
 import errno
+import html
 import re
 from dataclasses import dataclass
 
 from ...errors import TransferError
+from .aws_credentials import NOT_FOUND
 
 _REGION = "does the bucket lie in this region? set AWS_REGION or object_store_region"
 _DENIED = (
@@ -29,11 +31,19 @@ _HINTS = {
     "AuthorizationHeaderMalformed": _REGION,
     "IllegalLocationConstraintException": _REGION,
     "PermanentRedirect": _REGION,
+    "TemporaryRedirect": _REGION,
+    "InvalidObjectState": "the object lies in an archive (Glacier): restore it (aws s3api restore-object) or copy it "
+    "to another storage class",
 }
 _SECRETS = (
     (re.compile(r"(?<=://)[^/\s]*@"), ""),  # user and password, as of a proxy that is named as the endpoint
     (re.compile(r"(?i)(?<=[?&])(sig|x-(?:amz|goog)-(?:signature|credential|security-token))=[^&\s\"')]*"), r"\1=…"),
 )
+_TLS = (
+    "for a private CA, name the file of its certificate (PEM) in AWS_CA_BUNDLE or SSL_CERT_FILE; also check the host's "
+    "name in the endpoint, and the clock"
+)
+_MESSAGE_CHARACTERS = 400
 _METADATA_SERVICES = ("169.254.", "metadata.google.internal", "metadata/identity")
 
 
@@ -46,25 +56,28 @@ class Answer:
         code: S3's name of the error.
         text: obstore's text in one line.
         tries: how often the request was sent.
+        message: S3's explanation.
     """
 
     status: int | None
     code: str | None
     text: str
     tries: int
+    message: str | None = None
 
     @classmethod
     def of(cls, error: BaseException) -> Answer:
         """Parse the text of an exception of obstore."""
         text, _, details = str(error).partition("\n\nDebug source")
         status = re.search(r"status code: (\d{3})", text)
-        code = re.search(r"<Code>\s*(\w+)\s*</Code>", text)
+        code = re.search(r"<Code>\s*([\w.-]+)\s*</Code>", text)
         retries = re.search(r"\bretries: (\d+)", details)
         return cls(
             int(status[1]) if status else None,
             code[1] if code else None,
             " ".join(text.split()),
             int(retries[1]) + 1 if retries else 1,
+            _message(text),
         )
 
     def __str__(self) -> str:
@@ -91,7 +104,34 @@ def remove_secrets(error: BaseException) -> None:
             pending += [one.__cause__, one.__context__]
 
 
-def retryable_errno(error: Exception) -> int | None:
+def _message(text: str) -> str | None:
+    """What stands in S3's <Message>, without what a terminal would obey."""
+    found = re.search(r"<Message>(.*?)</Message>", text, re.DOTALL)
+    if found is None:
+        return None
+    words = " ".join(html.unescape(found[1]).split())
+    printable = "".join(character if character.isprintable() else "?" for character in words)
+    return printable if len(printable) <= _MESSAGE_CHARACTERS else printable[:_MESSAGE_CHARACTERS] + "…"
+
+
+def is_request_failure(error: BaseException) -> bool:
+    """Whether it is a failure of the client: its exceptions, and its panics, which are no Exceptions."""
+    from obstore.exceptions import BaseError
+
+    return isinstance(error, (BaseError, FileNotFoundError, ValueError)) or is_panic(error)
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether a call has failed; False for what ends a process (KeyboardInterrupt …)."""
+    return isinstance(error, Exception) or is_panic(error)
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library in Rust has panicked."""
+    return type(error).__name__ == "PanicException" and not isinstance(error, Exception)
+
+
+def retryable_errno(error: BaseException) -> int | None:
     """The errno for a response body that broke off or stalled, which is retryable; None for other failures."""
     remove_secrets(error)
     text = str(error)
@@ -110,8 +150,18 @@ def object_changed(path: str, offset: int | None = None) -> TransferError:
     )
 
 
-def object_failure(error: Exception, doing: str, path: str, offset: int | None = None) -> TransferError:
-    """The error for a request that failed for good. ``error`` is left without secrets, to be its cause."""
+def object_failure(
+    error: BaseException, doing: str, path: str, offset: int | None = None, *, elsewhere: str | None = None
+) -> TransferError:
+    """The error for a request that failed for good. ``error`` is left without secrets, to be its cause.
+
+    Args:
+        error: what the client raised.
+        doing: what was tried, for the message.
+        path: of the object.
+        offset: of the bytes that were asked for, if any.
+        elsewhere: the host to which the server sent the request, if it did.
+    """
     from obstore import exceptions
 
     remove_secrets(error)
@@ -119,21 +169,31 @@ def object_failure(error: Exception, doing: str, path: str, offset: int | None =
     if isinstance(error, exceptions.PreconditionError) or answer.status == 416:
         return object_changed(path, offset)
     code, what, hint = _explain(error, answer)
-    hint = _HINTS.get(answer.code or "", hint)
+    if elsewhere is not None:
+        code, what, hint = errno.EREMOTEIO, f"the server sends elsewhere: to {elsewhere}", _REGION
+    hint = hint if elsewhere else _HINTS.get(answer.code or "", hint)
+    if answer.message and code != errno.ENOENT:
+        hint = "; ".join(filter(None, (hint, f"the server says: {answer.message}")))
     after = f" after {answer.tries} tries" if answer.tries > 1 else ""
     failure = TransferError(f"could not {doing}: {what}{after}", file=path, offset=offset, hint=hint)
     failure.errno = code
     return failure
 
 
-def _explain(error: Exception, answer: Answer) -> tuple[int | None, str, str | None]:
+def _explain(error: BaseException, answer: Answer) -> tuple[int | None, str, str | None]:
     """errno, what happened, and what to do."""
+    if is_panic(error):
+        return errno.EINVAL, f"the client failed ({answer.text})", _ENDPOINT
+    if NOT_FOUND in answer.text:
+        return errno.EACCES, "no credentials were found: " + answer.text.partition(NOT_FOUND)[2].strip(), _DENIED
     if any(service in answer.text for service in _METADATA_SERVICES):
         return errno.EACCES, "no credentials were found", _DENIED
     if answer.code in ("NoSuchBucket", "ContainerNotFound"):
         return errno.ENOENT, "there is no such bucket", None
     if isinstance(error, FileNotFoundError):
         return errno.ENOENT, "there is no such object", "check the URL; was the object deleted meanwhile?"
+    if answer.code == "InvalidObjectState":
+        return errno.EACCES, f"the object is archived ({answer})", None
     if answer.status in (401, 403):
         return errno.EACCES, f"access was denied ({answer})", _DENIED
     if "non-partial response" in answer.text:
@@ -157,6 +217,10 @@ def _explain(error: Exception, answer: Answer) -> tuple[int | None, str, str | N
         return errno.EREMOTEIO, f"the server answered {answer}", _SLOW if overloaded else None
     if "kind: Timeout" in str(error) or "TimedOut" in str(error):
         return errno.ETIMEDOUT, "the server did not answer in time", _ENDPOINT
+    untrusted = re.search(r"invalid peer certificate: ([^\n\"]*)|InvalidCertificate\(\s*(\w+)", str(error))
+    if untrusted is not None:
+        why = (untrusted[1] or untrusted[2]).strip()
+        return errno.EPROTO, f"the server cannot be reached: its certificate is not trusted ({why})", _TLS
     if "error sending request" in answer.text:
         return errno.ECONNREFUSED, "the server cannot be reached", _ENDPOINT
     return errno.EREMOTEIO, answer.text, None

@@ -12,6 +12,11 @@ _URL = re.compile(rf"({'|'.join(SCHEMES)})://([^/]*)(?:/(.*))?", re.DOTALL)
 # What str(pathlib.Path("s3://bucket/key")) gives.
 _FLATTENED = re.compile(rf"({'|'.join(SCHEMES)}):/[^/]")
 
+_ARN_HINT = (
+    "give the access point's alias as the bucket (s3://…-s3alias/key); a multi-region access point has none: give one "
+    "of its buckets"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class ObjectUrl:
@@ -41,6 +46,8 @@ def parse_object_url(path: str) -> ObjectUrl:
             hint = "pathlib.Path makes one slash of two: give the URL as a string"
         raise CheckpointError("this is not the URL of an object store", file=path, hint=hint)
     scheme, bucket, key = found[1], found[2], (found[3] or "").rstrip("/")
+    if bucket.startswith("arn:"):
+        raise CheckpointError("ARNs are not read", file=path, hint=_ARN_HINT)
     if not re.fullmatch(r"[A-Za-z0-9$][A-Za-z0-9._-]*", bucket):
         raise CheckpointError("this URL names no bucket", file=path, hint=f"write {scheme}://bucket/key")
     if key and any(part in ("", ".", "..") for part in key.split("/")):

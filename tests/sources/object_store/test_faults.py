@@ -209,6 +209,43 @@ def test_a_refusal_says_what_to_do(status: int, code: str, message: str, where: 
     assert len([request for request in server.requests if request.method == "HEAD"]) == 1
 
 
+@pytest.mark.parametrize(
+    ("status", "code", "text", "expected"),
+    [
+        (400, "KMS.DisabledException", "arn:aws:kms:x is disabled", "the server answered 400 KMS.DisabledException"),
+        (403, "AccessDenied", "not authorized to perform: kms:Decrypt", "access was denied (403 AccessDenied)"),
+        (403, "InvalidObjectState", "not valid for the storage class", "the object is archived"),
+        (400, "InvalidRequest", "SSE-C &amp; &lt;key&gt;", "the server answered 400 InvalidRequest"),
+    ],
+)
+@pytest.mark.parametrize("where", ["open", "read"])
+def test_what_the_server_says_is_kept(
+    status: int, code: str, text: str, expected: str, where: str, server: FaultServer
+) -> None:
+    server.fault = always(
+        Answer(status=status, code=code, message=text), is_data if where == "read" else lambda request: True
+    )
+    message = failure()
+    assert expected in message
+    assert f"the server says: {text.replace('&amp;', '&').replace('&lt;', '<').replace('&gt;', '>')})" in message
+
+
+def test_an_archived_object_is_not_a_matter_of_credentials(server: FaultServer) -> None:
+    server.fault = always(Answer(status=403, code="InvalidObjectState"))
+    message = failure()
+    assert "restore it (aws s3api restore-object)" in message
+    assert "check the credentials" not in message
+
+
+def test_what_the_server_says_is_printable_and_short(server: FaultServer) -> None:
+    text = "\x1b[31mred\x07 " + "x" * 100_000
+    server.fault = always(Answer(status=403, code="AccessDenied", message=text))
+    message = failure()
+    assert "the server says: ?[31mred? xxx" in message
+    assert message.isprintable()
+    assert len(message) < 1000
+
+
 def test_a_server_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     message = failure()
