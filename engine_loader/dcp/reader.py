@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.futures import Future
 
 from ..errors import CheckpointError
+from ..formats.item_expansion import check_expansion
 from ..loading.training.boxes import BoxRead, StoredTensor
 from ..loading.training.files import DcpFiles
 from ..loading.training.items import Items, load_item
@@ -165,6 +166,7 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
 def _check_pickle(content: bytes, item: ReadItem, files: DcpFiles, info: _StorageInfo) -> None:
     name = item.storage_index.fqn
     try:
+        check_expansion(content)
         torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:
         text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -18,6 +18,7 @@ from .dcp_records import (
     CallRecord,
     ChunkRecord,
     FieldsRecord,
+    FrozensetRecord,
     IndexRecord,
     LayoutRecord,
     MemoryFormatRecord,
@@ -28,6 +29,7 @@ from .dcp_records import (
     StorageInfoRecord,
     StorageMetaRecord,
     TensorRecord,
+    TupleRecord,
     read_records,
     short,
 )
@@ -50,8 +52,13 @@ if TYPE_CHECKING:
 METADATA_NAME = ".metadata"
 MAX_METADATA_BYTES = 1 << 30
 """Nothing longer is read into memory; a chunk of a tensor takes about 200 bytes."""
+_FEW_CHUNKS, _BYTES_PER_CHUNK = 1024, 16
+"""So many chunks, and one more for so many bytes of the file: a list that several tensors share counts for each."""
 _PLAIN = frozenset({str, int, float, bytes, type(None)})
-_CONTAINERS = frozenset({list, tuple, set, frozenset})
+_TUPLES = frozenset({tuple, TupleRecord})
+_CONTAINERS = {list: list, tuple: tuple, TupleRecord: tuple, set: set, FrozensetRecord: frozenset}
+_HASHED = frozenset({set, FrozensetRecord})
+_MOST_KEY_ITEMS = 64
 
 
 def parse_metadata(content: bytes, file: str) -> Metadata:
@@ -72,7 +79,7 @@ def parse_metadata(content: bytes, file: str) -> Metadata:
         )
     try:
         with no_garbage_collection():
-            return _Builder(file).metadata(read_records(content, file))
+            return _Builder(file, _FEW_CHUNKS + len(content) // _BYTES_PER_CHUNK).metadata(read_records(content, file))
     except CheckpointError:
         raise
     except RecursionError:
@@ -86,12 +93,13 @@ def parse_metadata(content: bytes, file: str) -> Metadata:
 class _Builder:
     """Builds torch's objects from records: one object of a record to which the pickle refers many times."""
 
-    def __init__(self, file: str) -> None:
+    def __init__(self, file: str, most_chunks: int) -> None:
         import torch
         from torch.distributed.checkpoint import filesystem, metadata
 
         self._torch, self._classes, self._storage_info = torch, metadata, filesystem._StorageInfo
         self._checks = MetadataChecks(file)
+        self._most_chunks = most_chunks
         self._checked_files: set[str] = set()
         self._sizes: dict[SizeRecord, torch.Size] = {}
         # By the ids of objects of the pickle, which exist for as long as the builder does.
@@ -117,6 +125,7 @@ class _Builder:
     def _entries(self, records: dict[Any, Any]) -> dict[str, TensorStorageMetadata | BytesStorageMetadata]:
         classes = self._classes
         chunk_lists: dict[int, list[ChunkStorageMetadata]] = {}
+        fitting: set[tuple[int, int, int]] = set()
         entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         for name, record in records.items():
             self._checks.instance(name, str, "a name")
@@ -126,12 +135,21 @@ class _Builder:
             fields = self._checks.fields(record, TensorRecord, "TensorStorageMetadata")
             whole = self._size(fields.get("size"))
             found = fields.get("chunks")
-            # A list that several tensors share is built once: otherwise a small file could cause unbounded work.
             chunks = chunk_lists.get(id(found))
             if chunks is None:
                 chunks = chunk_lists[id(found)] = self._chunks(found)
+            # Each tensor of those that share a list takes as much work as one with a list of its own.
+            self._most_chunks -= len(chunks)
+            if self._most_chunks < 0:
+                self._checks.refuse(
+                    "tensors share lists of chunks so that there are more chunks than the file can hold"
+                )
             for chunk in chunks:
-                self._checks.within_tensor(name, chunk.offsets, chunk.sizes, whole)
+                # Equal sizes are one object here, and the layers of a model have equal ones.
+                fit = (id(chunk.offsets), id(chunk.sizes), id(whole))
+                if fit not in fitting:
+                    self._checks.within_tensor(name, chunk.offsets, chunk.sizes, whole)
+                    fitting.add(fit)
             properties = self._properties(fields.get("properties"))
             entries[name] = classes.TensorStorageMetadata(properties, whole, chunks)
         return entries
@@ -139,14 +157,16 @@ class _Builder:
     def _chunks(self, records: Any) -> list[ChunkStorageMetadata]:
         chunks = []
         for record in self._checks.instance(records, list, "chunks"):
-            fields = self._checks.fields(record, ChunkRecord, "ChunkStorageMetadata")
+            fields = record[-1] if type(record) is ChunkRecord and record else None
+            if type(fields) is not dict:
+                fields = self._checks.fields(record, ChunkRecord, "ChunkStorageMetadata")
             sizes = self._size(fields.get("offsets")), self._size(fields.get("sizes"))
             chunks.append(self._classes.ChunkStorageMetadata(*sizes))
         return chunks
 
     def _properties(self, record: Any) -> TensorProperties:
-        state = record[-1] if type(record) is PropertiesRecord and record else None
-        if type(state) is not tuple or len(state) != 5:
+        state: Any = record[-1] if type(record) is PropertiesRecord and record else None
+        if type(state) not in _TUPLES or len(state) != 5:
             self._checks.refuse(f"the properties of a tensor are {short(record)}")
         dtype, layout, requires_grad, memory_format, pin_memory = state
         key = (id(dtype), id(layout), id(memory_format))
@@ -182,17 +202,26 @@ class _Builder:
         return {self._index(key): self._storage(info) for key, info in entries.items()}
 
     def _index(self, record: Any) -> MetadataIndex:
-        fields = self._checks.fields(record, IndexRecord, "MetadataIndex")
+        fields = record[-1] if type(record) is IndexRecord and record else None
+        if type(fields) is not dict:
+            fields = self._checks.fields(record, IndexRecord, "MetadataIndex")
         offset, index = fields.get("offset"), fields.get("index")
+        name = fields.get("fqn")
         return self._classes.MetadataIndex(
-            self._checks.instance(fields.get("fqn"), str, "the name in an index"),
+            name if type(name) is str else self._checks.instance(name, str, "the name in an index"),
             None if offset is None else self._size(offset),
-            None if index is None else self._checks.instance(index, int, "the number in an index"),
+            index
+            if index is None or type(index) is int
+            else self._checks.instance(index, int, "the number in an index"),
         )
 
     def _storage(self, record: Any) -> _StorageInfo:
-        fields = self._checks.fields(record, StorageInfoRecord, "_StorageInfo")
-        path = self._checks.instance(fields.get("relative_path"), str, "the file of an item")
+        fields = record[-1] if type(record) is StorageInfoRecord and record else None
+        if type(fields) is not dict:
+            fields = self._checks.fields(record, StorageInfoRecord, "_StorageInfo")
+        path: Any = fields.get("relative_path")
+        if type(path) is not str:
+            self._checks.instance(path, str, "the file of an item")
         offset = self._checks.natural(fields.get("offset"), "the offset of an item")
         length = self._checks.natural(fields.get("length"), "the length of an item")
         if path not in self._checked_files:
@@ -231,15 +260,33 @@ class _Builder:
             known = self._plains[id(value)] = self._new_plain(value)
         return known
 
+    def _key(self, value: Any) -> Any:
+        """A key of a dict or an element of a set of a planner: a plain value, or a short tuple of plain values.
+
+        The hash of nested tuples can take time beyond all bounds.
+        """
+        plain = self._plain(value)
+        if type(plain) in (tuple, frozenset) and not (
+            len(plain) <= _MOST_KEY_ITEMS and all(type(item) in _PLAIN for item in plain)
+        ):
+            self._checks.refuse(
+                f"a key in the planner's data is {short(plain)}, which is not a short tuple of plain values"
+            )
+        return plain
+
     def _new_plain(self, value: Any) -> Any:
         if isinstance(value, SizeRecord):
             return self._size(value)
         if isinstance(value, PathRecord):
             return Path(*(self._checks.instance(part, str, "a part of a path") for part in value.args))
         if isinstance(value, dict):
-            return {self._plain(key): self._plain(item) for key, item in value.items()}
-        if type(value) in _CONTAINERS:
-            return type(value)(self._plain(item) for item in value)
+            return {key if type(key) in _PLAIN else self._key(key): self._plain(item) for key, item in value.items()}
+        kind = _CONTAINERS.get(type(value))
+        if kind is not None:
+            if _PLAIN.issuperset(map(type, value)):
+                return kind(value)
+            plain = self._key if type(value) in _HASHED else self._plain
+            return kind(plain(item) for item in value)
         if isinstance(value, (type, FieldsRecord, CallRecord)):
             self._checks.refuse(f"the planner's data holds {short(value)}")
         return value

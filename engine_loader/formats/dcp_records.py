@@ -14,7 +14,7 @@ import reprlib
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
-from .pickle_memo import check_memo
+from .pickle_guard import guarded
 
 if TYPE_CHECKING:
     import torch
@@ -70,6 +70,19 @@ class StorageMetaRecord(FieldsRecord):
 
 
 class StorageInfoRecord(FieldsRecord):
+    __slots__ = ()
+
+
+class TupleRecord(FieldsRecord):
+    """The elements of a tuple of the pickle; unlike a tuple, it is hashed by its identity."""
+
+    __slots__ = ()
+    __init__ = list.__init__
+
+
+class FrozensetRecord(TupleRecord):
+    """The elements of a frozenset of the pickle."""
+
     __slots__ = ()
 
 
@@ -135,10 +148,32 @@ _KNOWN: dict[tuple[str, str], type] = {
 }
 
 
+_SCALARS = frozenset({int, bool, type(None)})
+_MOST_ITEMS = 1024
+"""Of a text or sequence in a call: the call copies it, and the same one can be given to very many calls."""
+
+
+def _is_short(value: Any) -> bool:
+    """True for a short text, and for a short sequence of integers."""
+    if isinstance(value, str):
+        return len(value) <= _MOST_ITEMS
+    sequence = isinstance(value, (list, tuple)) and len(value) <= _MOST_ITEMS
+    return sequence and all(type(item) in _SCALARS for item in value)
+
+
 class _Unpickler(pickle.Unpickler):
     def __init__(self, content: bytes, file: str) -> None:
         super().__init__(io.BytesIO(content))
         self._file = file
+
+    def persistent_load(self, pid: tuple[Any, ...]) -> Any:
+        """What stands for a tuple or frozenset, or the checked arguments of a call; see ``pickle_guard``."""
+        if len(pid) == 1:
+            return (FrozensetRecord if type(pid[0]) is frozenset else TupleRecord)(pid[0])
+        for value in pid[0]:
+            if type(value) not in _SCALARS and not _is_short(value):
+                raise pickle.UnpicklingError("it calls something with a value that DCP does not give")
+        return pid[0]
 
     def find_class(self, module: str, name: str) -> Any:
         known = _KNOWN.get((module, name))
@@ -165,8 +200,7 @@ def read_records(content: bytes, file: str) -> Any:
         CheckpointError: it names something that no checkpoint needs; nothing was run.
         Exception: of any kind, where the pickle is damaged (see the documentation of ``pickle``).
     """
-    check_memo(content)
-    return _Unpickler(content, file).load()
+    return _Unpickler(guarded(content), file).load()
 
 
 def short(value: Any) -> str:

@@ -15,6 +15,7 @@ import torch
 
 from ...errors import CheckpointError
 from ...formats.dtypes import DTYPE_BITS, torch_dtype
+from ...formats.item_expansion import check_expansion
 from ...formats.safetensors import LENGTH_BYTES, MAX_HEADER_BYTES, TensorInfo, parse_header
 from ...formats.torch_item import ENDS_BYTES, item_layout
 from ...garbage import no_garbage_collection
@@ -168,6 +169,7 @@ def load_item(content: bytes, name: str, file: str, offset: int) -> torch.Tensor
         CheckpointError: it is none.
     """
     try:
+        check_expansion(content)
         loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     # Of damaged bytes, torch.load raises what it comes across.
     except Exception as error:
