@@ -37,11 +37,13 @@ class Conversion:
         files: the files with weights.
         tensors: how many tensors.
         nbytes: their bytes.
+        left_out: what of a training checkpoint was left out, in a few words; "" for nothing.
     """
 
     files: list[Path]
     tensors: int
     nbytes: int
+    left_out: str = ""
 
 
 def convert_checkpoint(
@@ -69,7 +71,8 @@ def convert_checkpoint(
         to: "safetensors" (a Hugging Face checkpoint) or "dcp" (torch.distributed.checkpoint).
         items: how dcp stores tensors: as ``torch.save`` does, or in safetensors files.
         key_mapping: from the source's names to the new ones, see ``open_checkpoint``.
-        optimizer_state: of a training checkpoint, also the tensors of optimizers, and to dcp all that is no tensor.
+        optimizer_state: of a training checkpoint, also the tensors that are not the model's (optimizers, averaged
+            copies, states of random generators), and to dcp all that is no tensor.
         dtype: of floating-point tensors of 16 bits and more; None: their own.
         max_shard_bytes: of a safetensors file.
         overwrite: replace a checkpoint that is there.
@@ -126,7 +129,7 @@ def convert_checkpoint(
             if found.directory is not None:
                 copy_companions(files, found.directory, unfinished)
             _set_dtype(unfinished / _CONFIG, dtype)
-    return Conversion([Path(destination) / name for name in weights], len(tensors), total)
+    return Conversion([Path(destination) / name for name in weights], len(tensors), total, store.left_out)
 
 
 def _set_dtype(config: Path, dtype: torch.dtype | None) -> None:

@@ -31,12 +31,14 @@ class TensorStore(Protocol):
         paths: the files that ``infos`` name.
         streams_to_devices: whether ``stream`` can put tensors on a device in another way than by torch's copies.
         key_mapping_applies: whether names went through the setting ``key_mapping``.
+        left_out: what of a training checkpoint is not served, in a few words; "" for nothing.
     """
 
     listing: str
     paths: Sequence[str]
     streams_to_devices: bool
     key_mapping_applies: bool
+    left_out: str = ""
 
     def __enter__(self) -> Self:
         return self

@@ -19,6 +19,7 @@ from ...transfer.protocol import Transfer
 from ..devices.cuda import CudaDevices, Devices
 from ..find import without_end
 from ..store import TensorStore, device_for
+from .beside import LeftOut
 from .chunks import ChunkReader
 from .files import DcpFiles
 from .key_mapping import KeyMapping, make_renamer
@@ -40,7 +41,8 @@ class TrainingStore(TensorStore):
         settings: how to read.
         devices: whose memory can be read into beside the CPU's; None: torch's.
         key_mapping: from the training's names to those that are wanted (see key_mapping.py); None: the setting.
-        optimizer_state: also serve the tensors of optimizers, which are not looked at otherwise.
+        optimizer_state: also serve what is not the model's (see beside.py), which is not looked at otherwise: the
+            tensors of optimizers, averaged copies, states of random generators.
 
     Attributes:
         files: its files.
@@ -71,7 +73,9 @@ class TrainingStore(TensorStore):
         try:
             rename = make_renamer(settings.key_mapping if key_mapping is None else key_mapping)
             self._saved: Metadata = self.files.read_metadata()
-            self.tensors = tensors_of(self._saved, self.listing, rename, optimizer_state=optimizer_state)
+            left_out = LeftOut()
+            self.tensors = tensors_of(self._saved, self.listing, rename, left_out, optimizer_state=optimizer_state)
+            self.left_out = left_out.line()
         except BaseException:
             self.files.close()
             raise
