@@ -25,6 +25,7 @@ from .files import DcpFiles
 from .key_mapping import KeyMapping, make_renamer
 from .pieces import Pieces, pieces_of
 from .tensors import DcpTensor, state_paths, tensors_of
+from .torch_load import check_not_quantised
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -108,6 +109,7 @@ class TrainingStore(TensorStore):
 
     def dtype_and_shape(self, info: TensorInfo) -> tuple[torch.dtype, tuple[int, ...]]:
         tensor = self.tensors[info.name]
+        check_not_quantised(tensor.dtype, tensor.stored_name, info.file, info.offset)
         return tensor.dtype, tensor.shape
 
     def has_extents(self, info: TensorInfo) -> bool:
