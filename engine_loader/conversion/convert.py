@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,15 @@ from ..loading.companions import copy_companions
 from ..loading.find import ShardedState, TrainingCheckpoint, find_checkpoint
 from ..loading.open_store import open_store
 from ..loading.training.key_mapping import KeyMapping, make_renamer
+from ..loading.training.layouts import is_layout, misread_layout
 from ..settings import load_settings
 from ..sources.registry import make_source
 from .dcp_output import write_dcp
 from .destination import check_destination, unfinished_directory
 from .safetensors_output import write_safetensors
 from .written_tensors import outgoing
+
+logger = logging.getLogger(__name__)
 
 MAX_SHARD_BYTES = 5_000_000_000
 """As transformers has it."""
@@ -96,9 +100,19 @@ def convert_checkpoint(
         )
     # The names of a training are mapped as it is opened, so that its own names tell optimizers from models.
     at_once, later = (key_mapping, None) if isinstance(found, TrainingCheckpoint) else (None, key_mapping)
+    if is_layout(later):
+        raise CheckpointError(
+            f"key_mapping={later} is for training checkpoints, and this is none",
+            file=source,
+            hint="its rows cannot be put into the training's order here; convert without it, and give names only where "
+            "the training has its rows in transformers' order",
+        )
     store = open_store(files, found, settings, key_mapping=at_once, optimizer_state=optimizer_state)
     with Checkpoint(store, torch.device("cpu")) as checkpoint:
         tensors = outgoing(checkpoint, make_renamer(later), dtype)
+        warning = misread_layout((tensor.name, tensor.info.name) for tensor in tensors) if later else None
+        if warning is not None:
+            logger.warning("%s; a conversion to dcp does not reorder them", warning)
         if not tensors:
             raise CheckpointError("there are no tensors to convert", file=source)
         total = sum(tensor.nbytes for tensor in tensors)

@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, Va
 from ..formats.sharded_state import check_pattern
 
 _FUNCTION = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
+_LAYOUT = re.compile(r"torchtitan-llama(:[0-9]{1,5})?")
 _KIB, _MIB, _GIB = 1 << 10, 1 << 20, 1 << 30
 _MOST_BYTES = 1 << 50
 
@@ -62,7 +63,8 @@ class LoaderSettings(_Group):
         default=None,
         description="Of a training checkpoint (torch.distributed.checkpoint), its names -> the model's: regular "
         'expression -> replacement, or null to leave tensors out (JSON: {"^model[.]": "", "^ema[.]": null}), or a '
-        'Python function as "module:function"; auto: as they are.',
+        'Python function as "module:function", or torchtitan-llama (:128 for the rows of a head), which '
+        "also puts the rows of wq and wk into transformers' order; auto: as they are.",
     )
     mode: Literal["auto", "direct", "stream"] = Field(
         default="auto",
@@ -200,7 +202,7 @@ class LoaderSettings(_Group):
                 value = json.loads(value)
             except ValueError as error:
                 raise ValueError(f"this is no valid JSON: {error}") from None
-        if isinstance(value, str) and _FUNCTION.fullmatch(value):
+        if isinstance(value, str) and (_FUNCTION.fullmatch(value) or _LAYOUT.fullmatch(value)):
             return value
         if not isinstance(value, dict) or not all(
             isinstance(pattern, str) and isinstance(text, str | None) for pattern, text in value.items()

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from ...errors import CheckpointError, SettingsError
+from .layouts import is_layout, rename_llama
 
 KeyMapping: TypeAlias = Mapping[str, str | None] | str | Callable[[str], str | None]
-"""Regular expression -> replacement, or None; or a function, or its "module:function"."""
+"""Regular expression -> replacement or None; or a function, its "module:function", or a layout's name (layouts.py)."""
 Renamer: TypeAlias = Callable[[str], str | None]
 """The new name of a tensor; None: it is left out."""
 
@@ -22,7 +23,8 @@ def make_renamer(mapping: KeyMapping | None) -> Renamer:
         mapping: regular expression -> replacement: as in transformers, the first one that is found in a name is
             applied to it, wherever it is; others keep their names. The replacement None leaves the tensor out. Or
             a function from the name to the new one, or None for a tensor that is to be left out; as "module:function"
-            it is imported, so it is for an operator to set, never to be taken from a checkpoint.
+            it is imported, so it is for an operator to set, never to be taken from a checkpoint. Of a layout
+            (layouts.py), only the names are changed here.
 
     Raises:
         SettingsError: there is no such module or function.
@@ -31,6 +33,8 @@ def make_renamer(mapping: KeyMapping | None) -> Renamer:
     """
     if not mapping:
         return lambda name: name
+    if is_layout(mapping):
+        return rename_llama
     if isinstance(mapping, Mapping):
         return _by_expressions(mapping)
     function = _imported(mapping) if isinstance(mapping, str) else mapping
