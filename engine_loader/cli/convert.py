@@ -53,7 +53,8 @@ def convert(
     key_mapping: Annotated[
         str | None,
         typer.Option(
-            help='New names: JSON of regular expressions and replacements, {"^model[.]": ""}, or "module:function".'
+            help='New names: JSON of regular expressions and replacements, {"^model[.]": ""}, null leaves tensors out; '
+            'or "module:function".'
         ),
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Convert floating-point tensors of 16 bits and more.")] = None,
@@ -61,7 +62,9 @@ def convert(
     optimizer_state: Annotated[
         bool,
         typer.Option(
-            "--optimizer-state", help="Also convert the optimizer's state, and to dcp the items that are not tensors."
+            "--optimizer-state",
+            help="Also convert what is not the model's (optimizers, averaged copies, states of random generators), and "
+            "to dcp the items that are not tensors.",
         ),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint that is in DST.")] = False,
@@ -107,9 +110,11 @@ def convert(
             overwrite=overwrite,
             progress=progress,
         )
+    left_out = f"; {done.left_out}" if done.left_out else ""
     files = f"{len(done.files)} file{'' if len(done.files) == 1 else 's'}"
     console().print(
-        f"{printable(destination)}: {files}, {done.tensors} tensors, {human_bytes(done.nbytes)}", soft_wrap=True
+        f"{printable(destination)}: {files}, {done.tensors} tensors, {human_bytes(done.nbytes)}{left_out}",
+        soft_wrap=True,
     )
 
 

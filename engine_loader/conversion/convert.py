@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..loading.companions import copy_companions
 from ..loading.find import ShardedState, TrainingCheckpoint, find_checkpoint
 from ..loading.open_store import open_store
 from ..loading.training.key_mapping import KeyMapping, make_renamer
+from ..loading.training.layouts import is_layout, misread_layout
 from ..settings import load_settings
 from ..sources.registry import make_source
 from .dcp_output import write_dcp
@@ -24,6 +26,8 @@ from .destination import check_destination, unfinished_directory
 from .output_check import check_output
 from .safetensors_output import write_safetensors
 from .written_tensors import floating_point_type, outgoing
+
+logger = logging.getLogger(__name__)
 
 MAX_SHARD_BYTES = 5_000_000_000
 """As transformers has it."""
@@ -38,11 +42,13 @@ class Conversion:
         files: the files with weights.
         tensors: how many tensors.
         nbytes: their bytes.
+        left_out: what of a training checkpoint was left out, in a few words; "" for nothing.
     """
 
     files: list[Path]
     tensors: int
     nbytes: int
+    left_out: str = ""
 
 
 def convert_checkpoint(
@@ -70,7 +76,8 @@ def convert_checkpoint(
         to: "safetensors" (a Hugging Face checkpoint) or "dcp" (torch.distributed.checkpoint).
         items: how dcp stores tensors: as ``torch.save`` does, or in safetensors files.
         key_mapping: from the source's names to the new ones, see ``open_checkpoint``.
-        optimizer_state: of a training checkpoint, also the tensors of optimizers, and to dcp all that is no tensor.
+        optimizer_state: of a training checkpoint, also the tensors that are not the model's (optimizers, averaged
+            copies, states of random generators), and to dcp all that is no tensor.
         dtype: of floating-point tensors of 16 bits and more, or its name ("bfloat16"); None: their own.
         max_shard_bytes: of a safetensors file.
         overwrite: replace a checkpoint that is there.
@@ -95,9 +102,19 @@ def convert_checkpoint(
         )
     # The names of a training are mapped as it is opened, so that its own names tell optimizers from models.
     at_once, later = (key_mapping, None) if isinstance(found, TrainingCheckpoint) else (None, key_mapping)
+    if is_layout(later):
+        raise CheckpointError(
+            f"key_mapping={later} is for training checkpoints, and this is none",
+            file=source,
+            hint="its rows cannot be put into the training's order here; convert without it, and give names only where "
+            "the training has its rows in transformers' order",
+        )
     store = open_store(files, found, settings, key_mapping=at_once, optimizer_state=optimizer_state)
     with Checkpoint(store, torch.device("cpu")) as checkpoint:
         tensors = outgoing(checkpoint, make_renamer(later), wanted)
+        warning = misread_layout((tensor.name, tensor.info.name) for tensor in tensors) if later else None
+        if warning is not None:
+            logger.warning("%s; a conversion to dcp does not reorder them", warning)
         if not tensors:
             raise CheckpointError("there are no tensors to convert", file=source)
         total = sum(tensor.nbytes for tensor in tensors)
@@ -129,7 +146,7 @@ def convert_checkpoint(
             if found.directory is not None:
                 copy_companions(files, found.directory, unfinished)
             _set_dtype(unfinished / _CONFIG, wanted)
-    return Conversion([Path(destination) / name for name in weights], len(tensors), total)
+    return Conversion([Path(destination) / name for name in weights], len(tensors), total, store.left_out)
 
 
 def _set_dtype(config: Path, dtype: torch.dtype | None) -> None:

@@ -14,6 +14,7 @@ from ..formats.safetensors import TensorInfo
 from ..loading.checkpoint import Checkpoint
 from ..loading.training.items import dtype_name
 from ..loading.training.key_mapping import Renamer
+from ..loading.training.torch_load import check_not_quantised
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 """What a conversion to another type takes; scales and packed integers of quantised checkpoints stay as they are."""
@@ -50,13 +51,16 @@ def outgoing(checkpoint: Checkpoint, rename: Renamer, dtype: torch.dtype | None)
         dtype: of floating point tensors; None: their own.
 
     Raises:
-        CheckpointError: two tensors get the same name.
+        CheckpointError: two tensors get the same name, or one is quantised by torch.
     """
     found: dict[str, Outgoing] = {}
     for old in checkpoint:
         name, info = rename(old), checkpoint.info(old)
         if name is None:
             continue
+        # By torch's name, where safetensors has none.
+        if isinstance(stored := getattr(torch, info.dtype, None), torch.dtype):
+            check_not_quantised(stored, old, info.file, info.offset)
         if name in found:
             raise CheckpointError(
                 f"{found[name].info.name!r} and {old!r} both become {name!r}",

@@ -20,7 +20,8 @@ from ..errors import CheckpointError
 from ..formats.item_expansion import check_expansion
 from ..loading.training.boxes import BoxRead, StoredTensor
 from ..loading.training.files import DcpFiles
-from ..loading.training.items import Items, load_item
+from ..loading.training.items import Items
+from ..loading.training.torch_load import check_not_quantised, load_item, torch_load_words
 from ..settings import LoaderSettings, load_settings
 from ..sources.registry import make_source
 from ..sources.source import Source
@@ -169,9 +170,8 @@ def _check_pickle(content: bytes, item: ReadItem, files: DcpFiles, info: _Storag
         check_expansion(content)
         torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:
-        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{name!r} is not a tensor, and torch.load(weights_only=True) refuses it: {text}",
+            f"{name!r} is not a tensor, and torch.load(weights_only=True) refuses it: {torch_load_words(error)}",
             file=_path(files, info),
             offset=info.offset,
             hint="nothing was run; if you trust the checkpoint: give the reader trust_pickles=True, "
@@ -257,10 +257,13 @@ def _land(transfer: Transfer | None, group: Sequence[_Reading], planner: LoadPla
 def _copy(files: DcpFiles, item: ReadItem, info: _StorageInfo, tensor: torch.Tensor, planner: LoadPlanner) -> None:
     """Copy the part that the plan needs of a whole item in memory into its target."""
     target = planner.resolve_tensor(item).detach()
+    if not target.is_quantized:
+        check_not_quantised(tensor.dtype, item.storage_index.fqn, _path(files, info), info.offset)
     for dim, (begin, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=False)):
         if dim >= tensor.dim() or begin + length > tensor.shape[dim]:
             break
-        tensor = tensor.narrow(dim, begin, length)
+        if length != tensor.shape[dim]:
+            tensor = tensor.narrow(dim, begin, length)
     if tensor.shape != target.shape:
         raise CheckpointError(
             f"{item.storage_index.fqn!r}: {list(tensor.shape)} of the checkpoint does not fit the target's "

@@ -173,6 +173,21 @@ class S3FileSystem(FileSystemBase):
         text = os.fspath(path)
         return [self.concat_path(text, name) for name in self.source().names(text)]
 
+    def times(self, path: str | os.PathLike[str]) -> dict[str, float]:
+        """The objects directly below a prefix by name, each with the time of its upload in seconds since 1970.
+
+        Raises:
+            CheckpointError: the prefix cannot be listed.
+        """
+        import obstore
+
+        url = parse_object_url(os.fspath(path))
+        check_process(os.fspath(path))
+        store = self.stores.client(url)
+        with _clear_errors(store, url.key, "list the prefix", path):
+            found = obstore.list_with_delimiter(store, url.key or None)
+        return {meta["path"].rpartition("/")[2]: meta["last_modified"].timestamp() for meta in found["objects"]}
+
     def source(self) -> ObjectStoreSource:
         """A source for reading objects; it lists each prefix once and keeps the listing."""
         return ObjectStoreSource(stores=self.stores)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -90,7 +90,8 @@ class S3StorageWriter(_ObjectStorage, FileSystemWriter):
 
     Objects are uploaded in parts while they are written. If there is a checkpoint at ``path``, the new objects get
     other names, ``.metadata`` is replaced when all of them are complete, and the old objects are deleted last: a crash
-    leaves the old checkpoint or the new one.
+    leaves the old checkpoint or the new one. Objects of interrupted saves are deleted then as well, right below the
+    prefixes that this checkpoint's objects or those of the replaced one have.
 
     Args:
         region: of the bucket; "": the region of the environment.
@@ -129,6 +130,9 @@ class S3StorageWriter(_ObjectStorage, FileSystemWriter):
     def _names_in(self, directory: str) -> Sequence[str]:
         prefix = self.fs.concat_path(self.path, directory) if directory else os.fspath(self.path)
         return [os.path.basename(url) for url in self.fs.ls(prefix)]
+
+    def _times_in(self, directory: str) -> Mapping[str, float]:
+        return self.fs.times(self.fs.concat_path(self.path, directory) if directory else self.path)
 
     def _publish(self, metadata: bytes, path: str | os.PathLike[str]) -> None:
         # An upload replaces an object atomically: no temporary name is needed.

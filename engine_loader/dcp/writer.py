@@ -8,10 +8,9 @@ import logging
 import os
 import pickle
 import queue
-import re
 import threading
-from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from typing import Any, cast
 
 from torch.distributed.checkpoint import filesystem as torch_filesystem
@@ -22,15 +21,15 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from ..errors import CheckpointError
-from ..formats.dcp_metadata import parse_metadata
+from ..errors import CheckpointError, EngineLoaderError
+from ..formats.dcp_metadata import METADATA_NAME
 from ..machine import sync_directory
+from .broken_saves import DATA_FILE, files_named_by, left_behind
 from .data_file import DataFile
 from .file_layout import file_contents, is_tensor
 
 logger = logging.getLogger(__name__)
 
-_DATA_FILE = re.compile(r"__(\d+)_(\d+)\.distcp\Z")
 _VERSION = "1.0.0"
 
 
@@ -40,7 +39,8 @@ class FileSystemWriter(torch_filesystem.FileSystemWriter):
     torch's reader reads what this class writes, and this package's reader what torch writes (safetensors items: see
     ``serialization_format``). If the directory holds a checkpoint, the new files get other names, ``.metadata`` is
     replaced atomically when all of them are complete, and the old files are deleted last: a crash leaves the old
-    checkpoint or the new one.
+    checkpoint or the new one. Data files that an interrupted save left in the directory, which no metadata names, are
+    deleted then as well. So only one save at a time may write to a directory.
 
     Args:
         path: the checkpoint's directory; it is made if it is missing.
@@ -145,7 +145,7 @@ class FileSystemWriter(torch_filesystem.FileSystemWriter):
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write the metadata, which makes the new checkpoint valid, then delete the files of the old checkpoint.
+        """Write the metadata, which makes the new checkpoint valid, then delete older files that it does not name.
 
         Raises:
             OSError: the metadata cannot be written.
@@ -157,7 +157,30 @@ class FileSystemWriter(torch_filesystem.FileSystemWriter):
         before = self._files_of(path)
         self._publish(pickle.dumps(metadata), path)
         used = {info.relative_path for info in metadata.storage_data.values()}
-        self._delete(before - used)
+        self._delete((before - used) | self._left_by_broken_saves(before | used, used, path))
+
+    def _left_by_broken_saves(
+        self, known: Collection[str], used: Collection[str], metadata_path: str | os.PathLike[str]
+    ) -> set[str]:
+        """Files of saves that were interrupted, in the directories of known files; none if they cannot be listed."""
+        mine = f"__{self.rank}_" if self._writes_alone() else ""
+        published = os.path.basename(os.fspath(metadata_path))
+        try:
+            files: dict[str, float] = {}
+            for directory in {name.rpartition("/")[0] for name in known}:
+                begin = f"{directory}/" if directory else ""
+                files |= {f"{begin}{name}": changed for name, changed in self._times_in(directory).items()}
+            found = left_behind(files, used)
+            if not found:
+                return found
+            # Where each rank writes a checkpoint of its own, files belong to the others.
+            others = [name for name in self._names_in("") if name.endswith(METADATA_NAME) and name != published]
+            for name in others:
+                found -= files_named_by(self.fs, self.fs.concat_path(self.path, name))
+        except (OSError, EngineLoaderError) as error:
+            logger.warning("files that interrupted saves may have left were not looked for: %s", error)
+            return set()
+        return {name for name in found if name.rpartition("/")[2].startswith(mine)}
 
     def _publish(self, metadata: bytes, path: str | os.PathLike[str]) -> None:
         """Write the metadata to a file of another name, and rename that file, which replaces the old one atomically."""
@@ -166,10 +189,11 @@ class FileSystemWriter(torch_filesystem.FileSystemWriter):
             cast(io.BufferedIOBase, stream).write(metadata)
             self._sync(stream)
         self.fs.rename(draft, path)
-        self._sync_directory()
+        if self.sync_files:
+            sync_directory(self.path)
 
     def _delete(self, names: Collection[str]) -> None:
-        """Delete files of the checkpoint that was replaced. A file that cannot be deleted is only logged."""
+        """Delete files that no metadata names. A file that cannot be deleted is only logged."""
         for name in names:
             self._delete_file(name)
 
@@ -196,6 +220,14 @@ class FileSystemWriter(torch_filesystem.FileSystemWriter):
         except (FileNotFoundError, NotADirectoryError):
             return []
 
+    def _times_in(self, directory: str) -> Mapping[str, float]:
+        """The files directly in a directory of the checkpoint, with the time of each one's last change in seconds."""
+        times = {}
+        for name in self._names_in(directory):
+            with suppress(FileNotFoundError):
+                times[name] = os.stat(os.path.join(self.path, directory, name)).st_mtime
+        return times
+
     def _writes_alone(self) -> bool:
         """True if each rank writes a separate checkpoint."""
         return self.rank is not None and not self.use_collectives
@@ -205,18 +237,15 @@ class FileSystemWriter(torch_filesystem.FileSystemWriter):
         metadata is written, and a save that crashed may have left files."""
         directory, _, begin = prefix.rpartition("/")
         names = [name for name in self._names_in(directory) if name.startswith(begin)]
-        return max((int(match[2]) for match in map(_DATA_FILE.match, names) if match), default=-1) + 1
+        return max((int(match[2]) for match in map(DATA_FILE.match, names) if match), default=-1) + 1
 
     def _files_of(self, metadata_path: str | os.PathLike[str]) -> set[str]:
         """The data files of the checkpoint that is being replaced; none if its metadata cannot be read."""
         try:
-            with self.fs.create_stream(metadata_path, "rb") as stream:
-                content = cast(io.BufferedIOBase, stream).read()
-            old = parse_metadata(content, os.fspath(metadata_path))
+            names = files_named_by(self.fs, metadata_path)
         except (OSError, CheckpointError):
-            return set()  # so no file of the old checkpoint is deleted
-        names = {info.relative_path for info in (old.storage_data or {}).values()}
-        return {name for name in names if _DATA_FILE.match(name.rpartition("/")[2])}
+            return set()
+        return {name for name in names if DATA_FILE.match(name.rpartition("/")[2])}
 
     def _work(
         self,
@@ -254,7 +283,3 @@ class FileSystemWriter(torch_filesystem.FileSystemWriter):
             except (AttributeError, io.UnsupportedOperation):
                 return
             os.fsync(descriptor)
-
-    def _sync_directory(self) -> None:
-        if self.sync_files:
-            sync_directory(self.path)

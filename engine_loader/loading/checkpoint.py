@@ -49,7 +49,8 @@ def open_checkpoint(
         key_mapping: of a torch.distributed.checkpoint, from the training's names to those that are wanted: regular
             expression -> replacement, of which, as transformers does, the first one that is found in a name is applied
             to it; or a function, or its "module:function". None: the setting of that name.
-        optimizer_state: of a torch.distributed.checkpoint, also the tensors of optimizers, which are left out else.
+        optimizer_state: of a torch.distributed.checkpoint, also what is not the model's, which is left out else: the
+            tensors of optimizers, averaged copies (EMA), states of random generators, ``_extra_state``.
         options: settings of the loader by name, e.g. ``threads=8`` or ``buffer_bytes="1GiB"``; they override the
             environment and the YAML file (see ``engine-loader settings``).
 

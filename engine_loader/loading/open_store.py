@@ -29,7 +29,8 @@ def open_store(
         found: the files; see ``find_checkpoint``.
         settings: how to read.
         key_mapping: of a training checkpoint, from its names to those that are wanted; None: the setting.
-        optimizer_state: of a training checkpoint, also serve the tensors of optimizers.
+        optimizer_state: of a training checkpoint, also serve what is not the model's: optimizers, averaged copies,
+            states of random generators.
 
     Raises:
         CheckpointError: a file, a header, the index or the metadata is missing or wrong, or ``key_mapping`` or

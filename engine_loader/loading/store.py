@@ -33,6 +33,7 @@ class TensorStore(Protocol):
         streams_to_devices: whether ``stream`` can put tensors on a device in another way than by torch's copies.
         key_mapping_applies: whether names went through the setting ``key_mapping``.
         lacking: name -> error of the tensors that the index lists and no file has; known after ``by_name``.
+        left_out: what of a training checkpoint is not served, in a few words; "" for nothing.
     """
 
     listing: str
@@ -40,6 +41,7 @@ class TensorStore(Protocol):
     streams_to_devices: bool
     key_mapping_applies: bool
     lacking: Mapping[str, CheckpointError] = MappingProxyType({})
+    left_out: str = ""
 
     def __enter__(self) -> Self:
         return self

@@ -66,6 +66,8 @@ def stream_weights(
             report.add_note(note)
         if settings.key_mapping and not store.key_mapping_applies:
             report.add_note("key_mapping is for training checkpoints and was not applied")
+        if store.left_out:
+            report.add_note(store.left_out)
         progress = byte_progress(sum(info.nbytes for info in infos), "Loading weights (b10_3fs)", shown=show_progress)
         stack.callback(progress.close)
         if direct is not None and settings.mode == "auto":

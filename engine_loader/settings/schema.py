@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, Va
 from ..formats.sharded_state import check_pattern
 
 _FUNCTION = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
+_LAYOUT = re.compile(r"torchtitan-llama(:[0-9]{1,5})?")
 _KIB, _MIB, _GIB = 1 << 10, 1 << 20, 1 << 30
 _MOST_BYTES = 1 << 50
 
@@ -58,11 +59,12 @@ class LoaderSettings(_Group):
         description="Where an engine reads a model's weights, in place of its directory, which keeps configuration and "
         "tokenizer: s3://bucket/prefix, gs://, az://, or a path; auto: the model's directory.",
     )
-    key_mapping: dict[str, str] | str | None = Field(
+    key_mapping: dict[str, str | None] | str | None = Field(
         default=None,
         description="Of a training checkpoint (torch.distributed.checkpoint), its names -> the model's: regular "
-        'expression -> replacement (JSON: {"^model[.]": ""}), or a Python function as "module:function"; auto: as they '
-        "are.",
+        'expression -> replacement, or null to leave tensors out (JSON: {"^model[.]": "", "^ema[.]": null}), or a '
+        'Python function as "module:function", or torchtitan-llama (:128 for the rows of a head), which '
+        "also puts the rows of wq and wk into transformers' order; auto: as they are.",
     )
     mode: Literal["auto", "direct", "stream"] = Field(
         default="auto",
@@ -207,11 +209,14 @@ class LoaderSettings(_Group):
                 value = json.loads(value)
             except ValueError as error:
                 raise ValueError(f"this is no valid JSON: {error}") from None
-        if isinstance(value, str) and _FUNCTION.fullmatch(value):
+        if isinstance(value, str) and (_FUNCTION.fullmatch(value) or _LAYOUT.fullmatch(value)):
             return value
-        if not isinstance(value, dict) or not all(isinstance(text, str) for pair in value.items() for text in pair):
+        if not isinstance(value, dict) or not all(
+            isinstance(pattern, str) and isinstance(text, str | None) for pattern, text in value.items()
+        ):
             raise ValueError(
-                'this takes regular expressions with their replacements ({"^model[.]": ""}), or "module:function"'
+                'this takes regular expressions with their replacements ({"^model[.]": ""}), or "module:function"; '
+                "null in place of a replacement leaves tensors out"
             )
         for pattern in value:
             try:

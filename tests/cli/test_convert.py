@@ -21,7 +21,7 @@ def test_a_training_becomes_a_model_and_a_training_again(training: Path, tmp_pat
     out = tmp_path / "model"
     done = run("convert", training, out, "--key-mapping", '{"^model[.]": ""}', "--dtype", "bfloat16")
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{out}: 1 file, 2 tensors, 2.36 KiB\n"
+    assert done.stdout == f"{out}: 1 file, 2 tensors, 2.36 KiB; left out: optimizer state (2 tensors, 4.72 KiB)\n"
     assert done.stderr == ""  # no bar where there is no terminal
     tensors = load_file(out / "model.safetensors")
     assert {name: tensor.dtype for name, tensor in tensors.items()} == dict.fromkeys("ab", torch.bfloat16)

@@ -19,6 +19,7 @@ from ...sources.registry import make_source
 from .weights_uri import training_checkpoint_at
 
 _SHOWN = 3
+_QUOTED = re.compile(r"""['"`]([^'"`\s]+)['"`]""")
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """What torch.compile, FSDP and activation checkpointing put into names."""
 _LAYER_DEPTH = 3
@@ -38,7 +39,8 @@ def explaining_misfits(model: torch.nn.Module, weights: str, settings: LoaderSet
         settings: how to read.
 
     Raises:
-        CheckpointError: most names are not the model's; it suggests a ``key_mapping``.
+        CheckpointError: most names are not the model's, or the error is about some that are not; it suggests a
+            ``key_mapping``.
     """
     try:
         yield
@@ -127,19 +129,58 @@ def _misfit(
     fits = _Fits(model)
     renamed = [new for name in names if (new := rename(name)) is not None]
     if 2 * fits.count(renamed) >= len(renamed):
-        return None
+        return _surplus(model, names, rename, fits, weights, error)
     mapping = suggest_mapping(names, model)
     hint = "set key_mapping to regular expressions, or to a function, that make the model's names of them"
     if mapping is not None:
         hint = f"set --model-loader-extra-config '{json.dumps({'key_mapping': mapping})}'"
     became = "" if renamed == names else f", of which key_mapping makes {_shown(renamed)}"
-    said = str(error).splitlines()[0] if str(error) else type(error).__name__
     return CheckpointError(
         f"the names in this training checkpoint are not those of {type(model).__name__}: "
-        f"it has {_shown(names)}{became}; the model has {_shown(fits.parameters)}; the engine said: {said}",
+        f"it has {_shown(names)}{became}; the model has {_shown(fits.parameters)}; the engine said: {_said(error)}",
         file=weights,
         hint=hint,
     )
+
+
+def _surplus(
+    model: torch.nn.Module, names: Sequence[str], rename: Renamer, fits: _Fits, weights: str, error: Exception
+) -> CheckpointError | None:
+    """Where most names are the model's: an error about those that are not, if the engine's is about one of them."""
+    surplus = [name for name in names if (new := rename(name)) is not None and not fits(new)]
+    quoted = set(_QUOTED.findall(str(error)))
+    named = [name for name in surplus if any(_is_about(text, rename(name) or name) for text in quoted)]
+    if not named:
+        return None
+    # What the engine comes to next is left out at once.
+    groups = sorted({_group(name, names, fits, rename) for name in surplus})
+    mapping = {f"^{re.escape(group)}([.]|$)".replace(r"\.", "[.]"): None for group in groups[:_SHOWN]}
+    return CheckpointError(
+        f"this training checkpoint has {_shown(surplus)}, for which {type(model).__name__} has no parameter; "
+        f"the engine said: {_said(error)}",
+        file=weights,
+        hint=f"to leave them out, add to key_mapping: {json.dumps(mapping)}; or give them the model's names there",
+    )
+
+
+def _is_about(text: str, name: str) -> bool:
+    """Whether what an engine's error quotes is a name, or the beginning or the end of one."""
+    return name == text or name.startswith(f"{text}.") or name.endswith(f".{text}")
+
+
+def _group(name: str, names: Sequence[str], fits: _Fits, rename: Renamer) -> str:
+    """The first keys of a name, as few as no name of the model's begins with."""
+    keys = name.split(".")
+    kept = [other for other in names if (new := rename(other)) is not None and fits(new)]
+    for length in range(1, len(keys)):
+        group = ".".join(keys[:length])
+        if not any(other == group or other.startswith(f"{group}.") for other in kept):
+            return group
+    return name
+
+
+def _said(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _shown(names: Sequence[str]) -> str:

@@ -15,8 +15,9 @@ from ...report.load_report import LoadReport
 from ...transfer.protocol import Transfer
 from .boxes import BoxRead, StoredTensor
 from .files import DcpFiles
-from .items import Items, load_item
+from .items import Items
 from .tensors import DcpChunk, DcpTensor
+from .torch_load import check_not_quantised, load_item
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -57,6 +58,8 @@ class ChunkReader:
         Raises:
             CheckpointError: the bytes could not be read, or are not what the metadata says.
         """
+        for tensor, info in tensors:
+            check_not_quantised(tensor.dtype, tensor.stored_name, info.file, info.offset)
         self.locate([tensor for tensor, _ in tensors])
         flying: deque[tuple[TensorInfo, torch.Tensor, Transfer | None, list[BoxRead]]] = deque()
         coming = iter(tensors)

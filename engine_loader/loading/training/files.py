@@ -48,6 +48,7 @@ class DcpFiles:
         self._readers: ReaderThreads | None = None
         self._lock = threading.RLock()
         self._closed = False
+        self._without_data = {self.metadata_path}
 
     def __enter__(self) -> Self:
         return self
@@ -74,6 +75,18 @@ class DcpFiles:
         if file.size > MAX_METADATA_BYTES:
             raise CheckpointError(f"the metadata has {file.size} bytes, more than are read", file=file.path)
         return parse_metadata(self.read_bytes(number, 0, file.size), file.path)
+
+    def read_file(self, name: str) -> bytes:
+        """All bytes of a small file of the checkpoint's directory.
+
+        Raises:
+            CheckpointError: it is missing, cannot be read, or is no small file.
+        """
+        number, file = self._open(name)
+        self._without_data.add(file.path)
+        if file.size > MAX_METADATA_BYTES:
+            raise CheckpointError(f"the file has {file.size} bytes, more than are read", file=file.path)
+        return self.read_bytes(number, 0, file.size)
 
     def item(self, info: _StorageInfo, name: str) -> tuple[int, SourceFile]:
         """The number and the file of an item, opened, its bounds checked.
@@ -141,7 +154,7 @@ class DcpFiles:
             CheckpointError: a file is shorter than it was.
         """
         self.verify_unchanged()
-        report.count_files(file.path for file in self._files if file.path != self.metadata_path)
+        report.count_files(file.path for file in self._files if file.path not in self._without_data)
         complete_report(report, self.source.name, self.running_readers())
 
     def close(self) -> None:

@@ -1,8 +1,7 @@
-"""Items of a training checkpoint: where in a file the elements of each stored tensor lie, and items by torch.load."""
+"""Items of a training checkpoint: where in a file the elements of each stored tensor lie."""
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +14,6 @@ import torch
 
 from ...errors import CheckpointError
 from ...formats.dtypes import DTYPE_BITS, torch_dtype
-from ...formats.item_expansion import check_expansion
 from ...formats.safetensors import LENGTH_BYTES, MAX_HEADER_BYTES, TensorInfo, parse_header
 from ...formats.torch_item import ENDS_BYTES, item_layout
 from ...garbage import no_garbage_collection
@@ -160,28 +158,6 @@ class Items:
             rows.append(extent(number, offset + info.length - size, size, address + ENDS_BYTES))
             address += 2 * ENDS_BYTES
         return _Ends(items, content, self._files.submit_extents(rows, content))
-
-
-def load_item(content: bytes, name: str, file: str, offset: int) -> torch.Tensor:
-    """The tensor of a stored item by ``torch.load``, which runs nothing (``weights_only``).
-
-    Raises:
-        CheckpointError: it is none.
-    """
-    try:
-        check_expansion(content)
-        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    # Of damaged bytes, torch.load raises what it comes across.
-    except Exception as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"the item of {name!r} cannot be read as a tensor: {text}", file=file, offset=offset, hint=COPY_AGAIN
-        ) from error
-    if not isinstance(loaded, torch.Tensor):
-        raise CheckpointError(
-            f"the item of {name!r} is a {type(loaded).__name__}, not a tensor", file=file, offset=offset
-        )
-    return loaded
 
 
 @cache

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from ...errors import CheckpointError, SettingsError
+from .layouts import is_layout, rename_llama
 
-KeyMapping: TypeAlias = Mapping[str, str] | str | Callable[[str], str | None]
-"""Regular expression -> replacement; or a function, or its "module:function"."""
+KeyMapping: TypeAlias = Mapping[str, str | None] | str | Callable[[str], str | None]
+"""Regular expression -> replacement or None; or a function, its "module:function", or a layout's name (layouts.py)."""
 Renamer: TypeAlias = Callable[[str], str | None]
 """The new name of a tensor; None: it is left out."""
 
@@ -20,17 +21,20 @@ def make_renamer(mapping: KeyMapping | None) -> Renamer:
 
     Args:
         mapping: regular expression -> replacement: as in transformers, the first one that is found in a name is
-            applied to it, wherever it is; others keep their names. Or a function from the name to the new one, or None
-            for a tensor that is to be left out; as "module:function" it is imported, so it is for an operator to set,
-            never to be taken from a checkpoint.
+            applied to it, wherever it is; others keep their names. The replacement None leaves the tensor out. Or
+            a function from the name to the new one, or None for a tensor that is to be left out; as "module:function"
+            it is imported, so it is for an operator to set, never to be taken from a checkpoint. Of a layout
+            (layouts.py), only the names are changed here.
 
     Raises:
         SettingsError: there is no such module or function.
         CheckpointError: an expression is none. The function that is returned raises it, too: for a replacement that is
-            none, and where a function of one's own fails.
+            none, for an empty name, and where a function of one's own fails.
     """
     if not mapping:
         return lambda name: name
+    if is_layout(mapping):
+        return rename_llama
     if isinstance(mapping, Mapping):
         return _by_expressions(mapping)
     function = _imported(mapping) if isinstance(mapping, str) else mapping
@@ -43,25 +47,38 @@ def make_renamer(mapping: KeyMapping | None) -> Renamer:
             raise CheckpointError(f"key_mapping: {shown} failed for {name!r}: {_described(error)}") from error
         if renamed is not None and not isinstance(renamed, str):
             raise CheckpointError(f"key_mapping: {shown} made {renamed!r} of {name!r}, which is no name")
-        return renamed
+        return renamed if renamed is None else _checked(renamed, name)
 
     return rename
 
 
-def _by_expressions(mapping: Mapping[str, str]) -> Renamer:
+def _checked(renamed: str, name: str) -> str:
+    if not renamed:
+        raise CheckpointError(
+            f"key_mapping makes an empty name of {name!r}",
+            hint="null in place of the replacement (a function: None) leaves a tensor out",
+        )
+    return renamed
+
+
+def _by_expressions(mapping: Mapping[str, str | None]) -> Renamer:
     try:
         patterns = [(re.compile(pattern), replacement) for pattern, replacement in mapping.items()]
     except re.error as error:
         raise CheckpointError(f"{error.pattern!r} in key_mapping is no regular expression: {error.msg}") from None
 
-    def rename(name: str) -> str:
+    def rename(name: str) -> str | None:
         for pattern, replacement in patterns:
+            if replacement is None:
+                if pattern.search(name):
+                    return None
+                continue
             try:
                 renamed, count = pattern.subn(replacement, name)
             except (re.error, IndexError) as error:
                 raise CheckpointError(f"{replacement!r} in key_mapping is no replacement: {error}") from None
             if count:
-                return renamed
+                return _checked(renamed, name)
         return name
 
     return rename

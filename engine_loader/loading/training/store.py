@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -19,14 +20,20 @@ from ...transfer.protocol import Transfer
 from ..devices.cuda import CudaDevices, Devices
 from ..find import without_end
 from ..store import TensorStore, device_for
+from .beside import LeftOut
 from .chunks import ChunkReader
 from .files import DcpFiles
 from .key_mapping import KeyMapping, make_renamer
+from .layouts import make_layout, misread_layout
 from .pieces import Pieces, pieces_of
 from .tensors import DcpTensor, state_paths, tensors_of
+from .torch_load import check_not_quantised
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
+
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingStore(TensorStore):
@@ -40,7 +47,8 @@ class TrainingStore(TensorStore):
         settings: how to read.
         devices: whose memory can be read into beside the CPU's; None: torch's.
         key_mapping: from the training's names to those that are wanted (see key_mapping.py); None: the setting.
-        optimizer_state: also serve the tensors of optimizers, which are not looked at otherwise.
+        optimizer_state: also serve what is not the model's (see beside.py), which is not looked at otherwise: the
+            tensors of optimizers, averaged copies, states of random generators.
 
     Attributes:
         files: its files.
@@ -69,9 +77,15 @@ class TrainingStore(TensorStore):
         self.files = DcpFiles(source, without_end(directory), settings)
         self.listing = self.files.metadata_path
         try:
-            rename = make_renamer(settings.key_mapping if key_mapping is None else key_mapping)
+            mapping = settings.key_mapping if key_mapping is None else key_mapping
+            rename = make_renamer(mapping)
+            self._layout = make_layout(mapping, self.files)
             self._saved: Metadata = self.files.read_metadata()
-            self.tensors = tensors_of(self._saved, self.listing, rename, optimizer_state=optimizer_state)
+            left_out = LeftOut()
+            self.tensors = tensors_of(self._saved, self.listing, rename, left_out, optimizer_state=optimizer_state)
+            self.left_out = left_out.line()
+            if self._layout is None:
+                _warn_of_layout(self.tensors)
         except BaseException:
             self.files.close()
             raise
@@ -104,9 +118,12 @@ class TrainingStore(TensorStore):
 
     def dtype_and_shape(self, info: TensorInfo) -> tuple[torch.dtype, tuple[int, ...]]:
         tensor = self.tensors[info.name]
+        check_not_quantised(tensor.dtype, tensor.stored_name, info.file, info.offset)
         return tensor.dtype, tensor.shape
 
     def has_extents(self, info: TensorInfo) -> bool:
+        if self._layout is not None and self._layout.changes(self.tensors[info.name].stored_name):
+            return False
         self.located([info])
         return self._located[info.name][1] is not None
 
@@ -132,6 +149,8 @@ class TrainingStore(TensorStore):
         self, infos: Iterable[TensorInfo], report: LoadReport, device: torch.device | None = None
     ) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in self.chunks.stream([(self.tensors[info.name], info) for info in infos], report):
+            if self._layout is not None:
+                tensor = self._layout.transformed(tensor, self.tensors[name].stored_name)
             yield name, tensor if device is None else tensor.to(device)
 
     def tensor_at(self, file: str | None, offset: int | None) -> str | None:
@@ -168,3 +187,9 @@ class TrainingStore(TensorStore):
             return self.listing, 0
         stored = tensor.chunks[0].stored
         return os.path.join(self.files.directory, stored.relative_path), stored.offset
+
+
+def _warn_of_layout(tensors: Mapping[str, DcpTensor]) -> None:
+    warning = misread_layout((tensor.stored_name, name) for name, tensor in tensors.items())
+    if warning is not None:
+        logger.warning("%s; key_mapping=torchtitan-llama reorders them", warning)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from ...errors import CheckpointError
 from ...formats.dtypes import header_shape
 from ...formats.safetensors import TensorInfo
 from ..find import natural_key
+from .beside import Beside, LeftOut, beside_the_model, is_averaged
 from .items import dtype_name
 from .key_mapping import Renamer
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-_OPTIMIZER = re.compile(r"optim(izer)?s?(_states?|_state_dicts?)?")
 _MANY_CHUNKS = 4096
 """Whether more than these overlap is not looked at: that they have the right size together must do."""
 
@@ -57,14 +56,17 @@ class DcpTensor:
         return TensorInfo(self.name, dtype, header_shape(dtype, self.shape), file, offset, self.nbytes)
 
 
-def tensors_of(metadata: Metadata, file: str, rename: Renamer, *, optimizer_state: bool) -> dict[str, DcpTensor]:
+def tensors_of(
+    metadata: Metadata, file: str, rename: Renamer, left_out: LeftOut, *, optimizer_state: bool
+) -> dict[str, DcpTensor]:
     """The tensors by their new names, in the order of their files.
 
     Args:
         metadata: the checkpoint's.
         file: its path, for messages.
         rename: from the training's names to those that are wanted.
-        optimizer_state: also take the tensors of optimizers.
+        left_out: counts the tensors that are left out.
+        optimizer_state: also take the tensors that are not the model's.
 
     Raises:
         CheckpointError: two tensors get the same name, or chunks are missing or overlap.
@@ -75,15 +77,19 @@ def tensors_of(metadata: Metadata, file: str, rename: Renamer, *, optimizer_stat
         (index.fqn, None if index.offset is None else tuple(index.offset)): stored
         for index, stored in (metadata.storage_data or {}).items()
     }
-    paths = state_paths(metadata)
+    entries = metadata.state_dict_metadata
+    beside = {} if optimizer_state else beside_the_model(entries, state_paths(metadata))
     found = []
-    for name, entry in metadata.state_dict_metadata.items():
+    for name, entry in entries.items():
         if not isinstance(entry, TensorStorageMetadata):
             continue
-        if optimizer_state or not _is_optimizer(name, paths.get(name)):
-            renamed = rename(name)
-            if renamed is not None:
-                found.append(_tensor(name, renamed, entry, stored_at, file))
+        kind = beside.get(name)
+        renamed = rename(name) if kind in (None, Beside.EMA) else None
+        # Names that are given to an averaged copy ask for it.
+        if renamed is None or (kind == Beside.EMA and is_averaged(renamed)):
+            left_out.count(kind or "by key_mapping", math.prod(entry.size) * entry.properties.dtype.itemsize)
+        else:
+            found.append(_tensor(name, renamed, entry, stored_at, file))
     tensors: dict[str, DcpTensor] = {}
     for tensor in sorted(found, key=_file_order):
         if tensor.name in tensors:
@@ -140,12 +146,6 @@ def _are_apart(chunks: Sequence[DcpChunk]) -> bool:
         begin = torch.maximum(low[:, None, dim], low[None, :, dim])
         apart |= begin >= torch.minimum(high[:, None, dim], high[None, :, dim])
     return int((~apart).sum()) <= int((~apart).diagonal().sum())
-
-
-def _is_optimizer(name: str, path: Any) -> bool:
-    """Whether a tensor is of an optimizer's state, by the keys under which it was in the state dict."""
-    keys = path if isinstance(path, tuple) and len(path) > 1 else name.split(".")
-    return any(isinstance(key, str) and _OPTIMIZER.fullmatch(key.lower()) for key in keys[:-1])
 
 
 def _file_order(tensor: DcpTensor) -> tuple[Any, ...]:

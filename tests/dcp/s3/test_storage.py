@@ -3,6 +3,7 @@
 import os
 import pickle
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -208,3 +209,35 @@ def test_without_obstore_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch
     state = {"a": torch.ones(3)}
     torch_dcp.save(state, storage_writer=dcp.FileSystemWriter(tmp_path / "c"), no_dist=True)
     assert os.listdir(tmp_path / "c")
+
+
+@pytest.mark.parametrize("strategy", [None, dcp.BinaryPrefixStrategy()], ids=["default", "binary"])
+def test_objects_of_interrupted_saves_go_when_the_next_is_published(url: str, strategy: Any) -> None:
+    class Interrupted(S3StorageWriter):
+        def finish(self, metadata: Any, results: Any) -> None:
+            raise RuntimeError("preempted")
+
+    old, new = {"a": torch.zeros(300)}, {"a": torch.ones(300)}
+    save(old, url, prefix_strategy=strategy)
+    for _ in range(2):
+        with pytest.raises(CheckpointException, match="preempted"):
+            writer = Interrupted(REGION, url, prefix_strategy=strategy)
+            torch_dcp.save(new, storage_writer=writer, no_dist=True)
+    files = dcp.S3FileSystem(REGION)
+    for name in ("step-2/__0_0.distcp", "notes.txt"):
+        with files.create_stream(f"{url}/{name}", "wb") as stream:
+            stream.write(b"another's")
+    assert same(old, load(blank(old), url))
+    save(new, url, prefix_strategy=strategy)
+    prefix = "0000000000/" if strategy else ""
+    assert keys(url) == sorted([".metadata", f"{prefix}__0_3.distcp", "notes.txt", "step-2/__0_0.distcp"])
+    assert same(new, load(blank(new), url))
+
+
+def test_objects_of_ranks_that_are_gone_go_if_they_are_older(url: str) -> None:
+    files = dcp.S3FileSystem(REGION)
+    with files.create_stream(f"{url}/__1_0.distcp", "wb") as stream:
+        stream.write(b"of another rank")
+    time.sleep(2)  # S3 tells of times in seconds
+    save({"a": torch.ones(300)}, url)
+    assert keys(url) == [".metadata", "__0_0.distcp"]

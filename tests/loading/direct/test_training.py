@@ -191,3 +191,19 @@ def test_a_function_maps_names_and_leaves_some_out(tmp_path: Path, monkeypatch: 
 
 def test_boxes_cover_a_tensor() -> None:
     assert boxes((4, 3), [[1], [2]]) == [((0, 0), (1, 2)), ((0, 2), (1, 1)), ((1, 0), (3, 2)), ((1, 2), (3, 1))]
+
+
+def test_rows_that_a_layout_reorders_are_so_in_direct_mode(tmp_path: Path) -> None:
+    stored = torch.randn(32, 5000)
+    tensors = {f"layers.0.attention.w{part}.weight": stored for part in "qkv"}
+    path = save_training(tensors, tmp_path / "c", "fsdp", prefix="")
+    options = load_settings({"key_mapping": "torchtitan-llama:4"}).settings.loader
+    order = [head * 4 + row for head in range(8) for row in (0, 2, 1, 3)]
+    model = Model(dict.fromkeys("qkv", (16, 5000)))
+    with DirectLoad(model) as load, torch.no_grad():
+        for name, tensor in stream_weights(TrainingCheckpoint(str(path)), options, direct=load):
+            getattr(model, name.split(".")[-2][0]).copy_(tensor[16:])
+            del tensor
+    assert torch.equal(model.q, stored[order][16:])
+    assert torch.equal(model.k, stored[order][16:])
+    assert torch.equal(model.v, stored[16:])
