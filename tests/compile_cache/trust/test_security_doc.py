@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -181,11 +183,13 @@ def test_a_secret_that_others_may_read_warns_at_each_restore(node: Callable[[str
     first.shell(SHORTEST)
     first.write("kernel.so", 1)
     first.save()
-    for directory in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        directory.chmod(0o755)
-    (tmp_path / "compile-cache.key").chmod(0o644)
-    second.environ |= {f"{VARIABLE}KEY_FILE": str(tmp_path / "compile-cache.key")}
-    for status in ("restored", "complete"):
-        outcome = second.load()
-        assert outcome["status"] == status
-        assert ["others may read it (mode 644)" in message for message in outcome["messages"]] == [True]
+    # Not below pytest's own directory, which each run of pytest closes to others.
+    with tempfile.TemporaryDirectory() as place:
+        Path(place).chmod(0o755)
+        key = Path(shutil.copy(tmp_path / "compile-cache.key", place))
+        key.chmod(0o644)
+        second.environ |= {f"{VARIABLE}KEY_FILE": str(key)}
+        for status in ("restored", "complete"):
+            outcome = second.load()
+            assert outcome["status"] == status
+            assert ["others may read it (mode 644)" in message for message in outcome["messages"]] == [True]
