@@ -17,8 +17,8 @@ from ..loading.checkpoint import Checkpoint
 from ..loading.companions import copy_companions
 from ..loading.find import ShardedState, TrainingCheckpoint, find_checkpoint
 from ..loading.open_store import open_store
+from ..loading.training.framework_layouts import is_layout, misread_layout
 from ..loading.training.key_mapping import KeyMapping, make_renamer
-from ..loading.training.layouts import is_layout, misread_layout
 from ..settings import load_settings
 from ..sources.registry import make_source
 from .dcp_output import write_dcp

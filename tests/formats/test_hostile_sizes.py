@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from engine_loader import CheckpointError
 from engine_loader.formats.dcp_metadata import parse_metadata
-from engine_loader.loading.training.items import load_item
+from engine_loader.loading.training.torch_load import load_item
 from tests.fuzzing.limits import within_limits
 
 parse_metadata(pickle.dumps(Metadata({}, None, {})), "f")  # imports what it needs, before the limits of the children

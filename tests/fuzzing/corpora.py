@@ -26,7 +26,7 @@ from engine_loader.formats.dcp_metadata import parse_metadata
 from engine_loader.formats.hf_index import parse_index
 from engine_loader.formats.safetensors import header_length, parse_header
 from engine_loader.formats.torch_item import ENDS_BYTES, item_layout
-from engine_loader.loading.training.items import load_item
+from engine_loader.loading.training.torch_load import load_item
 from tests.compile_cache.support import KEY
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from ...errors import CheckpointError, SettingsError
-from .layouts import is_layout, rename_llama
+from .framework_layouts import is_layout, rename_llama
 
 KeyMapping: TypeAlias = Mapping[str, str | None] | str | Callable[[str], str | None]
 """Regular expression -> replacement or None; or a function, its "module:function", or a layout's name (layouts.py)."""

@@ -23,8 +23,8 @@ from ..store import TensorStore, device_for
 from .beside import LeftOut
 from .chunks import ChunkReader
 from .files import DcpFiles
+from .framework_layouts import make_layout, misread_layout
 from .key_mapping import KeyMapping, make_renamer
-from .layouts import make_layout, misread_layout
 from .pieces import Pieces, pieces_of
 from .tensors import DcpTensor, state_paths, tensors_of
 from .torch_load import check_not_quantised

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -266,31 +268,31 @@ class TestKeyFiles:
 
 
 class TestWhoCanReadOrReplaceAKeyFile:
-    def test_one_that_others_may_read_is_warned_about(self, tmp_path: Path) -> None:
-        file = key_file(open_directory(tmp_path) / "key", "a secret of some length", mode=0o644)
+    def test_one_that_others_may_read_is_warned_about(self, open_directory: Path) -> None:
+        file = key_file(open_directory / "key", "a secret of some length", mode=0o644)
         (warning,) = load_trust(file).warnings
         assert f"{file}: others may read it (mode 644)" in warning
         assert "defaultMode: 0400" in warning
 
-    def test_a_file_of_public_keys_may_be_read(self, tmp_path: Path, public: Key) -> None:
-        file = key_file(open_directory(tmp_path) / "key", str(public_line(public)), mode=0o644)
+    def test_a_file_of_public_keys_may_be_read(self, open_directory: Path, public: Key) -> None:
+        file = key_file(open_directory / "key", str(public_line(public)), mode=0o644)
         assert load_trust(file).warnings == ()
 
-    def test_one_in_a_directory_that_others_cannot_enter_is_not_warned_about(self, tmp_path: Path) -> None:
-        directory = open_directory(tmp_path)
-        directory.chmod(0o700)
-        assert load_trust(key_file(directory / "key", "a secret of some length", mode=0o644)).warnings == ()
+    def test_one_in_a_directory_that_others_cannot_enter_is_not_warned_about(self, open_directory: Path) -> None:
+        open_directory.chmod(0o700)
+        assert load_trust(key_file(open_directory / "key", "a secret of some length", mode=0o644)).warnings == ()
 
-    def test_one_in_a_directory_that_others_may_write_is_refused(self, tmp_path: Path) -> None:
-        directory = open_directory(tmp_path)
-        file = key_file(directory / "key", "a secret of some length")
-        directory.chmod(0o777)
-        with pytest.raises(CacheValidationError, match=f"{directory} above it, so others could put their own keys"):
+    def test_one_in_a_directory_that_others_may_write_is_refused(self, open_directory: Path) -> None:
+        file = key_file(open_directory / "key", "a secret of some length")
+        open_directory.chmod(0o777)
+        with pytest.raises(
+            CacheValidationError, match=f"{open_directory} above it, so others could put their own keys"
+        ):
             load_trust(file)
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="only root has directories like those of Kubernetes")
-    def test_a_secret_as_kubernetes_mounts_it_is_taken_with_a_warning(self, tmp_path: Path) -> None:
-        volume = open_directory(tmp_path)
+    def test_a_secret_as_kubernetes_mounts_it_is_taken_with_a_warning(self, open_directory: Path) -> None:
+        volume = open_directory
         (volume / "..2026").mkdir()
         (volume / "..2026").chmod(0o755)
         key_file(volume / "..2026" / "key", "a secret of some length", mode=0o644)
@@ -320,11 +322,9 @@ class TestWhoCanReadOrReplaceAKeyFile:
             load_trust(key_file(tmp_path / "key", "a secret of some length"))
 
 
-def open_directory(tmp_path: Path) -> Path:
-    """A directory that everybody can enter, on a way that everybody can walk."""
-    directory = tmp_path / "open"
-    directory.mkdir()
-    for path in (directory, *directory.parents):
-        if path.stat().st_uid == os.geteuid() and path.is_relative_to(tmp_path.parent.parent):
-            path.chmod(0o755)
-    return directory
+@pytest.fixture
+def open_directory() -> Iterator[Path]:
+    """A directory that every user can enter. Not below pytest's own directory, which each run of pytest closes."""
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory).chmod(0o755)
+        yield Path(directory)
