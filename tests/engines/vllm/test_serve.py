@@ -1,6 +1,5 @@
 """The real `vllm serve` on CPU: the same completions as vLLM's own loader, and clean ends on bad checkpoints."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -52,16 +51,6 @@ def test_a_shard_that_is_cut_short_ends_the_engine_with_its_name(tmp_path: Path)
     shard.write_bytes(shard.read_bytes()[:-1000])
     log = failed_start(model)
     assert f"{shard}: the data is cut short" in log
-
-
-def test_an_index_that_lies_ends_the_engine_with_the_tensors_name(tmp_path: Path) -> None:
-    model = make_model("llama", tmp_path, shards=2)
-    index = model / "model.safetensors.index.json"
-    content = json.loads(index.read_text())
-    content["weight_map"]["model.layers.9.no.such.weight"] = "model-00001-of-00002.safetensors"
-    index.write_text(json.dumps(content))
-    log = failed_start(model)
-    assert "the index puts 'model.layers.9.no.such.weight' into 'model-00001-of-00002.safetensors'" in log
 
 
 def test_an_unknown_option_ends_the_engine_with_the_valid_ones(tmp_path: Path) -> None:
