@@ -79,16 +79,25 @@ def compare(directory: Path, count: int, total: int, rounds: int, threads: int) 
     files, store, target = directory / "files", directory / "store", directory / "restored"
     make_files(files, count, total)
     archive, unpacked = directory / "plain.tar.zst", directory / "unpacked"
-    stores = FilesystemStore(store, TRUST)
     timings: dict[str, list[float]] = {"save": [], "tar c | zstd -T0": [], "restore": [], "zstd -d -T0 | tar x": []}
 
     def our_save() -> None:
         found = scan([INDUCTOR], {"inductor": files})
-        outcome = save(stores, KEY, {"inductor": files}, found, TRUST, threads=threads, level=3, most_bytes=1 << 40)
+        # A store knows its marker, and each round has a new directory.
+        outcome = save(
+            FilesystemStore(store, TRUST),
+            KEY,
+            {"inductor": files},
+            found,
+            TRUST,
+            threads=threads,
+            level=3,
+            most_bytes=1 << 40,
+        )
         assert outcome.files == count, outcome
 
     def our_restore() -> None:
-        outcome = Restore(stores, KEY, {"inductor": target}, TRUST, threads=threads).run()
+        outcome = Restore(FilesystemStore(store, TRUST), KEY, {"inductor": target}, TRUST, threads=threads).run()
         assert outcome.files == count, outcome
 
     for _ in range(rounds):

@@ -59,6 +59,7 @@ class TestLayouts:
             ("inductor", "fxgraph/mt/fmtb6nfz/ab12"),
             ("inductor", "aotautograd/a7x/entry"),
             ("inductor", f"triton/0/{KEY}/triton_poi_fused_0.json"),
+            ("inductor", "precompiled_headers/c2wd32fromm623gtw33upituzpft4apbzxpfhqe5ktfbtp3yw4kr.h.gch"),
             ("triton", f"{KEY}/__grp__kernel.json"),
             ("triton", f"{KEY}/kernel.cubin"),
             ("triton", f"{HEX}/cuda_utils.so"),

@@ -32,6 +32,7 @@ LAYOUTS: Mapping[str, tuple[str, ...]] = {
         rf"[a-z2-7]{{2}}/{_DIGEST}(?:/.+)?",
         r"(?:fxgraph|aotautograd|aoti_eager)/.+",
         rf"triton/\d+/{_TRITON}",
+        r"precompiled_headers/[^/]+\.h(?:\.gch)?",
         r"cache/[0-9a-f]{64}",
         r"dynamo/(?:[^/]+/)*code_state_[^/]+",
         r"[0-9a-f]{64}(?:\.best_config)?",
