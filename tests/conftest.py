@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -32,6 +33,43 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, pytest.Function) and SERVER_FIXTURES & set(item.fixturenames):
             item.add_marker(pytest.mark.servers)
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_printable(key): _printable(item) for key, item in value.items()}
+    return [_printable(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+# A report that quotes a name of bytes that are no UTF-8 cannot be sent to the process that prints it: without this, the
+# failure of one test ends the run with an internal error that names no test.
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Iterator[None]:
+    return _printable((yield))
+
+
+_last_words: list[str] = []
+
+
+def pytest_internalerror(excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+    """Remember an error of pytest itself, after which it prints no summary."""
+    _last_words.append(_printable(f"pytest itself failed: {excinfo.exconly()[-800:]}"))
+
+
+# Libraries print what they leak when the processes of the tests end, and a log may be kept by its last lines only.
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Name what failed in the last lines, once more."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or hasattr(session.config, "workerinput"):
+        return
+    for report in [*reporter.stats.get("failed", []), *reporter.stats.get("error", [])]:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        text = " ".join(str(crash.message if crash else report.longrepr).split())
+        _last_words.append(_printable(f"{report.outcome} in {report.when}: {report.nodeid}: {text[:200]}"))
+    session.config.add_cleanup(lambda: print("\n".join(_last_words[:20])) if _last_words else None)
 
 
 @contextmanager
