@@ -10,6 +10,8 @@ import heapq
 import os
 from collections.abc import Iterable
 
+from .escaping import printable
+
 _MOST_CANDIDATES = 500
 
 
@@ -46,7 +48,7 @@ class CheckpointError(EngineLoaderError):
         super().__init__(self._text())
 
     def _text(self) -> str:
-        prefix = "" if self.file is None else f"{_printable(self.file)}: "
+        prefix = "" if self.file is None else f"{printable(self.file)}: "
         if self.offset is not None:
             prefix = f"{prefix}at byte {self.offset}: "
         hint = "" if self.hint is None else f" ({self.hint})"
@@ -97,8 +99,3 @@ def _candidates(name: str, names: Iterable[str]) -> list[str]:
         return len(begin) + len(end)
 
     return heapq.nlargest(_MOST_CANDIDATES, names, key=alike)
-
-
-def _printable(path: str) -> str:
-    # A path can hold bytes that are not text (surrogate escapes), or line breaks, which must not break a log.
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in path)

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "engine_loader"
 
 BASE = {"errors", "escaping", "failures", "garbage", "replacing", "settings", "machine"}
 STEPS: dict[str, set[str]] = {
-    "errors": set(),
+    "errors": {"escaping"},
     "escaping": set(),
     "failures": {"errors"},
     "garbage": set(),

@@ -9,7 +9,7 @@ from engine_loader.compile_cache.process.job import Job
 from engine_loader.compile_cache.process.outcome import Outcome
 from engine_loader.compile_cache.process.session import log_restore, log_save
 from engine_loader.engines.common.cache_hooks import quietly
-from engine_loader.escaping import printable
+from engine_loader.escaping import printable, redacted
 
 FORGED = "evil\nWARNING all is well\x1b[2J\x07"
 ESCAPED = "evil\\nWARNING all is well\\x1b[2J\\x07"
@@ -28,6 +28,21 @@ LOG = logging.getLogger("test")
 def test_what_is_not_printable_is_escaped(text: str, shown: str) -> None:
     assert printable(text) == shown
     assert printable(f"a\n{text}", lines=True).startswith("a\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (
+            "GET https://a.test/b?sig=SECRET%3D&X-Amz-Signature=SECRET2 failed",
+            "GET https://a.test/b?***&*** failed",
+        ),
+        ("http://user:p@ss:w0rd@proxy.test:3128/ refused", "http://***@proxy.test:3128/ refused"),
+        ("s3://bucket/a@b?x=1", "s3://bucket/a@b?x=1"),
+    ],
+)
+def test_passwords_and_signatures_of_urls_are_left_out(text: str, shown: str) -> None:
+    assert redacted(text) == shown
 
 
 def test_what_a_restore_says_is_escaped(caplog: pytest.LogCaptureFixture) -> None:

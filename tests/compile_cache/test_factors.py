@@ -41,7 +41,7 @@ def test_what_is_named_as_a_secret_is_left_out(name: str) -> None:
         ("ghp_abcdefghijklmnopqrstu", "***"),
         ("AKIAABCDEFGHIJKLMNOP", "***"),
         ("eyJhbGciOiJIUzI1.eyJzdWIiOiIx.c2ln", "***"),
-        ("http://user:swordfish@proxy:3128/x", "http://***proxy:3128/x"),
+        ("http://user:swordfish@proxy:3128/x", "http://***@proxy:3128/x"),
         ("--header 'Authorization: Bearer abc.def-123456'", "--header 'Authorization: ***'"),
         ("-----BEGIN RSA PRIVATE KEY-----\nMIIE", "***"),
     ],
@@ -87,5 +87,5 @@ def test_an_older_engines_account_of_its_key_is_stored_without_its_secrets(tmp_p
     (pack,) = read_packs(store, KEY, SECRET, [])
     assert [Path(file.path).name for file in pack.manifest.files] == ["code.py"]
     (stored,) = pack.manifest.factors.values()
-    assert stored == {"env": {"HTTPS_PROXY": "http://***proxy", "VLLM_PLUGINS": "a"}}
+    assert stored == {"env": {"HTTPS_PROXY": "http://***@proxy", "VLLM_PLUGINS": "a"}}
     assert HIDDEN.encode() not in pack.manifest.to_json()

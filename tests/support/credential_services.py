@@ -4,12 +4,11 @@ import json
 import ssl
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
-from typing import Self
 from urllib.parse import parse_qs, urlsplit
+
+from .http_service import HttpHandler, HttpService
 
 
 @dataclass
@@ -30,8 +29,7 @@ class Refusal:
     body: str = "refused"
 
 
-@dataclass
-class CredentialServices:
+class CredentialServices(HttpService):
     """Gives KEY1, KEY2, … with TOKEN1, TOKEN2, …, one for each time that it is asked.
 
     ``/sts`` is STS, ``/container`` a container's service, and the rest an instance's (IMDSv2: a token is required).
@@ -40,34 +38,16 @@ class CredentialServices:
         lifetime: of the credentials.
         refuse: asked for every request; what it returns goes out.
         asked: all requests.
-        tls: it speaks https with this context's certificate; obstore asks no STS that speaks http.
     """
 
-    lifetime: timedelta = timedelta(hours=1)
-    refuse: Callable[[Asked], Refusal | None] = lambda asked: None
-    asked: list[Asked] = field(default_factory=list)
-    tls: ssl.SSLContext | None = None
-
-    def __post_init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        """``tls``: it speaks https with this context's certificate; obstore asks no STS that speaks http."""
+        self.lifetime = timedelta(hours=1)
+        self.refuse: Callable[[Asked], Refusal | None] = lambda asked: None
+        self.asked: list[Asked] = []
         self.given = 0
-        self.stopped = threading.Event()
         self._lock = threading.Lock()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._http.daemon_threads = True
-        if self.tls is not None:
-            self._http.socket = self.tls.wrap_socket(self._http.socket, server_side=True, do_handshake_on_connect=False)
-        self.url = f"{'https' if self.tls else 'http'}://127.0.0.1:{self._http.server_port}"
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.stopped.set()
-        self._http.shutdown()
-        self._http.server_close()
+        super().__init__(_handler(self), tls)
 
     def paths(self) -> list[str]:
         """Method and path of every request, in order."""
@@ -81,13 +61,8 @@ class CredentialServices:
             return f"KEY{self.given}", f"TOKEN{self.given}", expires
 
 
-def _handler(services: CredentialServices) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
+def _handler(services: CredentialServices) -> type[HttpHandler]:
+    class Handler(HttpHandler):
         def do_GET(self) -> None:
             self._answer()
 
@@ -99,10 +74,8 @@ def _handler(services: CredentialServices) -> type[BaseHTTPRequestHandler]:
 
         def _answer(self) -> None:
             parts = urlsplit(self.path)
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
-            query = parse_qs(parts.query) | parse_qs(body)
-            headers = {name.lower(): value for name, value in self.headers.items()}
-            asked = Asked(self.command, parts.path, query, headers)
+            query = parse_qs(parts.query) | parse_qs(self.body().decode())
+            asked = Asked(self.command, parts.path, query, self.lower_headers())
             services.asked.append(asked)
             refusal = services.refuse(asked)
             if refusal is None:

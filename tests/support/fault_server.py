@@ -4,10 +4,9 @@ import ssl
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
-from typing import Self
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from .http_service import HttpHandler, HttpService
 
 MODIFIED = "Mon, 01 Jan 2024 00:00:00 GMT"
 
@@ -51,7 +50,7 @@ class Answer:
 Fault = Callable[[Request], Answer | None]
 
 
-class FaultServer:
+class FaultServer(HttpService):
     """Serves ``objects`` ("bucket/key" -> content) by GET, HEAD and ListObjectsV2. Takes more by PUT, on no condition,
     in one request or in parts; copies and deletes.
 
@@ -72,26 +71,9 @@ class FaultServer:
         self.fault: Fault = lambda request: None
         self.etags = True
         self.requests: list[Request] = []
-        self.stopped = threading.Event()
         self._lock = threading.Lock()
         self._open: set[object] = set()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._http.daemon_threads = True
-        if tls is not None:
-            # The handshake is made by each connection's own thread, with its first byte.
-            self._http.socket = tls.wrap_socket(self._http.socket, server_side=True, do_handshake_on_connect=False)
-        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self._http.server_port}"
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.stopped.set()
-        self._http.shutdown()
-        self._http.server_close()
+        super().__init__(_handler(self), tls)
 
     def connections(self) -> int:
         """How many are open."""
@@ -124,12 +106,8 @@ def tag_of(content: bytes) -> str:
     return f'"{hash(content) & 0xFFFFFFFF:08x}"'
 
 
-def _handler(server: FaultServer) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        # Header and body go out in two writes: the second would wait for the client's delayed acknowledgement.
-        disable_nagle_algorithm = True
-
+def _handler(server: FaultServer) -> type[HttpHandler]:
+    class Handler(HttpHandler):
         def setup(self) -> None:
             super().setup()
             server.opened(self)
@@ -137,9 +115,6 @@ def _handler(server: FaultServer) -> type[BaseHTTPRequestHandler]:
         def finish(self) -> None:
             server.closed(self)
             super().finish()
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
 
         def do_CONNECT(self) -> None:
             """As a proxy that may not connect to where it should."""
@@ -153,8 +128,8 @@ def _handler(server: FaultServer) -> type[BaseHTTPRequestHandler]:
             self._serve()
 
         def do_PUT(self) -> None:
-            headers = {name.lower(): value for name, value in self.headers.items()}
-            content = self.rfile.read(int(headers.get("content-length", 0)))
+            headers = self.lower_headers()
+            content = self.body()
             request = server.arrived("PUT", self.path, headers)
             answer = server.fault(request) or Answer()
             if answer.status is not None:
@@ -173,8 +148,8 @@ def _handler(server: FaultServer) -> type[BaseHTTPRequestHandler]:
             self._send(200, {"ETag": tag_of(content)}, b"", answer)
 
         def do_POST(self) -> None:
-            headers = {name.lower(): value for name, value in self.headers.items()}
-            self.rfile.read(int(headers.get("content-length", 0)))
+            headers = self.lower_headers()
+            self.body()
             request = server.arrived("POST", self.path, headers)
             answer = server.fault(request) or Answer()
             if answer.status is not None:
@@ -194,7 +169,7 @@ def _handler(server: FaultServer) -> type[BaseHTTPRequestHandler]:
                 self._fail(501, "NotImplemented", {})
 
         def do_DELETE(self) -> None:
-            headers = {name.lower(): value for name, value in self.headers.items()}
+            headers = self.lower_headers()
             request = server.arrived("DELETE", self.path, headers)
             answer = server.fault(request) or Answer()
             if answer.status is not None:
@@ -207,7 +182,7 @@ def _handler(server: FaultServer) -> type[BaseHTTPRequestHandler]:
             self._send(204, {}, b"", answer)
 
         def _serve(self) -> None:
-            headers = {name.lower(): value for name, value in self.headers.items()}
+            headers = self.lower_headers()
             request = server.arrived(self.command, self.path, headers)
             answer = server.fault(request) or Answer()
             if answer.status is not None:

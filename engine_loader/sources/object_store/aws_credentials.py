@@ -21,6 +21,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlencode, urlsplit
 from urllib.request import HTTPSHandler, build_opener
 
+from ...escaping import printable
 from .authorities import tls_context
 
 NOT_FOUND = "no AWS credentials:"
@@ -43,7 +44,7 @@ class CredentialsError(RuntimeError):
 
     def __init__(self, text: str) -> None:
         # A process may have printed what a terminal obeys.
-        super().__init__(f"{NOT_FOUND} {''.join(one if one.isprintable() else '?' for one in text)[:_CHARACTERS]}")
+        super().__init__(f"{NOT_FOUND} {printable(text)[:_CHARACTERS]}")
 
 
 Provider = Callable[[], dict[str, Any]]

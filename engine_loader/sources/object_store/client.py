@@ -10,12 +10,12 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Self
 
 from ...errors import CheckpointError
+from ...escaping import redacted
 from ...settings import LoaderSettings
 from .authorities import ca_bundle
 from .aws_credentials import provider_of
 from .aws_profile import profile_keys
 from .endpoints import aws_endpoint, endpoint_of, is_access_point, is_express, sts_endpoint
-from .request_failures import without_secrets
 from .url import ObjectUrl
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def make_client(url: ObjectUrl, options: ObjectStoreOptions) -> ObjectStore:
             **config,
         )
     except (BaseError, ValueError) as error:
-        message = without_secrets(str(error).partition("\n")[0])
+        message = redacted(str(error).partition("\n")[0])
         raise CheckpointError(
             f"the object store cannot be reached as configured: {message}",
             file=f"{url.scheme}://{url.bucket}",

@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 
 from ...errors import TransferError
+from ...escaping import printable, redacted
 from .aws_credentials import NOT_FOUND
 
 _REGION = "does the bucket lie in this region? set AWS_REGION or object_store_region"
@@ -35,10 +36,6 @@ _HINTS = {
     "InvalidObjectState": "the object lies in an archive (Glacier): restore it (aws s3api restore-object) or copy it "
     "to another storage class",
 }
-_SECRETS = (
-    (re.compile(r"(?<=://)[^/\s]*@"), ""),  # user and password, as of a proxy that is named as the endpoint
-    (re.compile(r"(?i)(?<=[?&])(sig|x-(?:amz|goog)-(?:signature|credential|security-token))=[^&\s\"')]*"), r"\1=…"),
-)
 _TLS = (
     "for a private CA, name the file of its certificate (PEM) in AWS_CA_BUNDLE or SSL_CERT_FILE; also check the host's "
     "name in the endpoint, and the clock"
@@ -85,13 +82,6 @@ class Answer:
         return named or self.text
 
 
-def without_secrets(text: str) -> str:
-    """``text`` without users and passwords of URLs, and without signatures in their queries."""
-    for pattern, instead in _SECRETS:
-        text = pattern.sub(instead, text)
-    return text
-
-
 def remove_secrets(error: BaseException) -> None:
     """Take the secrets out of an exception's own text, and of those that it came from: tracebacks print them all."""
     seen: set[int] = set()
@@ -100,7 +90,7 @@ def remove_secrets(error: BaseException) -> None:
         one = pending.pop()
         if one is not None and id(one) not in seen:
             seen.add(id(one))
-            one.args = tuple(without_secrets(part) if isinstance(part, str) else part for part in one.args)
+            one.args = tuple(redacted(part) if isinstance(part, str) else part for part in one.args)
             pending += [one.__cause__, one.__context__]
 
 
@@ -110,8 +100,8 @@ def _message(text: str) -> str | None:
     if found is None:
         return None
     words = " ".join(html.unescape(found[1]).split())
-    printable = "".join(character if character.isprintable() else "?" for character in words)
-    return printable if len(printable) <= _MESSAGE_CHARACTERS else printable[:_MESSAGE_CHARACTERS] + "…"
+    shown = printable(words)
+    return shown if len(shown) <= _MESSAGE_CHARACTERS else shown[:_MESSAGE_CHARACTERS] + "…"
 
 
 def is_request_failure(error: BaseException) -> bool:

@@ -263,7 +263,7 @@ class TestProfiles:
     @pytest.mark.parametrize(
         ("profile", "message"),
         [
-            ("failing", "credential_process ended with status 1: no such?[31m user"),
+            ("failing", "credential_process ended with status 1: no such\\x1b[31m user"),
             ("missing", "credential_process could not be run: FileNotFoundError"),
             ("half", "the AWS profile 'half' has no aws_secret_access_key"),
         ],

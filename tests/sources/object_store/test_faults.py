@@ -11,7 +11,6 @@ import pytest
 
 from engine_loader import CheckpointError, open_checkpoint
 from engine_loader.sources.object_store.object_source import ObjectFile, ObjectStoreSource
-from engine_loader.sources.object_store.request_failures import without_secrets
 from engine_loader.sources.registry import make_source
 from tests.sources.object_store.model import CONTENT, IMPATIENT, KEY, KIB, QUICK, RIGHT, TENSORS, URL, load
 from tests.support.checkpoints import checkpoint, entry
@@ -241,7 +240,7 @@ def test_what_the_server_says_is_printable_and_short(server: FaultServer) -> Non
     text = "\x1b[31mred\x07 " + "x" * 100_000
     server.fault = always(Answer(status=403, code="AccessDenied", message=text))
     message = failure()
-    assert "the server says: ?[31mred? xxx" in message
+    assert "the server says: \\x1b[31mred\\x07 xxx" in message
     assert message.isprintable()
     assert len(message) < 1000
 
@@ -302,10 +301,6 @@ class TestSecrets:
         cause = raised.value.__cause__
         told = "".join(traceback.format_exception(raised.value))
         assert cause is not None
-        assert f"http://127.0.0.1:{port}" in str(cause)
+        assert f"http://***@127.0.0.1:{port}" in str(cause)
         assert password not in told
         assert user not in told
-
-    def test_signatures_in_queries_are_left_out(self) -> None:
-        text = "GET https://a.test/b?x=1&sig=SECRET%3D&X-Amz-Signature=SECRET2 failed"
-        assert without_secrets(text) == "GET https://a.test/b?x=1&sig=…&X-Amz-Signature=… failed"
