@@ -34,7 +34,7 @@ SGLANG_VERSIONS ?= 0.5.23 0.5.11 0.5.10
 SGLANG := tests/support/sglang
 SGLANG_STAMPS := $(SGLANG_VERSIONS:%=.venv-sglang-%/.package-installed)
 
-.PHONY: help venv venv-sglang tools demo lint check test test-fast test-sglang test-object-stores test-radosgw fuzz bench clean
+.PHONY: help venv venv-sglang tools demo lint check test test-fast test-sglang test-object-stores test-radosgw test-chaos fuzz bench clean
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv-sglang-%/.engine-installed
 
@@ -71,6 +71,9 @@ test-object-stores: venv  ## Object stores at length: objects of 1 GiB, four pro
 
 test-radosgw: venv  ## The tests of object stores on Ceph's S3 server (radosgw, ceph-mon, ceph-osd from the system)
 	S3_SERVER=radosgw $(PY) -m pytest tests/sources/object_store tests/dcp/s3 $(ARGS)
+
+test-chaos: venv  ## The compile cache at length: 3,200 operations that are killed at random, 300 seeded rounds of faults
+	CHAOS_ROUNDS=200 FAULT_ROUNDS=300 $(PYTEST) tests/compile_cache/test_chaos.py tests/compile_cache/test_seeded_faults.py $(ARGS)
 
 fuzz: venv  ## Mutate checkpoints, indexes and manifests for a minute, each in a child with limits; ARGS="--seconds 600"
 	$(PY) -m tests.fuzzing $(ARGS)
