@@ -40,6 +40,12 @@ def make_read_only(place: Path) -> None:
     _check(_libc.mount(None, os.fsencode(place), None, _REMOUNT | _BIND | _READ_ONLY, None))
 
 
+def make_writable(place: Path) -> None:
+    """A directory of a read-only mount, as a volume that can be written."""
+    bind(place, place)
+    _check(_libc.mount(None, os.fsencode(place), None, _REMOUNT | _BIND, None))
+
+
 def mounts_work() -> bool:
     """Whether this machine lets a process have mounts of its own."""
     from .children import ChildDied, in_child
