@@ -59,7 +59,7 @@ def check_destination(source: str, destination: str, *, overwrite: bool | None) 
     _put_back(target)
     if not os.path.lexists(target):
         return
-    if not target.is_dir():
+    if not os.path.isdir(target):
         raise CheckpointError("this is a file, not a directory", file=destination)
     try:
         names = _content(target)
@@ -103,7 +103,7 @@ def unfinished_directory(destination: str, nbytes: int) -> Iterator[Path]:
         CheckpointError: there is no room for it, or something cannot be written.
     """
     target = Path(destination).resolve()
-    within = target.is_dir() and not _content(target) and _is_fixed(target)
+    within = os.path.isdir(target) and not _content(target) and _is_fixed(target)
     home = target if within else target.parent
     prefix = _WITHIN if within else f".{target.name}-"
     unfinished: Path | None = None
@@ -111,7 +111,7 @@ def unfinished_directory(destination: str, nbytes: int) -> Iterator[Path]:
         try:
             home.mkdir(parents=True, exist_ok=True)
             _clear_left_over(home, f"{prefix}{_UNFINISHED}")
-            if target.exists():
+            if os.path.lexists(target):
                 _clear_left_over(home, f"{prefix}{_REPLACED}")
             free = shutil.disk_usage(home).free
             if free < nbytes:
@@ -234,7 +234,7 @@ def _replace_in_steps(unfinished: Path, target: Path) -> None:
 
 def _put_back(target: Path) -> None:
     """Give a destination its name again that lost it when a conversion was killed between two renames."""
-    if os.path.lexists(target) or not target.parent.is_dir():
+    if os.path.lexists(target) or not os.path.isdir(target.parent):
         return
     with suppress(OSError):
         replaced = sorted(
