@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from fnmatch import translate
 from pathlib import Path
 
-from ..places import temporary_directory_name
+from ..home import temporary_directory_name
 from .host.groups import Code
 from .ownership import open_to_others
 

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...escaping import printable
-from ...places import first_writable, temporary_directory_name
+from ...home import first_writable, temporary_directory_name
 from ...settings import CompileCacheSettings
 from ..directories import STATE
 from ..space import mib

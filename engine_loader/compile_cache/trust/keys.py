@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ...places import home_expanded
+from ...home import home_expanded
 from ..cache_errors import CacheValidationError
 from ..ownership import open_to_others
 from . import ed25519
