@@ -24,6 +24,7 @@ from engine_loader.cli.diagnosis import (
     software,
 )
 from engine_loader.cli.diagnosis.finding import Finding
+from engine_loader.compile_cache import directories
 from engine_loader.errors import TransferError
 from engine_loader.machine import Memory, Mount
 from tests.cli.running import invoke, run
@@ -331,8 +332,15 @@ class TestCaches:
         def getuser() -> str:
             raise KeyError("uid not found")
 
-        monkeypatch.setattr(cache_directories.getpass, "getuser", getuser)
-        assert cache_directories._inductor().endswith(f"/torchinductor_uid_{os.getuid()}")
+        monkeypatch.setattr(directories.getpass, "getuser", getuser)
+        assert directories.default_inductor_directory().endswith(f"/torchinductor_uid_{os.getuid()}")
+
+    def test_a_volume_that_others_may_write_is_no_tick(self, home: Path) -> None:
+        home.chmod(0o2775)
+        finding = diagnose(env=self.env(home, VLLM_CACHE_ROOT=str(home)))["VLLM_CACHE_ROOT"]
+        assert finding["status"] == "warn"
+        assert "others may write it (mode 2775)" in finding["value"]
+        assert f"name a directory below it: VLLM_CACHE_ROOT={home}/private" in finding["repair"]
 
 
 class TestMachine:
