@@ -13,12 +13,13 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "engine_loader"
 
-BASE = {"errors", "escaping", "failures", "garbage", "replacing", "settings", "machine"}
+BASE = {"errors", "escaping", "failures", "garbage", "home", "replacing", "settings", "machine"}
 STEPS: dict[str, set[str]] = {
     "errors": {"escaping"},
     "escaping": set(),
     "failures": {"errors"},
     "garbage": set(),
+    "home": set(),
     "replacing": set(),
     "settings": {"errors", "formats"},
     "machine": {"errors"},
@@ -45,6 +46,7 @@ INSIDE_FUNCTIONS = {
     ("compat/callable_package.py", "compat.b10_transfer"): "importing this package must not import the compile cache",
     ("compile_cache/stores/opening.py", "compile_cache.stores.objects"): "obstore is an extra: only a URL needs it",
     ("engines/sglang/format.py", "engines.sglang.loader"): "SGLang's loader, which it extends, is imported later",
+    ("engines/vllm/sharded.py", "conversion.destination"): "the room of conversions imports what engines start without",
     ("sources/registry.py", "sources.memory"): "a source is imported when it is first used",
     ("sources/registry.py", "sources.threefs.threefs_source"): "a source is imported when it is first used",
 }

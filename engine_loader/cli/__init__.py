@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +17,7 @@ _BAD_SETTINGS_STATUS = 2
 
 
 class _Commands(TyperGroup):
-    """Turns EngineLoaderError into one message and an exit status."""
+    """Turns errors of this package, and those of the system, into one message and an exit status."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -25,6 +26,15 @@ class _Commands(TyperGroup):
             print_error(str(error))
             # The status of bad settings is that of bad options of the command line.
             raise typer.Exit(_BAD_SETTINGS_STATUS if isinstance(error, SettingsError) else 1) from None
+        except BrokenPipeError:  # the reader of the output has ended
+            raise
+        except OSError as error:  # a disk that is full or read-only, a limit, a directory that is missing
+            if error.errno is None or error.strerror is None:
+                raise
+            name = errno.errorcode.get(error.errno, str(error.errno))
+            where = f"{error.filename}: " if error.filename is not None else ""
+            print_error(f"{where}{error.strerror} [{name}]")
+            raise typer.Exit(1) from None
 
 
 def _print_version(wanted: bool) -> None:

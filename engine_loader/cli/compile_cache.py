@@ -158,21 +158,23 @@ def clear(
     _check_engine(engine)
     directories = directories_of(engine)
     files = scan(ENGINES[engine], directories)
-    size = mib(sum(file.size for file in files))
+    total = mib(sum(file.size for file in files))
     if files and not yes and not as_json:
         typer.confirm(
-            f"Delete {len(files)} files, {size}, below {', '.join(map(str, directories.values()))}?", abort=True
+            f"Delete {len(files)} files, {total}, below {', '.join(map(str, directories.values()))}?", abort=True
         )
-    failed = []
+    failed, deleted_bytes = [], 0
     for file in files:
         try:
             os.unlink(file.local)
         except OSError as error:
             failed.append(str(error))
+        else:
+            deleted_bytes += file.size
     if as_json:
         print_json({"files": len(files) - len(failed), "failed": failed})
     else:
-        console().print(f"deleted {len(files) - len(failed)} files, {size}")
+        console().print(f"deleted {len(files) - len(failed)} files, {mib(deleted_bytes)}")
     for message in failed:
         print_warning(message)
     if failed:

@@ -27,6 +27,9 @@ def doctor(
         bool,
         typer.Option("--quick", help="Skip checks that take seconds: engines' plugins, reading back a tensor, GPUs."),
     ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="The exit status is 1 if there is a !, too; for init containers.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check versions, engines, plugins, sources, cache directories and the machine, and say how to repair each problem.
@@ -56,7 +59,7 @@ def doctor(
         print_json({"findings": [asdict(finding) for finding in findings], "summary": summary})
     else:
         console().print(f"\n{counts['ok']} ok, {counts['warn']} to check, {counts['fail']} to repair")
-    if counts["fail"]:
+    if counts["fail"] or (strict and counts["warn"]):
         raise typer.Exit(1)
 
 

@@ -18,7 +18,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..compile_cache.cache_errors import CacheError, CacheOperationInterrupted, CacheValidationError
-from ..compile_cache.directories import INDUCTOR, TRITON, default_inductor_directory, directories_of
+from ..compile_cache.directories import (
+    INDUCTOR,
+    TRITON,
+    default_inductor_directory,
+    directories_of,
+    name_private_directories,
+)
 from ..compile_cache.key import CacheKey, environment_key
 from ..compile_cache.packs.scan import scan
 from ..compile_cache.process.job import Job
@@ -195,6 +201,8 @@ def _run(action: Literal["restore", "save"], statuses: dict[str, OperationStatus
     _name_inductor_directory()
     try:
         settings = load_settings().settings.compile_cache
+        for line in name_private_directories(ENGINE, lambda: settings.enabled and settings.trust == "owner"):
+            logger.warning("compile cache: %s: caches are code", line)
         directories = {name: str(path) for name, path in directories_of(ENGINE).items()}
         job = Job(action, ENGINE, _key(settings), directories, settings=settings.model_dump(mode="json"))
         outcome = run_job(job, settings.restore_timeout_s if action == "restore" else settings.save_timeout_s)

@@ -10,19 +10,24 @@ from __future__ import annotations
 import getpass
 import os
 import re
-import tempfile
-from collections.abc import Mapping
+import stat
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import translate
 from pathlib import Path
 
+from ..home import temporary_directory_name
 from .host.groups import Code
+from .ownership import open_to_others
 
 STATE = ".engine_loader"
 """This package's directory in a local cache: locks, notes, and files being unpacked. Never packed."""
 
+_PRIVATE = "private-"
+"""Begins the name of a user's own directory in a cache that others may write; the user's number follows."""
 _ALWAYS_OUT = (
     f"{STATE}/*",
+    f"{_PRIVATE}*/*",
     "*.tmp",
     "*.tmp.*",
     "*/tmp.*",
@@ -66,11 +71,16 @@ class CacheRoot:
 
     def directory(self, environ: Mapping[str, str] | None = None) -> Path:
         """Where it is in this process."""
+        named = self.named_directory(environ)
+        return named if self.below else Path(private_place(str(named)))
+
+    def named_directory(self, environ: Mapping[str, str] | None = None) -> Path:
+        """Where the variable or the default has it: others may be able to write there."""
         environ = os.environ if environ is None else environ
         value = environ.get(self.variable)
         if not value:
             value = self.default.replace("<inductor>", default_inductor_directory())
-            value = value.replace("<temporary>", os.path.join(tempfile.gettempdir(), _user()))
+            value = value.replace("<temporary>", os.path.join(temporary_directory_name(), _user()))
             value = value.replace("<cache>", environ.get("XDG_CACHE_HOME") or "~/.cache")
         return Path(os.path.abspath(os.path.expanduser(value))) / self.below
 
@@ -209,10 +219,69 @@ def directories_of(engine: str, environ: Mapping[str, str] | None = None) -> dic
     return found
 
 
+def private_place(directory: str) -> str:
+    """The directory of this user's own below one that others may write, where ``name_private_directories`` made one;
+    else ``directory``.
+    """
+    try:
+        if open_to_others(os.stat(directory)) is None:
+            return directory
+        own = os.path.join(directory, f"{_PRIVATE}{os.geteuid()}")
+        facts = os.lstat(own)
+    except (OSError, ValueError):
+        return directory
+    is_own = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.geteuid() and open_to_others(facts) is None
+    return own if is_own else directory
+
+
+def name_private_directories(engine: str, make: Callable[[], bool]) -> list[str]:
+    """Have an engine keep those of its caches that others may write in directories of this user's own below them:
+    make these, and set the variables that name them.
+
+    Such a cache is never restored or saved, for caches are code: volumes of pods (an emptyDir has mode 777, one with
+    fsGroup 2775) and homes of users with arbitrary numbers.
+
+    Args:
+        make: whether directories are to be made; called only when there is something to make.
+
+    Returns:
+        A line for a person for each variable that was set.
+    """
+    lines = []
+    for root in ENGINES[engine]:
+        if not root.is_used() or root.below:
+            continue
+        named = root.named_directory()
+        own = private_place(str(named))
+        if own == str(named):
+            try:
+                reason = open_to_others(os.stat(named))
+                if reason is None or not make():
+                    continue
+                os.mkdir(os.path.join(named, f"{_PRIVATE}{os.geteuid()}"), 0o700)
+            except (OSError, ValueError):
+                continue
+            own = private_place(str(named))
+        if own != str(named):
+            os.environ[root.variable] = own
+            lines.append(f"others may write {named}, so {root.variable} is now {own}")
+    return lines
+
+
+def way_out(name: str, directory: str | os.PathLike[str]) -> str:
+    """What to do about a cache that others may write."""
+    root = _BY_NAME.get(name)
+    variable = f"{root.variable}={os.fspath(directory).rstrip('/')}/private" if root is not None else "its variable"
+    return (
+        f"name a directory below it ({variable}), which is then made for this user alone, close it (`chmod go-w`), or "
+        "take what anyone wrote (compile_cache.trust=anyone)"
+    )
+
+
 def default_inductor_directory() -> str:
     """Where inductor keeps its cache by default."""
     user = re.sub(r'[\\/:*?"<>|]', "_", _user())
-    return os.path.join(tempfile.gettempdir(), f"torchinductor_{user}")
+    return os.path.join(temporary_directory_name(), f"torchinductor_{user}")
 
 
 def _user() -> str:

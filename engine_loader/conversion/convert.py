@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.filesystem import SerializationFormat
 
 from ..errors import CheckpointError
 from ..loading.checkpoint import Checkpoint
-from ..loading.companions import copy_companions
+from ..loading.companions import companions_in, copy_companions
 from ..loading.find import ShardedState, TrainingCheckpoint, find_checkpoint
 from ..loading.open_store import open_store
 from ..loading.training.framework_layouts import is_layout, misread_layout
@@ -80,7 +80,7 @@ def convert_checkpoint(
             copies, states of random generators), and to dcp all that is no tensor.
         dtype: of floating-point tensors of 16 bits and more, or its name ("bfloat16"); None: their own.
         max_shard_bytes: of a safetensors file.
-        overwrite: replace a checkpoint that is there.
+        overwrite: replace a checkpoint that is there, at once where the file system can exchange names.
         progress: called with (bytes written, bytes in all).
         options: settings of the loader by name.
 
@@ -118,6 +118,7 @@ def convert_checkpoint(
         if not tensors:
             raise CheckpointError("there are no tensors to convert", file=source)
         total = sum(tensor.nbytes for tensor in tensors)
+        companions = [] if found.directory is None else companions_in(files, found.directory)
         done = 0
 
         def written(nbytes: int) -> None:
@@ -126,7 +127,8 @@ def convert_checkpoint(
             progress(done, total)
 
         progress(0, total)
-        with unfinished_directory(destination, total) as unfinished:
+        needed = total + sum(companion.nbytes for companion in companions)
+        with unfinished_directory(destination, needed) as unfinished:
             if to == "dcp":
                 kind = SerializationFormat.SAFETENSORS if items == "safetensors" else SerializationFormat.TORCH_SAVE
                 others = store.other_items() if optimizer_state else {}
@@ -144,7 +146,7 @@ def convert_checkpoint(
             check_output(unfinished, tensors)
             weights = sorted(path.name for path in unfinished.iterdir() if path.suffix in (".safetensors", ".distcp"))
             if found.directory is not None:
-                copy_companions(files, found.directory, unfinished)
+                copy_companions(files, found.directory, companions, unfinished)
             _set_dtype(unfinished / _CONFIG, wanted)
     return Conversion([Path(destination) / name for name in weights], len(tensors), total, store.left_out)
 

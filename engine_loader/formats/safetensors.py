@@ -90,17 +90,18 @@ def header_length(prefix: bytes, file_bytes: int, file: str) -> int:
     if file_bytes < LENGTH_BYTES or len(prefix) < LENGTH_BYTES:
         raise CheckpointError(f"{file_bytes} bytes are too short for a safetensors file", file=file, hint=_COPY_AGAIN)
     length: int = struct.unpack("<Q", prefix[:LENGTH_BYTES])[0]
+    if length > min(MAX_HEADER_BYTES, file_bytes - LENGTH_BYTES) and (other := _what_it_is(prefix)):
+        what, remedy = other
+        raise CheckpointError(what, file=file, hint=remedy)
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(
             f"the header claims {length} bytes, more than the {MAX_HEADER_BYTES} that the format allows",
             file=file,
-            hint=_what_it_is(prefix) or "this is not a safetensors file, or it is damaged",
+            hint="this is not a safetensors file, or it is damaged",
         )
     if LENGTH_BYTES + length > file_bytes:
         raise CheckpointError(
-            f"the header claims {length} bytes, but the file ends after {file_bytes}",
-            file=file,
-            hint=_what_it_is(prefix) or _COPY_AGAIN,
+            f"the header claims {length} bytes, but the file ends after {file_bytes}", file=file, hint=_COPY_AGAIN
         )
     return length
 
@@ -300,13 +301,15 @@ def _short(value: Any) -> str:
     return _SHORT.repr(value)
 
 
-def _what_it_is(prefix: bytes) -> str | None:
-    """What a file that is not in the safetensors format probably is, by its first bytes; None: unknown."""
+def _what_it_is(prefix: bytes) -> tuple[str, str] | None:
+    """What a file that is not in the safetensors format probably is, and what to do; None: unknown."""
     if prefix.startswith(b"version "):
-        return "this is a git-lfs pointer, not the file itself: run `git lfs pull`"
+        return "this is a git-lfs pointer, not the file itself", "run `git lfs pull`"
     if prefix.startswith(b"PK\3\4"):
-        return "this is a zip file, perhaps a .pt checkpoint: convert it to safetensors"
+        return "this is a zip file, perhaps a .pt checkpoint", "convert it to safetensors"
+    if prefix.startswith(b"GGUF"):
+        return "this is a GGUF file, not a safetensors file", "give the model's safetensors files"
     # The length of a valid header has zero bytes in it; text has none.
     if prefix.lstrip().startswith((b"<", b"{")) and 0 not in prefix[:LENGTH_BYTES]:
-        return "this is a text file, perhaps an error page of a download: download it again"
+        return "this is a text file, perhaps an error page of a download", "download it again"
     return None

@@ -122,7 +122,11 @@ def find_checkpoint(
     if shards:
         return ShardedState(directory, shards, files)
     if not weights and not indexed:
-        raise NoCheckpointError("no .safetensors file in this directory", file=directory, hint=_what_is_there(names))
+        raise NoCheckpointError(
+            "no .safetensors file in this directory",
+            file=directory,
+            hint=_what_is_there(names, source.folders(directory)),
+        )
     return files
 
 
@@ -149,9 +153,12 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
     ]
 
 
-def _what_is_there(names: list[str]) -> str:
+def _what_is_there(names: Sequence[str], folders: Sequence[str]) -> str:
     if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
         return "it has PyTorch files; this loader reads safetensors only: convert them with safetensors or transformers"
+    if not names and folders:
+        named = ", ".join(map(repr, folders[:5])) + (", …" if len(folders) > 5 else "")
+        return f"it has no files, but the directories {named}: is the checkpoint in one of them?"
     if not names:
         return "it is empty"
     return f"it has {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"

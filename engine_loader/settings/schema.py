@@ -267,8 +267,8 @@ class CompileCacheSettings(_Group):
     )
     trust: Literal["owner", "anyone"] = Field(
         default="owner",
-        description="Without keys: take only what this user and root alone may write (owner), or anything (anyone). "
-        "Caches are code.",
+        description="Without keys: take only what this user and root alone may write (owner), or anything (anyone); "
+        "of local caches, with keys, too. Caches are code.",
     )
     fixups: bool = Field(
         default=True, description="Repair faults of known engine versions that keep a restored cache from being used."

@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +15,21 @@ from typing import Any
 
 import pytest
 
-from engine_loader.cli.diagnosis import cache_directories, engine_plugins, file_systems, resources, software
+from engine_loader.cli.diagnosis import (
+    cache_directories,
+    cache_sharing,
+    engine_plugins,
+    file_systems,
+    resources,
+    software,
+)
 from engine_loader.cli.diagnosis.finding import Finding
+from engine_loader.compile_cache import directories
 from engine_loader.errors import TransferError
 from engine_loader.machine import Memory, Mount
 from tests.cli.running import invoke, run
 from tests.support.checkpoints import checkpoint, entry
+from tests.support.moto_server import MotoServer
 
 
 def diagnose(*arguments: str | Path, env: dict[str, str | None] | None = None) -> dict[str, dict[str, Any]]:
@@ -188,7 +198,7 @@ class TestSources:
     def test_a_model_on_a_file_system(self, tmp_path: Path) -> None:
         (tmp_path / "model.safetensors").write_bytes(checkpoint({"a": entry("U8", [1 << 20])}))
         found = diagnose(tmp_path)
-        assert "1 file, 1.00 MiB, all can be opened" in found[str(tmp_path)]["value"]
+        assert "1 file, 1.00 MiB, all have a sound header" in found[str(tmp_path)]["value"]
         assert found[f"direct IO on {tmp_path}"]["value"] == (
             "works"
             if file_systems._read_directly(str(tmp_path / "model.safetensors")) is None
@@ -199,6 +209,31 @@ class TestSources:
         finding = diagnose(tmp_path)[str(tmp_path)]
         assert finding["status"] == "ok"
         assert "no weights directly in this directory" in finding["value"]
+
+    def test_a_pointer_of_git_lfs_is_no_model(self, tmp_path: Path) -> None:
+        pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+        (tmp_path / "model.safetensors").write_text(pointer)
+        finding = diagnose(tmp_path)[str(tmp_path)]
+        assert finding["status"] == "fail"
+        assert "git lfs pull" in finding["value"]
+
+    def test_a_setting_that_needs_3fs_where_there_is_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("ENGINE_LOADER_LOADER__BACKEND", "usrbio")
+        (finding,) = file_systems.check_3fs()
+        assert (finding.status, finding.name) == ("fail", "usrbio")
+        assert "there is no 3FS mount here" in finding.value
+
+    @pytest.mark.servers
+    def test_objects_are_looked_at_where_they_are(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with MotoServer() as moto:
+            moto.put("bucket", {"model/model.safetensors": checkpoint({"a": entry("U8", [16])})})
+            values = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_ENDPOINT_URL": moto.url}
+            for name, value in values.items():
+                monkeypatch.setenv(name, value)
+            (good,) = file_systems.check_paths(["s3://bucket/model"])
+            (bad,) = file_systems.check_paths(["s3://bucket/nothing"])
+        assert (good.status, good.value[:8]) == ("ok", "1 object")
+        assert bad.status == "fail"
 
     def test_a_path_that_is_not_there(self, tmp_path: Path) -> None:
         finding = diagnose(tmp_path / "missing")[str(tmp_path / "missing")]
@@ -297,8 +332,15 @@ class TestCaches:
         def getuser() -> str:
             raise KeyError("uid not found")
 
-        monkeypatch.setattr(cache_directories.getpass, "getuser", getuser)
-        assert cache_directories._inductor().endswith(f"/torchinductor_uid_{os.getuid()}")
+        monkeypatch.setattr(directories.getpass, "getuser", getuser)
+        assert directories.default_inductor_directory().endswith(f"/torchinductor_uid_{os.getuid()}")
+
+    def test_a_volume_that_others_may_write_is_no_tick(self, home: Path) -> None:
+        home.chmod(0o2775)
+        finding = diagnose(env=self.env(home, VLLM_CACHE_ROOT=str(home)))["VLLM_CACHE_ROOT"]
+        assert finding["status"] == "warn"
+        assert "others may write it (mode 2775)" in finding["value"]
+        assert f"name a directory below it: VLLM_CACHE_ROOT={home}/private" in finding["repair"]
 
 
 class TestMachine:
@@ -338,3 +380,46 @@ class TestMachine:
         names = [finding.name for finding in resources.check_machine()]
         assert names == ["CPUs", "memory", "open files", "transparent huge pages", "/dev/shm"]
         assert stat.S_ISDIR(os.stat("/dev/shm").st_mode)
+
+
+class TestTheStore:
+    """What a save needs is tried."""
+
+    def finding(self, store: Path, monkeypatch: pytest.MonkeyPatch, **settings: object) -> Finding:
+        monkeypatch.setenv("ENGINE_LOADER_COMPILE_CACHE__DIRECTORY", str(store))
+        for name, value in settings.items():
+            monkeypatch.setenv(f"ENGINE_LOADER_COMPILE_CACHE__{name.upper()}", str(value))
+        return next(found for found in cache_sharing.check_compile_cache() if found.name == "store")
+
+    def test_one_that_can_be_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        found = self.finding(tmp_path / "store", monkeypatch, min_store_free_bytes=0)
+        assert found.status == "ok"
+        assert "0 packs" in found.value
+        assert list(tmp_path.iterdir()) == []
+
+    def test_one_without_room(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        found = self.finding(tmp_path, monkeypatch, min_store_free_bytes=1 << 50)
+        assert found.status == "fail"
+        assert "are to stay free (compile_cache.min_store_free_bytes)" in found.value
+        assert self.finding(tmp_path, monkeypatch, read_only="true").status == "ok"
+
+    def test_one_that_cannot_be_made(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "file").write_text("")
+        found = self.finding(tmp_path / "file" / "store", monkeypatch)
+        assert found.status == "fail"
+        assert "Not a directory" in found.value or "is not a directory" in found.value
+
+    def test_strict_counts_warnings(self) -> None:
+        with few_descriptors():
+            assert invoke("doctor", "--quick").exit_code in (0, 1)
+            assert invoke("doctor", "--quick", "--strict").exit_code == 1
+
+
+@contextmanager
+def few_descriptors() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -98,7 +98,7 @@ class TestOwnership:
     def cache(self, tmp_path: Path) -> Path:
         place = tmp_path / "cache"
         for path in ("ab/one.so", "cd/two.so"):
-            (place / path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            (place / path).parent.mkdir(parents=True, exist_ok=True, mode=0o755)
             (place / path).write_bytes(b"code")
         return place
 
@@ -155,10 +155,23 @@ class TestOwnership:
         assert found == []
         assert "it is a link of user 12345" in message
 
-    def test_links_to_directories_are_not_walked(self, cache: Path, tmp_path: Path) -> None:
+    def test_links_to_directories_of_the_cache_are_not_walked_and_those_that_lead_out_are(
+        self, cache: Path, tmp_path: Path
+    ) -> None:
+        (cache / "ef").symlink_to("ab")
+        assert self.found(cache) == (["inductor/ab/one.so", "inductor/cd/two.so"], [])
         (tmp_path / "elsewhere").mkdir()
-        (tmp_path / "elsewhere/secret.so").write_bytes(b"secret")
-        (cache / "ef").symlink_to(tmp_path / "elsewhere")
+        (tmp_path / "elsewhere/three.so").write_bytes(b"code")
+        (cache / "gh").symlink_to(tmp_path / "elsewhere")
+        assert self.found(cache) == (["inductor/ab/one.so", "inductor/cd/two.so", "inductor/gh/three.so"], [])
+        (tmp_path / "elsewhere").chmod(0o777)
+        found, (message,) = self.found(cache)
+        assert found == ["inductor/ab/one.so", "inductor/cd/two.so"]
+        assert f"{cache / 'gh'}: others may write it" in message
+
+    def test_modes_below_a_directory_that_nobody_else_can_enter_do_not_count(self, cache: Path) -> None:
+        (cache / "ab/one.so").chmod(0o777)
+        cache.chmod(0o700)
         assert self.found(cache) == (["inductor/ab/one.so", "inductor/cd/two.so"], [])
 
     def test_a_file_that_was_replaced_since_is_not_read(self, cache: Path, tmp_path: Path) -> None:

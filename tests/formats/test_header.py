@@ -122,7 +122,16 @@ def test_an_absurd_header_length_is_refused_before_anything_is_read(length):
     ids=["git-lfs", "zip", "zip-version-0", "html", "json", "numpy"],
 )
 def test_what_is_no_safetensors_file_is_called_what_it_is(content, hint):
-    assert hint in refusal(content).hint
+    assert hint in str(refusal(content))
+
+
+def test_the_cause_is_named_first():
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+    for content, cause in (
+        (pointer, "this is a git-lfs pointer"),
+        (b"GGUF\3\0\0\0" + b"x" * 90, "this is a GGUF file"),
+    ):
+        assert refusal(content).message.startswith(cause)
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,11 @@ def test_a_directory_without_weights(tmp_path, names, hint):
     assert hint in error.hint
 
 
+def test_a_directory_of_directories_says_which(tmp_path):
+    (tmp_path / "fp8").mkdir()
+    assert "it has no files, but the directories 'fp8'" in refusal(tmp_path).hint
+
+
 def test_files_in_memory_that_are_not_there():
     files = {"/m/a.safetensors": GOOD}
     for path in ("/x", "/m/b.safetensors", "/m/a.safetensors/b", "/M"):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import getpass
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from ...compile_cache.directories import default_inductor_directory, private_place
+from ...compile_cache.ownership import open_to_others
 from ...machine import mount_of
 from ...report.load_report import human_bytes
+from ...settings import load_settings
 from .file_systems import is_network
 from .finding import Finding
 
@@ -44,15 +45,6 @@ def _home(*names: str) -> str:
     return os.path.join(os.path.expanduser("~"), *names)
 
 
-def _inductor() -> str:
-    # torch's name: after the user, without characters that file names cannot have.
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):
-        user = f"uid_{os.getuid()}"  # Kubernetes runs containers as users without a name
-    return os.path.join(tempfile.gettempdir(), "torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", user))
-
-
 def _triton() -> str:
     return os.path.join(os.environ.get("TRITON_HOME") or _home(), ".triton", "cache")
 
@@ -65,7 +57,7 @@ _HF_HOME = _Cache("HF_HOME", _user_cache("huggingface"), "huggingface_hub", comp
 _CACHES = (
     _Cache("VLLM_CACHE_ROOT", _user_cache("vllm"), "vllm"),
     _Cache("SGLANG_CACHE_DIR", _user_cache("sglang"), "sglang"),
-    _Cache("TORCHINDUCTOR_CACHE_DIR", _inductor, "torch"),
+    _Cache("TORCHINDUCTOR_CACHE_DIR", default_inductor_directory, "torch"),
     _Cache("TRITON_CACHE_DIR", _triton, "triton"),
     _Cache("FLASHINFER_WORKSPACE_BASE", _home, "flashinfer"),
     _Cache("DG_JIT_CACHE_DIR", lambda: _home(".deep_gemm"), "deep_gemm"),
@@ -89,17 +81,22 @@ def _resolved(cache: _Cache) -> str:
 def _check(cache: _Cache) -> Finding:
     path = _resolved(cache)
     exists = os.path.exists(path)
-    parent = path if exists else _nearest_parent(path)
+    parent = path if exists else nearest_parent(path)
     repair = f"set {cache.variable} to a directory that this user can write to"
     if not os.path.isdir(parent):
         return Finding(_AREA, cache.variable, "fail", f"{path}: {parent} is not a directory", repair)
-    refused = _refused(parent)
+    refused = write_refused(parent)
     if refused:
         return Finding(_AREA, cache.variable, "fail", f"{path}: {refused} in {parent}", repair)
     return _judge(cache, path, parent, exists)
 
 
 def _judge(cache: _Cache, path: str, parent: str, exists: bool) -> Finding:
+    reason = open_to_others(os.stat(path)) if exists and cache.compiled else None
+    if reason and private_place(path) == path and load_settings().settings.compile_cache.trust == "owner":
+        value = f"{path}: {reason}, and the compile cache neither fills nor saves what others may write"
+        hint = f"name a directory below it: {cache.variable}={path.rstrip('/')}/private; vLLM and SGLang make one there"
+        return Finding(_AREA, cache.variable, "warn", value, hint)
     status, mount = os.statvfs(parent), mount_of(parent)
     free = status.f_bavail * status.f_frsize
     kind = mount.kind if mount else "unknown file system"
@@ -121,13 +118,14 @@ def _judge(cache: _Cache, path: str, parent: str, exists: bool) -> Finding:
     return Finding(_AREA, cache.variable, "ok", value)
 
 
-def _nearest_parent(path: str) -> str:
+def nearest_parent(path: str) -> str:
+    """The path, or the nearest above it that exists."""
     while not os.path.lexists(path) and path != os.path.dirname(path):
         path = os.path.dirname(path)
     return path
 
 
-def _refused(directory: str) -> str | None:
+def write_refused(directory: str) -> str | None:
     """Why nothing can be written in a directory, or None. It tries with a temporary file that has no name."""
     try:
         with tempfile.TemporaryFile(dir=directory):

@@ -2,18 +2,62 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from ...compile_cache.cache_errors import CacheError
-from ...compile_cache.space import mib
+from ...compile_cache.space import free_bytes, mib
 from ...compile_cache.stores.opening import open_store
 from ...engines.common import torch_fixups
 from ...engines.vllm import fixups as vllm_fixups
-from ...settings import load_settings
+from ...settings import CompileCacheSettings, load_settings
+from ...sources.registry import is_remote
+from .cache_directories import nearest_parent, write_refused
 from .finding import Finding
 
 _AREA = "compile cache"
+_WITHOUT = "engines start without a compile cache until this is repaired"
+_SAVES = "make room there or let this user write, name another compile_cache.directory, or set compile_cache.read_only"
+
+
+def _store(settings: CompileCacheSettings) -> Iterator[Finding]:
+    """Whether packs can be read from the store, and written to it if this machine saves."""
+    try:
+        began = time.monotonic()
+        store, trust = open_store(settings)
+        packs = list(store.list())
+        took_ms = (time.monotonic() - began) * 1000
+        place = Path(store.description)
+        if place.exists():
+            trust.check_store(place)
+        problem = None if settings.read_only or is_remote(settings.directory) else _not_writable(place, settings)
+    except (OSError, CacheError) as error:
+        yield Finding(_AREA, "store", "fail", str(error), _WITHOUT)
+        return
+    size = mib(sum(pack.size for pack in packs))
+    value = f"{store.description} ({len(packs)} packs, {size}, listed in {took_ms:.0f} ms, {trust.describe()})"
+    if problem is not None:
+        yield Finding(_AREA, "store", "fail", f"{value}: nothing can be saved: {problem}", _SAVES)
+    else:
+        yield Finding(_AREA, "store", "ok", value)
+    for warning in trust.warnings:
+        yield Finding(_AREA, "trust", "warn", warning, "see docs/security.md")
+
+
+def _not_writable(place: Path, settings: CompileCacheSettings) -> str | None:
+    """Why a save cannot write to a store on a file system, or None."""
+    parent = nearest_parent(str(place))
+    if not os.path.isdir(parent):
+        return f"{parent} is not a directory"
+    if refused := write_refused(parent):
+        return f"{refused} in {parent}"
+    free = free_bytes(place)
+    if free is not None and free < settings.min_store_free_bytes:
+        floor = mib(int(settings.min_store_free_bytes))
+        return f"{mib(free)} are free, and {floor} are to stay free (compile_cache.min_store_free_bytes)"
+    return None
 
 
 def check_compile_cache() -> Iterator[Finding]:
@@ -22,19 +66,7 @@ def check_compile_cache() -> Iterator[Finding]:
     if not settings.enabled:
         yield Finding(_AREA, "state", "warn", "switched off", "set compile_cache.enabled: true")
         return
-    try:
-        store, trust = open_store(settings)
-        packs = list(store.list())
-        if Path(store.description).exists():
-            trust.check_store(Path(store.description))
-        size = mib(sum(pack.size for pack in packs))
-        yield Finding(_AREA, "store", "ok", f"{store.description} ({len(packs)} packs, {size}, {trust.describe()})")
-        for warning in trust.warnings:
-            yield Finding(_AREA, "trust", "warn", warning, "see docs/security.md")
-    except (OSError, CacheError) as error:
-        yield Finding(
-            _AREA, "store", "warn", str(error), "engines start without a compile cache until this is repaired"
-        )
+    yield from _store(settings)
     for fixup in (*vllm_fixups.FIXUPS, *torch_fixups.FIXUPS):
         state = fixup.state()
         if state == "needed" and not settings.fixups:

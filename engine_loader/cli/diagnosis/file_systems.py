@@ -7,15 +7,17 @@ import mmap
 import os
 import resource
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 from ...errors import CheckpointError, SettingsError
 from ...formats.hf_index import INDEX_NAME
-from ...loading.find import TrainingCheckpoint, find_checkpoint
-from ...loading.shards import listed_files
+from ...loading.find import SafetensorsFiles, TrainingCheckpoint, find_checkpoint
+from ...loading.shards import listed_files, open_files
 from ...machine import Mount, mount_of
 from ...report.load_report import human_bytes
 from ...settings import load_settings
 from ...sources.posix import PosixSource
+from ...sources.registry import is_remote, make_source
 from ...sources.threefs.daemon import find_daemon
 from ...sources.threefs.discovery import mounts_here, why_not
 from ...sources.threefs.shared_library import (
@@ -48,14 +50,20 @@ def check_3fs() -> Iterator[Finding]:
     search = find_library(_lib_dir())
     at = ", ".join(mounts_here())
     mounted = f"mounted at {at}" if at else "no 3FS mount here"
+    is_wanted = _backend() == "usrbio"
     if at:
         yield _daemon()
+    elif is_wanted:
+        repair = "mount 3FS, or set loader.backend to auto: no checkpoint can be loaded with this setting"
+        yield Finding(_AREA, "usrbio", "fail", "loader.backend is usrbio, and there is no 3FS mount here", repair)
+        return
     if search.path is None:
         repair = (
             f"set {LIB_DIR_VARIABLE} to the directory of {LIBRARY_NAME}; until then, files are read through the mount"
         )
         explained = f"{mounted}; {search.explain()}"
-        yield Finding(_AREA, "usrbio", "warn" if at else "ok", explained, repair if at else "")
+        status: Literal["ok", "warn", "fail"] = "fail" if is_wanted else "warn" if at else "ok"
+        yield Finding(_AREA, "usrbio", status, explained, repair if at else "")
         return
     yield from _descriptor_limit()
     try:
@@ -103,6 +111,13 @@ def _descriptor_limit() -> Iterator[Finding]:
     yield Finding(_AREA, "open files", "warn", value, repair)
 
 
+def _backend() -> str | None:
+    try:
+        return load_settings().settings.loader.backend
+    except SettingsError:  # software.check_settings reports the problem
+        return None
+
+
 def _lib_dir() -> str | None:
     try:
         return load_settings().settings.loader.hf3fs_lib_dir
@@ -116,6 +131,9 @@ def is_network(mount: Mount) -> bool:
 
 
 def _check(path: str) -> Iterator[Finding]:
+    if is_remote(path):
+        yield _check_remote(path)
+        return
     mount = mount_of(path)
     kind = f"{mount.kind} from {mount.source}" if mount else "an unknown file system"
     if os.path.isdir(path) and not any(name.endswith((".safetensors", INDEX_NAME)) for name in os.listdir(path)):
@@ -132,17 +150,38 @@ def _check(path: str) -> Iterator[Finding]:
         assert not isinstance(found, TrainingCheckpoint)  # it has files of safetensors
         files, _ = listed_files(PosixSource(), found)
         sizes = [_readable(file) for file in files]
+        with open_files(PosixSource(), SafetensorsFiles(tuple(files))):
+            pass  # their headers are read: a file that can be opened may be a pointer of git-lfs, or cut short
     except CheckpointError as error:
         yield Finding(
             _AREA, path, "fail", str(error), "engine-loader inspect --check says what is wrong with a checkpoint"
         )
         return
     count = len(files)
-    what = f"{kind}; {count} file{'' if count == 1 else 's'}, {human_bytes(sum(sizes))}, all can be opened"
+    what = f"{kind}; {count} file{'' if count == 1 else 's'}, {human_bytes(sum(sizes))}, all have a sound header"
     yield Finding(_AREA, path, "ok", what)
     yield _direct(path, files[0], mount)
     yield _read_mode(path, files[0])
     yield from _usrbio(path, files[0])
+
+
+def _check_remote(path: str) -> Finding:
+    """Whether the objects of a checkpoint can be listed, opened, and have a sound header."""
+    settings = load_settings().settings.loader
+    try:
+        source = make_source(settings.backend, settings=settings)
+        found = find_checkpoint(source, path, sharded_pattern=settings.sharded_pattern)
+        if isinstance(found, TrainingCheckpoint):
+            return Finding(_AREA, path, "ok", f"a training checkpoint, listed by {source.name}")
+        files, _ = listed_files(source, found)
+        with open_files(source, SafetensorsFiles(tuple(files))) as opened:
+            nbytes = sum(shard.file.size for shard in opened.files)
+    except CheckpointError as error:
+        return Finding(
+            _AREA, path, "fail", str(error), "engine-loader inspect --check says what is wrong with a checkpoint"
+        )
+    count = f"{len(files)} object{'' if len(files) == 1 else 's'}"
+    return Finding(_AREA, path, "ok", f"{count}, {human_bytes(nbytes)}, all have a sound header")
 
 
 def _readable(path: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import resource
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def check_machine() -> Iterator[Finding]:
     yield _descriptors()
     yield _huge_pages()
     yield _shared_memory()
+    yield _temporary_files()
 
 
 def _cpus() -> Finding:
@@ -76,6 +78,16 @@ def _huge_pages() -> Finding:
         return Finding(_AREA, name, "ok", mode)
     repair = f"reading into fresh memory is slower without huge pages: echo madvise > {_HUGE_PAGES}"
     return Finding(_AREA, name, "warn", mode, repair)
+
+
+def _temporary_files() -> Finding:
+    name = "temporary files"
+    try:
+        place = tempfile.gettempdir()
+    except OSError as error:
+        repair = "engines and compilers need a directory for temporary files: set TMPDIR to one that can be written"
+        return Finding(_AREA, name, "warn", str(error.strerror or error), repair)
+    return Finding(_AREA, name, "ok", place)
 
 
 def _shared_memory() -> Finding:

@@ -6,14 +6,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 
 from ...settings import CompileCacheSettings
 from ..cache_errors import CacheError, CacheOperationInterrupted, CacheValidationError
 from ..directories import STATE
-from ..packs.key_packs import for_this_host, read_key
+from ..ownership import Access
+from ..packs.key_packs import files_for, for_this_host, read_key
 from ..packs.scan import LocalFile, scan
 from ..packs.verify import damaged_frames
 from ..stores.interface import Store
@@ -22,6 +23,7 @@ from ..stores.uses import note_used
 from ..trust import CANNOT_SIGN, Trust
 from ..upkeep.damage import note_damage, noted_damage
 from ..upkeep.suspects import clear_suspects, note_suspects, suspects
+from ..verdict.compiled import piece_of
 from ..verdict.explain import nearest_in_store, note_verdict
 from ..verdict.judge import judge
 from .job import Job
@@ -31,8 +33,8 @@ from .outcome import Outcome
 from .restore import Restore
 from .save import Save, SaveOptions, factors_of, not_in
 from .tidy import tidy
-from .trials import Trial, begin_trial, failed_trials
-from .use import noted_uses
+from .trials import Trial, begin_trial, failed_trials, others_start
+from .use import Use, left_alone, note_restore, noted_uses
 
 _SETTLE_S = 1.0
 _LONGEST_SETTLE_S = 20.0
@@ -89,8 +91,11 @@ def _restore(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], b
         least_free_bytes=int(settings.min_local_free_bytes),
         may_go_on=may_go_on,
         before_move=trial.add if job.engine_pid else lambda _: None,
+        access=Access(settings.trust == "anyone"),
     )
     outcome = restore.run()
+    if restore.left_alone and job.since_ns:
+        note_restore(job.home(), job.since_ns, restore.left_alone)
     outcome.messages += trust.warnings
     with suppress(OSError):  # the save behind it then relies on manifests alone
         note_damage(job.home(), store.description, restore.refused.frames)
@@ -134,17 +139,22 @@ def _save(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], bool
             return Outcome("nothing", notes=["another process of this node saves"])
         if job.settle:
             _settle(job)
-        uses = noted_uses(job.home(), job.since_ns - _CLOCK_SLACK_NS) if job.since_ns else []
-        directories = tuple(directory for use in uses for directory in use.directories)
+        noted = noted_uses(job.home(), job.since_ns - _CLOCK_SLACK_NS) if job.since_ns else []
+        uses = [use for use in noted if use.is_of(job.since_ns, job.key.scope)]
         messages: list[str] = []
-        files = [file for file in scan(job.roots(), job.paths(), messages) if _is_ours(file, job.since_ns, directories)]
+        anyone = settings.trust == "anyone"
+        files = _files_of_engine(job, noted, scan(job.roots(), job.paths(), messages, anyone=anyone))
         store, trust = open_store(settings, job.home() / STATE)
         found = read_key(store, job.key.prefix, trust)
         damaged = damaged_frames(store, found.packs, noted_damage(job.home(), store.description))
         packs = for_this_host(found.packs, job.key)
+        refused = left_alone(job.home(), job.since_ns) if job.since_ns else []
+        if refused:  # the engine compiled anew what the store has: no pack more at each of its starts
+            held_already = files_for(packs, without=damaged).keys()
+            files = [file for file in files if file.path not in held_already]
         new = not_in(packs, files, job.paths(), damaged=damaged)
         factors = factors_of(new) | {use.factors_path: use.factors for use in uses}
-        verdict = judge(packs, new, factors)
+        verdict = judge(packs, new, factors, refused)
         if settings.read_only:
             outcome = Outcome("nothing", notes=["the store is not written to (compile_cache.read_only)"])
         elif not trust.can_sign:
@@ -187,11 +197,31 @@ def _nearest(store: Store, job: Job, trust: Trust) -> list[str]:
         return []
 
 
-def _is_ours(file: LocalFile, since_ns: int, directories: tuple[str, ...]) -> bool:
-    """Whether a file is newer than the engine's start, or lies in a directory that a rank noted as in use."""
-    if file.ctime_ns >= since_ns - _CLOCK_SLACK_NS:
-        return True
-    return any(file.local.startswith(f"{directory.rstrip('/')}/") for directory in directories)
+def _files_of_engine(job: Job, noted: list[Use], files: list[LocalFile]) -> list[LocalFile]:
+    """The files that an engine's start made, or used.
+
+    Those are newer than the start, or lie in a directory that a rank noted as in use; but what another engine of this
+    node noted is that one's, and so is what belongs to a whole model and to no note, while another engine starts.
+    """
+    if not job.since_ns:
+        return files
+    ours = _below(use.directories for use in noted if use.is_like(job.key.scope))
+    theirs = _below(use.directories for use in noted_uses(job.home()) if not use.is_like(job.key.scope))
+    not_alone = others_start(job.home(), job.since_ns)
+
+    def is_ours(file: LocalFile) -> bool:
+        if file.local.startswith(ours):
+            return True
+        if file.ctime_ns < job.since_ns - _CLOCK_SLACK_NS or file.local.startswith(theirs):
+            return False
+        piece = piece_of(file.path) if not_alone else None
+        return piece is None or not piece.compiler.whole
+
+    return [file for file in files if is_ours(file)]
+
+
+def _below(directories: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(f"{directory.rstrip('/')}/" for some in directories for directory in some)
 
 
 def _settle(job: Job) -> None:

@@ -21,7 +21,7 @@ class Outcome:
         pack_bytes: read from or written to the store.
         packs: read or written.
         seconds: that it took.
-        verdict: "hit", "partial" or "miss" (verdict/judge.py); empty where it was not judged.
+        verdict: "hit", "partial", "miss" or "refused" (verdict/judge.py); empty where it was not judged.
         reasons: why it was no hit, a line each.
         messages: logged as a warning each.
         notes: logged as information.

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..cache_errors import CacheOperationInterrupted, CacheValidationError
 from ..key import CacheKey
+from ..ownership import Access
 from ..packs.key_packs import files_for, for_this_host, of_other_hosts, read_key
 from ..packs.manifest import PackedFile
 from ..packs.pack import Pack
@@ -26,6 +27,8 @@ from ..unpacking.refused import Refused
 from ..unpacking.staging import make_staging, move_into_place
 from .outcome import Outcome, Status
 
+_STRICT = Access()
+
 
 class Restore:
     """Brings what a store has for a key into the local caches.
@@ -37,11 +40,13 @@ class Restore:
         least_free_bytes: left free on every local disk.
         may_go_on: asked before each frame and each rename.
         before_move: called with files, each with its pack, that are complete and about to be seen by compilers.
+        access: into which directories of the local caches files are put.
 
     Attributes:
         packs: that were found.
         entries: everything that the store has of the key.
         refused: what of them is damaged or could not be read.
+        left_alone: caches and places in them into which nothing was put, and why.
     """
 
     def __init__(
@@ -56,10 +61,12 @@ class Restore:
         least_free_bytes: int = 0,
         may_go_on: Callable[[], bool] = lambda: True,
         before_move: Callable[[list[tuple[Pack, PackedFile]]], None] = lambda _: None,
+        access: Access = _STRICT,
     ) -> None:
         self.packs: list[Pack] = []
         self.entries: list[Stored] = []
         self.refused = Refused()
+        self.left_alone: list[str] = []
         self._store = store
         self._key = key
         self._directories = directories
@@ -69,6 +76,7 @@ class Restore:
         self._least_free_bytes = least_free_bytes
         self._may_go_on = may_go_on
         self._before_move = before_move
+        self._access = access
         self._outcome = Outcome("nothing")
 
     def run(self) -> Outcome:
@@ -166,8 +174,8 @@ class Restore:
             left: dict[str, str] = {}
             for name, path in staging.items():
                 self._check_wanted()
-                left |= move_into_place(path, self._directories[name])
-            self._tell([f"{path}: {reason}" for path, reason in left.items()])
+                left |= move_into_place(path, self._directories[name], self._access)
+            self._leave([f"{path}: {reason}" for path, reason in left.items()])
             placed = [file for _, file in done if not self._is_left(file, left)]
             self._outcome.files += len(placed)
             self._outcome.bytes += sum(file.size for file in placed)
@@ -195,12 +203,16 @@ class Restore:
         staging: dict[str, Path] = {}
         for name in missing.roots():
             try:
-                staging[name] = make_staging(self._directories[name])
+                staging[name] = make_staging(self._directories[name], self._access, name=name)
             except (CacheValidationError, OSError) as error:
-                self._tell([f"the cache {name} is left alone: {error}"])
+                self._leave([f"the cache {name} is left alone: {error}"])
             else:
                 stack.callback(shutil.rmtree, staging[name], ignore_errors=True)
         return staging
+
+    def _leave(self, messages: list[str]) -> None:
+        self._tell(messages)
+        self.left_alone += [message for message in messages if message not in self.left_alone]
 
     def _tell(self, messages: list[str]) -> None:
         """Tell each once, however often it was planned."""

@@ -14,12 +14,16 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from ...escaping import printable
+from ...home import first_writable, temporary_directory_name
 from ...settings import CompileCacheSettings
+from ..directories import STATE
 from ..space import mib
+from ..trust import make_private
 from .job import Job
 from .locks import NodeLock
 from .outcome import Outcome
@@ -89,7 +93,10 @@ def run_job(job: Job, timeout_s: float) -> Outcome:
     pipes, which then never close.
     """
     work = job.settings.get("work_directory")
-    parent = work if work and os.access(work, os.W_OK | os.X_OK) else None
+    parent = first_writable((work, temporary_directory_name())) or _made(job.home() / STATE)
+    if parent is None:
+        where = f"neither a temporary directory nor {job.home()} can be written"
+        return Outcome("failed", messages=[f"{where}: set compile_cache.work_directory or TMPDIR"])
     with tempfile.TemporaryDirectory(prefix="compile-cache-", dir=parent, ignore_cleanup_errors=True) as directory:
         files = [Path(directory, name) for name in ("job", "outcome", "errors")]
         files[0].write_text(json.dumps(job.to_json()))
@@ -114,6 +121,13 @@ def run_job(job: Job, timeout_s: float) -> Outcome:
         except (OSError, ValueError, TypeError):
             said = files[2].read_text(errors="replace").strip()[-_STDERR_CHARS:]
             return Outcome("failed", messages=[f"its process ended with status {status}: {said}"])
+
+
+def _made(directory: Path) -> str | None:
+    """The directory, made if it was missing; None where this user cannot write it."""
+    with suppress(OSError):
+        make_private(directory)
+    return first_writable((directory,))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -107,7 +108,7 @@ class Trial:
             if not _is_as_restored(path, row):
                 return False
             target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            path.rename(target)
+            shutil.move(path, target)  # by way of a link it may lie on another file system
         except OSError:
             return False
         with suppress(OSError):  # a compiler may take an empty directory for a cache
@@ -150,6 +151,12 @@ def failed_trials(home: Path) -> list[Trial]:
                 rows = [(str(file), int(size), int(mtime), str(sha)) for file, size, mtime, sha in value["files"]]
                 found.append(Trial(str(value["key"]), engine, list(map(str, value["packs"])), rows, path))
     return found
+
+
+def others_start(home: Path, since_ns: int) -> bool:
+    """Whether another engine than the one whose start began at ``since_ns`` starts on this node now."""
+    locks = (home / STATE).glob(f"{_TRIAL}*.lock")
+    return any(path.stem != f"{_TRIAL}{since_ns}" and not _is_free(home, path) for path in locks)
 
 
 def _is_free(home: Path, marker: Path) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ...home import home_expanded
 from ...machine import sync_directory
 from ..cache_errors import CacheValidationError
 from ..space import Floor, no_room_is_an_interruption
@@ -46,7 +47,7 @@ class FilesystemStore(MarkedStore):
         store_name: str | None = None,
     ) -> None:
         super().__init__(store_name)
-        self.directory = Path(directory).expanduser().absolute()
+        self.directory = home_expanded(directory).absolute()
         self.description = str(self.directory)
         self.unreadable: list[str] = []
         self._trust = trust

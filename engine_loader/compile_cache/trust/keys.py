@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ...home import home_expanded
 from ..cache_errors import CacheValidationError
 from ..ownership import open_to_others
 from . import ed25519
@@ -46,7 +47,10 @@ def read_key_file(name: str) -> KeyFile:
     Raises:
         CacheValidationError: it cannot be read, holds no usable key, or others may write or replace it.
     """
-    path = Path(name).expanduser()
+    try:
+        path = home_expanded(name)
+    except OSError as error:
+        raise CacheValidationError(f"{SETTING}: {name}: {error.strerror}") from None
     where = f"{SETTING}: {path}"
     try:
         with path.open("rb") as file:

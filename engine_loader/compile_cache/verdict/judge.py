@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,15 +23,18 @@ class Verdict:
     Attributes:
         result: "hit": nothing was compiled; "partial": something was, beside what the cache has; "miss": the engine
             looked for another key than the cache has, or compiled as much as the cache has of anything, or there was
-            no cache. Empty: there was no cache, and none was needed.
+            no cache; "refused": the restore left alone what it should have filled, so that the engine could not use
+            what the store has. Empty: there was no cache, and none was needed.
         reasons: a line each for a person.
     """
 
-    result: Literal["hit", "partial", "miss", ""]
+    result: Literal["hit", "partial", "miss", "refused", ""]
     reasons: list[str] = field(default_factory=list)
 
 
-def judge(packs: list[Pack], new: Iterable[LocalFile], factors: Mapping[str, Any]) -> Verdict:
+def judge(
+    packs: list[Pack], new: Iterable[LocalFile], factors: Mapping[str, Any], refused: Sequence[str] = ()
+) -> Verdict:
     """Compare what was restored with what is there after warm-up.
 
     Args:
@@ -39,7 +42,10 @@ def judge(packs: list[Pack], new: Iterable[LocalFile], factors: Mapping[str, Any
         new: files that came since, and that no pack has.
         factors: name -> what the engine's keys are made of, as far as known: the engine's
             `cache_key_factors.json` files among ``new``, by their paths, and what its ranks noted.
+        refused: what the restore left alone, and why.
     """
+    if refused:  # what lies there is not looked at, so that no other verdict could be told
+        return Verdict("refused", [f"the restore was refused: {reason}" for reason in refused])
     # A hit writes diagnoses and sources of kernels, too: only files with compiled code count.
     made = _by_compiler(file.path for file in new)
     if not packs:

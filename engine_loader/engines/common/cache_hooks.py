@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ...compile_cache.directories import directories_of
+from ...compile_cache.directories import directories_of, name_private_directories
 from ...compile_cache.host.hashes import short_hash
 from ...compile_cache.key import CacheKey
 from ...compile_cache.process.job import Job
@@ -140,6 +140,19 @@ def cache_settings() -> CompileCacheSettings:
         SettingsError: a value is wrong, or a key unknown.
     """
     return load_settings().settings.compile_cache
+
+
+def use_private_directories(engine: str, log: logging.Logger) -> None:
+    """Have the engine use directories of this user's own in place of caches that others may write; to be called before
+    it looks where its caches are. Never raises.
+    """
+
+    def make() -> bool:
+        settings = cache_settings()
+        return settings.enabled and settings.trust == "owner"
+
+    for line in quietly(log, name_private_directories, engine, make) or ():
+        log.warning("compile cache: %s: caches are code", line)
 
 
 def cache_directories(engine: str) -> dict[str, str]:

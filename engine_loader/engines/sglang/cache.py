@@ -36,6 +36,7 @@ from ..common.cache_hooks import (
     restore_began_ns,
     scope_of,
     start_save,
+    use_private_directories,
     wait_for_node,
     watched,
 )
@@ -56,6 +57,7 @@ _quietly = functools.partial(quietly, logger)
 
 def register_engine() -> None:
     """Check the load format and start the restore where a node's processes are started."""
+    use_private_directories(_ENGINE, logger)
     from sglang.srt.entrypoints import engine
 
     def launch(original: Any, *args: Any, **options: Any) -> Any:
@@ -79,6 +81,7 @@ def register_engine() -> None:
 
 def register_scheduler() -> None:
     """Let the schedulers wait for the restore of their node."""
+    use_private_directories(_ENGINE, logger)
     from sglang.srt.managers.scheduler import Scheduler
 
     def around(original: Any, self: Any, *args: Any, **options: Any) -> Any:
@@ -107,12 +110,16 @@ def register_http_server() -> None:
 
 def key_of(server_args: Any, settings: CompileCacheSettings) -> CacheKey:
     """The key of an engine: this machine, and by default its model and parallel layout."""
-    sizes = _sizes(server_args)
-    scope = scope_of(settings, str(server_args.model_path), getattr(server_args, "revision", None), sizes)
+    sizes, scope = _sizes(server_args), _scope(server_args, settings)
     # With attention in data parallel, the replicas share the devices of the tensor-parallel ranks.
     replicas = 1 if _dp_attention(server_args) else sizes["dp"]
     devices = sizes["tp"] * sizes["pp"] * replicas // max(1, server_args.nnodes)
     return environment_key({"sglang": module_version("sglang")}, scope, devices=devices)
+
+
+def _scope(server_args: Any, settings: CompileCacheSettings) -> str:
+    revision = getattr(server_args, "revision", None)
+    return scope_of(settings, str(server_args.model_path), revision, _sizes(server_args))
 
 
 def _sizes(server_args: Any) -> dict[str, int]:
@@ -184,10 +191,13 @@ def _save(server_args: Any) -> None:
 
 def _note_use(scheduler: Any) -> None:
     """Record that a rank ran, and the options that its kernels depend on: SGLang has no key made of them."""
-    if cache_settings().enabled:
+    settings = cache_settings()
+    if settings.enabled:
         ranks = (getattr(scheduler, name, None) or 0 for name in ("tp_rank", "pp_rank", "dp_rank"))
         label = "rank_" + "_".join(map(str, ranks))
-        note_use(directories_of(_ENGINE)[_ENGINE], label, (), key_factors(scheduler.server_args))
+        root, arguments = directories_of(_ENGINE)[_ENGINE], scheduler.server_args
+        scope = _scope(arguments, settings)
+        note_use(root, label, (), key_factors(arguments), engine=restore_began_ns(), scope=scope)
 
 
 def key_factors(server_args: Any) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from ..common.cache_hooks import (
     restore_began_ns,
     scope_of,
     start_save,
+    use_private_directories,
     wait_for_node,
     watched,
 )
@@ -54,12 +55,15 @@ _quietly = functools.partial(quietly, logger)
 
 def key_of(vllm_config: Any, settings: CompileCacheSettings) -> CacheKey:
     """The key of an engine: this machine, and by default its model and parallel layout."""
-    parallel, sizes = vllm_config.parallel_config, _sizes(vllm_config)
-    model = vllm_config.model_config
-    scope = scope_of(settings, str(model.model), getattr(model, "revision", None), sizes)
+    parallel, sizes, scope = vllm_config.parallel_config, _sizes(vllm_config), _scope(vllm_config, settings)
     local_engines = getattr(parallel, "data_parallel_size_local", 1) or 1
     devices = (getattr(parallel, "local_world_size", None) or sizes["tp"] * sizes["pp"]) * local_engines
     return environment_key({"vllm": module_version("vllm")}, scope, devices=devices)
+
+
+def _scope(vllm_config: Any, settings: CompileCacheSettings) -> str:
+    model = vllm_config.model_config
+    return scope_of(settings, str(model.model), getattr(model, "revision", None), _sizes(vllm_config))
 
 
 def _sizes(vllm_config: Any) -> dict[str, int]:
@@ -78,6 +82,7 @@ def model_infos_key() -> CacheKey:
 
 def register_executor() -> None:
     """Start a restore when an executor is made."""
+    use_private_directories(_ENGINE, logger)
     from vllm.v1.executor.abstract import Executor
 
     def start(original: Callable[..., Any], self: Any, vllm_config: Any, *args: Any, **options: Any) -> Any:
@@ -111,6 +116,7 @@ def register_engine_core() -> None:
 
 def register_worker() -> None:
     """Let workers wait for the restore of their node."""
+    use_private_directories(_ENGINE, logger)
     try:
         from vllm.v1.worker.worker_base import WorkerWrapperBase
     except ImportError:  # up to 0.11
@@ -127,6 +133,7 @@ def register_worker() -> None:
 
 def register_registry() -> None:
     """Restore vLLM's description of a model where it would start a process to make it."""
+    use_private_directories(_ENGINE, logger)
     from vllm.model_executor.models.registry import _LazyRegisteredModel
 
     if not hasattr(_LazyRegisteredModel, "_get_cache_filename"):
@@ -168,7 +175,7 @@ def _watch(worker: Any, vllm_config: Any, session: NodeSession | None) -> None:
         _quietly(wait)
         result = original(*args, **options)
         if name == _WORKER_METHODS[-1]:
-            _quietly(_note_use, vllm_config)
+            _quietly(_note_use, vllm_config, settings)
             if saves:
                 _quietly(start_save, _ENGINE, key, settings, began_ns, logger)
         return result
@@ -185,7 +192,7 @@ def _is_follower(vllm_config: Any, worker: Any) -> bool:
     return bool(node) and getattr(worker, "local_rank", 0) == 0
 
 
-def _note_use(vllm_config: Any) -> None:
+def _note_use(vllm_config: Any, settings: CompileCacheSettings) -> None:
     """Record this rank's directories of vLLM's cache, which are saved even if nothing in them is new, and the factors
     of vLLM's key.
     """
@@ -195,7 +202,14 @@ def _note_use(vllm_config: Any) -> None:
     found = {str(getattr(config, name, "") or "") for name in ("cache_dir", "local_cache_dir")}
     found.add(os.path.dirname(inductor) if os.path.basename(inductor) == "inductor_cache" else inductor)
     rank = f"rank_{parallel.rank}_{getattr(parallel, 'data_parallel_index', parallel.data_parallel_rank)}"
-    note_use(root, rank, [path for path in found if path.startswith(f"{root}/")], key_factors(vllm_config))
+    note_use(
+        root,
+        rank,
+        [path for path in found if path.startswith(f"{root}/")],
+        key_factors(vllm_config),
+        engine=restore_began_ns(),
+        scope=_scope(vllm_config, settings),
+    )
 
 
 def key_factors(vllm_config: Any) -> dict[str, Any]:

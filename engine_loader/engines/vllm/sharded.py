@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 
 from ...errors import CheckpointError
 from ...formats.sharded_state import PIPELINE_PATTERN, TENSOR_PATTERN, ShardRank, shards_by_rank
-from ...loading.companions import copy_companions
+from ...loading.companions import Companion, companions_in, copy_companions
 from ...loading.find import SafetensorsFiles
 from ...loading.shards import open_files
 from ...settings import LoaderSettings
@@ -114,14 +113,16 @@ def reshard(
     """
     from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
 
-    _check_directories(model, out)
+    # Here, because the room of conversions imports torch.distributed.checkpoint, which engines start without.
+    from ...conversion.destination import check_destination, unfinished_directory
+
+    _check_model(model)
+    check_destination(model, out, overwrite=None)
     # The pattern is given, for versions of vLLM differ in their default.
     pattern = PIPELINE_PATTERN if layout.pipeline_parallel_size > 1 else TENSOR_PATTERN
-    target = Path(out)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}-unfinished-", dir=target.parent))
+    others = companions_in(PosixSource(), model)
     modules: dict[str, list[str]] = {}
-    try:
+    with unfinished_directory(out, sum(companion.nbytes for companion in others)) as unfinished:
         for number in range(layout.world_size):
             step(f"rank {number} of {layout.world_size}")
             with rank_model(model, replace(layout, rank=number), **engine_args) as built, torch.no_grad():
@@ -130,29 +131,24 @@ def reshard(
                 modules = modules or modules_told_by_headers(built.config)
             del built
         step("the other files")
-        _copy_other_files(Path(model), unfinished)
+        _copy_other_files(Path(model), others, unfinished)
         write_modules(unfinished, modules)
-        unfinished.chmod(0o755)
-        if target.exists():
-            target.rmdir()
-        unfinished.rename(target)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return sorted(target.glob("*.safetensors"))
+    return sorted(Path(out).glob("*.safetensors"))
 
 
-def _check_directories(model: str, out: str) -> None:
+def _check_model(model: str) -> None:
     if not os.path.isfile(os.path.join(model, "config.json")):
         raise CheckpointError("there is no config.json: this is not the directory of a model", file=model)
     if shards_by_rank(os.listdir(model)):
         raise CheckpointError(
             "this is a sharded_state checkpoint already", file=model, hint="start from the original checkpoint"
         )
-    if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
-        raise CheckpointError("the output is there already", file=out, hint="name a directory that is new or empty")
 
 
-def _copy_other_files(model: Path, out: Path) -> None:
-    copy_companions(PosixSource(), str(model), out)
+def _copy_other_files(model: Path, others: list[Companion], out: Path) -> None:
+    copy_companions(PosixSource(), str(model), others, out)
     # Who looks at the directory later wants to know where it came from.
-    (out / "sharded_state.json").write_text(json.dumps({"made_from": model.name}, indent=2) + "\n")
+    about = out / "sharded_state.json"
+    about.write_text(json.dumps({"made_from": model.name}, indent=2) + "\n")
+    for path in out.glob("*.safetensors"):  # safetensors makes them for this user alone, whatever the umask
+        shutil.copymode(about, path)

@@ -114,7 +114,7 @@ def test_what_does_not_fit_is_an_error(original: Path, sharded: Path, tmp_path: 
         load_state_as(tmp_path / "missing", "b10_3fs", Rank(2))
     for model, out, message in (
         (sharded, tmp_path / "a", "sharded_state checkpoint already"),
-        (original, sharded, "there already"),
+        (original, sharded, "the destination holds something"),
         (tmp_path, tmp_path / "a", "no config.json"),
     ):
         with pytest.raises(CheckpointError, match=message):
