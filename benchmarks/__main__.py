@@ -15,6 +15,7 @@ MODULES = (
     "compile_cache",
     "fleet_cache",
     "dcp",
+    "dcp_huggingface",
     "object_store",
 )
 

@@ -54,7 +54,7 @@ def convert(
         str | None,
         typer.Option(
             help='New names: JSON of regular expressions and replacements, {"^model[.]": ""}, null leaves tensors out; '
-            'or "module:function".'
+            'or "module:function"; rules, or the name of a layout (torchtitan-llama, …; --to dcp leads back).'
         ),
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Convert floating-point tensors of 16 bits and more.")] = None,

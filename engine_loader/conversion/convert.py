@@ -16,8 +16,8 @@ from ..errors import CheckpointError
 from ..loading.checkpoint import Checkpoint
 from ..loading.companions import companions_in, copy_companions
 from ..loading.find import ShardedState, TrainingCheckpoint, find_checkpoint
-from ..loading.open_store import open_store
-from ..loading.training.framework_layouts import is_layout, misread_layout
+from ..loading.mapping.named_layouts import misread_layout, rules_of
+from ..loading.open_store import map_store, open_store
 from ..loading.training.key_mapping import KeyMapping, make_renamer
 from ..settings import load_settings
 from ..sources.registry import make_source
@@ -102,19 +102,16 @@ def convert_checkpoint(
         )
     # The names of a training are mapped as it is opened, so that its own names tell optimizers from models.
     at_once, later = (key_mapping, None) if isinstance(found, TrainingCheckpoint) else (None, key_mapping)
-    if is_layout(later):
-        raise CheckpointError(
-            f"key_mapping={later} is for training checkpoints, and this is none",
-            file=source,
-            hint="its rows cannot be put into the training's order here; convert without it, and give names only where "
-            "the training has its rows in transformers' order",
-        )
     store = open_store(files, found, settings, key_mapping=at_once, optimizer_state=optimizer_state)
+    if later is not None and rules_of(later) is not None:
+        to_training = to == "dcp" and not store.key_mapping_applies
+        store = map_store(store, files, found.directory, later, inverse=to_training)
+        later = None
     with Checkpoint(store, torch.device("cpu")) as checkpoint:
         tensors = outgoing(checkpoint, make_renamer(later), wanted)
         warning = misread_layout((tensor.name, tensor.info.name) for tensor in tensors) if later else None
         if warning is not None:
-            logger.warning("%s; a conversion to dcp does not reorder them", warning)
+            logger.warning("%s; key_mapping=torchtitan-llama reorders them", warning)
         if not tensors:
             raise CheckpointError("there are no tensors to convert", file=source)
         total = sum(tensor.nbytes for tensor in tensors)

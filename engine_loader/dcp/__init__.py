@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemBase, SerializationFormat
 
+from .huggingface.hf_reader import HuggingFaceStorageReader
+from .huggingface.hf_writer import HuggingFaceStorageWriter
 from .prefixes import (
     BinaryPrefixStrategy,
     DefaultPrefixStrategy,
@@ -29,6 +31,8 @@ __all__ = [
     "FileSystemReader",
     "FileSystemWriter",
     "HexPrefixStrategy",
+    "HuggingFaceStorageReader",
+    "HuggingFaceStorageWriter",
     "NumericPrefixStrategy",
     "RoundRobinPrefixStrategy",
     "S3ClientConfig",

@@ -20,6 +20,13 @@ class S3PrefixStrategyBase(ABC):
     def generate_prefix(self, rank: int) -> str:
         """The prefix of the names of this rank's objects, relative to the checkpoint. It must differ between ranks."""
 
+    def is_of(self, rank: int, prefix: str) -> bool:
+        """Whether the objects of this rank have this prefix, in a world of any size."""
+        try:
+            return self.generate_prefix(rank) == prefix
+        except Exception:  # a strategy of one's own may know the ranks of one world only
+            return False
+
 
 class DefaultPrefixStrategy(S3PrefixStrategyBase):
     """``__3_`` for rank 3: the names that FileSystemWriter gives to files."""
@@ -65,6 +72,13 @@ class NumericPrefixStrategy(S3PrefixStrategyBase):
 
     def generate_prefix(self, rank: int) -> str:
         return f"{self.prefix_map[rank % self.prefix_count]}/{_epoch_part(self.epoch_num)}{_file_prefix(rank)}"
+
+    def is_of(self, rank: int, prefix: str) -> bool:
+        """Whether the objects of this rank have this prefix, whatever ``prefix_count`` is."""
+        digits, _, end = prefix.partition("/")
+        if end != f"{_epoch_part(self.epoch_num)}{_file_prefix(rank)}" or len(digits) < self.min_prefix_len:
+            return False
+        return set(digits) <= set(_DIGITS[: self.base]) and int(digits[::-1], self.base) <= rank
 
 
 class BinaryPrefixStrategy(NumericPrefixStrategy):

@@ -188,6 +188,25 @@ class S3FileSystem(FileSystemBase):
             found = obstore.list_with_delimiter(store, url.key or None)
         return {meta["path"].rpartition("/")[2]: meta["last_modified"].timestamp() for meta in found["objects"]}
 
+    def times_below(self, path: str | os.PathLike[str]) -> dict[str, float]:
+        """All objects below a prefix, at any depth, by their names relative to it, as in ``times``.
+
+        Raises:
+            CheckpointError: the prefix cannot be listed.
+        """
+        import obstore
+
+        url = parse_object_url(os.fspath(path))
+        check_process(os.fspath(path))
+        store = self.stores.client(url)
+        begin = f"{url.key}/" if url.key else ""
+        with _clear_errors(store, url.key, "list the prefix", path):
+            return {
+                meta["path"].removeprefix(begin): meta["last_modified"].timestamp()
+                for batch in obstore.list(store, url.key or None)
+                for meta in batch
+            }
+
     def source(self) -> ObjectStoreSource:
         """A source for reading objects; it lists each prefix once and keeps the listing."""
         return ObjectStoreSource(stores=self.stores)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from torch.distributed.checkpoint._extension import ExtensionRegistry
 from torch.distributed.checkpoint.planner import WriteItem
 
 from ..sources.object_store.object_source import ObjectStoreSource
+from .broken_saves import DATA_FILE
 from .file_layout import is_tensor, tensor_nbytes
 from .prefixes import DefaultPrefixStrategy, S3PrefixStrategyBase
 from .reader import FileSystemReader
@@ -90,8 +91,9 @@ class S3StorageWriter(_ObjectStorage, FileSystemWriter):
 
     Objects are uploaded in parts while they are written. If there is a checkpoint at ``path``, the new objects get
     other names, ``.metadata`` is replaced when all of them are complete, and the old objects are deleted last: a crash
-    leaves the old checkpoint or the new one. Objects of interrupted saves are deleted then as well, right below the
-    prefixes that this checkpoint's objects or those of the replaced one have.
+    leaves the old checkpoint or the new one. Objects of interrupted saves are deleted then as well: right below the
+    prefixes that this checkpoint's objects or those of the replaced one have, and below those that ``prefix_strategy``
+    gives to ranks of a larger world.
 
     Args:
         region: of the bucket; "": the region of the environment.
@@ -131,8 +133,19 @@ class S3StorageWriter(_ObjectStorage, FileSystemWriter):
         prefix = self.fs.concat_path(self.path, directory) if directory else os.fspath(self.path)
         return [os.path.basename(url) for url in self.fs.ls(prefix)]
 
-    def _times_in(self, directory: str) -> Mapping[str, float]:
-        return self.fs.times(self.fs.concat_path(self.path, directory) if directory else self.path)
+    def _times_of(self, directories: Collection[str]) -> dict[str, float]:
+        if not any(directories):
+            return dict(self.fs.times(self.path))
+        # A world of more ranks than this one had prefixes of its own.
+        return {
+            name: changed
+            for name, changed in self.fs.times_below(self.path).items()
+            if name.rpartition("/")[0] in directories or self._may_be_of_a_rank(name)
+        }
+
+    def _may_be_of_a_rank(self, name: str) -> bool:
+        match = DATA_FILE.match(name.rpartition("/")[2])
+        return match is not None and self.prefix_strategy.is_of(int(match[1]), name[: name.rindex("_") + 1])
 
     def _publish(self, metadata: bytes, path: str | os.PathLike[str]) -> None:
         # An upload replaces an object atomically: no temporary name is needed.

@@ -11,6 +11,7 @@ import torch
 from torch.distributed.checkpoint.planner import WriteItem
 
 from ..errors import CheckpointError
+from ..formats.dtypes import header_shape
 from ..formats.safetensors import LENGTH_BYTES, MAX_HEADER_BYTES
 from ..loading.training.items import dtype_name
 
@@ -38,13 +39,13 @@ def write_header(stream: io.BufferedIOBase, items: Sequence[WriteItem]) -> list[
         data = item.tensor_data
         assert data is not None
         name, dtype = dtype_name(data.properties.dtype), data.properties.dtype
-        if name is None or name == "F4":
+        if name is None:
             raise CheckpointError(
                 f"{item.index.fqn!r} is {dtype}, which safetensors cannot hold",
                 hint="save with serialization_format=TORCH_SAVE",
             )
         nbytes = data.chunk.sizes.numel() * dtype.itemsize
-        shape = list(data.chunk.sizes)
+        shape = list(header_shape(name, tuple(data.chunk.sizes)))
         entries[item.index.fqn] = {"dtype": name, "shape": shape, "data_offsets": [end, end + nbytes]}
         sharding[item.index.fqn] = {"saved_offsets": list(data.chunk.offsets)}
         locations.append((item, end, nbytes))

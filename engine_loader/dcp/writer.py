@@ -9,7 +9,7 @@ import os
 import pickle
 import queue
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, suppress
 from typing import Any, cast
 
@@ -127,15 +127,29 @@ class FileSystemWriter(torch_filesystem.FileSystemWriter):
         for items in file_contents(plan.items, files=files, safetensors=self._writes_safetensors()):
             jobs.put((f"{prefix}{number}{torch_filesystem.DEFAULT_SUFFIX}", items))
             number += 1
+        return self._write_files(jobs, planner)
+
+    def _write_files(
+        self, jobs: queue.SimpleQueue[tuple[str, list[WriteItem]]], planner: SavePlanner
+    ) -> Future[list[WriteResult]]:
+        """Write files, each a name and its items, with several threads."""
         results: list[WriteResult] = []
         failures: list[BaseException] = []
-        threads = [
-            threading.Thread(target=self._work, args=(jobs, planner, results, failures), daemon=True)
-            for _ in range(1, self.thread_count)
-        ]
+
+        def work() -> None:
+            try:
+                while not failures:
+                    name, items = jobs.get_nowait()
+                    results.extend(self._write_file(name, items, planner))
+            except queue.Empty:
+                pass
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(1, self.thread_count)]
         for thread in threads:
             thread.start()
-        self._work(jobs, planner, results, failures)
+        work()
         for thread in threads:
             thread.join()
         if failures:
@@ -162,15 +176,12 @@ class FileSystemWriter(torch_filesystem.FileSystemWriter):
     def _left_by_broken_saves(
         self, known: Collection[str], used: Collection[str], metadata_path: str | os.PathLike[str]
     ) -> set[str]:
-        """Files of saves that were interrupted, in the directories of known files; none if they cannot be listed."""
+        """Files of saves that were interrupted, in the directories of known files (where ranks have prefixes: of other
+        ranks, too); none if they cannot be listed."""
         mine = f"__{self.rank}_" if self._writes_alone() else ""
         published = os.path.basename(os.fspath(metadata_path))
         try:
-            files: dict[str, float] = {}
-            for directory in {name.rpartition("/")[0] for name in known}:
-                begin = f"{directory}/" if directory else ""
-                files |= {f"{begin}{name}": changed for name, changed in self._times_in(directory).items()}
-            found = left_behind(files, used)
+            found = left_behind(self._times_of({name.rpartition("/")[0] for name in known}), used)
             if not found:
                 return found
             # Where each rank writes a checkpoint of its own, files belong to the others.
@@ -220,12 +231,14 @@ class FileSystemWriter(torch_filesystem.FileSystemWriter):
         except (FileNotFoundError, NotADirectoryError):
             return []
 
-    def _times_in(self, directory: str) -> Mapping[str, float]:
-        """The files directly in a directory of the checkpoint, with the time of each one's last change in seconds."""
+    def _times_of(self, directories: Collection[str]) -> dict[str, float]:
+        """The files right in these directories of the checkpoint by their relative paths, with the time of each one's
+        last change in seconds."""
         times = {}
-        for name in self._names_in(directory):
-            with suppress(FileNotFoundError):
-                times[name] = os.stat(os.path.join(self.path, directory, name)).st_mtime
+        for directory in directories:
+            for name in self._names_in(directory):
+                with suppress(FileNotFoundError):
+                    times[os.path.join(directory, name)] = os.stat(os.path.join(self.path, directory, name)).st_mtime
         return times
 
     def _writes_alone(self) -> bool:
@@ -246,22 +259,6 @@ class FileSystemWriter(torch_filesystem.FileSystemWriter):
         except (OSError, CheckpointError):
             return set()
         return {name for name in names if DATA_FILE.match(name.rpartition("/")[2])}
-
-    def _work(
-        self,
-        jobs: queue.SimpleQueue[tuple[str, list[WriteItem]]],
-        planner: SavePlanner,
-        results: list[WriteResult],
-        failures: list[BaseException],
-    ) -> None:
-        try:
-            while not failures:
-                name, items = jobs.get_nowait()
-                results += self._write_file(name, items, planner)
-        except queue.Empty:
-            pass
-        except BaseException as error:
-            failures.append(error)
 
     def _write_file(self, name: str, items: list[WriteItem], planner: SavePlanner) -> list[WriteResult]:
         copy_ahead = self.per_thread_copy_ahead if self.thread_count == 1 else 0

@@ -48,7 +48,8 @@ def open_checkpoint(
         pipeline_rank: the same for its pipeline stages.
         key_mapping: of a torch.distributed.checkpoint, from the training's names to those that are wanted: regular
             expression -> replacement, of which, as transformers does, the first one that is found in a name is applied
-            to it; or a function, or its "module:function". None: the setting of that name.
+            to it; or a function, or its "module:function"; or rules that also reorder, cut and join tensors, or the
+            name of a layout (docs/dcp.md). None: the setting of that name.
         optimizer_state: of a torch.distributed.checkpoint, also what is not the model's, which is left out else: the
             tensors of optimizers, averaged copies (EMA), states of random generators, ``_extra_state``.
         options: settings of the loader by name, e.g. ``threads=8`` or ``buffer_bytes="1GiB"``; they override the

@@ -68,6 +68,11 @@ class OpenFiles:
         """Every tensor of every file, in file order."""
         return [info for opened in self.files for info in opened.header.tensors]
 
+    @property
+    def headers(self) -> list[Header]:
+        """The header of every file, in file order."""
+        return [opened.header for opened in self.files]
+
     def by_name(self) -> dict[str, TensorInfo]:
         """The tensors by name, in file order; of two with one name, the one whose file the index names.
 

@@ -15,8 +15,7 @@ from ..settings import LoaderSettings
 from ..sources.registry import make_source
 from .direct.load import SMALL_BYTES, DirectLoad
 from .find import SafetensorsFiles, TrainingCheckpoint, natural_key
-from .open_store import open_store
-from .safetensors_store import SafetensorsStore
+from .open_store import open_store, store_of_files
 from .shards import follow_indexes, open_files
 from .store import TensorStore
 
@@ -116,7 +115,7 @@ def open_weights(weights: WeightFiles, settings: LoaderSettings) -> TensorStore:
     except BaseException:
         files.close()
         raise
-    return SafetensorsStore(files, source.name, settings)
+    return store_of_files(source, files, settings)
 
 
 def _cost_more_to_record_than_to_read(infos: Sequence[TensorInfo]) -> bool:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, Va
 from ..formats.sharded_state import check_pattern
 
 _FUNCTION = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
-_LAYOUT = re.compile(r"torchtitan-llama(:[0-9]{1,5})?")
+_LAYOUT = re.compile(r"(torchtitan|meta)-llama(:[0-9]{1,5})?|torchtitan-(llama4|qwen3|deepseek_v3)")
 _KIB, _MIB, _GIB = 1 << 10, 1 << 20, 1 << 30
 _MOST_BYTES = 1 << 50
 
@@ -59,12 +59,13 @@ class LoaderSettings(_Group):
         description="Where an engine reads a model's weights, in place of its directory, which keeps configuration and "
         "tokenizer: s3://bucket/prefix, gs://, az://, or a path; auto: the model's directory.",
     )
-    key_mapping: dict[str, str | None] | str | None = Field(
+    key_mapping: dict[str, str | None] | list[dict[str, Any]] | str | None = Field(
         default=None,
         description="Of a training checkpoint (torch.distributed.checkpoint), its names -> the model's: regular "
         'expression -> replacement, or null to leave tensors out (JSON: {"^model[.]": "", "^ema[.]": null}), or a '
-        'Python function as "module:function", or torchtitan-llama (:128 for the rows of a head), which '
-        "also puts the rows of wq and wk into transformers' order; auto: as they are.",
+        'Python function as "module:function"; or what also reorders, cuts and joins tensors: rules, or the name of a '
+        "layout: torchtitan-llama (:128 for the rows of a head), meta-llama, torchtitan-llama4, torchtitan-qwen3, "
+        "torchtitan-deepseek_v3; auto: as they are.",
     )
     mode: Literal["auto", "direct", "stream"] = Field(
         default="auto",
@@ -204,13 +205,15 @@ class LoaderSettings(_Group):
     def _is_mapping(cls, value: Any) -> Any:
         if value is None or value in ("", "auto"):
             return None
-        if isinstance(value, str) and value.lstrip().startswith("{"):
+        if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
             try:
                 value = json.loads(value)
             except ValueError as error:
                 raise ValueError(f"this is no valid JSON: {error}") from None
         if isinstance(value, str) and (_FUNCTION.fullmatch(value) or _LAYOUT.fullmatch(value)):
             return value
+        if isinstance(value, list):
+            return value  # rules: loading.mapping reads them
         if not isinstance(value, dict) or not all(
             isinstance(pattern, str) and isinstance(text, str | None) for pattern, text in value.items()
         ):

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from ...errors import CheckpointError
+from ...formats.dcp_parts import are_parts
 from ...formats.dtypes import torch_shape
 from ...formats.hf_index import ShardIndex
 from ...formats.safetensors import Header, TensorInfo
@@ -37,7 +38,11 @@ def read(path: str) -> Survey:
 
         return read_training(source, found.directory)
     with open_files(source, found) as files:
-        return Survey([opened.header for opened in files.files], files.index)
+        if are_parts(files.headers):
+            from .training import read_training
+
+            return read_training(source, _directory(files.headers), files.headers)
+        return Survey(files.headers, files.index)
 
 
 def check(path: str) -> Survey:
@@ -59,6 +64,14 @@ def check(path: str) -> Survey:
                 survey.headers.append(header)
             else:
                 survey.problems.append(_with_count(header, index))
+    try:
+        if not survey.problems and are_parts(survey.headers):
+            from .training import check_training
+
+            return check_training(source, _directory(survey.headers), survey.headers)
+    except CheckpointError as error:
+        survey.problems.append(error)
+        return survey
     if index is None:
         survey.problems += [*_missing_shards(paths), *_twice(survey.headers)]
     else:
@@ -69,6 +82,12 @@ def check(path: str) -> Survey:
         survey.notes += _unlisted(index, survey.headers, source.list(os.path.dirname(index.file)))
     survey.problems += _without_tensor_shape(survey.tensors)
     return survey
+
+
+def _directory(headers: Sequence[Header]) -> str:
+    """That of the files; they are in one, unless an index names folders."""
+    directories = {os.path.dirname(header.file) for header in headers}
+    return directories.pop() if len(directories) == 1 else ""
 
 
 def _source(path: str) -> Source:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 from ...errors import CheckpointError
 from ...formats.safetensors import Header, TensorInfo
 from ...loading.find import natural_key
 from ...loading.training.chunks import misfit
+from ...loading.training.parts import metadata_of_parts
 from ...loading.training.store import TrainingStore
 from ...loading.training.tensors import DcpChunk, DcpTensor
 from ...settings import load_settings
@@ -17,23 +18,33 @@ from ...sources.source import Source
 from .result import Survey
 
 
-def read_training(source: Source, directory: str) -> Survey:
+def read_training(source: Source, directory: str, headers: Sequence[Header] = ()) -> Survey:
     """Survey a sound checkpoint by its metadata; of the files, only the lengths are looked at.
+
+    Args:
+        source: where it is.
+        directory: its path.
+        headers: of safetensors files that hold parts of tensors, in place of the metadata.
 
     Raises:
         CheckpointError: the metadata is wrong, or a file is missing or too short.
     """
-    with _open(source, directory) as store:
+    with _open(source, directory, headers) as store:
         return _survey(store, _lengths(store))
 
 
-def check_training(source: Source, directory: str) -> Survey:
+def check_training(source: Source, directory: str, headers: Sequence[Header] = ()) -> Survey:
     """Survey a checkpoint, and compare each stored tensor with what the metadata says of it.
+
+    Args:
+        source: where it is.
+        directory: its path.
+        headers: of safetensors files that hold parts of tensors, in place of the metadata.
 
     Raises:
         CheckpointError: the metadata is wrong.
     """
-    with _open(source, directory) as store:
+    with _open(source, directory, headers) as store:
         problems = {str(error): error for error in _problems(store)}
         try:
             survey = _survey(store, _lengths(store))
@@ -43,8 +54,10 @@ def check_training(source: Source, directory: str) -> Survey:
         return survey
 
 
-def _open(source: Source, directory: str) -> TrainingStore:
-    return TrainingStore(source, directory, load_settings().settings.loader, key_mapping={}, optimizer_state=True)
+def _open(source: Source, directory: str, headers: Sequence[Header]) -> TrainingStore:
+    saved = metadata_of_parts(headers, directory) if headers else None
+    settings = load_settings().settings.loader
+    return TrainingStore(source, directory, settings, key_mapping={}, optimizer_state=True, saved=saved)
 
 
 def _survey(store: TrainingStore, lengths: dict[str, int]) -> Survey:

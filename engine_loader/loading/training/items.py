@@ -37,6 +37,21 @@ _FIRST_READ_BYTES = 32 << 10
 _LEAST_END, _MOST_END = LENGTH_BYTES + 2, LENGTH_BYTES + MAX_HEADER_BYTES
 
 
+@dataclass(frozen=True)
+class PartInfo:
+    """Where a part of a tensor is stored, of a file whose header is known.
+
+    It has the fields of DCP's ``_StorageInfo`` and of its ``_HFStorageInfo``.
+    """
+
+    relative_path: str
+    offset: int
+    length: int
+    shape: torch.Size
+    dtype: torch.dtype
+    transform_descriptors: None = None
+
+
 @dataclass(frozen=True, slots=True)
 class _Ends:
     """The first and last bytes of items of ``torch.save``, on their way."""
@@ -100,6 +115,10 @@ class Items:
             key = (number, info.offset, name)
             keys.append(key)
             if key in known:
+                continue
+            part: object = info
+            if isinstance(part, PartInfo):
+                known[key] = _in_part(name, number, part)
                 continue
             header = self._header(number, file)
             if info.transform_descriptors:
@@ -173,6 +192,11 @@ def _dtype_names() -> dict[torch.dtype, str]:
 def dtype_name(dtype: torch.dtype) -> str | None:
     """The safetensors name of an element type; None where it has none."""
     return _dtype_names().get(dtype)
+
+
+def _in_part(name: str, number: int, part: PartInfo) -> StoredTensor:
+    shape = tuple(part.shape)
+    return StoredTensor(name, number, part.offset, part.dtype, shape, tuple(contiguous_strides(shape)))
 
 
 def _in_safetensors(contents: _Contents, number: int, file: str, name: str, info: _StorageInfo) -> StoredTensor:

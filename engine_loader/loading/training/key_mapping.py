@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from ...errors import CheckpointError, SettingsError
-from .framework_layouts import is_layout, rename_llama
+from ..mapping.named_layouts import rules_of, unwrapped
+from ..mapping.rules import Rule, formatted
 
-KeyMapping: TypeAlias = Mapping[str, str | None] | str | Callable[[str], str | None]
-"""Regular expression -> replacement or None; or a function, its "module:function", or a layout's name (layouts.py)."""
+KeyMapping: TypeAlias = Mapping[str, str | None] | str | Callable[[str], str | None] | Sequence[Mapping[str, Any]]
+"""Regular expression -> replacement or None; or a function, its "module:function", the name of a layout
+(mapping/named_layouts.py), or rules (mapping/rules.py)."""
 Renamer: TypeAlias = Callable[[str], str | None]
 """The new name of a tensor; None: it is left out."""
 
@@ -23,8 +25,8 @@ def make_renamer(mapping: KeyMapping | None) -> Renamer:
         mapping: regular expression -> replacement: as in transformers, the first one that is found in a name is
             applied to it, wherever it is; others keep their names. The replacement None leaves the tensor out. Or
             a function from the name to the new one, or None for a tensor that is to be left out; as "module:function"
-            it is imported, so it is for an operator to set, never to be taken from a checkpoint. Of a layout
-            (layouts.py), only the names are changed here.
+            it is imported, so it is for an operator to set, never to be taken from a checkpoint. Of a layout and of
+            rules, only the names are changed here: of several that a tensor is cut into, the first.
 
     Raises:
         SettingsError: there is no such module or function.
@@ -33,10 +35,12 @@ def make_renamer(mapping: KeyMapping | None) -> Renamer:
     """
     if not mapping:
         return lambda name: name
-    if is_layout(mapping):
-        return rename_llama
+    rules = rules_of(mapping)
+    if rules is not None:
+        return lambda name: _by_rules(rules, unwrapped(name, mapping))
     if isinstance(mapping, Mapping):
         return _by_expressions(mapping)
+    assert not isinstance(mapping, Sequence) or isinstance(mapping, str)
     function = _imported(mapping) if isinstance(mapping, str) else mapping
     shown = mapping if isinstance(mapping, str) else getattr(mapping, "__qualname__", repr(mapping))
 
@@ -59,6 +63,15 @@ def _checked(renamed: str, name: str) -> str:
             hint="null in place of the replacement (a function: None) leaves a tensor out",
         )
     return renamed
+
+
+def _by_rules(rules: Sequence[Rule], name: str) -> str | None:
+    for rule in rules:
+        found = rule.match(name)
+        if found is not None:
+            places = {rule.number_place or "": "0", **found[1]}
+            return formatted(rule.target[0], places) if rule.target else None
+    return name
 
 
 def _by_expressions(mapping: Mapping[str, str | None]) -> Renamer:

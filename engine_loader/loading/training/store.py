@@ -19,11 +19,11 @@ from ...transfer.plan import ExtentRow
 from ...transfer.protocol import Transfer
 from ..devices.cuda import CudaDevices, Devices
 from ..find import without_end
+from ..mapping.named_layouts import misread_layout
 from ..store import TensorStore, device_for
 from .beside import LeftOut
 from .chunks import ChunkReader
 from .files import DcpFiles
-from .framework_layouts import make_layout, misread_layout
 from .key_mapping import KeyMapping, make_renamer
 from .pieces import Pieces, pieces_of
 from .tensors import DcpTensor, state_paths, tensors_of
@@ -49,6 +49,7 @@ class TrainingStore(TensorStore):
         key_mapping: from the training's names to those that are wanted (see key_mapping.py); None: the setting.
         optimizer_state: also serve what is not the model's (see beside.py), which is not looked at otherwise: the
             tensors of optimizers, averaged copies, states of random generators.
+        saved: its metadata (see parts.py); None: what is in its ``.metadata``.
 
     Attributes:
         files: its files.
@@ -72,20 +73,19 @@ class TrainingStore(TensorStore):
         *,
         key_mapping: KeyMapping | None = None,
         optimizer_state: bool = False,
+        saved: Metadata | None = None,
     ) -> None:
         self._devices: Devices = CudaDevices(settings) if devices is None else devices
         self.files = DcpFiles(source, without_end(directory), settings)
-        self.listing = self.files.metadata_path
+        self.listing = self.files.metadata_path if saved is None else directory
         try:
             mapping = settings.key_mapping if key_mapping is None else key_mapping
             rename = make_renamer(mapping)
-            self._layout = make_layout(mapping, self.files)
-            self._saved: Metadata = self.files.read_metadata()
+            self._saved: Metadata = self.files.read_metadata() if saved is None else saved
             left_out = LeftOut()
             self.tensors = tensors_of(self._saved, self.listing, rename, left_out, optimizer_state=optimizer_state)
             self.left_out = left_out.line()
-            if self._layout is None:
-                _warn_of_layout(self.tensors)
+            _warn_of_layout(self.tensors)
         except BaseException:
             self.files.close()
             raise
@@ -122,8 +122,6 @@ class TrainingStore(TensorStore):
         return tensor.dtype, tensor.shape
 
     def has_extents(self, info: TensorInfo) -> bool:
-        if self._layout is not None and self._layout.changes(self.tensors[info.name].stored_name):
-            return False
         self.located([info])
         return self._located[info.name][1] is not None
 
@@ -149,8 +147,6 @@ class TrainingStore(TensorStore):
         self, infos: Iterable[TensorInfo], report: LoadReport, device: torch.device | None = None
     ) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in self.chunks.stream([(self.tensors[info.name], info) for info in infos], report):
-            if self._layout is not None:
-                tensor = self._layout.transformed(tensor, self.tensors[name].stored_name)
             yield name, tensor if device is None else tensor.to(device)
 
     def tensor_at(self, file: str | None, offset: int | None) -> str | None:

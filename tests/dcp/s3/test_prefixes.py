@@ -89,3 +89,14 @@ def test_other_arguments_that_make_no_sense_are_refused() -> None:
     for base in (1, 17, True):
         with pytest.raises(ValueError, match="base is"):
             NumericPrefixStrategy(base)
+
+
+def test_a_prefix_tells_whose_it_may_be() -> None:
+    small, large = BinaryPrefixStrategy(5, 3, 2), BinaryPrefixStrategy(5, 3, 16)
+    assert all(small.is_of(rank, large(rank)) and large.is_of(rank, small(rank)) for rank in range(40))
+    for prefix in ("1100/epoch_5/__2_", "0100/epoch_4/__2_", "01/epoch_5/__2_", "0200/epoch_5/__2_", "/epoch_5/__2_"):
+        assert not small.is_of(2, prefix)
+    assert not small.is_of(3, small(2))
+    rounds = RoundRobinPrefixStrategy(["x", "y"])
+    assert rounds.is_of(3, "y/__3_")
+    assert not rounds.is_of(3, "x/__3_")

@@ -241,3 +241,27 @@ def test_objects_of_ranks_that_are_gone_go_if_they_are_older(url: str) -> None:
     time.sleep(2)  # S3 tells of times in seconds
     save({"a": torch.ones(300)}, url)
     assert keys(url) == [".metadata", "__0_0.distcp"]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "left"),
+    [
+        (lambda: dcp.BinaryPrefixStrategy(prefix_count=4), ["0000000000/__0_1.distcp"]),
+        (lambda: dcp.HexPrefixStrategy(5, 1, 300), ["000/epoch_5/__0_1.distcp"]),
+        (lambda: dcp.RoundRobinPrefixStrategy(["a", "b/c"]), ["a/__0_1.distcp"]),
+    ],
+)
+def test_what_a_larger_world_left_below_its_prefixes_is_deleted(url: str, strategy: Any, left: list[str]) -> None:
+    state = {"a": torch.ones(30)}
+    save(state, url, prefix_strategy=strategy())
+    files = S3StorageWriter(REGION, url).fs
+    kind = strategy()
+    ranks = [f"{kind(rank)}0.distcp" for rank in (1, 3, 290)]
+    others = ["9/__1_0.distcp", "step-2/__1_0.distcp", "0000000000/notes.txt", f"{kind(7)}.distcp", "x/a/__1_0.distcp"]
+    for name in [*ranks, *others]:
+        with files.create_stream(f"{url}/{name}", "wb") as stream:
+            stream.write(b"left behind")
+    time.sleep(1.1)  # times are of whole seconds in S3
+    save(state, url, prefix_strategy=strategy())
+    assert keys(url) == sorted([".metadata", *left, *others])
+    assert same(state, load(blank(state), url))

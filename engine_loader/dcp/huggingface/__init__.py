@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints through torch.distributed.checkpoint: the reader, the writer, and consolidation."""

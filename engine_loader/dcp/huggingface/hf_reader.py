@@ -1,0 +1,113 @@
+"""Reads Hugging Face checkpoints in ``dcp.load``: whole tensors, or the parts that several ranks saved."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.futures import Future
+
+from ...errors import CheckpointError
+from ...loading.find import NoCheckpointError, ShardedState, TrainingCheckpoint, find_checkpoint
+from ...loading.shards import OpenFiles, read_index
+from ...loading.training.items import PartInfo
+from ...loading.training.parts import metadata_of_parts
+from ...machine import usable_cpus
+from ...sources.source import Source
+from ..reader import FileSystemReader
+from ..s3_config import S3ClientConfig
+from .hf_storage import HuggingFaceStorage, file_system_of
+
+_SCALES = ("_scale_inv", "_scale")
+
+
+class HuggingFaceStorageReader(HuggingFaceStorage, FileSystemReader):  # type: ignore[misc]  # fs of two kinds
+    """Replaces ``torch.distributed.checkpoint.HuggingFaceStorageReader`` in ``dcp.load``.
+
+    Reads the safetensors files of a directory, or below ``s3://bucket/prefix`` (also gs:// and az://): those of a model
+    as on the hub, and those that several ranks saved without consolidation. See FileSystemReader for how: only the
+    bytes that the plan needs, by native threads, straight into the tensors of the state dict.
+
+    Args:
+        path: the directory or the URL.
+        thread_count: at least so many threads read; by the loader's setting ``threads``, more may.
+        region: of the bucket; "": the region of the environment.
+        s3client_config: options of the client; None: the loader's settings.
+        options: settings of the loader by name, e.g. ``buffer_bytes="1GiB"``.
+
+    Raises (when it loads; ``dcp.load`` may wrap it in its CheckpointException):
+        CheckpointError: there are no such files, one is cut short or damaged, or parts of a tensor are missing, overlap
+            or are of different types; or a tensor is quantised in blocks, and the state dict wants plain numbers.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        thread_count: int = 1,
+        *,
+        region: str = "",
+        s3client_config: S3ClientConfig | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(path, **options)
+        self.thread_count = thread_count
+        objects = file_system_of(path, region, s3client_config, options)
+        if objects is not None:
+            self.fs = objects
+            self.path = objects.init_path(path)
+            self._settings = objects.setup.settings
+        if thread_count > (self._settings.threads or usable_cpus()):
+            self._settings = self._settings.model_copy(update={"threads": thread_count})
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The checkpoint's metadata, from the headers of its files.
+
+        Raises:
+            CheckpointError: a header is wrong, or parts do not fit together.
+        """
+        source, directory = self._source(), os.fspath(self.path)
+        found = find_checkpoint(source, directory)
+        if isinstance(found, TrainingCheckpoint):
+            raise NoCheckpointError(
+                "no .safetensors file in this directory",
+                file=directory,
+                hint="it has .metadata: engine_loader.dcp.FileSystemReader reads it",
+            )
+        files = found.files if isinstance(found, ShardedState) else found
+        listed = read_index(source, files.index_file) if files.index_file else None
+        with OpenFiles(source, files.paths) as opened:
+            headers = opened.headers
+        files_of = {} if listed is None else {name: listed.path_of(file) for name, file in listed.weight_map.items()}
+        metadata = metadata_of_parts(headers, directory, files_of)
+        metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Carry out a plan.
+
+        Raises:
+            CheckpointError: a tensor cannot be read; the state dict then holds unspecified values.
+        """
+        for item in plan.items:
+            stored: object = self._info(item)
+            if isinstance(stored, PartInfo) and stored.dtype.itemsize == 1 and stored.dtype.is_floating_point:
+                self._check_wanted(item.storage_index.fqn, planner.resolve_tensor(item).dtype, stored)
+        return super().read_data(plan, planner)
+
+    def _source(self) -> Source:
+        objects = self.fs
+        return super()._source() if not hasattr(objects, "source") else objects.source()
+
+    def _check_wanted(self, name: str, wanted: Any, stored: PartInfo) -> None:
+        """Refuse to hand out elements without the scales that they must be multiplied by."""
+        scale = next((name + end for end in _SCALES if name + end in self._tensors), None)
+        if scale is not None and wanted != stored.dtype:
+            raise CheckpointError(
+                f"{name!r} is quantised: {stored.dtype} with scales in {scale!r}, and the state dict wants {wanted}",
+                file=os.path.join(os.fspath(self.path), stored.relative_path),
+                hint="load it with its own element type and the scales beside it, or dequantise the checkpoint first "
+                "(torch's QuantizedHuggingFaceStorageReader does both)",
+            )
