@@ -28,13 +28,15 @@ NATIVE_SOURCES := $(wildcard $(NATIVE)/src/*/*.cpp $(NATIVE)/src/*/*.h)
 ENGINE_STAMP := $(VENV)/.engine-installed
 PACKAGE_STAMP := $(VENV)/.package-installed
 BENCH_STAMP := $(VENV)/.bench-installed
+# Beside the environment, where only who asks for it finds it: vLLM's CPU build does without.
+TORCHVISION := $(VENV)/torchvision
 
 # Versions of SGLang that the tests start, each in an environment of its own.
 SGLANG_VERSIONS ?= 0.5.23 0.5.11 0.5.10
 SGLANG := tests/support/sglang
 SGLANG_STAMPS := $(SGLANG_VERSIONS:%=.venv-sglang-%/.package-installed)
 
-.PHONY: help venv venv-sglang tools demo lint check test test-fast test-sglang test-object-stores test-radosgw test-chaos fuzz bench clean
+.PHONY: help venv venv-sglang tools demo lint check test test-fast test-sglang test-architectures test-object-stores test-radosgw test-chaos fuzz bench clean
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv-sglang-%/.engine-installed
 
@@ -65,6 +67,10 @@ test-fast: venv  ## The tests that start no engine
 
 test-sglang: venv venv-sglang  ## The tests that start SGLang; SGLANG_VERSIONS="0.5.23" for one version only
 	SGLANG_VERSIONS="$(SGLANG_VERSIONS)" $(PY) -m pytest -m sglang $(ARGS)
+
+test-architectures: venv $(TORCHVISION)  ## vLLM's architectures in tiny: our loader against its own; ARGS="LlamaForCausalLM"
+	EXTENDED_TESTS=1 $(PY) -m pytest tests/engines/architectures tests/engines/vllm/test_parameters.py
+	$(PY) -m tests.engines.architectures $(ARGS)
 
 test-object-stores: venv  ## Object stores at length: objects of 1 GiB, four processes
 	EXTENDED_TESTS=1 $(PY) -m pytest tests/sources/object_store tests/dcp/s3 $(ARGS)
@@ -107,6 +113,9 @@ $(ENGINE_STAMP): $(ALIAS)/pyproject.toml | tools
 $(PACKAGE_STAMP): $(ENGINE_STAMP) pyproject.toml setup.py $(NATIVE_SOURCES)
 	$(PIP_INSTALL) --editable '.[test]'
 	touch $@
+
+$(TORCHVISION): $(ENGINE_STAMP)
+	$(PY) -m pip install --quiet --no-deps --target $@ torchvision==0.28.0
 
 # SGLang pins another transformers than vLLM, and each version of it another.
 .venv-sglang-%/.engine-installed: $(SGLANG)/install.sh $(wildcard $(SGLANG)/sgl_kernel/*.py) | tools

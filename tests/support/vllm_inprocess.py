@@ -49,19 +49,22 @@ def load_model(
     rank: int = 0,
     init_method: str | None = None,
     post_process: bool = False,
+    of_draft: bool = False,
     **engine_args: Any,
 ) -> nn.Module:
     """The model as vLLM's `get_model` returns it, on CPU.
 
     Several models can be loaded one after another; `tp`, `rank` and `init_method` (needed when tp > 1) must stay the
     same in one process. Without `post_process` the weights are as the loader left them: on CPU, vLLM's next step packs
-    them for its kernels and empties the parameters, and nothing would be left to compare.
+    them for its kernels and empties the parameters, and nothing would be left to compare. ``of_draft``: the draft model
+    of the ``speculative_config`` instead of the one that it serves.
     """
     for name, value in _CPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import get_model
+    from vllm.model_executor.model_loader.utils import get_draft_load_config
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
@@ -77,7 +80,11 @@ def load_model(
     with set_current_vllm_config(config), _mended_loading(post_process):
         _join_ranks(tp, rank, init_method)
         _spare_the_garbage_collector()
-        model: nn.Module = get_model(vllm_config=config)
+        options: dict[str, Any] = {}
+        if of_draft:
+            options["model_config"] = config.speculative_config.draft_model_config
+            options["load_config"] = get_draft_load_config(config)
+        model: nn.Module = get_model(vllm_config=config, **options)
         return model
 
 

@@ -72,6 +72,8 @@ class B10ModelLoader(DefaultModelLoader):
         masked.load_format = "safetensors"
         masked.model_loader_extra_config = engine
         super().__init__(masked)
+        self._given = load_config
+        self._uri_of: str | None = None
         self._direct: DirectLoad | None = None
         self.last_load: DirectLoad | None = None
         self._note: str | None = None
@@ -90,7 +92,11 @@ class B10ModelLoader(DefaultModelLoader):
         """Build the model. Where a model is made of others, vLLM makes configurations for them here, and asks for
         headers again.
         """
-        with answering(WeightHeaders(model_config.model, self._reader_settings)):
+        self._uri_of = _model_of_uri(vllm_config, model_config, self._given)
+        settings = self._reader_settings
+        if self._replacement(model_config) is None:
+            settings = settings.model_copy(update={"weights_uri": None})
+        with answering(WeightHeaders(model_config.model, settings)):
             return super().create_model(vllm_config, model_config, *args, **options)  # type: ignore[no-any-return]
 
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
@@ -173,7 +179,8 @@ class B10ModelLoader(DefaultModelLoader):
         if is_remote(model_config.model):  # in a reload: vLLM starts with a directory or the name of a hub model
             return model_config.model, model_config.model.rstrip("/")
         uri = self._reader_settings.weights_uri
-        if uri is None or (getattr(model_config, "runner_type", None) == "draft" and has_weights(model_config.model)):
+        drafts = getattr(model_config, "runner_type", None) == "draft" and model_config.model != self._uri_of
+        if uri is None or (drafts and has_weights(model_config.model)):
             return None  # a draft model is another model, unless its weights are among those of the one that it serves
         if model is not None and _started_with(model, model_config) != model_config.model:
             return None  # reload_weights was given other weights
@@ -248,6 +255,16 @@ def _by_vllms_reader(weights: list[str] | TrainingCheckpoint, uri: str, show_pro
         )
     logger.warning("%s: torchao checkpoints are read by vLLM's own reader", LOAD_FORMAT)
     return default_loader.safetensors_weights_iterator(weights, show_progress, _TORCHAO)  # type: ignore[no-any-return]
+
+
+def _model_of_uri(vllm_config: Any, model_config: Any, load_config: LoadConfig) -> str:
+    """The model whose weights lie at ``weights_uri``: the one that is served (a draft may be a part of it), or a draft
+    that has a load configuration of its own in which the setting is.
+    """
+    own = getattr(getattr(vllm_config, "speculative_config", None), "draft_load_config", None)
+    if own is load_config and own is not vllm_config.load_config and "weights_uri" in own.model_loader_extra_config:
+        return str(model_config.model)
+    return str(vllm_config.model_config.model)
 
 
 def _started_with(model: torch.nn.Module, model_config: Any) -> str:

@@ -62,13 +62,13 @@ def reload(built: RankModel, path: Path | None = None) -> State:
 
 @contextmanager
 def serving(directory: Path, load_format: str = "b10_3fs", **options: Any) -> Iterator[RankModel]:
-    with rank_as(directory, load_format, Rank(), options, **ARGUMENTS) as built, _unpacked():
+    with rank_as(directory, load_format, Rank(), options, **ARGUMENTS) as built, unpacked():
         built.load()
         yield built
 
 
 @contextmanager
-def _unpacked() -> Iterator[None]:
+def unpacked() -> Iterator[None]:
     """Layers are left as they are loaded: on the CPU, vLLM packs them for its kernels, and then cannot reload them."""
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
