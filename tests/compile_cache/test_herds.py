@@ -28,7 +28,7 @@ from engine_loader.compile_cache.stores.leases import acquire
 from engine_loader.compile_cache.stores.objects import ObjectCacheStore
 from engine_loader.compile_cache.trust.denied import DenyList
 from engine_loader.settings import CompileCacheSettings
-from tests.compile_cache.support import KEY, SECRET, Machine, scan_any, some_bytes
+from tests.compile_cache.support import KEY, SECRET, Machine, scan_any, some_bytes, unfinished
 from tests.support.waiting import GENEROUS_S
 
 POLICY = Policy(days=30, keys=100, bytes=1 << 40, unfinished_s=3600)
@@ -77,7 +77,7 @@ def test_24_savers_of_one_content_leave_one_pack(wait_s: float, tmp_path: Path, 
         process.join(GENEROUS_S)
         assert process.exitcode == 0
     assert len(machines[0].packs()) == 1
-    assert list(machines[0].store.unfinished()) == []
+    assert unfinished(machines[0].store) == []
     assert [entry.kind for entry in machines[0].store.entries(KEY.prefix)] == ["pack", "index"]
 
 
@@ -102,7 +102,7 @@ def test_a_commit_does_not_replace_what_has_its_name(tmp_path: Path, store: Path
         upload.write(b"something else")
         upload.commit(f"{KEY.prefix}/{path.name}")
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (facts.st_ino, facts.st_mtime_ns)
-    assert list(other.store.unfinished()) == []
+    assert unfinished(other.store) == []
 
 
 def test_a_waiting_saver_saves_only_what_the_first_did_not_have(

@@ -18,8 +18,8 @@ from engine_loader.compile_cache.process.job import Job
 from engine_loader.compile_cache.process.operations import perform
 from engine_loader.compile_cache.process.session import Running, run_job
 from engine_loader.compile_cache.retention import Policy, prune
+from engine_loader.compile_cache.stores.leases import save_slot
 from engine_loader.compile_cache.stores.object_names import MARKER
-from engine_loader.compile_cache.stores.slots import save_slot
 from engine_loader.settings import CompileCacheSettings
 from tests.compile_cache.support import KEY, Machine, some_bytes
 from tests.support.waiting import GENEROUS_S, wait_for

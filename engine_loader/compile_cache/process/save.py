@@ -26,9 +26,8 @@ from ..packs.relocate import is_group_file, relocated
 from ..packs.scan import LocalFile, open_unchanged
 from ..space import mib
 from ..stores.interface import Store, Stored
-from ..stores.leases import acquire
+from ..stores.leases import acquire, save_slot
 from ..stores.object_names import LEASE
-from ..stores.slots import save_slot
 from ..trust import Trust
 from ..verdict.factors import without_secrets
 from .outcome import Outcome

@@ -76,9 +76,6 @@ class FilesystemStore(MarkedStore):
     def was_listed(self, name: str) -> bool:
         return name in self._listing.facts
 
-    def unfinished(self) -> Iterator[Stored]:
-        return (found for found in self.entries() if found.kind == "unfinished")
-
     @contextmanager
     def open(self, name: str) -> Iterator[_File]:
         descriptor, facts = self._open(name)

@@ -7,7 +7,7 @@ What is under the name of a pack never changes, and is visible as a whole or not
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -179,9 +179,6 @@ class Store(Protocol):
 
     def known_time(self) -> float:
         """As ``now``, as far as it is known without writing anything."""
-
-    def unfinished(self) -> Iterator[Stored]:
-        """Files of writers that are still writing, or that ended before a commit."""
 
     def make_room(self, coming: int) -> None:
         """Check the room for ``coming`` bytes.

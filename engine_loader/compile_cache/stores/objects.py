@@ -169,10 +169,6 @@ class ObjectCacheStore(MarkedStore):
         except FileNotFoundError:
             return
 
-    def unfinished(self) -> Iterator[Stored]:
-        # Parts of an upload that broke off are not listed; the bucket's lifecycle rules delete them.
-        return iter(())
-
     def make_room(self, coming: int) -> None:
         return
 
