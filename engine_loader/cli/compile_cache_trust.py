@@ -119,16 +119,18 @@ def deny(
     """Let no node restore these packs, though they are well signed; without any, show the store's deny-list."""
     from ..compile_cache.directories import STATE, directories_of
     from ..compile_cache.stores.opening import open_store
+    from ..compile_cache.upkeep.denying import names_of
     from ..settings import load_settings
 
     state = next(iter(directories_of(engine).values())) / STATE
     store, trust = open_store(load_settings().settings.compile_cache, state)
     denied = trust.denied
-    digests = [name.rpartition("/")[2].removesuffix(".tar.zst") for name in packs or ()]
+    digests = {name.rpartition("/")[2].removesuffix(".tar.zst") for name in packs or ()}
+    names = names_of(store, trust, digests) if digests else set()
     if remove:
-        denied = denied.without(set(digests))
+        denied = denied.without(digests | (names & set(denied.packs)))
     elif digests or renew:
-        denied = denied.with_denied(dict.fromkeys(digests, reason or "no reason was given"))
+        denied = denied.with_denied(dict.fromkeys(sorted(names), reason or "no reason was given"))
     if denied is not trust.denied:
         trust.publish_denied(store, denied, state)
     _show(denied.counter, dict(denied.packs), as_json)

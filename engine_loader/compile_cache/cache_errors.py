@@ -10,7 +10,15 @@ class CacheError(EngineLoaderError):
 
 
 class CacheValidationError(CacheError):
-    """A pack, a store or a path is refused: damaged, forged, of another key, or writable by other users."""
+    """A pack, a store or a path is refused: damaged, forged, of another key, or writable by other users.
+
+    Attributes:
+        is_pack: what is refused has the end of a pack.
+        is_signed: a key of this node has signed it.
+    """
+
+    is_pack = False
+    is_signed = False
 
 
 class CacheOperationInterrupted(CacheError):

@@ -55,7 +55,7 @@ def compact(store: Store, key: CacheKey, trust: Trust, *, level: int, more_than:
         store, key, trust, living(found.packs), found.packs, level, lambda packs: _chosen(packs, max(more_than, 1))
     )
     if made is not None:
-        update_index(store, key.prefix, trust, found.packs)
+        update_index(store, key.prefix, trust, [*found.packs, made])
     return made
 
 
@@ -65,7 +65,7 @@ def salvage(store: Store, pack: Pack, trust: Trust, *, level: int) -> Pack | Non
     found = read_key(store, key.prefix, trust)
     made = _around_damage(store, key, trust, [pack], [pack, *found.packs], level, lambda packs: packs)
     if made is not None:
-        update_index(store, key.prefix, trust, found.packs)
+        update_index(store, key.prefix, trust, [*found.packs, made])
     return made
 
 

@@ -86,9 +86,9 @@ class CacheRoot:
 
     def takes(self, path: str) -> bool:
         """Whether the file at ``path``, relative to the directory, belongs in a pack."""
-        if any(pattern.fullmatch(path) for pattern in _patterns((*_ALWAYS_OUT, *self.out))):
+        if _pattern((*_ALWAYS_OUT, *self.out)).fullmatch(path):
             return False
-        return not self.only or any(pattern.fullmatch(path) for pattern in _patterns(self.only))
+        return not self.only or _pattern(self.only).fullmatch(path) is not None
 
     def depends_on(self, path: str) -> Code:
         """What the file at ``path``, relative to the directory, depends on."""
@@ -166,10 +166,12 @@ SGLANG = CacheRoot(
         "gpu_p2p_access_cache_for_*",
         "model_streamer/*",
         "ple/*",
+        "diffusion/*",
         "*/precompiled_headers/*",
         "rust_extensions/targets/*",
         "flashinfer/autotune/*/rank_*_gpu*.json",
         "flashinfer/autotune/*runs/*",
+        "flashinfer/autotune/flux3_prims_ts/*",  # a file for each rank, whose layout is not known here
     ),
     code=(
         ("triton/*.so", "native"),
@@ -292,6 +294,14 @@ def _user() -> str:
 
 
 _compiled: dict[tuple[str, ...], list[re.Pattern[str]]] = {}
+_joined: dict[tuple[str, ...], re.Pattern[str]] = {}
+
+
+def _pattern(texts: tuple[str, ...]) -> re.Pattern[str]:
+    """One pattern for what matches any of ``texts``."""
+    if texts not in _joined:
+        _joined[texts] = re.compile("|".join(translate(text) for text in texts))
+    return _joined[texts]
 
 
 def _patterns(texts: tuple[str, ...]) -> list[re.Pattern[str]]:

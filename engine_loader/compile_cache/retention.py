@@ -11,10 +11,12 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from .cache_errors import CacheError
-from .packs.key_packs import MOST_FOR_AN_INDEX, KeyPacks, read_key, update_index
+from .packs.key_packs import MOST_FOR_AN_INDEX, Refusal, read_key, update_index
 from .stores.interface import Store, Stored
+from .stores.object_names import SAVING
 from .stores.uses import last_used
 from .trust import Trust
 
@@ -95,24 +97,29 @@ class _Pruning:
         self._done = done
         self._dry_run = dry_run
         self._unverified = unverified
+        self._refused: list[Refusal] = []
+        self._verifies = False
 
     def run(self) -> None:
         below: dict[str, list[Stored]] = defaultdict(list)
         for entry in self._store.entries():
             below[entry.key_prefix].append(entry)
         self._done.messages += [f"{what}: cannot be looked into" for what in self._store.unreadable]
-        self._leftovers(below.pop("", []))
+        self._leftovers([*below.pop("", []), *below.pop(SAVING, [])])
         keys = []
         for prefix, entries in below.items():
             self._leftovers(entries)
             keys.append(self._tidied(prefix, entries))
         self._apply([key for key in keys if key.packs])
+        self._apply_to_refused()
 
     def _leftovers(self, entries: list[Stored]) -> None:
         for entry in entries:
             age_s = self._now - entry.modified
             if entry.kind == "unfinished" and age_s > self._policy.unfinished_s:
                 self._delete(entry, "left unfinished")
+            elif entry.kind == "saving" and age_s > self._policy.unfinished_s:
+                self._delete(entry, "a note of a save that is gone", note=True)
             elif entry.kind == "lease" and age_s > _LONGEST_LEASE_S:
                 self._delete(entry, "a lease of a process that is gone", note=True)
             elif entry.kind == "pruned" and age_s > 2 * 86400:
@@ -127,6 +134,7 @@ class _Pruning:
             if self._now - pack.stored.modified > GRACE_S
             for name in pack.manifest.replaces
         }
+        self._verifies |= bool(found.packs)
         key = _Key(prefix, entries, max([last_used(entries), *(pack.stored.modified for pack in found.packs)]))
         changed = False
         for pack in found.packs:
@@ -134,8 +142,10 @@ class _Pruning:
                 changed |= self._delete(pack.stored, "replaced by a compaction")
             else:
                 key.packs.append(pack.stored)
-        for stored, reason in self._not_verified(found):
-            changed |= self._delete(stored, reason)
+        for one in found.refused if self._unverified else ():
+            if self._now - one.stored.modified > GRACE_S:  # one may be just being written
+                changed |= self._delete(one.stored, f"does not verify: {one.reason}")
+        self._refused += [] if self._unverified else found.refused
         if changed and not self._dry_run:
             self._attempt(prefix, lambda: update_index(self._store, prefix, self._trust, found.packs))
         newest = last_used(entries)
@@ -144,11 +154,21 @@ class _Pruning:
                 self._delete(entry, "an old note", note=True)
         return key
 
-    def _not_verified(self, found: KeyPacks) -> list[tuple[Stored, str]]:
-        """Packs that do not verify, where a person wants them deleted; one may be just being written."""
-        if not self._unverified:
-            return []
-        return [(one, f"does not verify: {why}") for one, why in found.refused if self._now - one.modified > GRACE_S]
+    def _apply_to_refused(self) -> None:
+        """Delete refused packs that are older than what the policy keeps and of which it is known whose they are.
+
+        That is: a key of this node has signed them (they are denied, too old, or damaged); or the file system says that
+        this user wrote them. For the latter, this node's keys must open something of this store: else it may be the
+        keys that are wrong. Whatever has no end of a pack is left alone, and so is what other users wrote.
+        """
+        for one in self._refused:
+            is_ours = one.is_signed or (one.is_pack and self._verifies and self._store.is_own(one.stored))
+            age_s = self._now - one.stored.modified
+            if is_ours and age_s > self._policy.days * 86400:
+                reason = f"refused, and written {age_s / 86400:.0f} days ago"
+                if self._delete(one.stored, reason) and not self._dry_run:
+                    prefix = one.stored.key_prefix
+                    self._attempt(prefix, partial(update_index, self._store, prefix, self._trust))
 
     def _apply(self, keys: list[_Key]) -> None:
         kept_bytes = 0

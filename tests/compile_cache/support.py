@@ -12,6 +12,7 @@ from engine_loader.compile_cache.process.outcome import Outcome
 from engine_loader.compile_cache.process.restore import Restore
 from engine_loader.compile_cache.process.save import save
 from engine_loader.compile_cache.stores.filesystem import FilesystemStore
+from engine_loader.compile_cache.stores.interface import Store, Stored
 from engine_loader.compile_cache.trust import Trust
 
 KEY = CacheKey((("torch", "2.13.0"), ("cuda", "13.0")), "model_tp1")
@@ -64,6 +65,11 @@ class Machine:
 def scan_any(directories: Mapping[str, Path], messages: list[str] | None = None) -> list[LocalFile]:
     """All files of inductor's and Triton's caches, whatever they are called."""
     return scan((INDUCTOR, TRITON), directories, messages, made=lambda _cache, _path: True)
+
+
+def unfinished(store: Store) -> list[Stored]:
+    """What writers left that are still writing, or ended before they were done."""
+    return [found for found in store.entries() if found.kind == "unfinished"]
 
 
 def some_bytes(size: int, seed: int = 0) -> bytes:

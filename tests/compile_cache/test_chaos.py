@@ -20,7 +20,7 @@ from engine_loader.compile_cache.key import CacheKey
 from engine_loader.compile_cache.packs.key_packs import read_packs
 from engine_loader.compile_cache.packs.verify import verify
 from engine_loader.compile_cache.retention import GRACE_S, Policy, prune
-from tests.compile_cache.support import SECRET, Machine, some_bytes
+from tests.compile_cache.support import SECRET, Machine, some_bytes, unfinished
 
 PROCESSES = 16
 ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "12"))
@@ -142,7 +142,7 @@ def test_nothing_is_ever_half_there_and_nothing_is_lost(tmp_path: Path) -> None:
         }
         assert messages == []
         assert saved <= there, f"{len(saved - there)} files of {len(saved)} were lost"
-    left = list(final.store.unfinished())
+    left = unfinished(final.store)
     prune(final.store, POLICY, SECRET, now=time.time() + 3601)
-    assert list(final.store.unfinished()) == []
+    assert unfinished(final.store) == []
     print(f"{started} operations, {len(killed)} killed, {len(left)} leftovers cleaned up")

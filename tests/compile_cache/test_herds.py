@@ -11,17 +11,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import obstore
 import pytest
+from obstore.store import MemoryStore
 
 from benchmarks.fleet_cache import simulate
 from engine_loader.compile_cache.compaction import compact
 from engine_loader.compile_cache.packs.key_packs import living, read_key, update_index
 from engine_loader.compile_cache.process import save as saving
-from engine_loader.compile_cache.process.save import Save, SaveOptions
+from engine_loader.compile_cache.process.restore import Restore
+from engine_loader.compile_cache.process.save import Save, SaveOptions, save
+from engine_loader.compile_cache.process.tidy import tidy
 from engine_loader.compile_cache.retention import GRACE_S, Policy, prune
 from engine_loader.compile_cache.stores.filesystem import FilesystemStore
 from engine_loader.compile_cache.stores.leases import acquire
-from tests.compile_cache.support import KEY, SECRET, Machine, scan_any, some_bytes
+from engine_loader.compile_cache.stores.objects import ObjectCacheStore
+from engine_loader.compile_cache.trust.denied import DenyList
+from engine_loader.settings import CompileCacheSettings
+from tests.compile_cache.support import KEY, SECRET, Machine, scan_any, some_bytes, unfinished
 from tests.support.waiting import GENEROUS_S
 
 POLICY = Policy(days=30, keys=100, bytes=1 << 40, unfinished_s=3600)
@@ -70,7 +77,7 @@ def test_24_savers_of_one_content_leave_one_pack(wait_s: float, tmp_path: Path, 
         process.join(GENEROUS_S)
         assert process.exitcode == 0
     assert len(machines[0].packs()) == 1
-    assert list(machines[0].store.unfinished()) == []
+    assert unfinished(machines[0].store) == []
     assert [entry.kind for entry in machines[0].store.entries(KEY.prefix)] == ["pack", "index"]
 
 
@@ -95,7 +102,7 @@ def test_a_commit_does_not_replace_what_has_its_name(tmp_path: Path, store: Path
         upload.write(b"something else")
         upload.commit(f"{KEY.prefix}/{path.name}")
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (facts.st_ino, facts.st_mtime_ns)
-    assert list(other.store.unfinished()) == []
+    assert unfinished(other.store) == []
 
 
 def test_a_waiting_saver_saves_only_what_the_first_did_not_have(
@@ -327,6 +334,40 @@ class TestUnsignedBytes:
         assert outcome.status == "restored"
         assert len(outcome.messages) == 1
         assert len(names) < 25
+
+
+def test_a_restore_of_three_large_packs_from_a_store_with_a_deny_list_is_five_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, asked = MemoryStore(), []
+
+    def opened_anew() -> ObjectCacheStore:
+        store = ObjectCacheStore("s3://caches/fleet", SECRET, str(tmp_path))
+        store._store = memory  # type: ignore[assignment]
+        return store
+
+    for name in ("get", "put", "head", "delete", "list"):
+        plain = getattr(obstore, name)
+        monkeypatch.setattr(
+            obstore, name, lambda *args, _name=name, _plain=plain, **more: asked.append(_name) or _plain(*args, **more)
+        )
+    settings = CompileCacheSettings(directory="s3://caches/fleet")
+    machine = Machine(tmp_path / "a", tmp_path / "unused")
+    for number in range(3):
+        machine.write(f"inductor/{number}.so", some_bytes(400_000, number))
+        store = opened_anew()
+        files = scan_any(machine.directories)
+        outcome = save(store, KEY, machine.directories, files, SECRET, threads=1, level=1, most_bytes=1 << 40)
+        tidy(store, KEY, settings, SECRET, outcome)
+    SECRET.publish_denied(opened_anew(), DenyList().with_denied({"ab" * 32: "bad"}), None)
+    asked.clear()
+    store = opened_anew()
+    trust = SECRET.with_denied(store, None)
+    target = {name: tmp_path / "b" / name for name in machine.directories}
+    outcome = Restore(store, KEY, target, trust, threads=2).run()
+    assert (outcome.status, outcome.files) == ("restored", 3)
+    assert len(trust.denied.packs) == 1
+    assert len(asked) <= 5, asked
 
 
 def test_a_fleet_that_starts_at_once(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import zstandard
 
 from engine_loader.compile_cache.cache_errors import CacheOperationInterrupted
 from engine_loader.compile_cache.process.restore import Restore
-from tests.compile_cache.support import KEY, OTHER_KEY, TRITON_KERNEL, Machine, some_bytes
+from tests.compile_cache.support import KEY, OTHER_KEY, TRITON_KERNEL, Machine, some_bytes, unfinished
 
 
 def test_a_cache_moves_to_another_machine(first: Machine, second: Machine) -> None:
@@ -154,7 +154,7 @@ def test_a_pack_that_would_be_too_large_is_given_up(first: Machine) -> None:
     first.write("inductor/large", some_bytes(3 << 20))
     with pytest.raises(CacheOperationInterrupted, match="MAX_CACHE_SIZE_MB"):
         first.save(most_bytes=1 << 20)
-    assert list(first.store.unfinished()) == []
+    assert unfinished(first.store) == []
     assert first.packs() == []
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from engine_loader.compile_cache.compaction import compact
 from engine_loader.compile_cache.host.groups import HostGroup
 from engine_loader.compile_cache.key import CacheKey
-from engine_loader.compile_cache.packs.key_packs import effective_files, files_for, read_key
+from engine_loader.compile_cache.packs.key_packs import effective_files, files_for, read_key, update_index
 from engine_loader.compile_cache.packs.manifest import Frame, Manifest, PackedFile
 from engine_loader.compile_cache.packs.packing import write_pack
 from engine_loader.compile_cache.retention import GRACE_S, Policy, prune
+from engine_loader.compile_cache.trust import Trust
+from engine_loader.compile_cache.trust.denied import DenyList
 from tests.compile_cache.support import KEY, Machine, scan_any, some_bytes
 
 KEEP_ALL = Policy(days=30, keys=100, bytes=1 << 40, unfinished_s=3600)
@@ -45,6 +47,79 @@ def test_a_compaction_holds_everything_and_replaces_its_packs_after_a_while(firs
 def test_a_compaction_of_one_pack_is_none(first: Machine) -> None:
     first.save()
     assert compact(first.store, KEY, first.trust, level=1) is None
+
+
+MONTH_AGO_S = 31 * 86400.0
+
+
+def aged(path: Path, seconds: float = MONTH_AGO_S) -> Path:
+    """The same file, written so many seconds earlier in the store's time."""
+    when = time.time() - seconds
+    os.utime(path, (when, when))
+    return path
+
+
+def test_packs_that_are_refused_go_by_age_though_their_key_is_in_use(first: Machine) -> None:
+    """Known to be this store's: a key of this node has signed what is denied, too old or damaged."""
+    first.save()
+    (denied,) = first.packs()
+    first.write("inductor/more.so", b"more")
+    first.save()
+    (damaged,) = set(first.packs()) - {denied}
+    first.write("inductor/most.so", b"most")
+    first.save()
+    content = bytearray(damaged.read_bytes())
+    content[-150] ^= 1  # in the manifest: its digest is signed
+    damaged.write_bytes(content)
+    trust = Trust(first.trust.keys, denied=DenyList(1, {denied.name.partition(".")[0]: "bad"}))
+    (damaged.parent / "index").unlink()  # it has the sound end
+    update_index(first.store, KEY.prefix, trust)
+    kept = set(first.packs())
+    prune(first.store, KEEP_ALL, trust)
+    assert set(first.packs()) == kept
+    for path in (aged(denied, MONTH_AGO_S - 3 * 86400), aged(damaged)):
+        assert path.exists()
+    done = prune(first.store, KEEP_ALL, trust)
+    assert [(name.rpartition("/")[2], reason) for name, _, reason in done.deleted] == [
+        (damaged.name, "refused, and written 31 days ago")
+    ]
+    aged(denied)
+    prune(first.store, KEEP_ALL, trust)
+    assert set(first.packs()) == kept - {denied, damaged}
+
+
+def test_packs_of_a_key_that_was_given_up_go_where_the_file_system_knows_their_owner(first: Machine) -> None:
+    first.save()
+    (old,) = map(aged, first.packs())
+    now = Trust(b"another secret, for the old one was stolen")
+    prune(first.store, KEEP_ALL, now)
+    assert old.exists()  # nothing here is by a key of this node: it may be the key file that is wrong
+    first.write("inductor/more.so", b"more")
+    first.trust = now
+    first.save()
+    prune(first.store, KEEP_ALL, now)
+    assert not old.exists()
+    assert len(first.packs()) == 1
+
+
+def test_what_is_no_pack_or_another_users_stays(first: Machine) -> None:
+    first.save()
+    (sound,) = first.packs()
+    foreign = sound.with_name(f"{'1' * 64}.tar.zst")
+    foreign.write_bytes(b"no pack at all" * 100)
+    others = sound.with_name(f"{'2' * 64}.tar.zst")
+    others.write_bytes(sound.read_bytes()[:-200] + Trust(b"of somebody else, unknown").sign(b"") + bytes(96))
+    stranger = sound.with_name(f"{'3' * 64}.tar.zst")
+    stranger.write_bytes(sound.read_bytes()[100:])
+    if os.geteuid() == 0:
+        os.chown(stranger, 12345, 12345)
+    else:
+        stranger.unlink()
+    left = {path for path in (foreign, others, stranger) if path.exists()}
+    for path in left:
+        aged(path, 400 * 86400)
+    prune(first.store, KEEP_ALL, first.trust)
+    assert {path for path in left if path.exists()} == left
 
 
 def test_keys_that_are_not_used_go_by_age(first: Machine) -> None:

@@ -17,6 +17,8 @@ import pytest
 from engine_loader.compile_cache.process.job import Job
 from engine_loader.compile_cache.process.operations import perform
 from engine_loader.compile_cache.process.session import Running, run_job
+from engine_loader.compile_cache.retention import Policy, prune
+from engine_loader.compile_cache.stores.leases import save_slot
 from engine_loader.compile_cache.stores.object_names import MARKER
 from engine_loader.settings import CompileCacheSettings
 from tests.compile_cache.support import KEY, Machine, some_bytes
@@ -185,12 +187,24 @@ def test_a_process_that_cannot_start_is_an_outcome(
 
 def test_too_many_saves_at_once_are_passed_over(first: Machine, store: Path) -> None:
     first.store.found()
-    place = store / KEY.prefix
-    place.mkdir(parents=True, mode=0o700)
-    (place / f".unfinished-{1:032x}").write_bytes(b"")
-    outcome = perform(job("save", first), settings_for(store, max_concurrent_saves=1))
+    with save_slot(first.store, 1, 3600) as is_free:
+        assert is_free
+        outcome = perform(job("save", first), settings_for(store, max_concurrent_saves=1))
     assert outcome.status == "nothing"
     assert "other saves" in outcome.messages[0]
+    assert perform(job("save", first), settings_for(store, max_concurrent_saves=1)).status == "saved"
+    assert not list((store / "saving").iterdir())
+
+
+def test_a_save_that_died_long_ago_is_none_that_is_under_way(first: Machine, store: Path) -> None:
+    first.store.found()
+    note = f"saving/{1:032x}"
+    first.store.replace(note, b"")
+    os.utime(store / note, (time.time() - 7200,) * 2)
+    with save_slot(first.store, 1, 3600) as is_free:
+        assert is_free
+    prune(first.store, Policy(days=30, keys=9, bytes=1 << 40, unfinished_s=3600), first.trust)
+    assert not list((store / "saving").iterdir())
 
 
 def test_a_save_that_is_ended_half_way_leaves_nothing(first: Machine, store: Path) -> None:

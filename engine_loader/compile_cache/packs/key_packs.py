@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from ..cache_errors import CacheError, CacheValidationError
 from ..host.groups import HostGroup, HostGroups
@@ -23,6 +24,20 @@ _THREADS = 8
 _MOST_LISTS = 5
 
 
+class Refusal(NamedTuple):
+    """A pack that is not trusted or cannot be read.
+
+    Attributes:
+        is_pack: it has the end of a pack; without one it may be anything.
+        is_signed: a key of this node has signed it.
+    """
+
+    stored: Stored
+    reason: str
+    is_pack: bool = False
+    is_signed: bool = False
+
+
 @dataclass
 class KeyPacks:
     """What a store has of a key.
@@ -38,7 +53,7 @@ class KeyPacks:
 
     packs: list[Pack] = field(default_factory=list)
     entries: list[Stored] = field(default_factory=list)
-    refused: list[tuple[Stored, str]] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
     quarantined: set[str] = field(default_factory=set)
@@ -46,11 +61,11 @@ class KeyPacks:
     @property
     def taken(self) -> set[str]:
         """Digests that name something else than a trusted pack."""
-        return {stored.digest for stored, _ in self.refused} | set(self.unread) | self.quarantined
+        return {one.stored.digest for one in self.refused} | set(self.unread) | self.quarantined
 
     def messages(self) -> list[str]:
         """One line about everything that was passed over."""
-        lines = [reason for _, reason in self.refused] + [f"{what}: cannot be read" for what in self.unreadable]
+        lines = [one.reason for one in self.refused] + [f"{what}: cannot be read" for what in self.unreadable]
         if self.unread:
             lines.append(f"{len(self.unread)} packs are not in the key's index, and too many to be read one by one")
         if not lines:
@@ -71,7 +86,7 @@ def read_key(
     """What a store has of the key with ``prefix``: one listing, its index, and the packs that the index lacks.
 
     Args:
-        known: packs that were read before; they are not read again.
+        known: packs that were read or written before by this process; they are neither read nor verified again.
         entries: of the key, where they were listed already.
 
     Raises:
@@ -84,11 +99,15 @@ def read_key(
     found.unreadable = list(store.unreadable)
     found.quarantined = {entry.digest for entry in found.entries if entry.kind == "quarantined"}
     listed = [entry for entry in found.entries if entry.kind == "pack" and entry.digest not in found.quarantined]
-    ends: Ends = {_id(pack.stored): pack.whole or pack.tail for pack in known if pack.tail}
-    if any(_id(stored) not in ends for stored in listed):
-        ends = read_ends(store, found.entries, prefix) | ends
+    verified = {_id(pack.stored): pack for pack in known if pack.tail}
+    ends: Ends = {}
+    if any(_id(stored) not in verified for stored in listed):
+        ends = read_ends(store, found.entries, prefix)
     singly = []
     for stored in listed:
+        if (pack := verified.get(_id(stored))) is not None:
+            found.packs.append(replace(pack, stored=stored))
+            continue
         if (end := ends.get(_id(stored))) is None or not _add(found, store, stored, prefix, trust, end):
             singly.append(stored)
     singly.sort(key=lambda stored: stored.modified, reverse=True)
@@ -190,16 +209,20 @@ def effective_files(
     found: dict[tuple[str, str], tuple[Pack, PackedFile]] = {}
     paths: set[str] = set()
     above: set[str] = set()
+    known: dict[str, list[str]] = {}  # most files share their directories
     for pack in packs:
         for file in pack.manifest.files:
-            if (pack.stored.name, file.frame) in without:
+            if without and (pack.stored.name, file.frame) in without:
                 continue
-            name = (file.path, pack.manifest.host_of(file))
-            parents = _parents(file.path)
-            if name in found or file.path in above or any(parent in paths for parent in parents):
+            path = file.path
+            name = (path, pack.manifest.host_of(file))
+            directory = path.rpartition("/")[0]
+            if (parents := known.get(directory)) is None:
+                parents = known[directory] = _parents(path)
+            if name in found or path in above or not paths.isdisjoint(parents):
                 continue
             found[name] = (pack, file)
-            paths.add(file.path)
+            paths.add(path)
             above.update(parents)
     return found
 
@@ -224,24 +247,26 @@ def files_for(
 
 
 def _read_singly(found: KeyPacks, store: Store, listed: list[Stored], prefix: str, trust: Trust) -> None:
-    def read(stored: Stored) -> Pack | str | None:
+    def read(stored: Stored) -> Pack | Refusal | None:
         try:
             return read_manifest(store, stored, prefix, trust)
         except FileNotFoundError:
             return None  # pruned meanwhile
+        except CacheValidationError as error:
+            return Refusal(stored, str(error), error.is_pack, error.is_signed)
         except CacheError as error:
-            return str(error)
+            return Refusal(stored, str(error))
         except OSError as error:
-            return f"{store.description}/{stored.name}: could not be read: {error}"
+            return Refusal(stored, f"{store.description}/{stored.name}: could not be read: {error}")
 
     if not listed:
         return
     with ThreadPoolExecutor(min(_THREADS, len(listed)), thread_name_prefix="compile-cache") as pool:
-        for stored, result in zip(listed, pool.map(read, listed), strict=True):
+        for result in pool.map(read, listed):
             if isinstance(result, Pack):
                 found.packs.append(result)
             elif result is not None:
-                found.refused.append((stored, result))
+                found.refused.append(result)
 
 
 def _add(found: KeyPacks, store: Store, stored: Stored, prefix: str, trust: Trust, end: bytes) -> bool:

@@ -8,12 +8,13 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from ..cache_errors import CacheValidationError
 from ..host.groups import HostGroup
 from ..key import CacheKey
-from .tar import header, padding
+from .tar import header, header_size, padding
 
 FORMAT = 2
 MOST_FILES = 1_000_000
@@ -22,9 +23,6 @@ MOST_FRAME_BYTES = 1 << 33
 MOST_PATH_CHARS = 1024
 ANY_HOST = -1
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-ANY_HOST = -1
 
 
 class PackedFile(NamedTuple):
@@ -59,6 +57,10 @@ class PackedFile(NamedTuple):
     def head(self) -> bytes:
         """The tar header that stands at ``offset``."""
         return header(self.path, self.size, self.mtime_ns, self.mode, self.link)
+
+    def packed_size(self) -> int:
+        """How many bytes it takes in its frame: the header, the content, and what fills the last block."""
+        return header_size(self.path, self.mtime_ns, self.link) + self.size + padding(self.size)
 
 
 class Frame(NamedTuple):
@@ -96,10 +98,17 @@ class Manifest:
     hosts: tuple[HostGroup, ...] = ()
     generation: int = 0
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """The digest of the content, which names the pack: equal for equal files of a key, whoever saves them."""
         return content_digest(self.key, self.files, [group.hash for group in self.hosts], self.generation)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The digest, and that of the first generation of the same content, by which a deny-list may know it."""
+        if not self.generation:
+            return (self.digest,)
+        return self.digest, content_digest(self.key, self.files, [group.hash for group in self.hosts])
 
     def host_of(self, file: PackedFile) -> str:
         """The hash of the host group that a file holds for; empty: for any."""
@@ -188,14 +197,14 @@ class Manifest:
 
     def _check_nesting(self, paths: set[str], location: str) -> None:
         """Refuse files that lie below a file or a link."""
-        links = {file.path for file in self.files if file.link}
-        for path in paths:
-            parts = path.split("/")
-            for depth in range(1, len(parts)):
-                above = "/".join(parts[:depth])
+        for directory in {path.rpartition("/")[0] for path in paths}:
+            above = directory
+            while above:
                 if above in paths:
-                    kind = "link" if above in links else "file"
+                    path = min(path for path in paths if path.startswith(f"{directory}/"))
+                    kind = "link" if any(file.link for file in self.files if file.path == above) else "file"
                     raise CacheValidationError(f"{location}: {path!r} lies below {above!r}, which is a {kind}")
+                above = above.rpartition("/")[0]
 
     def _check_frames(self, location: str) -> None:
         """Refuse gaps: files lie one behind another in their frames, and frames in the pack."""
@@ -203,7 +212,7 @@ class Manifest:
         for file in self.files:
             if not 0 <= file.frame < len(self.frames) or file.offset != ends[file.frame]:
                 raise CacheValidationError(f"{location}: {file.path!r} does not lie where the file before it ends")
-            ends[file.frame] += len(file.head()) + file.size + padding(file.size)
+            ends[file.frame] += file.packed_size()
         position = 0
         for frame, end in zip(self.frames, ends, strict=True):
             if frame.raw_size != end or frame.offset != position:

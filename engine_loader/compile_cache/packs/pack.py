@@ -92,7 +92,7 @@ class DamagedFrameError(CacheValidationError):
 
 
 def finish_pack(upload: Upload, store: Store, manifest: Manifest, trust: Trust, avoid: Collection[str] = ()) -> Pack:
-    """Write what follows the frames, and make the pack visible.
+    """Write what follows the frames, and make the pack visible; where it was this process that did, with its tail.
 
     Args:
         avoid: digests that name other packs than this one, which a reader refuses: the next generation is written.
@@ -101,17 +101,20 @@ def finish_pack(upload: Upload, store: Store, manifest: Manifest, trust: Trust, 
         CacheValidationError: this node cannot sign, or the pack is on the deny-list.
     """
     digest = manifest.digest
-    trust.check_pack(digest, manifest.created, f"the new pack {digest}", now=store.known_time())
+    trust.check_pack(manifest.names, manifest.created, f"the new pack {digest}", now=store.known_time())
     while digest in avoid:
         manifest = replace(manifest, generation=manifest.generation + 1)
         digest = manifest.digest
-        trust.check_pack(digest, manifest.created, f"the new pack {digest}", now=store.known_time())
+        trust.check_pack(manifest.names, manifest.created, f"the new pack {digest}", now=store.known_time())
     name = f"{manifest.key.prefix}/{digest}{SUFFIX}"
     tail = make_tail(manifest.to_json(), store.name, name, trust)
     upload.write(tail)
-    upload.commit(name)
-    # Without the tail: where the name existed, another one lies in the store.
-    return Pack(Stored(name, manifest.frames_bytes + len(tail), manifest.created), manifest)
+    stored = upload.commit(name)
+    size = manifest.frames_bytes + len(tail)
+    if stored is None or size <= SMALL_BYTES:
+        # Where the name existed, an equal pack with another tail lies there; a small one is read as a whole.
+        return Pack(stored or Stored(name, size, manifest.created), manifest)
+    return Pack(stored, manifest, tail)
 
 
 def make_tail(manifest: bytes, store_name: str, pack_name: str, trust: Trust) -> bytes:
@@ -155,9 +158,26 @@ def open_pack(store: Store, pack: Pack) -> Iterator[Readable]:
 
 
 def verified_pack(store: Store, file: Readable, stored: Stored, key_prefix: str, trust: Trust) -> Pack:
-    """The pack whose end ``file`` holds. Raises as ``read_manifest``."""
+    """The pack whose end ``file`` holds. Raises as ``read_manifest``; the error says what is known of it."""
+    seen = _Seen()
+    try:
+        return _verified(store, file, stored, key_prefix, trust, seen)
+    except CacheValidationError as error:
+        error.is_pack, error.is_signed = seen.is_pack, seen.is_signed
+        raise
+
+
+@dataclass
+class _Seen:
+    """What the end of a file has shown so far."""
+
+    is_pack: bool = False
+    is_signed: bool = False
+
+
+def _verified(store: Store, file: Readable, stored: Stored, key_prefix: str, trust: Trust, seen: _Seen) -> Pack:
     location = f"{store.description}/{stored.name}"
-    text, begin, by_signer = _read_text(file, store.name, stored.name, trust, location)
+    text, begin, by_signer = _read_text(file, store.name, stored.name, trust, location, seen)
     manifest = Manifest.from_json(
         decompress(text, _content_size(text, location, _MOST_MANIFEST_BYTES), location), location
     )
@@ -170,7 +190,7 @@ def verified_pack(store: Store, file: Readable, stored: Stored, key_prefix: str,
             f"{location}: refused: it was made in the future, on a machine whose clock was wrong: its time is "
             f"{ahead_s:.0f} s after the store's"
         )
-    trust.check_pack(stored.digest, manifest.created, location, now=store.known_time())
+    trust.check_pack(manifest.names, manifest.created, location, now=store.known_time())
     frames_end = manifest.frames_bytes
     between = begin - frames_end
     if not 0 < between < tar.BLOCK:
@@ -192,7 +212,9 @@ def _whole(file: Readable, manifest: Manifest) -> bytes:
     return content if sound else b""
 
 
-def _read_text(file: Readable, store_name: str, pack_name: str, trust: Trust, location: str) -> tuple[bytes, int, bool]:
+def _read_text(
+    file: Readable, store_name: str, pack_name: str, trust: Trust, location: str, seen: _Seen
+) -> tuple[bytes, int, bool]:
     """The compressed manifest, where what follows the frames' end begins, and whether the key that signs now has signed
     it. A signature that is wrong costs one small read.
     """
@@ -203,12 +225,14 @@ def _read_text(file: Readable, store_name: str, pack_name: str, trust: Trust, lo
     end = file.read(file.size - guess, guess)
     digest, length, block_size, magic = _TRAILER.unpack(end[-_TRAILER.size :])
     begin = file.size - _TRAILER.size - block_size - length - _SKIPPABLE.size
+    seen.is_pack = magic == _MAGIC or magic in _OTHER_FORMATS
     if magic in _OTHER_FORMATS:
         raise CacheValidationError(f"{location}: refused: it has the format of another version, {magic.decode()}")
     if magic != _MAGIC or length > _MOST_TEXT_BYTES or block_size > MOST_BLOCK_BYTES or begin < 0:
         raise CacheValidationError(f"{location}: refused: it is no pack, or is cut short")
     block = end[-_TRAILER.size - block_size : -_TRAILER.size]
     trust.verify(_signed(store_name, pack_name, digest, length), block, location, store=store_name)
+    seen.is_signed = trust.signed
     wanted = file.size - begin
     whole = end[-wanted:] if wanted <= guess else file.read(begin, wanted - guess) + end
     if _SKIPPABLE.unpack(whole[: _SKIPPABLE.size]) != (_SKIPPABLE_MAGIC, wanted - _SKIPPABLE.size):

@@ -85,7 +85,7 @@ def compress_members(content: bytes, members: list[PackedFile], level: int) -> t
     moved: list[PackedFile] = []
     end = 0
     for file in members:
-        size = len(file.head()) + file.size + tar.padding(file.size)
+        size = file.packed_size()
         parts.append(content[file.offset : file.offset + size])
         moved.append(file._replace(offset=end))
         end += size

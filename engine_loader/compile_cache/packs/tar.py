@@ -17,14 +17,16 @@ def padding(size: int) -> int:
     return -size % BLOCK
 
 
+def header_size(path: str, mtime_ns: int, link: str = "") -> int:
+    """The length of ``header`` for the same facts, without making it."""
+    size = len(_records(path, mtime_ns, link))
+    return 2 * BLOCK + size + padding(size)
+
+
 def header(path: str, size: int, mtime_ns: int, mode: int, link: str = "") -> bytes:
     """Everything that stands before the content of a regular file, or of a symbolic link to ``link``."""
-    records = _record("mtime", f"{mtime_ns // 10**9}.{mtime_ns % 10**9:09}")
+    records = _records(path, mtime_ns, link)
     name, target = path.encode("utf-8", "surrogateescape"), link.encode("utf-8", "surrogateescape")
-    if len(name) > 100:
-        records += _record("path", path)
-    if len(target) > 100:
-        records += _record("linkpath", link)
     kind = b"2" if link else b"0"
     return (
         _block(b"PaxHeaders/" + name[-80:], len(records), 0, 0o644, b"x", b"")
@@ -32,6 +34,16 @@ def header(path: str, size: int, mtime_ns: int, mode: int, link: str = "") -> by
         + bytes(padding(len(records)))
         + _block(name[:100], size, mtime_ns // 10**9, mode, kind, target[:100])
     )
+
+
+def _records(path: str, mtime_ns: int, link: str) -> bytes:
+    """What the old fields of a header have no room for."""
+    records = _record("mtime", f"{mtime_ns // 10**9}.{mtime_ns % 10**9:09}")
+    if len(path.encode("utf-8", "surrogateescape")) > 100:
+        records += _record("path", path)
+    if len(link.encode("utf-8", "surrogateescape")) > 100:
+        records += _record("linkpath", link)
+    return records
 
 
 def _record(key: str, value: str) -> bytes:

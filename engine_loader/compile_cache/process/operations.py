@@ -160,7 +160,7 @@ def _save(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], bool
         elif not trust.can_sign:
             outcome = Outcome("nothing", messages=[CANNOT_SIGN])
         else:
-            saving = Save(store, job.key, job.paths(), files, trust, _save_options(store, settings), factors, damaged)
+            saving = Save(store, job.key, job.paths(), files, trust, _save_options(settings), factors, damaged)
             # A failing store must not hide the verdict.
             outcome = _attempt(partial(saving.run, found), settings)
             if saving.passed_over:
@@ -179,13 +179,14 @@ def _save(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], bool
         return outcome
 
 
-def _save_options(store: Store, settings: CompileCacheSettings) -> SaveOptions:
+def _save_options(settings: CompileCacheSettings) -> SaveOptions:
     return SaveOptions(
         threads=threads_of(settings),
         level=settings.compression_level,
         most_bytes=int(settings.max_pack_bytes),
         wait_s=settings.save_timeout_s / 3,
-        may_begin=lambda: not _too_many_saves(store, settings),
+        most_at_once=settings.max_concurrent_saves,
+        unfinished_s=settings.unfinished_timeout_s,
     )
 
 
@@ -233,9 +234,3 @@ def _settle(job: Job) -> None:
         if quiet_s >= _SETTLE_S:
             return
         time.sleep(max(_SETTLE_S - quiet_s, 0.1))
-
-
-def _too_many_saves(store: Store, settings: CompileCacheSettings) -> bool:
-    now = time.time()
-    under_way = [item for item in store.unfinished() if now - item.modified < settings.unfinished_timeout_s]
-    return len(under_way) >= settings.max_concurrent_saves

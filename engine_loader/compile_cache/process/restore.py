@@ -129,7 +129,7 @@ class Restore:
         self._tell(partial)
         # Older copies would stand beside parts of another measurement.
         broken = sets_of(file for pack in self.packs for file in self.refused.files(pack))
-        return missing.where(lambda file: not broken or sets_of([file]).isdisjoint(broken))
+        return missing.where(lambda file: sets_of([file]).isdisjoint(broken)) if broken else missing
 
     def _note_other_hosts(self) -> None:
         """Say which facts keep files from being used here."""
@@ -183,6 +183,8 @@ class Restore:
 
     def _is_left(self, file: PackedFile, left: Mapping[str, str]) -> bool:
         """Whether a file is one of those ``left`` alone, or lies below one."""
+        if not left:
+            return False
         path = f"{self._directories[file.root]}/{file.path.partition('/')[2]}"
         return any(path == other or path.startswith(f"{other}/") for other in left)
 

@@ -8,7 +8,7 @@ import os
 import random
 import socket
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from ..packs.relocate import is_group_file, relocated
 from ..packs.scan import LocalFile, open_unchanged
 from ..space import mib
 from ..stores.interface import Store, Stored
-from ..stores.leases import acquire
+from ..stores.leases import acquire, save_slot
 from ..stores.object_names import LEASE
 from ..trust import Trust
 from ..verdict.factors import without_secrets
@@ -50,14 +50,16 @@ class SaveOptions:
         level: of zstd.
         most_bytes: a pack that would be larger is given up.
         wait_s: how long another pod's save of the key is waited for.
-        may_begin: asked before something is written.
+        most_at_once: how many saves write to the store at once; 0: any number.
+        unfinished_s: age at which one of them counts as left over.
     """
 
     threads: int
     level: int
     most_bytes: int
     wait_s: float = 0.0
-    may_begin: Callable[[], bool] = lambda: True
+    most_at_once: int = 0
+    unfinished_s: float = 3600.0
 
 
 class Save:
@@ -71,7 +73,7 @@ class Save:
             saved anew.
 
     Attributes:
-        passed_over: whether ``options.may_begin`` said no.
+        passed_over: whether ``options.most_at_once`` others were writing.
     """
 
     def __init__(
@@ -114,8 +116,6 @@ class Save:
         new = self._new(found.packs, tell=True)
         if not new:
             outcome.status = "complete" if found.packs else "nothing"
-        elif not self._options.may_begin():
-            self.passed_over, outcome.status = True, "nothing"
         else:
             self._store.found()
             self._save_in_turn(found, new)
@@ -136,9 +136,20 @@ class Save:
                 if not new:
                     return
                 if is_ours or turn.is_over():
-                    self._save(found, new)
+                    self._save_in_a_slot(found, new)
                     return
             turn.wait()
+
+    def _save_in_a_slot(self, found: KeyPacks, new: list[LocalFile]) -> None:
+        """Save, unless too many others are writing to the store."""
+        if not self._options.most_at_once:
+            self._save(found, new)
+            return
+        with save_slot(self._store, self._options.most_at_once, self._options.unfinished_s) as is_free:
+            if is_free:
+                self._save(found, new)
+            else:
+                self.passed_over, self._outcome.status = True, "nothing"
 
     def _save(self, found: KeyPacks, new: list[LocalFile]) -> None:
         # They compress to a quarter or so; the room is watched, too.
@@ -182,7 +193,7 @@ class Save:
             outcome.status = "saved"
             outcome.files, outcome.bytes = len(pack.manifest.files), pack.manifest.content_bytes
             outcome.pack_bytes, outcome.packs = pack.stored.size, 1
-            update_index(self._store, self._key.prefix, self._trust, found.packs)
+            update_index(self._store, self._key.prefix, self._trust, [*found.packs, pack])
 
     def _names_of_damaged(self) -> set[str]:
         """Digests of packs with damaged frames: an equal pack needs a name of its own."""
@@ -270,9 +281,10 @@ def with_hosts(files: Iterable[PackedFile], key: CacheKey) -> tuple[tuple[Packed
     """``files`` with the group of host facts that each depends on, and these groups."""
     hosts: list[HostGroup] = []
     marked = []
+    groups = key.host_groups
     for file in files:
-        code = depends_on(file.path)
-        group = None if code == "any" else key.host_groups.get(code)
+        code = depends_on(file.path) if groups else "any"
+        group = None if code == "any" else groups.get(code)
         if group is not None and group not in hosts:
             hosts.append(group)
         marked.append(file if group is None else file._replace(host=hosts.index(group)))

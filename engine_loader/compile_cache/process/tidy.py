@@ -10,6 +10,7 @@ from ..cache_errors import CacheError
 from ..compaction import compact
 from ..key import CacheKey
 from ..packs.key_packs import living, read_key
+from ..packs.pack import SMALL_BYTES
 from ..retention import Policy, prune
 from ..stores.interface import Store
 from ..stores.leases import acquire
@@ -20,6 +21,8 @@ from .outcome import Outcome
 
 _LEASE_S = 900.0
 _MOST_ROUNDS = 5
+_MOST_LARGE = 2
+"""Packs of a key that its index does not hold as a whole: each costs a restore a request."""
 _PRUNES = 0.1
 """How many saves prune, beside the first of a day."""
 
@@ -43,13 +46,16 @@ def _compact(store: Store, key: CacheKey, settings: CompileCacheSettings, trust:
         return
     for _ in range(_MOST_ROUNDS):
         # Looked at again without the lease: others that have saved meanwhile have left it to this process.
-        if len(living(read_key(store, key.prefix, trust).packs)) <= settings.compact_packs:
+        packs = living(read_key(store, key.prefix, trust).packs)
+        large = sum(pack.stored.size > SMALL_BYTES for pack in packs)
+        more_than = settings.compact_packs if large <= _MOST_LARGE else _MOST_LARGE
+        if len(packs) <= more_than:
             return
         lease = acquire(store, key.prefix, "compact", _LEASE_S)
         if lease is None:
             return  # another process does it
         try:
-            if compact(store, key, trust, level=settings.compression_level, more_than=settings.compact_packs) is None:
+            if compact(store, key, trust, level=settings.compression_level, more_than=more_than) is None:
                 return
         finally:
             lease.release()

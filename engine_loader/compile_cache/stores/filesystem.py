@@ -14,6 +14,7 @@ from ...machine import sync_directory
 from ..cache_errors import CacheValidationError
 from ..space import Floor, no_room_is_an_interruption
 from ..trust import Trust
+from ..trust.places import made_up_owners
 from .interface import Small, Stored
 from .listing import Listing
 from .marker import MarkedStore
@@ -76,9 +77,6 @@ class FilesystemStore(MarkedStore):
     def was_listed(self, name: str) -> bool:
         return name in self._listing.facts
 
-    def unfinished(self) -> Iterator[Stored]:
-        return (found for found in self.entries() if found.kind == "unfinished")
-
     @contextmanager
     def open(self, name: str) -> Iterator[_File]:
         descriptor, facts = self._open(name)
@@ -118,6 +116,11 @@ class FilesystemStore(MarkedStore):
         for parent in reversed(list(_between(self.directory, path))):
             self._trust.check_entry(parent)
         self._trust.check_entry(path, self._listing.facts.get(stored.name))
+
+    def is_own(self, stored: Stored) -> bool:
+        facts = self._listing.facts.get(stored.name)
+        path = self.directory / stored.name
+        return facts is not None and facts.st_uid == os.geteuid() and made_up_owners(path) is None
 
     @contextmanager
     def upload(self, prefix: str) -> Iterator[_Upload]:
@@ -237,11 +240,12 @@ class _Upload:
     def modified(self) -> float:
         return os.fstat(self._descriptor).st_mtime
 
-    def commit(self, name: str) -> None:
+    def commit(self, name: str) -> Stored | None:
         os.fsync(self._descriptor)
         target = self._path.with_name(name.rpartition("/")[2])
-        create_as(self._path, target)
+        is_new = create_as(self._path, target)
         sync_directory(target.parent)
+        return _stored(name, os.fstat(self._descriptor)) if is_new else None
 
     def close(self) -> None:
         if self._descriptor >= 0:

@@ -7,10 +7,10 @@ What is under the name of a pack never changes, and is visible as a whole or not
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from .object_names import SUFFIX, Kind, kind_of
 
@@ -85,8 +85,10 @@ class Upload(Protocol):
     def write(self, content: bytes) -> None:
         """Append ``content``."""
 
-    def commit(self, name: str) -> None:
-        """Make the pack visible under ``name``. Where that exists, its content is equal, and it stays."""
+    def commit(self, name: str) -> Stored | None:
+        """Make the pack visible under ``name``, as what is returned. None where that exists: its content is equal, and
+        it stays.
+        """
 
 
 class Store(Protocol):
@@ -112,8 +114,15 @@ class Store(Protocol):
     def denies(self) -> bool:
         """Whether the marker says that there is a deny-list. Raises as ``name``."""
 
-    def announce_denied(self) -> None:
-        """Let the marker say that there is a deny-list. Raises as ``name``, and OSError when the store fails."""
+    @property
+    def denied_copy(self) -> Any:
+        """The deny-list as the marker has it, unverified; None where it has none. Raises as ``name``."""
+
+    def announce_denied(self, copy: Any = None) -> None:
+        """Let the marker say that there is a deny-list, and hold ``copy`` of it.
+
+        Raises as ``name``, and OSError when the store fails.
+        """
 
     def found(self) -> None:
         """Write the marker where the store is empty. Raises as ``name``."""
@@ -122,7 +131,7 @@ class Store(Protocol):
         """Whether nothing at all lies in the store."""
 
     def entries(self, prefix: str = "") -> list[Stored]:
-        """All objects with names of ours below ``prefix`` (a key's; empty: the whole store), sorted by name. A store
+        """All objects with names of ours below ``prefix`` (a key's, or ``SAVING``; empty: all), sorted by name. A store
         that does not exist has none.
         """
 
@@ -141,6 +150,9 @@ class Store(Protocol):
         Raises:
             CacheValidationError: it is not trusted.
         """
+
+    def is_own(self, stored: Stored) -> bool:
+        """Whether the storage itself vouches that this user wrote a listed object; False where it keeps no owners."""
 
     def upload(self, prefix: str) -> AbstractContextManager[Upload]:
         """Begin a pack of the key with ``prefix``. Without a commit, what was written is deleted at the end."""
@@ -167,9 +179,6 @@ class Store(Protocol):
 
     def known_time(self) -> float:
         """As ``now``, as far as it is known without writing anything."""
-
-    def unfinished(self) -> Iterator[Stored]:
-        """Files of writers that are still writing, or that ended before a commit."""
 
     def make_room(self, coming: int) -> None:
         """Check the room for ``coming`` bytes.

@@ -9,13 +9,14 @@ import json
 import os
 import socket
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from ..cache_errors import CacheError
 from .interface import Store
-from .object_names import LEASE
+from .object_names import LEASE, SAVING
 
 LONGEST_S = 3600.0
 _MOST_BYTES = 4096
@@ -54,6 +55,28 @@ def acquire(store: Store, prefix: str, what: str, seconds: float) -> Lease | Non
         return None
     # A store that knows no conditions has taken several: the last counts.
     return Lease(store, name, owner) if _holds(store, name, owner) else None
+
+
+@contextmanager
+def save_slot(store: Store, most: int, timeout_s: float) -> Iterator[bool]:
+    """Count as a save that is under way; the value is whether it is one of the first ``most``.
+
+    Args:
+        timeout_s: older notes are of processes that are gone.
+
+    Raises:
+        OSError: the store fails.
+    """
+    name = f"{SAVING}/{uuid.uuid4().hex}"
+    store.replace(name, b"")
+    try:
+        notes = store.entries(SAVING)
+        now = max([store.known_time(), *(note.modified for note in notes)])
+        under_way = sorted((note.modified, note.name) for note in notes if now - note.modified <= timeout_s)
+        yield name in {first for _, first in under_way[:most]}
+    finally:
+        with suppress(OSError, CacheError):
+            store.delete(name)
 
 
 def _take_over(store: Store, name: str, content: bytes) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from .object_names import is_environment, is_key, is_scope, kind_of
+from .object_names import SAVING, is_environment, is_key, is_scope, kind_of
 
 
 class Listing:
@@ -25,11 +25,11 @@ class Listing:
         self._root = root
 
     def walk(self, prefix: str = "") -> list[tuple[str, os.stat_result]]:
-        """(name in the store, facts) of all files of the key ``prefix``; empty: of the whole store."""
+        """(name in the store, facts) of all files of the key ``prefix``, or of ``SAVING``; empty: of all."""
         self.unreadable = []
         if prefix:
-            return list(self._files(self._root / prefix)) if is_key(prefix) else []
-        found = list(self._files(self._root))
+            return list(self._files(self._root / prefix)) if prefix == SAVING or is_key(prefix) else []
+        found = [*self._files(self._root), *self._files(self._root / SAVING)]
         for environment in self._directories(self._root, is_environment):
             for scope in self._directories(environment, is_scope):
                 found += self._files(scope)

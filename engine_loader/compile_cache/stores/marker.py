@@ -16,7 +16,7 @@ from .object_names import DENIED, MARKER
 
 FORMAT = 2
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_MOST_BYTES = 4096
+_MOST_BYTES = 256 << 10
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Marker:
 
     store: str
     denies: bool = False
+    copy: Any = None
+    """The deny-list as it stands in ``denied.json``, where it is short."""
 
 
 class Marking(Protocol):
@@ -76,11 +78,15 @@ class MarkedStore(ABC):
         if self._marker is None:
             self._marker = marker_of(self, self._expected) or _adopted(self, self._expected)
 
-    def announce_denied(self) -> None:
+    @property
+    def denied_copy(self) -> Any:
+        return self._marker.copy if self.name and self._marker is not None else None
+
+    def announce_denied(self, copy: Any = None) -> None:
         self.found()
-        if not self.denies:
-            note_denied(self)
-            self._marker = Marker(self.name, denies=True)
+        if not self.denies or self.denied_copy != copy:
+            note_denied(self, copy)
+            self._marker = Marker(self.name, denies=True, copy=copy)
 
     def now(self) -> float:
         return self._clock.now()
@@ -128,7 +134,7 @@ def read_marker(store: Marking, expected: str | None) -> Marker | None:
         return None
     try:
         value = json.loads(content)
-        form, name, denies = value["format"], value["store"], value.get("denies", False)
+        form, name, denies, copy = value["format"], value["store"], value.get("denies", False), value.get("denied")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CacheValidationError(
             f"{location}: refused: it cannot be read ({type(error).__name__}); delete it and run "
@@ -142,7 +148,7 @@ def read_marker(store: Marking, expected: str | None) -> Marker | None:
         raise CacheValidationError(
             f"{location}: refused: this is the store {name!r}, and compile_cache.store_name is {expected!r}"
         )
-    return Marker(name, denies is True)
+    return Marker(name, denies is True, copy)
 
 
 def marker_of(store: Marking, expected: str | None) -> Marker | None:
@@ -198,10 +204,10 @@ def _adopted(store: Marking, name: str | None) -> Marker:
     return there
 
 
-def note_denied(store: Marking) -> None:
-    """Let the marker say that there is a deny-list. Raises OSError when the store fails."""
+def note_denied(store: Marking, copy: Any = None) -> None:
+    """Let the marker say that there is a deny-list, and hold a copy of it. Raises OSError when the store fails."""
     value: dict[str, Any] = json.loads(store.read(MARKER, _MOST_BYTES).content)
-    store.replace(MARKER, json.dumps({**value, "denies": True}).encode())
+    store.replace(MARKER, json.dumps({**value, "denies": True, "denied": copy}).encode())
 
 
 def _has_denied(store: Marking) -> bool:

@@ -16,10 +16,23 @@ USED = "used-"
 PRUNED = "pruned-"
 LEASE = "lease-"
 SUSPECT = "suspect-"
+SAVING = "saving"
+"""The directory of notes of saves that are under way."""
 QUARANTINED = "quarantined-"
 
 Kind = Literal[
-    "pack", "index", "used", "pruned", "lease", "suspect", "quarantined", "unfinished", "marker", "denied", "foreign"
+    "pack",
+    "index",
+    "used",
+    "pruned",
+    "lease",
+    "suspect",
+    "quarantined",
+    "saving",
+    "unfinished",
+    "marker",
+    "denied",
+    "foreign",
 ]
 
 _ENVIRONMENT = re.compile(r"[A-Za-z0-9.+_-]+_[0-9a-f]{12}")
@@ -40,6 +53,10 @@ _IN_THE_ROOT: tuple[tuple[Kind, re.Pattern[str]], ...] = (
     ("lease", re.compile(LEASE + "prune")),
     ("unfinished", re.compile(re.escape(UNFINISHED) + r"[0-9a-f]{32}")),
 )
+_SAVING: tuple[tuple[Kind, re.Pattern[str]], ...] = (
+    ("saving", re.compile(r"[0-9a-f]{32}")),
+    ("unfinished", re.compile(re.escape(UNFINISHED) + r"[0-9a-f]{32}")),
+)
 
 
 def kind_of(name: str) -> Kind:
@@ -47,6 +64,8 @@ def kind_of(name: str) -> Kind:
     parts = name.split("/")
     if len(parts) == 1:
         forms = _IN_THE_ROOT
+    elif len(parts) == 2 and parts[0] == SAVING:
+        forms = _SAVING
     elif len(parts) == 3 and is_environment(parts[0]) and is_scope(parts[1]):
         forms = _IN_A_KEY
     else:

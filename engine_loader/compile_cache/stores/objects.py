@@ -25,7 +25,7 @@ from ..trust import Trust
 from .interface import PackReplacedError, Small, Stored
 from .joined import JoinedReads
 from .marker import MarkedStore
-from .object_names import MARKER, UNFINISHED, is_key, kind_of
+from .object_names import MARKER, SAVING, UNFINISHED, is_key, kind_of
 
 if TYPE_CHECKING:
     from obstore import GetOptions, ObjectMeta
@@ -73,6 +73,7 @@ class ObjectCacheStore(MarkedStore):
         self._work_directory = work_directory
         self._listed: dict[str, Stored] = {}
         self._written: dict[str, float] = {}
+        self._versions: dict[str, str] = {}
 
     def is_empty(self) -> bool:
         import obstore
@@ -87,7 +88,7 @@ class ObjectCacheStore(MarkedStore):
     def entries(self, prefix: str = "") -> list[Stored]:
         import obstore
 
-        if prefix and not is_key(prefix):
+        if prefix and prefix != SAVING and not is_key(prefix):
             return []
         below = f"{self._prefix}{prefix}/" if prefix else self._prefix
         found: list[Stored] = []
@@ -141,6 +142,9 @@ class ObjectCacheStore(MarkedStore):
     def vouch(self, stored: Stored) -> None:
         return
 
+    def is_own(self, stored: Stored) -> bool:
+        return False  # who wrote an object is not known
+
     @contextmanager
     def upload(self, prefix: str) -> Iterator[_Upload]:
         self.found()
@@ -165,24 +169,21 @@ class ObjectCacheStore(MarkedStore):
         except FileNotFoundError:
             return
 
-    def unfinished(self) -> Iterator[Stored]:
-        # Parts of an upload that broke off are not listed; the bucket's lifecycle rules delete them.
-        return iter(())
-
     def make_room(self, coming: int) -> None:
         return
 
-    def put(self, name: str, path: str) -> None:
-        """Upload a file. Where the name exists, its content is equal, and it stays.
+    def put(self, name: str, path: str) -> Stored | None:
+        """Upload a file; what it is there. None where the name exists: its content is equal, and it stays.
 
         Raises:
             OSError: the server refuses it, or fails.
         """
         with suppress(FileNotFoundError):
             self._head(name)
-            return
-        whole = os.path.getsize(path) <= _WHOLE_BYTES
-        self._put(name, Path(path), "create" if whole else "overwrite")
+            return None
+        size = os.path.getsize(path)
+        self._put(name, Path(path), "create" if size <= _WHOLE_BYTES else "overwrite")
+        return None if not (version := self._versions.pop(name, "")) else Stored(name, size, time.time(), version)
 
     def _put(self, name: str, content: bytes | Path, mode: Any) -> bool:
         """Whether it was written; False when the condition in ``mode`` was not met."""
@@ -193,8 +194,9 @@ class ObjectCacheStore(MarkedStore):
         self._listed.pop(name, None)
         with _errors_of(f"{self.description}/{name}", "write the object"):
             try:
-                obstore.put(self._store, key, content, mode=mode)
+                answer = obstore.put(self._store, key, content, mode=mode)
                 self._written[name] = time.monotonic()
+                self._versions[name] = answer["e_tag"] or ""
                 return True
             except (AlreadyExistsError, PreconditionError):
                 return False
@@ -266,9 +268,9 @@ class _Upload:
     def write(self, content: bytes) -> None:
         self._file.write(content)
 
-    def commit(self, name: str) -> None:
+    def commit(self, name: str) -> Stored | None:
         self._file.flush()
-        self._store.put(name, self._path)
+        return self._store.put(name, self._path)
 
     def close(self) -> None:
         try:

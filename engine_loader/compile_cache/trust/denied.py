@@ -24,6 +24,8 @@ from .signatures import store_id
 NAME = "denied.json"
 PURPOSE = "deny-list"
 _MOST_BYTES = 4 << 20
+MOST_COPY_BYTES = 64 << 10
+"""A list up to this size stands in the store's marker, too, which every restore reads."""
 _MOST_REASON_CHARS = 500
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -47,7 +49,10 @@ class ObjectStore(Protocol):
     @property
     def denies(self) -> bool: ...
 
-    def announce_denied(self) -> None: ...
+    @property
+    def denied_copy(self) -> Any: ...
+
+    def announce_denied(self, copy: Any = None) -> None: ...
 
     def read(self, name: str, most_bytes: int) -> _Small: ...
 
@@ -115,8 +120,10 @@ def newest(store: ObjectStore, verify: Verify, note: Path | None) -> tuple[DenyL
     """
     problems: list[str] = []
     noted = _noted(note)
-    # The marker is read anyway: a store without a list costs no request for it.
-    found = _read(store, verify, problems) if noted.counter or store.denies else None
+    # The marker is read anyway: neither a store without a list nor one with a short list costs a request for it.
+    found = _copied(store, verify)
+    if found is None or found.counter < noted.counter:
+        found = _read(store, verify, problems) if noted.counter or store.denies else None
     if found is not None and found.counter >= noted.counter:
         packs = {**noted.packs, **found.packs} if found.counter == noted.counter else found.packs
         found = DenyList(found.counter, packs)
@@ -146,7 +153,9 @@ def publish(store: ObjectStore, sign: Sign, denied: DenyList, note: Path | None)
     """
     text = denied.to_json()
     value = {"list": text.decode(), "signature": base64.b64encode(sign(text)).decode()}
-    store.replace(NAME, json.dumps(value).encode())
+    content = json.dumps(value).encode()
+    store.replace(NAME, content)
+    store.announce_denied(value if len(content) <= MOST_COPY_BYTES else None)
     if note is not None:
         _write_note(note, denied)
 
@@ -155,10 +164,7 @@ def _read(store: ObjectStore, verify: Verify, problems: list[str]) -> DenyList |
     """The list of the store; None without one that verifies."""
     location = f"{store.description}/{NAME}"
     try:
-        value: Any = json.loads(store.read(NAME, _MOST_BYTES).content)
-        text = str(value["list"]).encode()
-        verify(text, base64.b64decode(value["signature"], validate=True), location)
-        return DenyList.from_json(text)
+        return _verified(json.loads(store.read(NAME, _MOST_BYTES).content), verify, location)
     except FileNotFoundError:
         return None
     except (CacheError, OSError) as error:
@@ -166,6 +172,20 @@ def _read(store: ObjectStore, verify: Verify, problems: list[str]) -> DenyList |
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         problems.append(f"the deny-list is passed over: {location} cannot be read: {type(error).__name__}")
     return None
+
+
+def _copied(store: ObjectStore, verify: Verify) -> DenyList | None:
+    """The list of which the marker has a copy; None without one that verifies."""
+    with suppress(CacheError, ValueError, KeyError, TypeError, RecursionError):
+        if (copy := store.denied_copy) is not None:
+            return _verified(copy, verify, store.description)
+    return None
+
+
+def _verified(value: Any, verify: Verify, location: str) -> DenyList:
+    text = str(value["list"]).encode()
+    verify(text, base64.b64decode(value["signature"], validate=True), location)
+    return DenyList.from_json(text)
 
 
 def _noted(note: Path | None) -> DenyList:

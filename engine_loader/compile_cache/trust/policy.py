@@ -103,6 +103,10 @@ class Trust:
         denied, problems = newest(store, verify, deny_note(state, name))
         return self._with(denied=denied, warnings=(*self.warnings, *problems))
 
+    def without_denied(self) -> Trust:
+        """The trust that refuses no pack for the deny-list."""
+        return self._with(denied=DenyList())
+
     def publish_denied(self, store: ObjectStore, denied: DenyList, state: Path | None) -> None:
         """Write a deny-list into the store, and note it in ``state``.
 
@@ -115,20 +119,21 @@ class Trust:
         sign = partial(self.sign, store=store.name, purpose=DENY_LIST)
         publish(store, sign, denied, deny_note(state, store.name))
 
-    def check_pack(self, digest: str, created: float, location: str, *, now: float | None = None) -> None:
+    def check_pack(self, names: Sequence[str], created: float, location: str, *, now: float | None = None) -> None:
         """Refuse a pack whose signature is right and that is not taken all the same.
 
         Args:
-            digest: the pack's name.
+            names: digests by which it may be denied: the pack's name, and that of its content.
             created: seconds since the epoch, as its manifest says.
             now: of the store; None: this machine's clock.
 
         Raises:
             CacheValidationError: it is on the deny-list, or too old.
         """
-        if digest in self.denied.packs:
+        reason = next((self.denied.packs[name] for name in names if name in self.denied.packs), None)
+        if reason is not None:
             raise CacheValidationError(
-                f"{location}: refused: it is on the deny-list ({shown(self.denied.packs[digest])}); "
+                f"{location}: refused: it is on the deny-list ({shown(reason)}); "
                 "where it was restored before, run `engine-loader compile-cache clear`"
             )
         age_days = ((time.time() if now is None else now) - created) / 86400

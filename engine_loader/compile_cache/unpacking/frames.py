@@ -83,7 +83,7 @@ class FrameUnpacker:
 
     def _make_directories(self) -> None:
         work = self._missing.frames()
-        for directory in sorted({os.path.dirname(file.path) for _, _, files in work for file in files}):
+        for directory in sorted({file.path.rpartition("/")[0] for _, _, files in work for file in files}):
             root, _, below = directory.partition("/")
             os.makedirs(self._staging[root] / below, mode=0o700, exist_ok=True)
 

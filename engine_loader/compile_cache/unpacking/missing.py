@@ -43,6 +43,8 @@ class MissingFiles:
 
     def below(self, roots: Collection[str]) -> MissingFiles:
         """The missing files of the caches ``roots`` only."""
+        if set(self.roots()) <= set(roots):
+            return self
         return self.where(lambda file: file.root in roots)
 
     def where(self, keep: Callable[[PackedFile], bool]) -> MissingFiles:
@@ -77,7 +79,7 @@ def missing_files(
     """
     missing = MissingFiles()
     for pack, file in files_for(packs, without=without).values():
-        root = directories.get(file.root)
-        if root is not None and not os.path.lexists(root / file.path.partition("/")[2]):
+        root, _, below = file.path.partition("/")
+        if root in directories and not os.path.lexists(f"{directories[root]}/{below}"):
             missing.add(pack, file)
     return missing

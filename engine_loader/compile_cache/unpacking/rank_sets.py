@@ -83,9 +83,10 @@ def leave_out_partial_sets(
         directories: name of a cache -> its directory on this node.
         layout: of the engine; None where it is not known, and no set can be told to be whole.
     """
-    wanted = {file.path for frames in missing.files.values() for files_ in frames.values() for file in files_}
     refused: dict[str, str] = {}
-    for name, members in _sets(files).items():
+    sets = _sets(files)
+    wanted = {file.path for frames in missing.files.values() for files_ in frames.values() for file in files_ if sets}
+    for name, members in sets.items():
         if wanted.isdisjoint(file.path for file in members.values()):
             continue
         reason = _partial(members, layout) or _mixed(members, wanted, directories)
@@ -95,6 +96,8 @@ def leave_out_partial_sets(
         f"the autotune tables {name} are left out: {reason}; ranks that find a part of them wait for those that do not"
         for name, reason in refused.items()
     ]
+    if not refused:
+        return missing, []
     return missing.where(lambda file: (part := part_of(file.path)) is None or part.name not in refused), messages
 
 

@@ -38,8 +38,8 @@ def resign(store: Store, trust: Trust) -> Iterator[Resigned]:
     trust.sign(b"")  # so that a node that cannot says so before it reads anything
     for prefix in sorted({stored.key_prefix for stored in store.list()}):
         found = read_key(store, prefix, trust, most_singly=MOST_FOR_AN_INDEX)
-        for stored, problem in found.refused:
-            yield Resigned(stored.name, problem)
+        for one in found.refused:
+            yield Resigned(one.stored.name, one.reason)
         done = [_sign_again(store, found, pack, trust) for pack in found.packs if not pack.by_signer]
         yield from done
         if done:

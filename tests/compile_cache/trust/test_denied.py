@@ -11,10 +11,13 @@ from engine_loader.compile_cache.cache_errors import CacheValidationError
 from engine_loader.compile_cache.stores.filesystem import FilesystemStore
 from engine_loader.compile_cache.stores.interface import Small
 from engine_loader.compile_cache.stores.marker import adopt
+from engine_loader.compile_cache.stores.object_names import MARKER
 from engine_loader.compile_cache.trust import Trust
 from engine_loader.compile_cache.trust.denied import NAME, DenyList
 from engine_loader.compile_cache.trust.keys import new_key, parse_keys
-from engine_loader.compile_cache.trust.signatures import Key
+from engine_loader.compile_cache.trust.signatures import HmacKey, Key
+from engine_loader.compile_cache.upkeep.denying import names_of
+from engine_loader.compile_cache.upkeep.resign import resign
 from tests.compile_cache.support import Machine
 
 DIGEST = "ab" * 32
@@ -33,6 +36,12 @@ def deny(machine: Machine, denied: DenyList) -> None:
 def digest_of(machine: Machine) -> str:
     (pack,) = machine.packs()
     return pack.name.partition(".")[0]
+
+
+def lose_list(machine: Machine) -> None:
+    """As somebody does who can write to the store."""
+    (machine.store.directory / NAME).unlink()
+    machine.store.announce_denied()  # without a copy
 
 
 def seen_by(machine: Machine, state: Path | None) -> Trust:
@@ -63,8 +72,8 @@ def test_other_packs_of_the_key_are_restored(first: Machine, second: Machine) ->
 def test_no_new_pack_gets_the_name_of_a_denied_one() -> None:
     trust = Trust(b"a secret of some length", denied=DenyList(1, {DIGEST: "bad"}))
     with pytest.raises(CacheValidationError, match="on the deny-list"):
-        trust.check_pack(DIGEST, time.time(), "the new pack")
-    trust.check_pack(OTHER, time.time(), "the new pack")
+        trust.check_pack([DIGEST], time.time(), "the new pack")
+    trust.check_pack([OTHER], time.time(), "the new pack")
 
 
 def test_a_pack_is_taken_again_when_it_is_removed_from_the_list(first: Machine, second: Machine) -> None:
@@ -74,6 +83,22 @@ def test_a_pack_is_taken_again_when_it_is_removed_from_the_list(first: Machine, 
     deny(first, denied.without({digest_of(first)}))
     second.trust = seen_by(second, None)
     assert second.restore().status == "restored"
+
+
+def test_equal_content_does_not_come_back_under_another_name(first: Machine) -> None:
+    """The pack that crashed engines had been signed again, so that its name is not the first of its content."""
+    first.save()
+    new = HmacKey(b"a new secret of some length")
+    first.trust = Trust([new, *first.trust.keys])
+    assert [one.problem for one in resign(first.store, first.trust)] == [None]
+    names = names_of(first.store, first.trust, {digest_of(first)})
+    assert len(names) == 2
+    deny(first, DenyList().with_denied(dict.fromkeys(names, "SIGILL")))
+    first.packs()[0].unlink()
+    first.trust = seen_by(first, None)
+    with pytest.raises(CacheValidationError, match="on the deny-list"):
+        first.save()
+    assert first.packs() == []
 
 
 class TestWhoMayDeny:
@@ -120,10 +145,12 @@ class TestAListThatIsPutBack:
     def test_an_older_list_undoes_nothing_on_a_node_that_has_seen_a_newer(self, first: Machine, state: Path) -> None:
         old = DenyList().with_denied({OTHER: "bad"})
         deny(first, old)
-        before = (first.store.directory / NAME).read_bytes()
+        before = {name: (first.store.directory / name).read_bytes() for name in (NAME, MARKER)}
         deny(first, old.with_denied({DIGEST: "worse"}))
         assert set(seen_by(first, state).denied.packs) == {DIGEST, OTHER}
-        (first.store.directory / NAME).write_bytes(before)
+        for name, content in before.items():
+            (first.store.directory / name).write_bytes(content)
+        first = Machine(first.directories["inductor"].parent, first.store.directory, first.trust)
         trust = seen_by(first, state)
         assert set(trust.denied.packs) == {DIGEST, OTHER}
         assert "is number 1, and this node has seen number 2" in trust.warnings[0]
@@ -132,7 +159,7 @@ class TestAListThatIsPutBack:
     def test_a_list_that_was_deleted_still_counts(self, first: Machine, state: Path) -> None:
         deny(first, DenyList().with_denied({DIGEST: "bad"}))
         seen_by(first, state)
-        (first.store.directory / NAME).unlink()
+        lose_list(first)
         trust = seen_by(first, state)
         assert trust.denied.packs == {DIGEST: "bad"}
         assert "is missing" in trust.warnings[0]
@@ -140,7 +167,7 @@ class TestAListThatIsPutBack:
     def test_writing_it_again_from_the_note_ends_the_warning(self, first: Machine, state: Path) -> None:
         deny(first, DenyList().with_denied({DIGEST: "bad"}))
         trust = seen_by(first, state)
-        (first.store.directory / NAME).unlink()
+        lose_list(first)
         trust = seen_by(first, state)
         trust.publish_denied(first.store, trust.denied.with_denied({}), state)
         again = seen_by(first, state)
@@ -182,6 +209,24 @@ class TestWhatItCosts:
         seen_by(second, state)
         assert read == ["engine-loader-store.json"]
 
+    def test_a_short_list_comes_with_the_marker(
+        self, first: Machine, second: Machine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        deny(first, DenyList().with_denied({DIGEST: "bad"}))
+        read: list[str] = []
+        plain = FilesystemStore.read
+        monkeypatch.setattr(
+            FilesystemStore, "read", lambda self, name, most: read.append(name) or plain(self, name, most)
+        )
+        assert seen_by(second, None).denied.packs == {DIGEST: "bad"}
+        assert read == [MARKER]
+
+    def test_a_long_list_is_an_object_of_its_own(self, first: Machine, second: Machine) -> None:
+        packs = {f"{number:064x}": "x" * 400 for number in range(500)}
+        deny(first, DenyList().with_denied(packs))
+        assert (first.store.directory / MARKER).stat().st_size < 1000
+        assert seen_by(second, None).denied.packs == packs
+
     def test_a_marker_that_was_deleted_and_made_anew_says_that_there_is_one(self, first: Machine) -> None:
         deny(first, DenyList().with_denied({DIGEST: "bad"}))
         (first.store.directory / "engine-loader-store.json").unlink()
@@ -204,9 +249,9 @@ class TestAge:
 
     def test_it_counts_by_the_stores_clock_where_that_is_given(self) -> None:
         trust = Trust(most_age_days=7)
-        trust.check_pack(DIGEST, 1e9, "a/pack", now=1e9 + 6 * 86400)
+        trust.check_pack([DIGEST], 1e9, "a/pack", now=1e9 + 6 * 86400)
         with pytest.raises(CacheValidationError, match="made 8 days ago"):
-            trust.check_pack(DIGEST, 1e9, "a/pack", now=1e9 + 8 * 86400)
+            trust.check_pack([DIGEST], 1e9, "a/pack", now=1e9 + 8 * 86400)
 
 
 def test_the_list_is_plain_json_for_people(first: Machine) -> None:
