@@ -19,7 +19,6 @@ from tests.support.moto_server import MotoServer
 
 pytestmark = pytest.mark.servers
 
-URL = "s3://models/llama"
 SMALL = {
     "config.json": b'{"model_type": "llama"}',
     "tokenizer.json": b"{}" * 5000,
@@ -36,33 +35,46 @@ NOT_FETCHED = {
 }
 
 
-@pytest.fixture
-def moto(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[MotoServer]:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+@pytest.fixture(scope="module")
+def moto() -> Iterator[MotoServer]:
     with MotoServer() as server:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
-        server.put("models", {f"llama/{name}": content for name, content in {**SMALL, **NOT_FETCHED}.items()})
         server.put("models", {"empty/readme.txt": b"no model"})
         yield server
 
 
+class Bucket:
+    """A model of its own for each test."""
+
+    def __init__(self, moto: MotoServer, name: str) -> None:
+        self.url = f"s3://models/{name}"
+        self._key = f"{name}/config.json"
+        self._moto = moto
+        moto.put("models", {f"{name}/{path}": content for path, content in {**SMALL, **NOT_FETCHED}.items()})
+
+    def change(self, config: bytes) -> None:
+        """Signed: moto lets nobody else overwrite an object."""
+        store = S3Store(
+            "models",
+            endpoint=self._moto.url,
+            region="us-east-1",
+            access_key_id="test",
+            secret_access_key="test",
+            client_options={"allow_http": True},
+        )
+        obstore.put(store, self._key, config)
+
+
+@pytest.fixture
+def bucket(moto: MotoServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bucket:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", moto.url)
+    return Bucket(moto, tmp_path.name)
+
+
 def settings() -> LoaderSettings:
-    return load_settings({"object_store_timeout_s": 2}).settings.loader
-
-
-def change(moto: MotoServer, config: bytes) -> None:
-    """Signed: moto lets nobody else overwrite an object."""
-    store = S3Store(
-        "models",
-        endpoint=moto.url,
-        region="us-east-1",
-        access_key_id="test",
-        secret_access_key="test",
-        client_options={"allow_http": True},
-    )
-    obstore.put(store, "llama/config.json", config)
+    return load_settings({"object_store_timeout_s": 2, "max_tries": 2}).settings.loader
 
 
 def content(directory: str) -> dict[str, bytes]:
@@ -70,40 +82,40 @@ def content(directory: str) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-def test_everything_but_weights_is_fetched_once_for_each_state_of_the_bucket(moto: MotoServer) -> None:
-    first = local_copy(URL, settings())
+def test_everything_but_weights_is_fetched_once_for_each_state_of_the_bucket(bucket: Bucket) -> None:
+    first = local_copy(bucket.url, settings())
     assert content(first) == SMALL
     before = os.stat(Path(first, "config.json")).st_ino
-    assert local_copy(f"{URL}/", settings()) == first
+    assert local_copy(f"{bucket.url}/", settings()) == first
     assert os.stat(Path(first, "config.json")).st_ino == before, "it was fetched again"
 
-    change(moto, b'{"model_type": "other"}')
-    second = local_copy(URL, settings())
+    bucket.change(b'{"model_type": "other"}')
+    second = local_copy(bucket.url, settings())
     assert second != first
     assert json.loads(content(second)["config.json"]) == {"model_type": "other"}
     assert content(first) == SMALL, "an engine that runs still reads it"
 
-    change(moto, SMALL["config.json"])
-    assert local_copy(URL, settings()) == first
+    bucket.change(SMALL["config.json"])
+    assert local_copy(bucket.url, settings()) == first
 
 
-def test_old_copies_go(moto: MotoServer) -> None:
+def test_old_copies_go(bucket: Bucket) -> None:
     copies = []
     for number in range(model_files._KEPT + 2):
-        change(moto, json.dumps({"number": number}).encode())
-        copies.append(Path(local_copy(URL, settings())))
+        bucket.change(json.dumps({"number": number}).encode())
+        copies.append(Path(local_copy(bucket.url, settings())))
     assert [path.exists() for path in copies] == [False, False, *[True] * model_files._KEPT]
 
 
 def test_a_start_without_the_store_takes_the_last_copy_and_says_so(
-    moto: MotoServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = local_copy(URL, settings())
-    change(moto, b'{"model_type": "other"}')
-    second = local_copy(URL, settings())
+    first = local_copy(bucket.url, settings())
+    bucket.change(b'{"model_type": "other"}')
+    second = local_copy(bucket.url, settings())
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with caplog.at_level(logging.WARNING):
-        assert local_copy(URL, settings()) == second != first
+        assert local_copy(bucket.url, settings()) == second != first
     assert "configuration and tokenizer are those of an earlier start" in caplog.text
     with pytest.raises(CheckpointError):
         local_copy("s3://models/never-seen", settings())
@@ -112,13 +124,13 @@ def test_a_start_without_the_store_takes_the_last_copy_and_says_so(
 @pytest.mark.parametrize(
     ("url", "told"), [("s3://models/none", "there is no object"), ("s3://models/empty", "no model")]
 )
-def test_what_is_no_model_is_refused(url: str, told: str, moto: MotoServer, tmp_path: Path) -> None:
+def test_what_is_no_model_is_refused(url: str, told: str, bucket: Bucket, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=told):
         local_copy(url, settings())
     assert not content(str(tmp_path / "cache"))
 
 
-def test_a_fetch_that_fails_leaves_nothing(moto: MotoServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_fetch_that_fails_leaves_nothing(bucket: Bucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     read, calls = model_files.read_small_file, []
 
     def failing(source: object, path: str) -> bytes:
@@ -129,24 +141,24 @@ def test_a_fetch_that_fails_leaves_nothing(moto: MotoServer, monkeypatch: pytest
 
     monkeypatch.setattr(model_files, "read_small_file", failing)
     with pytest.raises(OSError, match="No space left"):
-        local_copy(URL, settings())
+        local_copy(bucket.url, settings())
     assert not content(str(tmp_path / "cache"))
-    assert content(local_copy(URL, settings())) == SMALL
+    assert content(local_copy(bucket.url, settings())) == SMALL
 
 
-def test_several_at_once_get_the_same_complete_copy(moto: MotoServer, tmp_path: Path) -> None:
+def test_several_at_once_get_the_same_complete_copy(bucket: Bucket, tmp_path: Path) -> None:
     with ThreadPoolExecutor(6) as pool:
-        copies = {future.result() for future in [pool.submit(local_copy, URL, settings()) for _ in range(6)]}
+        copies = {future.result() for future in [pool.submit(local_copy, bucket.url, settings()) for _ in range(6)]}
     (copy,) = copies
     assert content(copy) == SMALL
     assert [path.name for path in Path(copy).parent.iterdir()] == [Path(copy).name]
 
 
 def test_a_home_that_cannot_be_written_is_not_needed(
-    moto: MotoServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr(model_files.tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
-    assert content(local_copy(URL, settings())) == SMALL
+    assert content(local_copy(bucket.url, settings())) == SMALL

@@ -13,18 +13,21 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from ...errors import CheckpointError, TransferError
 from ...loading.companions import is_companion
 from ...loading.shards import read_small_file
 from ...settings import LoaderSettings
+from ...sources.object_store.client import ObjectStoreOptions
 from ...sources.object_store.object_source import ObjectStoreSource
 
 logger = logging.getLogger(__name__)
 
 _KEPT = 3
 """Copies of a model that are kept: engines that run may still read an older one."""
+_TRIES_WITH_COPY = 2
 _CONFIG = "config.json", "params.json"
 _LEFT_OUT = ("original", "metal", "onnx", "openvino", "runs", "logs")
 """Folders of a model with other formats of it, or of its training."""
@@ -43,7 +46,10 @@ def local_copy(url: str, settings: LoaderSettings) -> str:
     """
     url = url.rstrip("/")
     home = _cache_directory() / hashlib.sha256(url.encode()).hexdigest()[:16]
-    source = ObjectStoreSource.from_settings(settings)
+    options = ObjectStoreOptions.from_settings(settings)
+    if _copies(home):  # something to go on with: not to be waited for long
+        options = replace(options, max_tries=min(options.max_tries, _TRIES_WITH_COPY))
+    source = ObjectStoreSource(options)
     try:
         wanted = dict(_companions(source, url))
         if not any(name in wanted for name in _CONFIG):
