@@ -14,6 +14,9 @@ from engine_loader import CheckpointError, SettingsError
 from engine_loader.engines.vllm.rank import Rank
 from tests.support.moto_server import MotoServer
 from tests.support.vllm_inprocess import State, differences, load_state, load_state_as, rank_as
+from tests.support.vllm_server import VllmServer
+
+from .conftest import PROMPT
 
 pytestmark = pytest.mark.engine
 
@@ -170,3 +173,9 @@ def test_files_by_pattern_and_in_a_subfolder(moto: MotoServer, model: Path) -> N
     names = {name for name, _ in loader._get_weights_iterator(source)}
     assert names
     assert all(name.startswith("audio.model.layers.") or "embed" in name or "norm" in name for name in names)
+
+
+def test_a_server_answers_as_with_weights_on_disk(bare: Path, llama_answer: str) -> None:
+    extra = ("--load-format", "b10_3fs", "--model-loader-extra-config", f'{{"weights_uri": "{URI}"}}')
+    with VllmServer(bare, *extra) as server:
+        assert server.complete(PROMPT, max_tokens=24) == llama_answer
