@@ -31,12 +31,19 @@ BENCH_STAMP := $(VENV)/.bench-installed
 # Beside the environment, where only who asks for it finds it: vLLM's CPU build does without.
 TORCHVISION := $(VENV)/torchvision
 
+# A version of torch that the library's tests also run with, in an environment of its own. Without an index of CPU builds
+# it is the one for CUDA, 5.5 GB with its libraries.
+TORCH_VERSION ?= 2.14.1
+TORCH_VENV := .venv-torch-$(TORCH_VERSION)
+LIBRARY_TESTS := tests/loading tests/formats tests/dcp tests/conversion tests/transfer tests/cuda
+
 # Versions of SGLang that the tests start, each in an environment of its own.
 SGLANG_VERSIONS ?= 0.5.23 0.5.11 0.5.10
 SGLANG := tests/support/sglang
 SGLANG_STAMPS := $(SGLANG_VERSIONS:%=.venv-sglang-%/.package-installed)
 
-.PHONY: help venv venv-sglang tools demo lint check test test-fast test-sglang test-architectures test-object-stores test-radosgw test-chaos fuzz bench clean
+.PHONY: help venv venv-sglang tools demo lint check test test-fast test-sglang test-architectures test-torch \
+	test-object-stores test-radosgw test-chaos contract fuzz bench clean
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv-sglang-%/.engine-installed
 
@@ -71,6 +78,12 @@ test-sglang: venv venv-sglang  ## The tests that start SGLang; SGLANG_VERSIONS="
 test-architectures: venv $(TORCHVISION)  ## vLLM's architectures in tiny: our loader against its own; ARGS="LlamaForCausalLM"
 	EXTENDED_TESTS=1 $(PY) -m pytest tests/engines/architectures tests/engines/vllm/test_parameters.py
 	$(PY) -m tests.engines.architectures $(ARGS)
+
+test-torch: $(TORCH_VENV)/.package-installed  ## The library's tests with another torch; TORCH_VERSION=2.15.0
+	$(TORCH_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "$(UNIT)" $(LIBRARY_TESTS) $(ARGS)
+
+contract: venv  ## What moved in the installed engines, and in SGLang's environments; ARGS="--download vllm sglang"
+	$(PY) -m tests.engines.contract $(if $(ARGS),$(ARGS),$(patsubst %,--site %,$(wildcard .venv*/lib/python3*/site-packages)))
 
 test-object-stores: venv  ## Object stores at length: objects of 1 GiB, four processes
 	EXTENDED_TESTS=1 $(PY) -m pytest tests/sources/object_store tests/dcp/s3 $(ARGS)
@@ -125,6 +138,13 @@ $(TORCHVISION): $(ENGINE_STAMP)
 
 .venv-sglang-%/.package-installed: .venv-sglang-%/.engine-installed pyproject.toml setup.py $(NATIVE_SOURCES)
 	.venv-sglang-$*/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable .
+	touch $@
+
+$(TORCH_VENV)/.package-installed: pyproject.toml setup.py $(NATIVE_SOURCES) | tools
+	@echo "Installing torch $(TORCH_VERSION) into $(TORCH_VENV); this takes minutes the first time."
+	test -x $(TORCH_VENV)/bin/python || $(PYTHON) -m venv $(TORCH_VENV)
+	$(TORCH_VENV)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==$(TORCH_VERSION)
+	$(TORCH_VENV)/bin/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
 $(BENCH_STAMP): $(PACKAGE_STAMP)

@@ -23,12 +23,14 @@ LOAD_FORMAT = "b10_3fs"
 _VLLM_CACHE = "engine_loader.engines.vllm.cache"
 _SGLANG_CACHE = "engine_loader.engines.sglang.cache"
 _SGLANG_FORMAT = "engine_loader.engines.sglang.format"
-_ADAPTERS = {
+ADAPTERS = {
     "vllm.model_executor.model_loader": "engine_loader.engines.vllm.loader",
     "vllm.model_executor.models.registry": f"{_VLLM_CACHE}:register_registry",
     "vllm.engine.arg_utils": "engine_loader.engines.vllm.headers",
+    "vllm.model_executor.model_loader.weight_cache.daemon": "engine_loader.engines.vllm.preload",
     "vllm.v1.executor.abstract": f"{_VLLM_CACHE}:register_executor",
     "vllm.v1.engine.core": f"{_VLLM_CACHE}:register_engine_core",
+    "vllm.distributed.elastic_ep.elastic_state": f"{_VLLM_CACHE}:register_elastic",
     "vllm.v1.worker.worker_base": f"{_VLLM_CACHE}:register_worker",
     "vllm.worker.worker_base": f"{_VLLM_CACHE}:register_worker",  # up to 0.11
     "vllm.compilation.decorators": "engine_loader.engines.vllm.fixups",
@@ -52,7 +54,7 @@ def register() -> None:
     called again, never raises.
     """
     _name_cache_directories()
-    for module, adapter in _ADAPTERS.items():
+    for module, adapter in ADAPTERS.items():
         try:
             _when_imported(module, adapter)
         except Exception:

@@ -45,6 +45,8 @@ SOURCE_SUFFIXES = {".py", ".c", ".cpp", ".h"}
 INSIDE_FUNCTIONS = {
     ("compat/callable_package.py", "compat.b10_transfer"): "importing this package must not import the compile cache",
     ("compile_cache/stores/opening.py", "compile_cache.stores.objects"): "obstore is an extra: only a URL needs it",
+    ("engines/sglang/format.py", "engines.common.model_files"): "arguments are read before torch is imported",
+    ("engines/sglang/format.py", "engines.common.weights_uri"): "arguments are read before torch is imported",
     ("engines/sglang/format.py", "engines.sglang.loader"): "SGLang's loader, which it extends, is imported later",
     ("engines/vllm/sharded.py", "conversion.destination"): "the room of conversions imports what engines start without",
     ("sources/registry.py", "sources.memory"): "a source is imported when it is first used",

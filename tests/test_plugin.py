@@ -65,7 +65,7 @@ def test_a_broken_adapter_is_told_and_nothing_is_raised() -> None:
         import json, logging, sys
         logging.basicConfig(stream=sys.stdout)
         from engine_loader import plugin
-        plugin._ADAPTERS = {"colorsys": "engine_loader.no_such_adapter", "json": "engine_loader.no_such_adapter"}
+        plugin.ADAPTERS = {"colorsys": "engine_loader.no_such_adapter", "json": "engine_loader.no_such_adapter"}
         plugin.register()
         import colorsys
         print(colorsys.rgb_to_hsv(0, 0, 0))

@@ -16,6 +16,7 @@ from ..transfer.device_stream import DeviceStream
 from ..transfer.plan import ExtentRow, make_extents
 from ..transfer.protocol import ReaderThreads, Transfer
 from .devices.cuda import CudaDevices, Devices
+from .devices.per_tensor import TargetDevice, gpu_of
 from .shards import OpenFiles
 from .store import TensorStore, complete_report, submit_to
 from .streaming.transports import make_transport
@@ -86,10 +87,11 @@ class SafetensorsStore(TensorStore):
         return submit_to(stream, self._running_readers(), list(self._open.values()), make_extents(extents), owner)
 
     def stream(
-        self, infos: Iterable[TensorInfo], report: LoadReport, device: torch.device | None = None
+        self, infos: Iterable[TensorInfo], report: LoadReport, device: TargetDevice = None
     ) -> Iterator[tuple[str, torch.Tensor]]:
         pairs = self._transport.stream(infos, report, device)
-        if device is None or device.type == "cpu":
+        gpu = gpu_of(device)
+        if gpu is None or gpu.type == "cpu":
             yield from pairs
             return
         try:

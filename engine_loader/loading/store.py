@@ -22,6 +22,7 @@ from ..transfer.native.native_readers import NativeReaders
 from ..transfer.plan import ExtentRow, Extents
 from ..transfer.protocol import ReaderThreads, Transfer, wait_or_cancel
 from .devices.cuda import Devices
+from .devices.per_tensor import TargetDevice
 
 
 class TensorStore(Protocol):
@@ -133,7 +134,7 @@ class TensorStore(Protocol):
         ...
 
     def stream(
-        self, infos: Iterable[TensorInfo], report: LoadReport, device: torch.device | None = None
+        self, infos: Iterable[TensorInfo], report: LoadReport, device: TargetDevice = None
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, tensor) of ``infos``, in their order, reading ahead.
 

@@ -13,6 +13,7 @@ from ..report.load_report import LoadReport
 from ..report.progress import byte_progress
 from ..settings import LoaderSettings
 from ..sources.registry import make_source
+from .devices.per_tensor import TargetDevice
 from .direct.load import SMALL_BYTES, DirectLoad
 from .find import SafetensorsFiles, TrainingCheckpoint, natural_key
 from .open_store import open_store, store_of_files
@@ -37,7 +38,7 @@ def stream_weights(
     tell: Callable[[str], object] = lambda line: None,
     note: str | None = None,
     direct: DirectLoad | None = None,
-    device: torch.device | None = None,
+    device: TargetDevice = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor) of all ``weights``: the files in natural order, each in file order.
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from engine_loader.engines.common import mode, reading
 from engine_loader.errors import SettingsError
 from engine_loader.loading import safetensors_store as reader
+from engine_loader.loading.devices.per_tensor import PerTensor
 from engine_loader.settings import LoaderSettings, load_settings
 from tests.support.tiny_models import make_model
 
@@ -47,8 +48,8 @@ class _Devices:
 def model_on(*places: str, online: bool = False) -> Any:
     """What is asked of a model."""
     part = SimpleNamespace(quant_method=SimpleNamespace(uses_meta_device=online))
-    parameters = [SimpleNamespace(device=torch.device(place)) for place in places]
-    return SimpleNamespace(parameters=lambda: parameters, modules=lambda: [part])
+    parameters = {f"layers.{n}.weight": SimpleNamespace(device=torch.device(place)) for n, place in enumerate(places)}
+    return SimpleNamespace(parameters=parameters.values, named_parameters=parameters.items, modules=lambda: [part])
 
 
 def plan(
@@ -77,7 +78,8 @@ def test_a_model_in_cpu_memory_is_handed_them_there_without_a_word(monkeypatch: 
     ("model", "options", "why"),
     [
         (model_on("cuda:0"), {"stream_device": "cpu"}, "stream_device is cpu"),
-        (model_on("cuda:0", "cpu"), {}, "parameters are on cpu, cuda:0"),
+        (model_on("cuda:0", "cuda:1"), {}, "parameters are on cuda:0, cuda:1"),
+        (model_on("cuda:0", "cuda:1", "cpu"), {}, "parameters are on cpu, cuda:0, cuda:1"),
         (model_on("cuda:0", "meta"), {}, "parameters are on cuda:0, meta"),
         (model_on("cuda:0", online=True), {}, "weights are quantised, or their memory made, while they are loaded"),
         (model_on("cuda:0"), {"wrong": "a trial of cuda:0 failed"}, "a trial of cuda:0 failed"),
@@ -138,6 +140,65 @@ def test_an_engine_is_handed_tensors_in_the_devices_memory(
     assert standin.live()["allocations"] == 0
     # Tensors of 600 kB are blocks of their own; one may be there beside the budget, held by the loop above.
     assert devices.peak_bytes <= 2 * MIB + 2 * 600_000
+
+
+@pytest.mark.parametrize("mode_of_model", ["stream", "auto"])
+def test_each_tensor_goes_to_where_its_parameter_is(mode_of_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = plan(monkeypatch, model_on("cuda:0", "cpu", "cuda:0"), mode=mode_of_model)
+    assert planned.note is None
+    places = [planned.device.is_on_cpu(f"model.layers.{number}.weight") for number in range(3)]
+    assert places == [False, True, False]
+    # GPUDirect Storage has no way into the CPU's memory.
+    with pytest.raises(SettingsError, match="transport: gds cannot serve here: parameters are on cpu, cuda:0"):
+        plan(monkeypatch, model_on("cuda:0", "cpu"), transport="gds")
+
+
+@pytest.mark.parametrize(
+    ("name", "on_cpu"),
+    [
+        ("model.embed_tokens.weight", True),
+        ("language_model.model.embed_tokens.weight", True),  # the checkpoint has a prefix
+        ("embed_tokens.weight", True),  # or lacks one
+        ("model.layers.3.engram.embed.scale", True),  # another parameter of an offloaded module
+        ("model.layers.3.engram.shards.0.weight", True),  # a part of what is one there
+        ("model.layers.0.mlp.up_proj.weight", False),  # fused, beside others on the GPU
+        ("model.layers.3.mlp.up_proj.weight", False),
+        ("visual.patch.weight", False),
+        ("weight", False),
+    ],
+)
+def test_names_that_an_engine_changes_are_followed_by_their_modules(name: str, on_cpu: bool) -> None:
+    memory, gpu = torch.empty(1), SimpleNamespace(device=CUDA)
+    parameters: Any = {
+        "model.embed_tokens.weight": memory,
+        "model.layers.0.mlp.gate_up_proj.weight": gpu,
+        "model.layers.3.engram.embed.weight": memory,
+        "model.layers.3.mlp.gate_up_proj.weight": gpu,
+        "lm_head.weight": gpu,
+    }
+    assert PerTensor(CUDA, parameters.items()).is_on_cpu(name) is on_cpu
+
+
+@pytest.mark.parametrize("engine", ["cpp", "python"])
+def test_offloaded_tensors_are_handed_over_in_cpu_memory_and_the_others_on_the_device(
+    engine: str, devices: StandInDevices, standin: StandIn, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = {f"layers.{number}.weight": torch.randn(300, 50) for number in range(20)}
+    save_file(expected, tmp_path / "model.safetensors")
+    settings = load_settings({**options_for(standin), "engine": engine}).settings.loader
+    # Python's threads leave it to torch to copy to a device, and there is no CUDA here.
+    gpu = CUDA if engine == "cpp" else torch.device("meta")
+    places = {name: expected[name] if number % 3 == 0 else None for number, name in enumerate(expected)}
+    parameters = {name: SimpleNamespace(device=gpu) if place is None else place for name, place in places.items()}
+    log = logging.getLogger("engine_loader.test")
+    with caplog.at_level(logging.INFO):
+        files = [str(tmp_path / "model.safetensors")]
+        target = PerTensor(gpu, parameters.items())  # type: ignore[arg-type]
+        for name, tensor in reading.read_weights(files, settings, log=log, show_progress=False, device=target):
+            on_device = devices.number_of(tensor) == 0 if engine == "cpp" else tensor.is_meta
+            assert on_device is (places[name] is None), name
+            assert tensor.is_meta or torch.equal(tensor, expected.pop(name))
+    assert "or in CPU memory where their parameters are" in caplog.text
 
 
 def test_without_a_device_they_are_in_cpu_memory(

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from engine_loader.engines.sglang.format import check
+from engine_loader.engines.sglang.masks import mask_of
 from engine_loader.errors import SettingsError
 
 
@@ -21,6 +22,7 @@ def arguments(**changes: Any) -> SimpleNamespace:
         ("quantization", "auto-round-int8", "has a loader of its own for the quantisation auto-round-int8"),
         ("modelopt_quant", "fp8", "quantises the model by ModelOpt while it loads it"),
         ("weight_cache_mode", "daemon", "--weight-cache-mode daemon exclude each other"),
+        ("startup_weight_load_mode", "overlap", "--startup-weight-load-mode overlap exclude each other"),
     ],
 )
 def test_what_has_a_loader_of_its_own_is_refused(option: str, value: str, told: str) -> None:
@@ -30,3 +32,24 @@ def test_what_has_a_loader_of_its_own_is_refused(option: str, value: str, told: 
 
 def test_with_another_load_format_nothing_is_refused() -> None:
     check(arguments(load_format="auto", quantization="gguf", modelopt_quant="fp8", weight_cache_mode="client"))
+
+
+@pytest.mark.parametrize(
+    ("model", "names", "mask"),
+    [
+        ("/m/llama", ["config.json", "model-00001-of-00002.safetensors"], "auto"),
+        ("/m/mistral-7b", ["config.json", "params.json", "model.safetensors", "consolidated.safetensors"], "auto"),
+        ("/m/mixtral", ["params.json", "consolidated-00001.safetensors"], "mistral"),
+        (
+            "/m/Mistral-Large-3",
+            ["config.json", "params.json", "model.safetensors", "consolidated.safetensors"],
+            "mistral",
+        ),
+        ("/m/Mistral-Large-3", ["config.json", "model.safetensors"], "auto"),
+        ("/m/llama", ["consolidated.safetensors", "._model.safetensors"], "mistral"),  # hidden files are no weights
+        ("/m/old", ["config.json", "pytorch_model.bin"], "auto"),
+        ("org/name", [], "auto"),
+    ],
+)
+def test_the_files_are_those_that_sglang_would_take(model: str, names: list[str], mask: str) -> None:
+    assert mask_of(model, names) == mask

@@ -78,7 +78,15 @@ class Engine:
             def init_device(self) -> None:
                 """The worker is there already, as in vLLM."""
 
+        class ElasticEPScalingState:
+            def __init__(self, engine_core: Any) -> None:
+                self.engine_core = engine_core
+
+            def _collective_rpc(self, method: str, args: tuple[str, ...] = ()) -> None:
+                events.append(f"{method} {' '.join(args)}")
+
         self.Executor, self.EngineCore, self.WorkerWrapperBase = Executor, EngineCore, WorkerWrapperBase
+        self.ElasticEPScalingState = ElasticEPScalingState
 
 
 @pytest.fixture
@@ -94,11 +102,13 @@ def engine(events: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("vllm.v1.executor.abstract", "Executor"),
         ("vllm.v1.engine.core", "EngineCore"),
         ("vllm.v1.worker.worker_base", "WorkerWrapperBase"),
+        ("vllm.distributed.elastic_ep.elastic_state", "ElasticEPScalingState"),
     ):
         module = ModuleType(name)
         setattr(module, attribute, getattr(made, attribute))
         monkeypatch.setitem(sys.modules, name, module)
-    for name in ("vllm", "vllm.v1", "vllm.v1.executor", "vllm.v1.engine", "vllm.v1.worker"):
+    packages = ("vllm", "vllm.v1", "vllm.v1.executor", "vllm.v1.engine", "vllm.v1.worker")
+    for name in (*packages, "vllm.distributed", "vllm.distributed.elastic_ep"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "vllm"))
     monkeypatch.setattr(vllm_cache, "environment_key", lambda engine, scope, devices: vllm_cache.CacheKey((), scope))
@@ -107,6 +117,7 @@ def engine(events: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             vllm_cache.register_executor()
             vllm_cache.register_engine_core()
             vllm_cache.register_worker()
+            vllm_cache.register_elastic()
         yield made
 
 
@@ -170,6 +181,38 @@ def test_the_workers_of_an_engine_process_leave_the_save_to_it(engine: Engine, e
     wrapper.worker.compile_or_warm_up_model()
     time.sleep(0.5)
     assert not any(event.startswith("saved") for event in events)
+
+
+def test_an_engine_that_joins_another_saves_after_its_own_warm_up(
+    engine: Engine, events: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_ELASTIC_EP_SCALE_UP_LAUNCH", "1")
+    scaling = engine.ElasticEPScalingState(engine.EngineCore(config()))
+    scaling._collective_rpc("elastic_ep_execute", args=("prepare_new_worker",))
+    time.sleep(0.5)
+    assert not any(event.startswith("saved") for event in events)
+    scaling._collective_rpc("elastic_ep_execute", args=("warmup_new_worker",))
+    wait_for(lambda: events[-1].startswith("saved"))
+    assert events[-2] == "elastic_ep_execute warmup_new_worker"
+
+
+def test_an_engine_that_others_join_saves_once(engine: Engine, events: list[str]) -> None:
+    scaling = engine.ElasticEPScalingState(engine.EngineCore(config()))
+    scaling._collective_rpc("elastic_ep_execute", args=("warmup_new_worker",))
+    wait_for(lambda: any(event.startswith("saved") for event in events))
+    time.sleep(0.5)
+    assert len([event for event in events if event.startswith("saved")]) == 1
+
+
+def test_an_engine_that_is_captured_has_saved_when_it_is_ready(
+    engine: Engine, events: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", SimpleNamespace(name="vllm.snapshot.server"))
+    monkeypatch.setenv(cache_hooks._SAVES_IN_FOREGROUND, "")  # so that it is taken back
+    vllm_cache.register_executor()
+    engine.EngineCore(config())
+    assert events[-1].startswith("saved")
 
 
 def test_two_engines_on_one_cache_restore_one_after_another(engine: Engine, events: list[str], tmp_path: Path) -> None:

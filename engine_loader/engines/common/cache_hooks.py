@@ -31,6 +31,7 @@ STARTED = "_ENGINE_LOADER_CACHE_STARTED_NS"
 
 Not a setting: those begin with ENGINE_LOADER_.
 """
+_SAVES_IN_FOREGROUND = "_ENGINE_LOADER_SAVES_IN_FOREGROUND"
 _SLACK_S = 5.0
 
 
@@ -112,12 +113,30 @@ def scope_of(settings: CompileCacheSettings, model: str, revision: str | None, s
 
 def start_save(engine: str, key: CacheKey, settings: CompileCacheSettings, since_ns: int, log: logging.Logger) -> None:
     """Start a save in the background, with the lowest priority; to be called when an engine is ready, and by no
-    other. It also settles the verdict of the restore.
+    other. It also settles the verdict of the restore. After ``save_in_foreground`` it returns when the save has ended.
     """
     directories = cache_directories(engine)
     end_trial(_home(directories), since_ns)
     job = Job("save", engine, key, directories, since_ns=since_ns, settle=True, background=True)
-    Running(job, settings, settings.save_timeout_s, then=functools.partial(log_save, log, job, settings.directory))
+    save = Running(
+        job, settings, settings.save_timeout_s, then=functools.partial(log_save, log, job, settings.directory)
+    )
+    await_in_foreground(save, settings)
+
+
+def save_in_foreground() -> None:
+    """Have saves of this process, and of those that it starts from now on, hold up the engine until they end.
+
+    For engines whose processes are captured as they are: a save that goes on would be a part of the image, with its
+    connections.
+    """
+    os.environ[_SAVES_IN_FOREGROUND] = "1"
+
+
+def await_in_foreground(save: Running, settings: CompileCacheSettings) -> None:
+    """Return when ``save`` has ended, if saves hold up the engine; else at once."""
+    if os.environ.get(_SAVES_IN_FOREGROUND):
+        save.result(settings.save_timeout_s + _SLACK_S)
 
 
 def wait_for_node(engine: str, settings: CompileCacheSettings, began_ns: int) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from ...errors import SettingsError
 from ...loading.devices.cuda import CudaDevices
+from ...loading.devices.per_tensor import PerTensor, TargetDevice
 from ...report.load_report import human_bytes
 from ...settings import LoaderSettings
 
@@ -27,7 +28,7 @@ class LoadPlan(NamedTuple):
 
     directly: bool
     note: str | None
-    device: torch.device | None
+    device: TargetDevice
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def obstacle_to_direct(model: torch.nn.Module, settings: LoaderSettings) -> str 
     return None
 
 
-def _device_of_streamed(model: torch.nn.Module, settings: LoaderSettings) -> tuple[torch.device | None, str | None]:
+def _device_of_streamed(model: torch.nn.Module, settings: LoaderSettings) -> tuple[TargetDevice, str | None]:
     """The device where streamed tensors are handed over; None: in the CPU's memory, and why, for a model on a GPU."""
     devices = _devices_of(model)
     gpu = next((device for device in devices if device.type == "cuda"), None)
@@ -96,7 +97,8 @@ def _device_of_streamed(model: torch.nn.Module, settings: LoaderSettings) -> tup
         return None, None
     if settings.stream_device == "cpu":
         return None, "stream_device is cpu"
-    if len(devices) > 1:
+    mixed = len(devices) > 1
+    if mixed and (devices - {gpu, torch.device("cpu")} or _TRANSPORTS[settings.transport].device_required):
         return None, f"parameters are on {', '.join(sorted(map(str, devices)))}"
     if _is_made_while_loading(model):
         return None, _MADE_WHILE_LOADING
@@ -110,7 +112,7 @@ def _device_of_streamed(model: torch.nn.Module, settings: LoaderSettings) -> tup
     free, needed = cuda.free_bytes(cuda.index(gpu)), 2 * int(settings.device_buffer_bytes)
     if free < needed:
         return None, f"{gpu} has {human_bytes(free)} free, and twice device_buffer_bytes is {human_bytes(needed)}"
-    return gpu, None
+    return PerTensor(gpu, model.named_parameters()) if mixed else gpu, None
 
 
 def _devices_of(model: torch.nn.Module) -> set[torch.device]:

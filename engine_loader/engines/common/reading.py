@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from ...loading.devices.per_tensor import TargetDevice
 from ...loading.direct.load import DirectLoad
 from ...loading.weights import WeightFiles, stream_weights
 from ...plugin import LOAD_FORMAT
@@ -32,7 +33,7 @@ def read_weights(
     skip: Callable[[str], bool] | None = None,
     note: str | None = None,
     direct: DirectLoad | None = None,
-    device: torch.device | None = None,
+    device: TargetDevice = None,
 ) -> Weights:
     """Yield (name, tensor) as ``loading.weights.stream_weights``, and log its account of the load.
 

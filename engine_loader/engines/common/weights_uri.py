@@ -8,12 +8,12 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from ...errors import CheckpointError, SettingsError
-from ...loading.find import Found, NoCheckpointError, TrainingCheckpoint, find_checkpoint
+from ...loading.find import Found, NoCheckpointError, SafetensorsFiles, TrainingCheckpoint, find_checkpoint
 from ...loading.shards import listed_files
-from ...loading.weights import open_weights
+from ...loading.weights import check_weights, open_weights
 from ...settings import LoaderSettings
 from ...sources.posix import PosixSource
-from ...sources.registry import make_source, remote_backend
+from ...sources.registry import is_remote, make_source, remote_backend
 from ...sources.source import Source
 
 _TRAINING_STATE = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
@@ -91,6 +91,44 @@ def headers_of(weights: list[str] | TrainingCheckpoint, settings: LoaderSettings
     """
     with open_weights(weights, settings) as store:
         return {info.name: {"dtype": info.dtype, "shape": list(info.shape)} for info in store.infos}
+
+
+def check_early(model: str, settings: LoaderSettings) -> None:
+    """Look at the headers of the weights that a model will be loaded from, in the process that a user looks at.
+
+    What is wrong there ends the start in a second or two, with the cause in the last line; from an engine's other
+    processes it would come after a minute, in the middle of their tracebacks. Where only the engine can tell which
+    files are the model's, nothing is checked.
+
+    Args:
+        model: the model's directory, or its name on a hub (then only ``weights_uri`` is checked).
+        settings: how to read.
+
+    Raises:
+        SettingsError: the setting ``backend`` is of another kind of source than ``weights_uri``.
+        CheckpointError: a file, a header, the index or the metadata is wrong.
+    """
+    weights = _surely_read(model, settings)
+    if weights:
+        check_weights(weights, settings)
+
+
+def _surely_read(model: str, settings: LoaderSettings) -> list[str] | TrainingCheckpoint | None:
+    if settings.sharded_pattern is not None:
+        return None
+    try:
+        if settings.weights_uri is not None:
+            return None if is_remote(settings.weights_uri) else weights_at(settings.weights_uri, settings)
+        source = make_source(settings.backend, settings=settings)
+        found = find_checkpoint(source, model) if source.is_dir(model) else None
+    except NoCheckpointError:
+        return None  # perhaps the engine reads files of other kinds
+    if isinstance(found, TrainingCheckpoint):
+        return found
+    if not isinstance(found, SafetensorsFiles) or any("consolidated" in os.path.basename(path) for path in found.paths):
+        return None
+    # What the index names and is not there, an engine passes over.
+    return [path for path in listed_files(source, found)[0] if path in found.paths]
 
 
 def _is_pytorch_file(name: str) -> bool:

@@ -6,15 +6,22 @@ class, which needs both, is imported when a configuration asks for it.
 
 from __future__ import annotations
 
+import importlib
+import json
 import logging
+import re
+from importlib.util import find_spec
 from typing import Any
 
 from ...compile_cache.host.versions import module_version
 from ...errors import SettingsError
 from ...plugin import LOAD_FORMAT, failures
 from ...replacing import wrap
-from .refusals import refuse_quantization, refuse_weight_cache
+from ...settings import load_settings
+from ..common.children import register_in_receivers
+from .refusals import refuse_overlap, refuse_quantization, refuse_weight_cache
 
+_URL = re.compile(r"(s3|gs|az)://", re.IGNORECASE)
 logger = logging.getLogger(__name__)
 
 
@@ -24,6 +31,49 @@ def register_choice() -> None:
 
     if LOAD_FORMAT not in server_args.LOAD_FORMAT_CHOICES:
         server_args.add_load_format_choices([LOAD_FORMAT])
+    # Encoder workers and the expert backup are spawned with these options, and load no plugins.
+    register_in_receivers(server_args.ServerArgs, lambda arguments: arguments.load_format)
+    wrap(server_args.ServerArgs, "from_cli_args", _from_cli_args)
+
+
+def _from_cli_args(original: Any, kind: Any, arguments: Any, *args: Any, **options: Any) -> Any:
+    if getattr(arguments, "load_format", None) == LOAD_FORMAT and _URL.match(arguments.model_path or ""):
+        take_from_bucket(arguments)
+    return original(kind, arguments, *args, **options)
+
+
+def take_from_bucket(arguments: Any) -> None:
+    """Make of a model's URL a directory with its configuration and tokenizer, and ``weights_uri``.
+
+    SGLang would take it for a model of another loader's, and change the load format.
+
+    Args:
+        arguments: of the command line.
+
+    Raises:
+        SettingsError: --model-loader-extra-config is no JSON, or has a bad value.
+        CheckpointError: there is no model, or the store cannot be reached.
+    """
+    from ..common.model_files import local_copy
+
+    url = arguments.model_path.rstrip("/")
+    given = arguments.model_loader_extra_config or "{}"
+    try:
+        extra = json.loads(given) if isinstance(given, str) else dict(given)
+    except ValueError as error:
+        raise SettingsError(f"--model-loader-extra-config is no JSON: {error}") from error
+    settings = load_settings(extra).settings.loader
+    arguments.model_path = local_copy(url, settings)
+    tokenizer = getattr(arguments, "tokenizer_path", None)
+    if tokenizer and _URL.match(tokenizer):
+        same = tokenizer.rstrip("/") == url
+        arguments.tokenizer_path = arguments.model_path if same else local_copy(tokenizer, settings)
+    if settings.weights_uri is None:
+        arguments.model_loader_extra_config = json.dumps({**extra, "weights_uri": url})
+    if not getattr(arguments, "served_model_name", None):
+        # SGLang takes no colon in a name, but for such URLs, which it knows from 0.5.10 on.
+        known = find_spec("sglang.srt.utils.runai_utils") is not None
+        arguments.served_model_name = url if known else url.rpartition("/")[2]
 
 
 def register_load_config() -> None:
@@ -54,7 +104,9 @@ def check(server_args: Any) -> None:
         return
     if server_args.load_format == LOAD_FORMAT:
         refuse_weight_cache(server_args)
+        refuse_overlap(server_args)
         refuse_quantization(server_args)
+        _check_weights(server_args)
     from sglang.srt.configs.load_config import LoadConfig
 
     try:
@@ -67,8 +119,21 @@ def check(server_args: Any) -> None:
         raise _not_in_force(f"SGLang makes {given!r} of it, not engine_loader's class")
 
 
+def _check_weights(server_args: Any) -> None:
+    """Check options and headers in the process that a user looks at."""
+    from ..common.weights_uri import check_early
+
+    extra = getattr(server_args, "model_loader_extra_config", None) or "{}"
+    model = getattr(server_args, "model_path", None)
+    if model:
+        settings = load_settings(json.loads(extra) if isinstance(extra, str) else extra).settings.loader
+        check_early(model, settings)
+
+
 def _loader_class() -> Any:
     try:
+        # First: when it has been imported, the adapter is registered, which must not find itself half imported.
+        importlib.import_module("sglang.srt.model_loader.loader")
         from .loader import B10ModelLoader
     except Exception as error:
         raise _not_in_force(f"{type(error).__name__}: {error}") from error

@@ -1,8 +1,8 @@
 """SGLang: the loader class behind ``--load-format b10_3fs``.
 
-The class extends SGLang's DefaultModelLoader, gives it "safetensors" as the format, and replaces the iterators over
-safetensors files while they are called. Whatever the default loader does around the reading (download, revisions, the
-choice of files by the index, secondary weights and prefixes, multi-token-prediction layers of drafts, work after
+The class extends SGLang's DefaultModelLoader, gives it one of its own formats (masks.py), and replaces the iterators
+over safetensors files while they are called. Whatever the default loader does around the reading (download, revisions,
+the choice of files by the index, secondary weights and prefixes, multi-token-prediction layers of drafts, work after
 loading) stays SGLang's, in every version. Read in SGLang 0.5.9 to 0.5.23.
 """
 
@@ -12,9 +12,11 @@ import copy
 import inspect
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,21 +26,25 @@ from sglang.srt.model_loader.loader import DefaultModelLoader
 
 from ...errors import CheckpointError
 from ...formats.sharded_state import ShardRank
+from ...loading.devices.per_tensor import TargetDevice
 from ...loading.direct.load import DirectLoad
 from ...loading.find import TrainingCheckpoint
 from ...loading.weights import check_weights
 from ...replacing import wrap, wrapped_in_thread
 from ...settings import LoaderSettings, load_settings
+from ...sources.registry import make_source
 from ..common.mode import plan_mode
 from ..common.names import explaining_misfits
 from ..common.options import split_options
 from ..common.reading import Weights, prepare_memory, read_weights
 from ..common.sharded import files_of_rank, fill_state, refuse_in_place
 from ..common.weights_uri import training_checkpoint_at, weights_at
+from .masks import mask_of, patterns_of
 from .refusals import bypassed, refuse_model
 
 logger = logging.getLogger(__name__)
 
+_NEXT_TOKEN_LAYERS, _INDEX = "mtp.safetensors", "model.safetensors.index.json"
 _ITERATORS = ("buffered_multi_thread_safetensors_weights_iterator", "safetensors_weights_iterator")
 
 
@@ -89,7 +95,7 @@ class B10ModelLoader(DefaultModelLoader):
         self._model_config: Any = None
         self._direct: DirectLoad | None = None
         self._note: str | None = None
-        self._device: torch.device | None = None
+        self._device: TargetDevice = None
 
     def load_model(self, *, model_config: Any, device_config: Any) -> torch.nn.Module:
         """The model with its weights.
@@ -143,7 +149,8 @@ class B10ModelLoader(DefaultModelLoader):
         hint = "it was saved from another model, layout, or version of SGLang: save it again (docs/sglang.md)"
         with torch.no_grad():
             fill_state(state, self._read(self._shards), directory, hint=hint, log=logger)
-        after = sglang_loader.post_load_weights
+        # Its name began with an underscore from 0.5.15 to 0.5.19.
+        after = getattr(sglang_loader, "post_load_weights", None) or sglang_loader._post_load_weights
         after(*(model, self._model_config)[: len(inspect.signature(after).parameters)])  # older versions take both
 
     @contextmanager
@@ -170,19 +177,31 @@ class B10ModelLoader(DefaultModelLoader):
         replaced = uri.rstrip("/") if uri is not None and source.model_or_path == _first.model else None
         if not self._starting:
             refuse_in_place(replaced or source.model_or_path, self._reader_settings)
+        mask = mask_of(source.model_or_path, self._names(source.model_or_path, replaced))
+        self.load_config.load_format = getattr(LoadFormat, mask.upper(), LoadFormat.AUTO)
         if replaced is not None:
-            return self._weights_at(source, replaced)
+            return self._weights_at(source, replaced, mask)
         if training_checkpoint_at(source.model_or_path, self._reader_settings):
-            return self._weights_at(source, source.model_or_path)
+            return self._weights_at(source, source.model_or_path, mask)
         with ExitStack() as stack:
             for name in _ITERATORS:
                 stack.enter_context(wrapped_in_thread(sglang_loader, name, self._iterate))
             return super()._get_weights_iterator(source, **options)  # type: ignore[no-any-return]
 
-    def _weights_at(self, source: Any, uri: str) -> Weights:
+    def _names(self, model: str, replaced: str | None) -> Iterator[str]:
+        """Names of the files of a model, and of its weights where they lie elsewhere."""
+        for directory in filter(None, (model, replaced)):
+            source = make_source(self._reader_settings.backend, settings=self._reader_settings)
+            if source.is_dir(directory):  # else a file, or the name of a model on the hub
+                yield from source.list(directory)
+
+    def _weights_at(self, source: Any, uri: str, mask: str) -> Weights:
         """What SGLang's ``_get_weights_iterator`` returns for a source, but with the weights at ``uri``."""
-        patterns = getattr(source, "allow_patterns_overrides", None)  # of newer versions
-        weights = self._weights(weights_at(uri, self._reader_settings, patterns=patterns))
+        patterns = patterns_of(mask, getattr(source, "allow_patterns_overrides", None))  # of newer versions
+        found = weights_at(uri, self._reader_settings, patterns=patterns)
+        if isinstance(found, list) and getattr(source, "model_config", None) is not None:
+            found = _with_next_token_layers(found, uri, source.model_config, self._reader_settings)
+        weights = self._weights(found)
         if self.load_config.draft_model_idx is not None:
             filtered = self._filter_mtp_weights(weights, source.prefix, self.load_config.draft_model_idx)
             return filtered  # type: ignore[no-any-return]
@@ -205,6 +224,23 @@ class B10ModelLoader(DefaultModelLoader):
         yield from read_weights(
             weights, self._reader_settings, log=logger, note=self._note, direct=self._direct, device=self._device
         )
+
+
+def _with_next_token_layers(files: list[str], uri: str, model_config: Any, settings: LoaderSettings) -> list[str]:
+    """``files``, and that of multi-token prediction where SGLang adds it to those of the index.
+
+    SGLang looks for it in a directory: it is asked with one that has a file of this name if there is one at ``uri``.
+    """
+    add = getattr(sglang_loader, "maybe_add_mtp_safetensors", None)
+    source = make_source(settings.backend, settings=settings)
+    beside = os.path.join(uri, _NEXT_TOKEN_LAYERS)
+    if add is None or beside in files or not source.is_dir(uri) or _NEXT_TOKEN_LAYERS not in source.list(uri):
+        return files
+    with tempfile.TemporaryDirectory() as directory:
+        stand_in = Path(directory, _NEXT_TOKEN_LAYERS)
+        stand_in.touch()
+        added = add([], directory, _INDEX, model_config.hf_config)
+    return [*files, beside] if added else files
 
 
 def _take_no_weights(*_args: Any, **_options: Any) -> None:
@@ -235,6 +271,6 @@ def _rank_of_process() -> tuple[ShardRank, int]:
 def _masked(load_config: Any) -> Any:
     """The configuration as SGLang's own loader understands it."""
     masked = copy.copy(load_config)
-    masked.load_format = LoadFormat.SAFETENSORS
+    masked.load_format = LoadFormat.AUTO
     masked.model_loader_extra_config = {}
     return masked

@@ -54,6 +54,23 @@ def refuse_model(model_config: Any) -> None:
         raise bypassed("quantises the model by ModelOpt while it loads it")
 
 
+def refuse_overlap(config: Any) -> None:
+    """Refuse to load weights while kernels are captured: SGLang does this with its own loader only.
+
+    Args:
+        config: SGLang's ServerArgs.
+
+    Raises:
+        SettingsError: --startup-weight-load-mode overlap is asked for.
+    """
+    mode = getattr(config, "startup_weight_load_mode", None)
+    if getattr(mode, "value", mode) == "overlap":
+        raise SettingsError(
+            f"--load-format {LOAD_FORMAT} and --startup-weight-load-mode overlap exclude each other: SGLang overlaps "
+            "with its own loader only. Leave one of them out"
+        )
+
+
 def refuse_weight_cache(config: Any) -> None:
     """Refuse SGLang's weight cache.
 

@@ -1,4 +1,4 @@
-"""vLLM: when compile caches are restored and saved. Holds for 0.10.1 to 0.32.
+"""vLLM: when compile caches are restored and saved. Holds for 0.10.1 to 0.33.
 
 - engine process, ``Executor.__init__``: the restore starts, beside the start of workers and the loading of weights;
   ``EngineCore._initialize_kv_caches`` waits for it, and when that returns, every rank has warmed up: the save starts.
@@ -6,6 +6,9 @@
   follower of a multi-node engine (--headless) has no engine process, and Ray's workers may be on nodes of their own.
 - API process: ``_LazyRegisteredModel.inspect_model_cls`` restores vLLM's descriptions of models, which saves it a
   process.
+- ranks that join a running engine (elastic expert parallelism) warm up after ``_initialize_kv_caches``: the save waits
+  for that.
+- ``vllm snapshot create`` captures all processes of an engine: there each save is waited for.
 
 No hook raises an exception of its own, and none waits for longer than compile_cache.restore_timeout_s.
 """
@@ -33,9 +36,11 @@ from ...replacing import is_wrapped, wrap
 from ...settings import CompileCacheSettings
 from ..common.cache_hooks import (
     NodeSession,
+    await_in_foreground,
     cache_settings,
     quietly,
     restore_began_ns,
+    save_in_foreground,
     scope_of,
     start_save,
     use_private_directories,
@@ -50,6 +55,8 @@ _ENGINE = "vllm"
 _SESSION = "_engine_loader_session"
 _MODEL_INFOS_TIMEOUT_S = 10.0
 _WORKER_METHODS = ("determine_available_memory", "compile_or_warm_up_model")
+_RPC, _JOINED = "_collective_rpc", "warmup_new_worker"
+_SNAPSHOT = "vllm.snapshot.server"
 _quietly = functools.partial(quietly, logger)
 
 
@@ -85,6 +92,10 @@ def register_executor() -> None:
     use_private_directories(_ENGINE, logger)
     from vllm.v1.executor.abstract import Executor
 
+    # The first of the processes that are captured; those of the engine inherit what it sets.
+    if getattr(getattr(sys.modules.get("__main__"), "__spec__", None), "name", None) == _SNAPSHOT:
+        save_in_foreground()
+
     def start(original: Callable[..., Any], self: Any, vllm_config: Any, *args: Any, **options: Any) -> Any:
         session = _quietly(_start, vllm_config)
         if session is not None:
@@ -107,11 +118,36 @@ def register_engine_core() -> None:
             _quietly(session.wait)
         with watched(session, logger):
             result = original(self, *args, **options)
-        if session is not None:
+        if session is not None and not _warms_up_later():
             _quietly(session.save)
         return result
 
     wrap(EngineCore, "_initialize_kv_caches", around)
+
+
+def register_elastic() -> None:
+    """Save what an engine that joins another compiles when it has warmed up."""
+    from vllm.distributed.elastic_ep.elastic_state import ElasticEPScalingState
+
+    def around(original: Callable[..., Any], self: Any, *args: Any, **options: Any) -> Any:
+        result = original(self, *args, **options)
+        if _JOINED in (*args, *options.get("args", ())) and _warms_up_later():
+            _quietly(_save_joined, self)
+        return result
+
+    if hasattr(ElasticEPScalingState, _RPC):
+        wrap(ElasticEPScalingState, _RPC, around)
+
+
+def _save_joined(scaling: Any) -> None:
+    session = getattr(scaling.engine_core.model_executor, _SESSION, None)
+    if session is not None:
+        session.save()
+
+
+def _warms_up_later() -> bool:
+    """Whether this engine was started to join another: then vLLM warms it up after it has made its caches."""
+    return os.environ.get("VLLM_ELASTIC_EP_SCALE_UP_LAUNCH", "0") not in ("", "0")
 
 
 def register_worker() -> None:
@@ -251,7 +287,7 @@ def _restore_model_info(model: Any) -> Path | None:
 def _save_model_info(path: Path) -> None:
     settings = cache_settings()
     if path.exists() and not settings.read_only:
-        Running(_model_infos_job("save", settings), settings, settings.save_timeout_s)
+        await_in_foreground(Running(_model_infos_job("save", settings), settings, settings.save_timeout_s), settings)
 
 
 def _model_infos_job(action: Any, settings: CompileCacheSettings) -> Job:

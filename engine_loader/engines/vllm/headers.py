@@ -20,7 +20,9 @@ from ...loading.find import NoCheckpointError
 from ...plugin import LOAD_FORMAT
 from ...replacing import wrap
 from ...settings import LoaderSettings
-from ..common.weights_uri import headers_of, training_checkpoint_at, weights_at
+from ...sources.registry import is_remote
+from ..common.model_files import local_copy
+from ..common.weights_uri import check_early, headers_of, training_checkpoint_at, weights_at
 from .options import settings_of
 
 _ASKED = "get_safetensors_params_metadata"
@@ -97,5 +99,27 @@ def _create_engine_config(original: Callable[..., Any], arguments: Any, *args: A
     if arguments.load_format != LOAD_FORMAT or not isinstance(arguments.model_loader_extra_config, Mapping):
         return original(arguments, *args, **options)
     settings, _ = settings_of(arguments.model_loader_extra_config)
+    if is_remote(arguments.model):
+        settings = _take_from_bucket(arguments, settings)
+    check_early(arguments.model, settings)
     with answering(WeightHeaders(arguments.model, settings)):
         return original(arguments, *args, **options)
+
+
+def _take_from_bucket(arguments: Any, settings: LoaderSettings) -> LoaderSettings:
+    """Make of a model's URL a directory with its configuration and tokenizer, and ``weights_uri``.
+
+    vLLM would take it for a model of another loader's, and refuse the load format. Clients know the model by its URL.
+    """
+    url = arguments.model.rstrip("/")
+    tokenizer = arguments.tokenizer
+    arguments.model = local_copy(url, settings)
+    if tokenizer is not None and is_remote(tokenizer):
+        same = tokenizer.rstrip("/") == url
+        arguments.tokenizer = arguments.model if same else local_copy(tokenizer, settings)
+    if not arguments.served_model_name:
+        arguments.served_model_name = [url]
+    if settings.weights_uri is None:
+        arguments.model_loader_extra_config = {**arguments.model_loader_extra_config, "weights_uri": url}
+        settings = settings.model_copy(update={"weights_uri": url})
+    return settings

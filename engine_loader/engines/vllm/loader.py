@@ -3,7 +3,7 @@
 The class extends vLLM's DefaultModelLoader, gives it one of its own formats (masks.py), and replaces the iterator over
 safetensors files while it is called. Whatever the default loader does around the reading (download, revisions, ignore
 patterns, secondary weights and prefixes, filters, weight tracking, reloading) stays vLLM's, in every version. Read in
-vLLM 0.10.1 to 0.32.
+vLLM 0.10.1 to 0.33.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from vllm.config.load import LoadConfig
+from vllm.config import LoadConfig
 from vllm.model_executor.model_loader import default_loader, register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from ...errors import CheckpointError, SettingsError
+from ...loading.devices.per_tensor import TargetDevice
 from ...loading.direct.dry_run import Explanation
 from ...loading.direct.load import DirectLoad
 from ...loading.find import TrainingCheckpoint
@@ -77,7 +78,7 @@ class B10ModelLoader(DefaultModelLoader):
         self._direct: DirectLoad | None = None
         self.last_load: DirectLoad | None = None
         self._note: str | None = None
-        self._device: torch.device | None = None
+        self._device: TargetDevice = None
         self._replaced: tuple[str, str] | None = None
         self._in_load_weights = False
 

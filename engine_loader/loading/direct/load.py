@@ -315,6 +315,11 @@ class DirectLoad:
             with self._lock:
                 self._copies.expose(tensor)
 
+    def settle_everything(self) -> None:
+        """Wait for all pending copies: another process may be told that they are there."""
+        with self._lock:
+            self._copies.complete()
+
     def pending(self) -> bool:
         """Whether any copy is pending."""
         return self._copies.any()

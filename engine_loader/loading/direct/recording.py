@@ -65,6 +65,10 @@ class CopySink(Protocol):
         are synchronous."""
         ...
 
+    def settle_everything(self) -> None:
+        """Wait for all pending copies."""
+        ...
+
     def pending(self) -> bool:
         """Whether any copy is pending."""
         ...

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import torch
 
+from .meetings import is_collective, places_to_meet
 from .recording import CopySink, RecordingTensor, dispatch, real, reason
 from .torch_methods import EXPOSING_METHODS, READING_METHODS, READING_VIEWS, VIEWING_METHODS, VIEWS, aten
 from .torch_private import (
@@ -46,6 +47,8 @@ class SettleBeforeUse(DispatchMode):
         packet = packet_of(func)
         recorded = packet is aten.copy_ and type(args[1]) is RecordingTensor
         if not recorded and (packet not in VIEWS or packet in READING_VIEWS) and self._sink.pending():
+            if is_collective(packet):
+                self._sink.settle_everything()
             settle_all(self._sink, args)
             settle_all(self._sink, kwargs.values())
         return dispatch(func, args, kwargs) if RecordingTensor in types else func(*args, **kwargs)
@@ -163,6 +166,19 @@ def _settling(original: Callable[..., Any], name: str, *, exposes: bool) -> Call
     return settled
 
 
+def _meeting(original: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """A function by which processes wait for each other: all that was copied before it is there for the others."""
+    settling = _settling(original, name, exposes=False)
+
+    @wraps(original)
+    def met(*args: Any, **kwargs: Any) -> Any:
+        for sink in _active.get(threading.get_ident(), ()):
+            sink.settle_everything()
+        return settling(*args, **kwargs)
+
+    return met
+
+
 def _viewing(original: Callable[..., Any]) -> Callable[..., Any]:
     """A method that returns a view and reads nothing: past the dispatcher, unless other modes are active, too."""
 
@@ -215,6 +231,8 @@ def _replace_all() -> list[Callable[[], object]]:
         (torch, ("tensor",), False),
     ):
         undo += [_replace(holder, name, _settling(getattr(holder, name), name, exposes=exposes)) for name in names]
+    for place, methods in places_to_meet():
+        undo += [_replace(place, name, _meeting(getattr(place, name), name)) for name in methods]
     return undo
 
 

@@ -60,6 +60,17 @@ def aliased_arguments(func: Any) -> Iterator[tuple[int, str]]:
             yield position, argument.name
 
 
+def operation_name(packet: Any) -> str:
+    """``c10d::allreduce_`` of the operation ``torch.ops.c10d.allreduce_``."""
+    return str(packet._qualified_op_name)
+
+
+def collective_classes() -> tuple[tuple[Any, ...], Any]:
+    """The classes whose methods all collectives of torch.distributed end in, and the base class of its stores."""
+    c10d = torch._C._distributed_c10d
+    return (c10d.ProcessGroup, c10d.Backend), c10d.Store
+
+
 def parameters_of(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | None]:
     """The module's own parameters, by name; to write to it is to replace them without a check of their type."""
     return module._parameters

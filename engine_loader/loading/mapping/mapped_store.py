@@ -18,6 +18,7 @@ from ...report.load_report import LoadReport
 from ...sources.source import Source
 from ...transfer.plan import ExtentRow
 from ...transfer.protocol import Transfer
+from ..devices.per_tensor import TargetDevice, gpu_of, is_on_cpu
 from ..shards import read_small_file
 from ..store import TensorStore
 from .rules import Rule, formatted
@@ -106,8 +107,9 @@ class MappedStore(TensorStore):
         return self._store.submit(extents, owner, device)
 
     def stream(
-        self, infos: Iterable[TensorInfo], report: LoadReport, device: torch.device | None = None
+        self, infos: Iterable[TensorInfo], report: LoadReport, device: TargetDevice = None
     ) -> Iterator[tuple[str, torch.Tensor]]:
+        gpu = gpu_of(device)
         wanted = [self._mapped[info.name] for info in infos]
         needed: list[TensorInfo] = []
         made_before: tuple[TensorInfo, ...] = ()
@@ -127,7 +129,8 @@ class MappedStore(TensorStore):
                     made, made_of = mapped.rule.apply(read, mapped.inputs[0].name), mapped.inputs
                     del read
                 tensor = made[mapped.number]
-            yield mapped.info.name, tensor if device is None else tensor.to(device)
+            name = mapped.info.name
+            yield name, tensor if gpu is None or is_on_cpu(device, name) else tensor.to(gpu)
 
     def tensor_at(self, file: str | None, offset: int | None) -> str | None:
         name = self._store.tensor_at(file, offset)

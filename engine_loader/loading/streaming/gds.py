@@ -19,6 +19,7 @@ from ...report.load_report import LoadReport
 from ...settings import LoaderSettings
 from ...sources.source import SourceFile
 from ..devices.cuda import Devices
+from ..devices.per_tensor import TargetDevice
 from .blocks import Block, file_blocks, shaped
 from .filling import FreshMemoryFiller
 from .stream import stream_tensors
@@ -273,9 +274,9 @@ class GpuDirectStorage:
         return target.device
 
     def stream(
-        self, infos: Iterable[TensorInfo], report: LoadReport, device: torch.device | None
+        self, infos: Iterable[TensorInfo], report: LoadReport, device: TargetDevice
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        if device is None:
+        if not isinstance(device, torch.device):
             raise gds_error("these tensors go to the CPU's memory")
         filler = self._filler(device, report)
         return stream_tensors(infos, lambda info: filler, report)

@@ -17,6 +17,7 @@ from ...transfer.modes import can_map
 from ...transfer.native.native_readers import NativeReaders
 from ...transfer.protocol import ReaderThreads
 from ..devices.cuda import Devices
+from ..devices.per_tensor import PerTensor, TargetDevice, gpu_of, is_on_cpu
 from ..store import device_for
 from .filling import DeviceFiller, PooledFiller
 from .gds import GpuDirectStorage, gds_is_asked_for
@@ -32,7 +33,7 @@ class Transport(Protocol):
     def staging(self, target: torch.Tensor) -> torch.device: ...
 
     def stream(
-        self, infos: Iterable[TensorInfo], report: LoadReport, device: torch.device | None
+        self, infos: Iterable[TensorInfo], report: LoadReport, device: TargetDevice
     ) -> Iterator[tuple[str, torch.Tensor]]: ...
 
 
@@ -78,16 +79,22 @@ class ThroughMemory:
         return torch.device("cpu")
 
     def stream(
-        self, infos: Iterable[TensorInfo], report: LoadReport, device: torch.device | None
+        self, infos: Iterable[TensorInfo], report: LoadReport, device: TargetDevice
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        readers, number = self._readers(), None if device is None else self._devices.number(device)
-        if device is not None and number is not None and isinstance(readers, NativeReaders):
-            filler = self._device_filler(readers, device, number)
-            return stream_tensors(infos, lambda info: filler, report)
+        gpu, readers = gpu_of(device), self._readers()
+        number = None if gpu is None else self._devices.number(gpu)
+        if gpu is not None and number is not None and isinstance(readers, NativeReaders):
+            to_device = self._device_filler(readers, gpu, number)
+            if not isinstance(device, PerTensor):
+                return stream_tensors(infos, lambda info: to_device, report)
+            into_memory = self._filler_of(readers, report)
+            return stream_tensors(
+                infos, lambda info: into_memory(info) if device.is_on_cpu(info.name) else to_device, report
+            )
         pairs = stream_tensors(infos, self._filler_of(readers, report), report)
-        return (
-            pairs if device is None or device.type == "cpu" else ((name, tensor.to(device)) for name, tensor in pairs)
-        )
+        if gpu is None:
+            return pairs
+        return ((name, tensor if is_on_cpu(device, name) else tensor.to(gpu)) for name, tensor in pairs)
 
     def _device_filler(self, readers: NativeReaders, device: torch.device, number: int) -> DeviceFiller:
         return DeviceFiller(

@@ -18,6 +18,7 @@ from ...transfer.device_stream import DeviceStream
 from ...transfer.plan import ExtentRow
 from ...transfer.protocol import Transfer
 from ..devices.cuda import CudaDevices, Devices
+from ..devices.per_tensor import TargetDevice, gpu_of, is_on_cpu
 from ..find import without_end
 from ..mapping.named_layouts import misread_layout
 from ..store import TensorStore, device_for
@@ -144,10 +145,11 @@ class TrainingStore(TensorStore):
         return self.files.submit_extents(rows, owner, stream)
 
     def stream(
-        self, infos: Iterable[TensorInfo], report: LoadReport, device: torch.device | None = None
+        self, infos: Iterable[TensorInfo], report: LoadReport, device: TargetDevice = None
     ) -> Iterator[tuple[str, torch.Tensor]]:
+        gpu = gpu_of(device)
         for name, tensor in self.chunks.stream([(self.tensors[info.name], info) for info in infos], report):
-            yield name, tensor if device is None else tensor.to(device)
+            yield name, tensor if gpu is None or is_on_cpu(device, name) else tensor.to(gpu)
 
     def tensor_at(self, file: str | None, offset: int | None) -> str | None:
         if file is None or offset is None:

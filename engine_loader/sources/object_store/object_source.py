@@ -134,8 +134,12 @@ class ObjectFile:
 class _Listing:
     """What lies right below a prefix: names of objects, and of further prefixes."""
 
-    names: list[str]
+    tags: dict[str, str]
     folders: Sequence[str]
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.tags)
 
     @property
     def is_there(self) -> bool:
@@ -203,6 +207,14 @@ class ObjectStoreSource:
         """
         return self._listing(path).names
 
+    def tags(self, path: str) -> dict[str, str]:
+        """Name of each object right below a prefix -> what changes when the object is replaced; sorted by name.
+
+        Raises:
+            TransferError: the prefix cannot be listed.
+        """
+        return dict(self._listing(path).tags)
+
     def list(self, path: str) -> list[str]:
         listing = self._listing(path)
         if not listing.is_there:
@@ -229,9 +241,9 @@ class ObjectStoreSource:
                 raise
             raise request_failure(store, url.key, error, "list the prefix", path) from error
         below = len(url.key) + 1 if url.key else 0
-        names = sorted(meta["path"][below:] for meta in found["objects"])
+        tags = {meta["path"][below:]: " ".join(map(str, _identity(meta))) for meta in found["objects"]}
         folders = sorted(prefix.rstrip("/")[below:] for prefix in found["common_prefixes"])
-        listing = _Listing(names, folders)
+        listing = _Listing(dict(sorted(tags.items())), folders)
         with self._lock:
             return self._listings.setdefault(url, listing)
 
