@@ -107,7 +107,7 @@ def main() -> None:
             if arguments.processes > 1:
                 _node(scenario, file, arguments, environment)
                 continue
-            names = [name for name in READERS if _takes_part(name, options, arguments.published)]
+            names = [name for name in arguments.readers if _takes_part(name, options, arguments.published)]
             _scenario(scenario, names, file, arguments, environment, limited="bandwidth" in options)
 
 
@@ -120,6 +120,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--io-depth", type=int, default=-1, help="usrbio_io_depth (default: %(default)s)")
     parser.add_argument("--io-mib", type=int, default=4, help="io_bytes (default: %(default)s)")
     parser.add_argument("--only", default="", metavar="TEXT", help="scenarios whose title has it")
+    parser.add_argument("--readers", nargs="+", choices=READERS, default=[*READERS], help="(default: all)")
     parser.add_argument("--child", choices=READERS, help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()

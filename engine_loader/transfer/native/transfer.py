@@ -50,6 +50,10 @@ class Owner(Protocol):
         """What the runtime says to one of its errors."""
         ...
 
+    def note_retries(self, transfer: NativeTransfer, path: str, info: Failure) -> None:
+        """Called when reads of a transfer were tried again; ``info`` is of the first one."""
+        ...
+
     def transfer_ended(self, transfer: NativeTransfer) -> None:
         """Called when nothing will be written for this transfer any more."""
         ...
@@ -115,15 +119,6 @@ class NativeTransfer:
         self._quick.el_completed(self._handle, start, found.ctypes.data, len(found))
         return found
 
-    def event_fd(self) -> int:
-        """A descriptor to poll, owned by the transfer: readable when more extents are complete, or it has ended."""
-        fd = int(self._quick.el_event_fd(self._handle))
-        if fd in (E_CLOSED, E_FORKED):
-            raise call_error(fd)
-        if fd < 0:
-            raise io_error("the transfer", None, -fd, doing="make an event descriptor")
-        return fd
-
     def cancel(self) -> None:
         end = time.monotonic() + CANCEL_GRACE_S
         while self._library.el_cancel(self._handle, SLICE_MS) == TIMEOUT:
@@ -146,11 +141,18 @@ class NativeTransfer:
         end = None if timeout_s is None else time.monotonic() + timeout_s
         result = int(self._quick.el_wait(self._handle, which, 0))
         while result == TIMEOUT and (end is None or time.monotonic() < end):
+            self._look_for_retries()
             left_ms = SLICE_MS if end is None else min(SLICE_MS, _milliseconds(end - time.monotonic()))
             result = int(self._library.el_wait(self._handle, which, left_ms))
         return result
 
+    def _look_for_retries(self) -> None:
+        info = Failure()
+        if self._quick.el_retried(self._handle, info) > 0 and info.file < len(self._files):
+            self._readers.note_retries(self, self._files[info.file].path, info)
+
     def _forget(self) -> None:
+        self._look_for_retries()
         self._owner = None
         self._readers.transfer_ended(self)
 

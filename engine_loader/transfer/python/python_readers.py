@@ -21,6 +21,7 @@ from ...failures import RETRYABLE, end_of_file, io_error
 from ...sources.source import SourceFile
 from ..plan import Extents, check_plan
 from ..protocol import TransferStatistics
+from ..retries import RetryLog
 from .python_transfer import CANCEL_GRACE_S, PythonTransfer, Stopped
 from .read_tasks import Read, RowsRead
 
@@ -66,6 +67,7 @@ class PythonReaders:
         self._live: set[PythonTransfer] = set()
         self._workers: list[threading.Thread] = []
         self._statistics = TransferStatistics()
+        self._retries = RetryLog()
         self._closed = False
         self._pid = os.getpid()
 
@@ -87,7 +89,8 @@ class PythonReaders:
 
     def statistics(self) -> TransferStatistics:
         with self._changed:
-            return TransferStatistics(**{**vars(self._statistics), "modes": dict(self._statistics.modes)})
+            own = {"modes": dict(self._statistics.modes), "first_retry": self._retries.first}
+            return TransferStatistics(**{**vars(self._statistics), **own})
 
     def close(self) -> None:
         if self.forked():
@@ -193,6 +196,7 @@ class PythonReaders:
                 if error.errno not in RETRYABLE or tries >= self.max_tries:
                     raise io_error(file.path, offset, error.errno, tries=tries) from error
                 self._count(retries=1)
+                self._retries.note(file.path, offset, error.errno)
                 transfer.pause(min(_LONGEST_PAUSE_S, self.retry_delay_s * 2 ** (tries - 1)))
                 continue
             wanted = sum(map(len, buffers))

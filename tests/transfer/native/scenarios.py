@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import logging
 import mmap
 import os
 import random
@@ -87,8 +88,12 @@ class Owner:
 def errors_pass(faults: Faults, file: PosixFile) -> None:
     faults.set(error_every=2, error=errno.EIO)
     with _readers() as readers:
-        _assert_arrives(readers, file)
-        assert readers.statistics().retries > 0
+        with _logged() as lines:
+            _assert_arrives(readers, file)
+            _assert_arrives(readers, file)
+        account = readers.statistics()
+        assert account.retries > 1 and account.first_retry == f"{file.path} (EIO)"
+        assert len(lines) == 1 and "failed with EIO and is tried again" in lines[0]
 
 
 def errors_stay(faults: Faults, file: PosixFile) -> None:
@@ -173,19 +178,19 @@ def threads_above_the_limit_do_not_hide_a_stuck_read(faults: Faults, file: Posix
 
 def huge_pages_that_take_long_give_way_to_small_ones(faults: Faults, file: PosixFile) -> None:
     huge, small = _pages_made(faults, file, huge_us=12_000, small_us=500)
-    assert huge <= 8 and small >= 50  # one shows what they cost, on each of two threads
+    assert 1 <= huge <= 4 and small >= 50  # one shows what they cost
 
 
 def huge_pages_that_are_quick_stay(faults: Faults, file: PosixFile) -> None:
     huge, small = _pages_made(faults, file, huge_us=1, small_us=5_000)
-    assert huge >= 30 and small == 0
+    assert huge >= 30 and small <= 30  # those before the trials, and beside them
 
 
 def huge_pages_are_tried_again(faults: Faults, file: PosixFile) -> None:
     slow = _pages_made(faults, file, huge_us=12_000, small_us=500)
-    _pages_made(faults, file, huge_us=1, small_us=500)
+    _pages_made(faults, file, huge_us=1, small_us=5_000)  # a fiftieth of it is what the slow one cost
     huge, small = _pages_made(faults, file, huge_us=1, small_us=500)
-    assert slow[1] >= 50 and huge >= 30 and small == 0
+    assert slow[1] >= 50 and huge >= 30 and small <= 8  # those at the edges, where no huge page fits
 
 
 def _pages_made(faults: Faults, file: PosixFile, *, huge_us: int, small_us: int) -> tuple[int, int]:
@@ -366,6 +371,19 @@ def _random_plan(data: np.ndarray, chance: random.Random) -> tuple[np.ndarray, n
     plan = make_extents(rows)
     plan["address"] += np.uint64(to.ctypes.data)
     return to, expected, plan
+
+
+@contextlib.contextmanager
+def _logged() -> Iterator[list[str]]:
+    """What is logged meanwhile."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("engine_loader").addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logging.getLogger("engine_loader").removeHandler(handler)
 
 
 @contextlib.contextmanager

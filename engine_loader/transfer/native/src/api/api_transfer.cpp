@@ -3,8 +3,6 @@
 #include <errno.h>
 #include <new>
 #include <string.h>
-#include <sys/eventfd.h>
-#include <unistd.h>
 
 #include "api/api.h"
 #include "device/device_ring.h"
@@ -37,7 +35,9 @@ void copy_file(ReaderThreads &readers, const el_file &from, File &to) {
         to.usrbio = readers.usrbio[from.flags >> 8].get();
         return;
     }
-    const bool direct = from.mode != EL_BUFFERED && from.direct_fd >= 0 && find_direct_limits(from.direct_fd, to.limits);
+    if (from.direct_offset != 0) to.limits.offset = from.direct_offset;
+    if (from.direct_memory != 0) to.limits.memory = from.direct_memory;
+    const bool direct = from.direct_fd >= 0 && to.limits.offset <= kLargestSector;
     to.mode = direct ? from.mode : static_cast<uint32_t>(EL_BUFFERED);
 }
 
@@ -142,6 +142,14 @@ int wait_for(Transfer &transfer, int64_t extent, int64_t until, Lock &lock) {
 
 using namespace el;
 
+int el_direct_limits(int32_t direct_fd, uint32_t *offset, uint32_t *memory) {
+    DirectLimits limits;
+    if (offset == nullptr || memory == nullptr || !find_direct_limits(direct_fd, limits)) return EL_E_ARGUMENT;
+    *offset = limits.offset;
+    *memory = limits.memory;
+    return EL_OK;
+}
+
 int el_submit(el_readers *submitting, const el_file *files, uint32_t n_files, const el_extent *extents,
               uint64_t n_extents, uint32_t flags, el_transfer **out) {
     ReaderThreads *readers = unwrap(submitting);
@@ -191,17 +199,6 @@ uint64_t el_completed(el_transfer *asked, uint64_t from, uint32_t *out, uint64_t
     return n;
 }
 
-int el_event_fd(el_transfer *asked) {
-    Transfer *transfer = unwrap(asked);
-    const int state = usable(transfer);
-    if (state != EL_OK) return state;
-    Lock lock(transfer->readers.mutex);
-    if (transfer->event_fd >= 0) return transfer->event_fd;
-    const unsigned ready = !transfer->completed.empty() || transfer->phase != Phase::active ? 1 : 0;
-    transfer->event_fd = eventfd(ready, EFD_CLOEXEC | EFD_NONBLOCK);
-    return transfer->event_fd >= 0 ? transfer->event_fd : -errno;
-}
-
 int el_cancel(el_transfer *cancelled, int64_t timeout_ms) {
     Transfer *transfer = unwrap(cancelled);
     const int state = usable(transfer);
@@ -225,6 +222,16 @@ int el_failure(el_transfer *asked, el_failure_info *out) {
     *out = transfer->failure;
     out->in_flight = transfer->in_flight;
     return transfer->phase == Phase::failed ? EL_FAILED : EL_OK;
+}
+
+int el_retried(el_transfer *asked, el_failure_info *first) {
+    Transfer *transfer = unwrap(asked);
+    const int state = usable(transfer);
+    if (state != EL_OK) return state;
+    if (first == nullptr) return EL_E_ARGUMENT;
+    Lock lock(transfer->readers.mutex);
+    *first = transfer->retried;
+    return static_cast<int>(std::min<uint32_t>(transfer->retries, INT32_MAX));
 }
 
 void el_release(el_transfer *released) {

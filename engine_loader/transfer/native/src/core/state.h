@@ -126,7 +126,8 @@ struct Transfer {
     Phase phase = Phase::active;
     bool quiet = false;                // ended, and no worker touches it any more
     el_failure_info failure{};
-    int event_fd = -1;
+    uint32_t retries = 0;
+    el_failure_info retried{};         // the first of these
     Waiter *waiters = nullptr;
 };
 

@@ -71,6 +71,10 @@ Outcome before_retry(Reader reader, Position position, int error, uint32_t tries
         return give_up(reader, position, EL_FAIL_DEADLINE, error, tries);
     }
     reader.worker.counters.retries.add(1);
+    {
+        Lock lock(reader.transfer.readers.mutex);
+        note_retry(reader.transfer, position, error);
+    }
     // An interrupted call is not a sign of trouble; waiting would only lose time.
     if (error != EINTR || tries > 1) pause(reader, tries);
     return Outcome::done;
