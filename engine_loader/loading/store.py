@@ -197,4 +197,5 @@ def complete_report(report: LoadReport, source: str, readers: ReaderThreads) -> 
     report.modes |= statistics.modes
     report.bytes_read = statistics.bytes_read + statistics.overread_bytes
     report.retries, report.first_retry = statistics.retries, statistics.first_retry
+    report.slowest_file = statistics.slowest_file
     report.stop_clock()

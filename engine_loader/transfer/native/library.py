@@ -192,6 +192,7 @@ def _declare(library: ctypes.CDLL) -> None:
         ("el_cancel", code, (handle, i64)),
         ("el_failure", code, (handle, ctypes.POINTER(Failure))),
         ("el_retried", code, (handle, ctypes.POINTER(Failure))),
+        ("el_file_times", code, (handle, ctypes.c_void_p, ctypes.c_void_p, u32)),
         ("el_release", None, (handle,)),
     ):
         function = getattr(library, name)

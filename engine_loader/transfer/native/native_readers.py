@@ -24,7 +24,7 @@ from ..modes import ReadMode, choose_mode
 from ..placement import node_of_gpu, node_of_storage
 from ..plan import EXTENT, Extents, check_plan, files_of_plan, plan_bytes
 from ..protocol import TransferStatistics
-from ..retries import RetryLog
+from ..retries import FileTimes, RetryLog
 from .device_errors import setup_error, stream_error
 from .library import (
     ALWAYS_HUGE_PAGES,
@@ -130,7 +130,7 @@ class NativeReaders:
         self._closed = False
         self._pid = os.getpid()
         self._last_statistics = Stats()
-        self._retries = RetryLog()
+        self._retries, self._times = RetryLog(), FileTimes()
         direct_block_bytes = direct_block_bytes or min(block_bytes, _DIRECT_BLOCK_BYTES)
         largest = max(block_bytes, direct_block_bytes)
         first, most = (threads, threads) if threads else waiting_threads(self.threads, largest, ranks)
@@ -233,6 +233,7 @@ class NativeReaders:
             reads=stats.reads,
             retries=stats.retries,
             first_retry=self._retries.first,
+            slowest_file=self._times.slowest(),
             short_reads=stats.short_reads,
             read_seconds=stats.read_ns / 1e9,
             modes={name: nbytes for name, nbytes in modes.items() if nbytes},
@@ -283,6 +284,10 @@ class NativeReaders:
     def note_retries(self, transfer: NativeTransfer, path: str, info: Failure) -> None:
         """Say that reads are tried again, once."""
         self._retries.note(path, info.offset, info.error)
+
+    def count_time(self, path: str, seconds: float, nbytes: int) -> None:
+        """Count the time that reads of a file took."""
+        self._times.add(path, seconds, nbytes)
 
     def transfer_ended(self, transfer: NativeTransfer) -> None:
         """Forget a transfer that will not write any more."""

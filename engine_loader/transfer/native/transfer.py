@@ -54,6 +54,10 @@ class Owner(Protocol):
         """Called when reads of a transfer were tried again; ``info`` is of the first one."""
         ...
 
+    def count_time(self, path: str, seconds: float, nbytes: int) -> None:
+        """Count the time that reads of a file took, and their bytes."""
+        ...
+
     def transfer_ended(self, transfer: NativeTransfer) -> None:
         """Called when nothing will be written for this transfer any more."""
         ...
@@ -89,6 +93,7 @@ class NativeTransfer:
         self._owner: object = owner
         self._device = device
         self._complete = False
+        self._forgotten = False
 
     def wait(self, extent: int | None = None, timeout_s: float | None = None) -> bool:
         if self._complete:
@@ -151,8 +156,17 @@ class NativeTransfer:
         if self._quick.el_retried(self._handle, info) > 0 and info.file < len(self._files):
             self._readers.note_retries(self, self._files[info.file].path, info)
 
+    def _count_times(self) -> None:
+        times, sizes = np.zeros((2, len(self._files)), np.uint64)
+        self._quick.el_file_times(self._handle, times.ctypes.data, sizes.ctypes.data, len(self._files))
+        for file, ns, nbytes in zip(self._files, times.tolist(), sizes.tolist(), strict=True):
+            self._readers.count_time(file.path, ns / 1e9, nbytes)
+
     def _forget(self) -> None:
-        self._look_for_retries()
+        if not self._forgotten:
+            self._forgotten = True
+            self._look_for_retries()
+            self._count_times()
         self._owner = None
         self._readers.transfer_ended(self)
 

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from ...failures import RETRYABLE, end_of_file, io_error
 from ...sources.source import SourceFile
 from ..plan import Extents, check_plan
 from ..protocol import TransferStatistics
-from ..retries import RetryLog
+from ..retries import FileTimes, RetryLog
 from .python_transfer import CANCEL_GRACE_S, PythonTransfer, Stopped
 from .read_tasks import Read, RowsRead
 
@@ -67,7 +68,7 @@ class PythonReaders:
         self._live: set[PythonTransfer] = set()
         self._workers: list[threading.Thread] = []
         self._statistics = TransferStatistics()
-        self._retries = RetryLog()
+        self._retries, self._times = RetryLog(), FileTimes()
         self._closed = False
         self._pid = os.getpid()
 
@@ -89,8 +90,12 @@ class PythonReaders:
 
     def statistics(self) -> TransferStatistics:
         with self._changed:
-            own = {"modes": dict(self._statistics.modes), "first_retry": self._retries.first}
-            return TransferStatistics(**{**vars(self._statistics), **own})
+            return replace(
+                self._statistics,
+                modes=dict(self._statistics.modes),
+                first_retry=self._retries.first,
+                slowest_file=self._times.slowest(),
+            )
 
     def close(self) -> None:
         if self.forked():
@@ -193,6 +198,7 @@ class PythonReaders:
                 got = file.read_into(offset, buffers)
             except OSError as error:
                 tries += 1
+                self._times.add(file.path, time.perf_counter() - began, 0)
                 if error.errno not in RETRYABLE or tries >= self.max_tries:
                     raise io_error(file.path, offset, error.errno, tries=tries) from error
                 self._count(retries=1)
@@ -203,7 +209,9 @@ class PythonReaders:
             if got == 0:
                 raise end_of_file(file.path, offset, file.size)
             tries = 0
-            self._count(file.source, got, time.perf_counter() - began, short=got < wanted)
+            took = time.perf_counter() - began
+            self._count(file.source, got, took, short=got < wanted)
+            self._times.add(file.path, took, got)
             read.since = self.last_progress = time.monotonic()
             offset += got
             buffers = _rest(buffers, got)

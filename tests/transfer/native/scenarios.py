@@ -110,6 +110,20 @@ def errors_stay(faults: Faults, file: PosixFile) -> None:
         assert readers.statistics().retries == 0
 
 
+def a_slow_file_is_named(faults: Faults, file: PosixFile) -> None:
+    copies = [Path(f"{file.path}-{number}") for number in range(4)]
+    for copy in copies:
+        copy.write_bytes(Path(file.path).read_bytes())
+    to = np.zeros(file.size, np.uint8)
+    plan = np.repeat(make_extents([extent(0, 0, file.size, to.ctypes.data)]), 12)
+    with _readers(read_mode="buffered") as readers:
+        for copy in copies:
+            faults.set(delay_us=20_000 if copy == copies[2] else 0)
+            with contextlib.closing(PosixSource().open(str(copy))) as opened:
+                readers.submit([opened], plan, owner=to).wait()
+        assert readers.statistics().slowest_file.startswith(f"{copies[2]} (")
+
+
 def short_reads_are_resumed(faults: Faults, file: PosixFile) -> None:
     for mode in ("buffered", "direct"):
         faults.set(short_every=2)
@@ -460,6 +474,7 @@ SCENARIOS: dict[str, Callable[[Faults, PosixFile], None]] = {
     for function in (
         errors_pass,
         errors_stay,
+        a_slow_file_is_named,
         short_reads_are_resumed,
         direct_reads_may_be_refused,
         more_reads_at_once_where_they_bring_more,

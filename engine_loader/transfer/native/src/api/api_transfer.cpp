@@ -234,6 +234,18 @@ int el_retried(el_transfer *asked, el_failure_info *first) {
     return static_cast<int>(std::min<uint32_t>(transfer->retries, INT32_MAX));
 }
 
+int el_file_times(el_transfer *asked, uint64_t *read_ns, uint64_t *bytes, uint32_t capacity) {
+    Transfer *transfer = unwrap(asked);
+    const int state = usable(transfer);
+    if (state != EL_OK) return state;
+    if (capacity > 0 && (read_ns == nullptr || bytes == nullptr)) return EL_E_ARGUMENT;
+    for (uint32_t i = 0; i < std::min(capacity, transfer->n_files); i++) {
+        read_ns[i] = transfer->files[i].read_ns.load(std::memory_order_relaxed);
+        bytes[i] = transfer->files[i].read_bytes.load(std::memory_order_relaxed);
+    }
+    return EL_OK;
+}
+
 void el_release(el_transfer *released) {
     Transfer *transfer = unwrap(released);
     if (usable(transfer) != EL_OK) return;

@@ -175,6 +175,10 @@ EL_API int el_failure(el_transfer *transfer, el_failure_info *out);
  * EL_E_... */
 EL_API int el_retried(el_transfer *transfer, el_failure_info *first);
 
+/* The time that reads of each file of the transfer took, in ns and summed over all of them, and their bytes: fills the first
+ * `capacity` places. EL_OK or EL_E_... */
+EL_API int el_file_times(el_transfer *transfer, uint64_t *read_ns, uint64_t *bytes, uint32_t capacity);
+
 /* Give the handle back. A transfer in flight is cancelled without waiting: call el_cancel first to know it is quiet. */
 EL_API void el_release(el_transfer *transfer);
 

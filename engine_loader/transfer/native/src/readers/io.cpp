@@ -111,6 +111,7 @@ Outcome read_all(Reader reader, Request request) {
         const ssize_t n = read_once(reader.transfer, request);
         const int error = errno;
         const int64_t now = now_ns();
+        reader.transfer.files[request.file].count(now - begin, n > 0 ? static_cast<uint64_t>(n) : 0);
         counters.read_ns.add(static_cast<uint64_t>(now - begin));
         counters.reads.add(1);
         begin = now;

@@ -206,6 +206,7 @@ class RingReader {
         if (result == 0 || result == -ENODATA) {
             ask_mount(slot);
         } else if (result < 0) {
+            file(slot).count(now_ns() - slot.begun, 0);
             retry(slot, static_cast<int>(-result));
         } else {
             progress(slot, static_cast<uint64_t>(result));
@@ -213,10 +214,7 @@ class RingReader {
     }
 
     void progress(Slot &slot, uint64_t bytes) {
-        slot.done += bytes;
-        slot.tries = 0;
-        slot.since = now_ns();
-        slot.retry_at = 0;
+        note_progress(slot, bytes);
         window_.came(slot.since - slot.begun);
         if (slot.done == slot.run.span) {
             deliver(slot, 0);
