@@ -36,7 +36,7 @@ class PageCosts {
     int64_t gain(int64_t ns);
 
     // Threads add at the same time; one that is lost to another makes no difference that lasts.
-    std::atomic<int64_t> gained_ns_{0};
+    std::atomic<int64_t> gained_ns_{-400000};  // so the first trial comes after 20 ms of small ones, some 60 MiB
     std::atomic<int64_t> small_ns_{0};  // for the bytes of a huge page; 0: none was timed
     std::atomic<bool> huge_{false};
     std::atomic<bool> trying_{false};
