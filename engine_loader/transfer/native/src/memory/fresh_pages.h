@@ -16,9 +16,10 @@ struct Range {
 
 // What making pages costs in this process, and which kind to make next. A huge page mostly takes half the time of 512 small
 // ones. Where a host has taken a guest's free pages back (free page reporting), it takes ten times their time, for as long as
-// the memory that the host has yet to give lasts. So small pages come first; one thread at a time tries a huge one, and when
-// several of them in a row were quicker, all threads make huge ones, while what those gained is more than what they lost.
-// After that a small share of the time that small ones take is spent on trying a huge one again.
+// the memory that the host has yet to give lasts. Pages that it has given come in a row, mostly those that were freed last. So
+// one thread tries a huge page while the others make small ones; where it was quicker, all threads make huge ones, for as long
+// as what those gained is more than what they lost. After that a small share of the time that small ones take is spent on
+// trying a huge one again.
 class PageCosts {
   public:
     enum class Kind { small, huge, trial };
@@ -34,13 +35,13 @@ class PageCosts {
 
   private:
     int64_t gain(int64_t ns);
+    int64_t small_ns() const;
 
     // Threads add at the same time; one that is lost to another makes no difference that lasts.
-    std::atomic<int64_t> gained_ns_{-400000};  // so the first trial comes after 20 ms of small ones, some 60 MiB
+    std::atomic<int64_t> gained_ns_{0};
     std::atomic<int64_t> small_ns_{0};  // for the bytes of a huge page; 0: none was timed
     std::atomic<bool> huge_{false};
     std::atomic<bool> trying_{false};
-    uint32_t quick_{0};  // trials in a row; of the thread that tries
 };
 
 enum class HugePages { never, where_quicker, always };
