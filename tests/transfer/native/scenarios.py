@@ -192,19 +192,19 @@ def threads_above_the_limit_do_not_hide_a_stuck_read(faults: Faults, file: Posix
 
 def huge_pages_that_take_long_give_way_to_small_ones(faults: Faults, file: PosixFile) -> None:
     huge, small = _pages_made(faults, file, huge_us=12_000, small_us=500)
-    assert 1 <= huge <= 4 and small >= 50  # one shows what they cost
+    assert huge <= 8 and small >= 50  # one shows what they cost, on each of two threads
 
 
 def huge_pages_that_are_quick_stay(faults: Faults, file: PosixFile) -> None:
     huge, small = _pages_made(faults, file, huge_us=1, small_us=5_000)
-    assert huge >= 30 and small <= 30  # those before the trials, and beside them
+    assert huge >= 30 and small == 0
 
 
 def huge_pages_are_tried_again(faults: Faults, file: PosixFile) -> None:
     slow = _pages_made(faults, file, huge_us=12_000, small_us=500)
-    _pages_made(faults, file, huge_us=1, small_us=5_000)  # a fiftieth of it is what the slow one cost
+    _pages_made(faults, file, huge_us=1, small_us=500)
     huge, small = _pages_made(faults, file, huge_us=1, small_us=500)
-    assert slow[1] >= 50 and huge >= 30 and small <= 8  # those at the edges, where no huge page fits
+    assert slow[1] >= 50 and huge >= 30 and small == 0
 
 
 def _pages_made(faults: Faults, file: PosixFile, *, huge_us: int, small_us: int) -> tuple[int, int]:

@@ -93,34 +93,14 @@ static void delay(void) {
     __atomic_sub_fetch(&faults->flying, 1, __ATOMIC_RELAXED);
 }
 
-/* What was advised last for an address; with `advice`, what is advised from now on. */
-static int advised(uintptr_t address, size_t bytes, int advice) {
-    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-    static struct {
-        uintptr_t begin, end;
-        int advice;
-    } all[1 << 16];
-    static unsigned count;
-    pthread_mutex_lock(&lock);
-    if (advice != 0) {
-        all[count % (1 << 16)].begin = address;
-        all[count % (1 << 16)].end = address + bytes;
-        all[count++ % (1 << 16)].advice = advice;
-    }
-    for (unsigned i = count; advice == 0 && i-- > 0;) {
-        if (address >= all[i].begin && address < all[i].end) advice = all[i].advice;
-    }
-    pthread_mutex_unlock(&lock);
-    return advice;
-}
-
 int madvise(void *address, size_t bytes, int advice) {
-    if (advice == MADV_HUGEPAGE || advice == MADV_NOHUGEPAGE) advised((uintptr_t)address, bytes, advice);
+    static int last;
+    if (advice == MADV_HUGEPAGE || advice == MADV_NOHUGEPAGE) __atomic_store_n(&last, advice, __ATOMIC_RELAXED);
     const uint32_t huge_us = faults == NULL ? 0 : get(&faults->huge_us), small_us = faults == NULL ? 0 : get(&faults->small_us);
     if (advice != 23 /* MADV_POPULATE_WRITE */ || (huge_us == 0 && small_us == 0)) {
         return (int)syscall(SYS_madvise, address, bytes, (long)advice);
     }
-    const int huge = advised((uintptr_t)address, 1, 0) == MADV_HUGEPAGE;
+    const int huge = __atomic_load_n(&last, __ATOMIC_RELAXED) == MADV_HUGEPAGE;
     __atomic_add_fetch(huge ? &faults->huge_made : &faults->small_made, 1, __ATOMIC_RELAXED);
     work_us(huge ? huge_us : small_us);
     return 0;

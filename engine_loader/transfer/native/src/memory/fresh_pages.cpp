@@ -1,7 +1,6 @@
 #include "memory/fresh_pages.h"
 
 #include <algorithm>
-#include <iterator>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -16,16 +15,13 @@ namespace {
 constexpr uint64_t kBridgedGap = 64 << 10;
 // Below this, looking whether memory is fresh costs about what it saves.
 constexpr uint64_t kPrefaultBytes = 128 << 10;
-// A slow huge page took 7 to 13 ms: what many quick ones gained pays for one of these, and not for more.
-constexpr int64_t kMostGainedNs = 12000000;
-// The share of the time of small pages that may be spent on trying a huge one again: a fiftieth.
-constexpr int64_t kTryingShare = 50;
 // The bytes of a huge page made as small ones, before any were timed: 3.5 GB/s.
 constexpr int64_t kAssumedSmallNs = 600000;
-// Fewer bytes of small pages say too little of what they cost.
-constexpr uint64_t kTimedBytes = 256 << 10;
+// A slow huge page took 10 to 13 ms: what many quick ones gained pays for one of these, and not for more.
+constexpr int64_t kMostGainedNs = 12000000;
+// The share of the time of small pages that may be spent on trying a huge one again.
+constexpr int64_t kTryingShare = 25;
 constexpr int64_t kSmoothing = 8;
-constexpr uint64_t kSmallestPage = 4096;
 
 uint64_t down(uint64_t value, uint64_t unit) { return value / unit * unit; }
 uint64_t up(uint64_t value, uint64_t unit) { return down(value + unit - 1, unit); }
@@ -84,38 +80,21 @@ PageCosts costs;
 
 }  // namespace
 
-int64_t PageCosts::gain(int64_t ns) {
-    const int64_t sum = std::min(gained_ns_.load(std::memory_order_relaxed) + ns, kMostGainedNs);
-    gained_ns_.store(sum, std::memory_order_relaxed);
-    return sum;
-}
-
-int64_t PageCosts::small_ns() const {
-    const int64_t timed = small_ns_.load(std::memory_order_relaxed);
-    return timed == 0 ? kAssumedSmallNs : timed;
-}
-
-PageCosts::Kind PageCosts::next() {
-    if (prefers_huge()) return Kind::huge;
-    const bool due = gained_ns_.load(std::memory_order_relaxed) >= 0;
-    return due && !trying_.exchange(true, std::memory_order_acquire) ? Kind::trial : Kind::small;
+void PageCosts::gain(int64_t ns) {
+    const int64_t sum = gained_ns_.load(std::memory_order_relaxed) + ns;
+    gained_ns_.store(std::min(sum, kMostGainedNs), std::memory_order_relaxed);
 }
 
 void PageCosts::made_huge(int64_t ns) {
-    if (gain(small_ns() - ns) < 0) huge_.store(false, std::memory_order_relaxed);
+    const int64_t small = small_ns_.load(std::memory_order_relaxed);
+    gain((small == 0 ? kAssumedSmallNs : small) - ns);
 }
 
 void PageCosts::made_small(int64_t ns, uint64_t bytes) {
     gain(ns / kTryingShare);
-    if (bytes < kTimedBytes) return;
-    const int64_t all = std::max<int64_t>(ns * static_cast<int64_t>(kHugePage / bytes), 1);
+    if (bytes < kHugePage) return;
     const int64_t before = small_ns_.load(std::memory_order_relaxed);
-    small_ns_.store(before == 0 ? all : before + (all - before) / kSmoothing, std::memory_order_relaxed);
-}
-
-void PageCosts::tried(int64_t ns) {
-    if (gain(small_ns() - ns) >= 0) huge_.store(true, std::memory_order_relaxed);
-    give_up_trial();
+    small_ns_.store(before == 0 ? ns : before + (ns - before) / kSmoothing, std::memory_order_relaxed);
 }
 
 void Destinations::open(std::vector<Range> ranges, HugePages use) {
@@ -124,7 +103,7 @@ void Destinations::open(std::vector<Range> ranges, HugePages use) {
     ranges_ = merge(std::move(ranges), unit);
     // Other sizes are of processors whose pages are large anyway; what they cost is not timed.
     use_ = unit == kHugePage ? use : HugePages::always;
-    ensure(use_ == HugePages::always || costs.prefers_huge() ? Advice::huge : Advice::small);
+    choose_huge();
 }
 
 void Destinations::prefault(void *address, uint64_t bytes) {
@@ -145,47 +124,25 @@ void Destinations::make(uint64_t begin, uint64_t end) {
         return;
     }
     if (present(begin + (end - begin) / 2)) return;
-    const PageCosts::Kind kind = costs.next();
-    const bool trial = kind == PageCosts::Kind::trial;
-    if (kind != PageCosts::Kind::small && make_huge(down(begin, kHugePage), trial)) return;
-    if (trial) costs.give_up_trial();
-    if (kind != PageCosts::Kind::huge) ensure(Advice::small);
+    const bool huge = choose_huge();
     const int64_t since = own_ns();
     populate(begin, end - begin);
-    if (kind != PageCosts::Kind::huge) costs.made_small(own_ns() - since, end - begin);
-}
-
-// All of the huge page at `place`. False where it cannot be one.
-bool Destinations::make_huge(uint64_t place, bool trial) {
-    if (!is_fresh(place)) return false;
-    if (trial) {
-        madvise(reinterpret_cast<void *>(place), kHugePage, MADV_HUGEPAGE);
-    } else {
-        ensure(Advice::huge);
-    }
-    const int64_t since = own_ns();
-    populate(place, kHugePage);
     const int64_t ns = own_ns() - since;
-    trial ? costs.tried(ns) : costs.made_huge(ns);
-    return true;
+    if (huge) {
+        costs.made_huge(ns);
+    } else {
+        costs.made_small(ns, end - begin);
+    }
 }
 
-// Whether there is room for a whole huge page, of which nothing has been made.
-bool Destinations::is_fresh(uint64_t place) const {
-    const auto after = std::upper_bound(ranges_.begin(), ranges_.end(), place,
-                                        [](uint64_t at, const Range &range) { return at < range.begin; });
-    if (after == ranges_.begin() || place + kHugePage > std::prev(after)->end) return false;
-    unsigned char states[kHugePage / kSmallestPage];
-    if (mincore(reinterpret_cast<void *>(place), kHugePage, states) != 0) return false;
-    const uint64_t pages = kHugePage / page_bytes();
-    return std::none_of(states, states + pages, [](unsigned char state) { return (state & 1) != 0; });
-}
-
-// Tell the kernel which pages to make, unless it knows.
-void Destinations::ensure(Advice advice) {
-    if (advised_.load(std::memory_order_acquire) == advice) return;
+// Which pages to make next; the kernel has been told.
+bool Destinations::choose_huge() {
+    const bool huge = use_ == HugePages::always || costs.prefers_huge();
+    const Advice advice = huge ? Advice::huge : Advice::small;
+    if (advised_.load(std::memory_order_acquire) == advice) return huge;
     const Lock lock(advising_);
     if (advised_.load(std::memory_order_relaxed) != advice) advise(advice);
+    return huge;
 }
 
 void Destinations::advise(Advice advice) {
