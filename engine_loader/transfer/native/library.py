@@ -49,8 +49,6 @@ class File(ctypes.Structure):
         ("size", ctypes.c_uint64),
         ("mode", ctypes.c_uint32),
         ("flags", ctypes.c_uint32),
-        ("direct_offset", ctypes.c_uint32),
-        ("direct_memory", ctypes.c_uint32),
     )
 
 
@@ -179,7 +177,7 @@ def _declare(library: ctypes.CDLL) -> None:
         ("el_readers_close", code, (handle, i64)),
         ("el_readers_destroy", None, (handle,)),
         ("el_stats", code, (handle, ctypes.POINTER(Stats))),
-        ("el_direct_limits", code, (ctypes.c_int32, ctypes.POINTER(u32), ctypes.POINTER(u32))),
+        ("el_direct_flags", code, (ctypes.c_int32,)),
         ("el_submit", code, (handle, files, u32, ctypes.c_void_p, u64, u32, out)),
         ("el_submit_to_device", code, (handle, files, u32, ctypes.c_void_p, u64, u32, u32, u64, out)),
         ("el_device_runtime", code, (ctypes.c_char_p, ctypes.POINTER(DeviceFailure))),

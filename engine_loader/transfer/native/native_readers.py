@@ -47,7 +47,7 @@ from .library import (
     load_library,
     load_quick,
 )
-from .open_files import OpenFile, native_file, open_file
+from .opened import OpenFile, native_file, opened_as
 from .transfer import CANCEL_GRACE_S, SLICE_MS, NativeTransfer, call_error, stuck
 
 __all__ = ["NativeReaders", "NativeTransfer", "library_path", "load_library"]
@@ -310,11 +310,12 @@ class NativeReaders:
             found = self._open_files.get(file)
             if found is None:
                 access = file.native_access
-                if access is None:
-                    found = open_file(file, choose_mode(file, self._read_mode), self._quick)
+                if access is not None:
+                    found = OpenFile(
+                        ReadMode("usrbio", True, f"on 3FS at {access.mount}"), -1, self._add_usrbio(access) << 8
+                    )
                 else:
-                    mode = ReadMode("usrbio", True, f"on 3FS at {access.mount}")
-                    found = OpenFile(mode, self._add_usrbio(access) << 8)
+                    found = opened_as(file, choose_mode(file, self._read_mode))
                 self._open_files[file] = found
                 logger.debug("%s is read %s (%s)", file.path, found.mode.name, found.mode.reason)
             return found

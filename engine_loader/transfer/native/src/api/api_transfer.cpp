@@ -15,6 +15,8 @@
 namespace el {
 namespace {
 
+// Where el_file.flags have the powers of two of O_DIRECT's alignments; files on 3FS have a number there.
+constexpr uint32_t kOffsetBitsAt = 8, kMemoryBitsAt = 13;
 // Less than this is not worth the calls.
 constexpr uint64_t kHugePagesFrom = 2 << 20;
 
@@ -35,8 +37,9 @@ void copy_file(ReaderThreads &readers, const el_file &from, File &to) {
         to.usrbio = readers.usrbio[from.flags >> 8].get();
         return;
     }
-    if (from.direct_offset != 0) to.limits.offset = from.direct_offset;
-    if (from.direct_memory != 0) to.limits.memory = from.direct_memory;
+    const uint32_t offset_bits = from.flags >> kOffsetBitsAt & 31, memory_bits = from.flags >> kMemoryBitsAt & 31;
+    if (offset_bits != 0) to.limits.offset = 1u << offset_bits;
+    if (memory_bits != 0) to.limits.memory = 1u << memory_bits;
     const bool direct = from.direct_fd >= 0 && to.limits.offset <= kLargestSector;
     to.mode = direct ? from.mode : static_cast<uint32_t>(EL_BUFFERED);
 }
@@ -142,12 +145,10 @@ int wait_for(Transfer &transfer, int64_t extent, int64_t until, Lock &lock) {
 
 using namespace el;
 
-int el_direct_limits(int32_t direct_fd, uint32_t *offset, uint32_t *memory) {
+int el_direct_flags(int32_t direct_fd) {
     DirectLimits limits;
-    if (offset == nullptr || memory == nullptr || !find_direct_limits(direct_fd, limits)) return EL_E_ARGUMENT;
-    *offset = limits.offset;
-    *memory = limits.memory;
-    return EL_OK;
+    if (!find_direct_limits(direct_fd, limits)) return EL_E_ARGUMENT;
+    return __builtin_ctz(limits.offset) << kOffsetBitsAt | __builtin_ctz(limits.memory) << kMemoryBitsAt;
 }
 
 int el_submit(el_readers *submitting, const el_file *files, uint32_t n_files, const el_extent *extents,

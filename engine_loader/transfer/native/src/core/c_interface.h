@@ -83,8 +83,6 @@ typedef struct {
     uint64_t size;     /* an end of file before this is a failure */
     uint32_t mode;
     uint32_t flags;
-    uint32_t direct_offset; /* what O_DIRECT wants offsets and lengths, and memory, to be multiples of: el_direct_limits says; */
-    uint32_t direct_memory; /* 0: 4096 */
 } el_file;
 
 typedef struct { /* the layout of EXTENT in transfer/plan.py */
@@ -146,9 +144,9 @@ EL_API void el_readers_destroy(el_readers *readers);
 
 EL_API int el_stats(el_readers *readers, el_stats_info *out);
 
-/* What O_DIRECT reads of this descriptor want offsets and lengths, and memory, to be multiples of; to be asked once for an
- * open file. EL_E_ARGUMENT: it takes none. */
-EL_API int el_direct_limits(int32_t direct_fd, uint32_t *offset, uint32_t *memory);
+/* The flags by which el_file says what O_DIRECT reads of this descriptor want offsets and lengths, and memory, to be multiples
+ * of (without them: 4096); to be asked once for an open file. EL_E_ARGUMENT: it takes none. */
+EL_API int el_direct_flags(int32_t direct_fd);
 
 /* Start a plan; the arrays are copied. Transfers are served first come, first served. The destinations must stay alive
  * until the transfer is quiet: el_wait said EL_OK or EL_FAILED with in_flight 0, or el_cancel said EL_OK. */
