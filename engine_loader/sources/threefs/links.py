@@ -13,6 +13,7 @@ import fcntl
 import logging
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,7 +91,9 @@ def _records_before() -> list[Path]:
     """Those of native rings before they had ledgers (0.1): in a directory that belongs to this user alone."""
     directory = _SHARED_MEMORY / f".engine-loader-3fs-{os.geteuid()}"
     with contextlib.suppress(OSError):
-        return list(directory.iterdir())
+        status = directory.lstat()  # anybody may make a link of this name
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid():
+            return list(directory.iterdir())
     return []
 
 
