@@ -25,10 +25,11 @@ def test_reads_in_flight_do_not_change_how_a_process_ends(kind: str, tmp_path: P
                 capture_output=True,
                 text=True,
                 cwd=Path(__file__).parent.parent.parent,
-                env={**os.environ, **emulator.environment("latency_us=3000")},
+                env={**os.environ, **emulator.environment("latency_us=3000", whole_mount=True)},
                 check=False,
             )
         finally:
-            remove_dead()  # what those that ended at once left of rings
+            emulator.sweep()  # as the daemon does for those that ended at once; and the next start:
+            remove_dead()
             path.unlink()
     assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
