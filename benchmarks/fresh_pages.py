@@ -1,6 +1,7 @@
 """Measures native reads into fresh memory with small pages, with huge ones, and with those that were made sooner.
 
     python -m benchmarks.fresh_pages
+    python -m benchmarks.fresh_pages --gib 1 --rounds 5 --memory given     # one of the two kinds of memory
 
 The file lies in the page cache. Memory is either such as the host has given to this machine, or such as it may have
 taken back: all of it was used, freed, and left alone for longer than the host waits (free page reporting). Every load
@@ -13,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -54,11 +56,11 @@ def prepare(memory: str, nbytes: int) -> None:
         time.sleep(LEFT_ALONE_S)
 
 
-def measure(path: Path, rounds: int) -> dict[tuple[str, str], list[float]]:
+def measure(path: Path, rounds: int, memories: Sequence[str]) -> dict[tuple[str, str], list[float]]:
     nbytes = path.stat().st_size
-    rates: dict[tuple[str, str], list[float]] = {(memory, kind): [] for memory in MEMORY for kind in KINDS}
+    rates: dict[tuple[str, str], list[float]] = {(memory, kind): [] for memory in memories for kind in KINDS}
     for number in range(rounds):
-        for memory in MEMORY:
+        for memory in memories:
             kinds = list(KINDS)
             for kind in kinds[number % len(kinds) :] + kinds[: number % len(kinds)]:
                 prepare(memory, nbytes)
@@ -76,9 +78,9 @@ def main() -> None:
         return
     path = arguments.file or _kept_file(arguments.dir, arguments.gib)
     page_cache.warm([str(path)])
-    rates = measure(path, arguments.rounds)
+    rates = measure(path, arguments.rounds, arguments.memory)
     print("| memory | pages | GB/s, median | slowest - fastest | of the better kind |\n|---|---|---:|---:|---:|")
-    for memory in MEMORY:
+    for memory in arguments.memory:
         better = max(statistics.median(rates[memory, kind]) for kind in ("small", "huge"))
         for kind in KINDS:
             found = rates[memory, kind]
@@ -90,6 +92,7 @@ def _arguments() -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("--gib", type=float, default=2.0, help="what is loaded (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="how often each is measured (default: %(default)s)")
+    parser.add_argument("--memory", nargs="+", choices=MEMORY, default=[*MEMORY], help="(default: both)")
     parser.add_argument("--file", type=Path, help="load this file instead of one that is made")
     parser.add_argument("--one", choices=KINDS, help=argparse.SUPPRESS)
     return parser.parse_args()

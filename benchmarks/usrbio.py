@@ -2,7 +2,7 @@
 
     python benchmarks/usrbio.py
     python benchmarks/usrbio.py --processes 8      # at once, on one link
-    python benchmarks/usrbio.py --io-depth -8 --io-mib 8
+    python benchmarks/usrbio.py --io-depth -8 --io-mib 8 --readers native --only "each request"
     python benchmarks/usrbio.py --published DIR    # beside the published reader, unpacked (pip install -t DIR --no-deps
                                                    # fastsafetensor-3fs-reader==0.3.3)
 
@@ -13,6 +13,7 @@ not, so without a limit it is also measured with pages mapped in place of copies
 """
 
 import argparse
+import math
 import os
 import statistics
 import subprocess
@@ -26,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-MIB, GIB = 1 << 20, 1 << 30
+MIB = 1 << 20
 LINK = 2_000_000_000
 SCENARIOS = {
     "a link of 2 GB/s": f"bandwidth={LINK}",
@@ -36,6 +37,14 @@ SCENARIOS = {
             f"bandwidth={LINK},limits=1,latency_us={ms * 1000}"
         )
         for ms in (0, 2, 10)
+    },
+    **{
+        f"{title}, 40 ms for each request and no limit of a link": f"limits=1,latency_us=40000{options}"
+        for title, options in {
+            "requests as a daemon is shipped (32)": "",
+            "twice as many requests": ",requests=64,server_requests=16",
+            "an eighth of a daemon's jobs (14) and many requests": ",requests=256,server_requests=64,batches=14",
+        }.items()
     },
     "no limit": "",
     "no limit, bytes by DMA": "dma=1",
@@ -107,8 +116,8 @@ def main() -> None:
             if arguments.processes > 1:
                 _node(scenario, file, arguments, environment)
                 continue
-            names = [name for name in READERS if _takes_part(name, options, arguments.published)]
-            _scenario(scenario, names, file, arguments, environment, limited="bandwidth" in options)
+            names = [name for name in arguments.readers if _takes_part(name, options, arguments.published)]
+            _scenario(scenario, names, file, arguments, environment, options)
 
 
 def _arguments() -> argparse.Namespace:
@@ -120,6 +129,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--io-depth", type=int, default=-1, help="usrbio_io_depth (default: %(default)s)")
     parser.add_argument("--io-mib", type=int, default=4, help="io_bytes (default: %(default)s)")
     parser.add_argument("--only", default="", metavar="TEXT", help="scenarios whose title has it")
+    parser.add_argument("--readers", nargs="+", choices=READERS, default=[*READERS], help="(default: all)")
     parser.add_argument("--child", choices=READERS, help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -139,7 +149,7 @@ def _takes_part(name: str, options: str, published: Path | None) -> bool:
     if name.startswith("published"):
         # It reads from the buffer that dma replaces while its own next read is in flight only.
         return published is not None
-    return name != "posix" or "bandwidth" not in options
+    return name != "posix" or not ("limits" in options or "bandwidth" in options)
 
 
 def _scenario(
@@ -148,8 +158,7 @@ def _scenario(
     file: Path,
     arguments: argparse.Namespace,
     environment: dict[str, str],
-    *,
-    limited: bool,
+    options: str,
 ) -> None:
     children = {name: _start(name, file, arguments.published, environment) for name in names}
     try:
@@ -161,16 +170,27 @@ def _scenario(
     finally:
         for child in children.values():
             child.close()
-    limit = LINK if limited else statistics.median(children["posix"].rates)
+    limit, of = _allowed(options, arguments), "what is allowed"
+    if limit == math.inf:
+        limit, of = statistics.median(children["posix"].rates), "POSIX"
     print(f"### {title[0].upper()}{title[1:]}\n")
-    print(
-        f"| reader | GB/s, median | slowest - fastest | of {'the link' if limited else 'POSIX'} |\n|---|---:|---:|---:|"
-    )
+    print(f"| reader | GB/s, median | slowest - fastest | of {of} |\n|---|---:|---:|---:|")
     for name, child in children.items():
         median, worst, best = statistics.median(child.rates), min(child.rates), max(child.rates)
         figures = f"{median / 1e9:.2f} | {worst / 1e9:.2f} - {best / 1e9:.2f} | {median / limit:.2f}"
         print(f"| {READERS[name]} | {figures} |")
     print()
+
+
+def _allowed(options: str, arguments: argparse.Namespace) -> float:
+    """Bytes per second that the link and the daemon's limits allow; infinite where there are none."""
+    known = {name: int(value) for name, _, value in (option.partition("=") for option in options.split(",") if option)}
+    rates = [known.get("bandwidth", math.inf)]
+    seconds = known.get("latency_us", 0) / 1e6
+    if "limits" in known and seconds:
+        job = -arguments.io_depth * arguments.io_mib * MIB
+        rates += [known.get("requests", 32) * MIB / seconds, known.get("batches", 112) * job / seconds]
+    return min(rates)
 
 
 def _node(title: str, file: Path, arguments: argparse.Namespace, environment: dict[str, str]) -> None:

@@ -21,6 +21,9 @@ class LoadReport:
         bytes_offered: bytes of those tensors.
         bytes_kept: direct mode: of these, those that were read because this rank keeps them; None in other modes.
         bytes_read: bytes that were read from the source, with those thrown away (gaps, alignment); filled at the end.
+        retries: reads that failed and were tried again; filled at the end.
+        first_retry: the file and the error of the first one; filled at the end.
+        slowest_file: the file whose reads took much longer than those of others, and how much; filled at the end.
         peak_buffer_bytes: the most bytes that buffers took at once.
         modes: ways of reading with the bytes of each; filled at the end.
         notes: remarks for the line, e.g. why a mode was not used.
@@ -32,6 +35,9 @@ class LoadReport:
     bytes_offered: int = 0
     bytes_kept: int | None = None
     bytes_read: int = 0
+    retries: int = 0
+    first_retry: str = ""
+    slowest_file: str = ""
     peak_buffer_bytes: int = 0
     modes: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -93,6 +99,10 @@ class LoadReport:
         ways = f", {'+'.join(sorted(self.modes))}" if self.modes else ""
         whole = f" of {human_bytes(self.bytes_offered)}" if self.bytes_loaded < self.bytes_offered else ""
         notes = "".join(f"; {note}" for note in self.notes)
+        if self.slowest_file:
+            notes = f"; slowest file {self.slowest_file}{notes}"
+        if self.first_retry:
+            notes = f"; {_count(self.retries, 'read')} tried again, the first in {self.first_retry}{notes}"
         return (
             f"loaded {human_bytes(self.bytes_loaded)}{whole} ({self.tensors} tensors, {_count(self.files, 'file')}) "
             f"in {self.seconds:.2f} s, {rate:.2f} GB/s, from {self.source} ({self.engine}{ways}), "

@@ -19,6 +19,8 @@ class TransferStatistics:
         overread_bytes: bytes that were read beside them and thrown away: gaps between wanted ones, alignment.
         reads: read calls (IOs) that were made.
         retries: reads that were tried again after an error that may pass.
+        first_retry: the file of the first one, and its error; "" where there was none.
+        slowest_file: the file whose reads took much longer for their bytes than those of others; "" where none did.
         short_reads: reads that returned less than asked and were resumed.
         read_seconds: time spent in reads, summed over the threads.
         modes: ways of reading that were used, with the bytes of each ("buffered", "direct", "memory", …).
@@ -28,6 +30,8 @@ class TransferStatistics:
     overread_bytes: int = 0
     reads: int = 0
     retries: int = 0
+    first_retry: str = ""
+    slowest_file: str = ""
     short_reads: int = 0
     read_seconds: float = 0.0
     modes: dict[str, int] = field(default_factory=dict)

@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -103,9 +103,24 @@ def _shared_memory() -> set[str]:
 
 
 def _used_by_others() -> set[str]:
-    """What other processes have mapped of /dev/shm."""
+    """What other processes have mapped of /dev/shm, or open there."""
     others = [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]
-    return set().union(*map(mapped_of_shared_memory, others))
+    opened = set().union(*map(_open_files, others))
+    names = set()
+    for name in _shared_memory():
+        with suppress(OSError):
+            names |= {name} if os.stat(f"/dev/shm/{name}").st_ino in opened else set()
+    return names.union(*map(mapped_of_shared_memory, others))
+
+
+def _open_files(pid: int) -> set[int]:
+    """The inodes of what a process has open. Not by names: a ledger gets its own when it is open already."""
+    inodes = set()
+    with suppress(OSError):
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            with suppress(OSError):
+                inodes.add(os.stat(f"/proc/{pid}/fd/{fd}").st_ino)
+    return inodes
 
 
 @cache

@@ -54,6 +54,27 @@ def test_errors_that_may_pass_are_tried_again(python_readers, code):
     assert readers.statistics().retries == 8
 
 
+def test_the_first_read_that_is_tried_again_is_said_and_no_other(python_readers, caplog):
+    readers = python_readers(threads=1, block_bytes=50_000, retry_delay_s=0.001)
+    assert read(readers, [fake(Failing(errno.EIO, 2))], ALL, len(CONTENT)) == CONTENT
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.message == (
+        "/mnt/model.safetensors: a read at byte 0 failed with EIO and is tried again; others may follow"
+    )
+    assert readers.statistics().first_retry == "/mnt/model.safetensors (EIO)"
+
+
+def test_a_file_that_is_much_slower_than_others_is_named(python_readers):
+    readers = python_readers(threads=1)
+    content = bytes(4 << 20)
+    files = [FakeFile(content, f"/mnt/{number}.safetensors") for number in range(4)]
+    files[1].behave = lambda offset, wanted: time.sleep(0.2) or wanted
+    for file in files:
+        read(readers, [file], [extent(0, 0, len(content), 0)], len(content))
+    assert readers.statistics().slowest_file.startswith("/mnt/1.safetensors (")
+
+
 def test_an_error_that_stays_is_reported_once_with_all_that_is_known(python_readers):
     readers = python_readers(block_bytes=BLOCK_BYTES, retry_delay_s=0.001, max_tries=3)
     file = fake(lambda offset, wanted: wanted)

@@ -63,8 +63,14 @@ class Channel:
         self._shared = f"/dev/shm/engine-loader-{name}"
         self._link = os.path.join(directory_of_links(mount), name)
         self._progress = time.monotonic()
-        self._ledger: Ledger | None = None
-        self._memory = _shared_memory(self._shared, buffer_bytes)
+        # First of all: a process may end at any moment, and leaves nothing that is not listed.
+        self._ledger: Ledger | None = Ledger(name)
+        self._ledger.add(self._link, self._shared)
+        try:
+            self._memory = _shared_memory(self._shared, buffer_bytes)
+        except BaseException:
+            self._ledger.close()
+            raise
         self._thread = WatchedThread("engine-loader-3fs-ring")
         try:
             self._thread.call(self._make, deadline_s)
@@ -117,14 +123,13 @@ class Channel:
 
     def _make(self) -> None:
         self._directory = os.open(directory_of_links(self._mount), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._ledger = Ledger(os.path.basename(self._link))
-        self._ledger.add(self._link, self._shared)
         os.symlink(self._shared, self._link)
         self._iovec = self._binding.iovec(self._memory, os.path.basename(self._link), self._mount)
         entries = 2 * max(1, len(self._memory) // self.io_bytes)
         self._ring = self._binding.ioring(self._mount, entries, True, _IO_DEPTH, flags=_FORBID_READ_HOLES)
         self._ring_links = self._links_of_ring()
-        self._ledger.add(*self._ring_links)
+        if self._ledger is not None:
+            self._ledger.add(*self._ring_links)
 
     def _links_of_ring(self) -> list[str]:
         name = getattr(self._ring, "link_name", None)

@@ -1,8 +1,9 @@
 """The links below 3fs-virt/iovs by which 3FS's daemon knows our buffers and rings, and what a crash left of them.
 
-Each ring has a ledger in /dev/shm: a file that lists its links, locked (flock) for as long as its process lives. The
-lock tells across PID namespaces whether the process is there; where its /dev/shm is another one, there is no ledger to
-be seen and nothing is touched.
+Each ring, of the native reader threads (transfer/native/src/usrbio/usrbio_records.h) as of Python's, has a ledger in
+/dev/shm: a file that lists its links, locked (flock) for as long as its process lives. The lock tells across PID
+namespaces whether the process is there; where its /dev/shm is another one, there is no ledger to be seen and nothing is
+touched.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import fcntl
 import logging
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 _SHARED_MEMORY = Path("/dev/shm")
 _LEDGERS = "engine-loader-*.links"
+_ID_DIGITS = 32
 _OURS = re.compile(r"/.*/3fs-virt/iovs/[^/]+|/dev/shm/engine-loader-[^/]+")
 
 
@@ -58,9 +61,14 @@ def remove_dead() -> int:
     removed = 0
     for ledger in _SHARED_MEMORY.glob(_LEDGERS):
         with contextlib.suppress(OSError), _locked(ledger) as fd:
-            for line in Path(f"/proc/self/fd/{fd}").read_bytes().splitlines():
-                removed += _remove(os.fsdecode(line))
+            for line in _content(fd).splitlines():
+                removed += _remove(line)
             ledger.unlink(missing_ok=True)
+    for record in _records_before():
+        with contextlib.suppress(OSError), _locked(record) as fd:
+            for path in _links_in(_content(fd)):
+                removed += _remove(path)
+            record.unlink(missing_ok=True)
     if removed:
         logger.info("removed %d links and buffers of 3FS that processes which are dead had left", removed)
     return removed
@@ -77,6 +85,28 @@ def ring_links_of_this_process(mount: str) -> list[str]:
             if os.readlink(ring) in mapped:
                 found.append(ring)
     return found
+
+
+def _records_before() -> list[Path]:
+    """Those of native rings before they had ledgers (0.1): in a directory that belongs to this user alone."""
+    directory = _SHARED_MEMORY / f".engine-loader-3fs-{os.geteuid()}"
+    with contextlib.suppress(OSError):
+        status = directory.lstat()  # anybody may make a link of this name
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid():
+            return list(directory.iterdir())
+    return []
+
+
+def _links_in(record: str) -> list[str]:
+    """The links of such a record: two ids of 32 digits, with which their names begin, and the mount."""
+    ids = {record[:_ID_DIGITS], record[_ID_DIGITS : 2 * _ID_DIGITS]}
+    directory = directory_of_links(record[2 * _ID_DIGITS :])
+    names = (name for name in os.listdir(directory) if name.replace("-", "")[:_ID_DIGITS] in ids)
+    return [os.path.join(directory, name) for name in names]
+
+
+def _content(fd: int) -> str:
+    return os.fsdecode(Path(f"/proc/self/fd/{fd}").read_bytes())
 
 
 @contextlib.contextmanager

@@ -57,9 +57,20 @@ def _is_slow(ranges: Sequence[tuple[int, int]]) -> bool:
     if end - first < _WORTH_A_TRIAL_BYTES:
         return False
     places = [first + number * _HUGE_PAGE_BYTES for number in range(2 * _TIMED)]
-    small = [_time_to_make(place, mmap.MADV_NOHUGEPAGE) for place in places[:_TIMED]]
-    huge = [_time_to_make(place, mmap.MADV_HUGEPAGE) for place in places[_TIMED:]]
-    return None not in (*small, *huge) and sum(filter(None, huge)) > sum(filter(None, small))
+    left = 0
+    for place in places[:_TIMED]:
+        small = _time_to_make(place, mmap.MADV_NOHUGEPAGE)
+        if small is None:
+            return False
+        left += small
+    for place in places[_TIMED:]:
+        huge = _time_to_make(place, mmap.MADV_HUGEPAGE)
+        if huge is None:
+            return False
+        left -= huge
+        if left < 0:  # a single one may have taken as long as ten of the small ones
+            return True
+    return False
 
 
 def _time_to_make(place: int, advice: int) -> int | None:

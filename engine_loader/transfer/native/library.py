@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ...errors import TransferError
 
-_ABI_VERSION = 6
+_ABI_VERSION = 7
 OK, TIMEOUT, FAILED = 0, 1, 2
 E_CLOSED, E_FORKED, E_ARGUMENT, E_MEMORY, E_THREAD, E_DEVICE = -1, -2, -3, -4, -5, -6
 FAIL_IO, FAIL_EOF, FAIL_DEADLINE, FAIL_CANCELLED, FAIL_USRBIO, FAIL_DEVICE = range(1, 7)
@@ -177,6 +177,7 @@ def _declare(library: ctypes.CDLL) -> None:
         ("el_readers_close", code, (handle, i64)),
         ("el_readers_destroy", None, (handle,)),
         ("el_stats", code, (handle, ctypes.POINTER(Stats))),
+        ("el_direct_flags", code, (ctypes.c_int32,)),
         ("el_submit", code, (handle, files, u32, ctypes.c_void_p, u64, u32, out)),
         ("el_submit_to_device", code, (handle, files, u32, ctypes.c_void_p, u64, u32, u32, u64, out)),
         ("el_device_runtime", code, (ctypes.c_char_p, ctypes.POINTER(DeviceFailure))),
@@ -186,9 +187,10 @@ def _declare(library: ctypes.CDLL) -> None:
         ("el_wait", code, (handle, i64, i64)),
         ("el_bytes_done", u64, (handle,)),
         ("el_completed", u64, (handle, u64, ctypes.c_void_p, u64)),
-        ("el_event_fd", code, (handle,)),
         ("el_cancel", code, (handle, i64)),
         ("el_failure", code, (handle, ctypes.POINTER(Failure))),
+        ("el_retried", code, (handle, ctypes.POINTER(Failure))),
+        ("el_file_times", code, (handle, ctypes.c_void_p, ctypes.c_void_p, u32)),
         ("el_release", None, (handle,)),
     ):
         function = getattr(library, name)

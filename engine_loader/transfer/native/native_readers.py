@@ -6,7 +6,6 @@ The library is plain C and knows nothing of Python: its threads never need the G
 from __future__ import annotations
 
 import atexit
-import contextlib
 import ctypes
 import logging
 import os
@@ -14,12 +13,10 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from ...errors import TransferError
 from ...sources.source import SourceFile, UsrbioAccess
 from ..cpus import cpus_of_node, default_threads, local_cpus, waiting_threads
 from ..device_stream import DeviceStream
@@ -27,6 +24,7 @@ from ..modes import ReadMode, choose_mode
 from ..placement import node_of_gpu, node_of_storage
 from ..plan import EXTENT, Extents, check_plan, files_of_plan, plan_bytes
 from ..protocol import TransferStatistics
+from ..retries import FileTimes, RetryLog
 from .device_errors import setup_error, stream_error
 from .library import (
     ALWAYS_HUGE_PAGES,
@@ -34,16 +32,14 @@ from .library import (
     DEVICE_NO_SLOTS,
     E_DEVICE,
     E_FORKED,
-    FILE_REMOTE,
-    FILE_WIDE,
     HUGE_PAGES,
-    MODES,
     OK,
     ORDERED,
     TIMEOUT,
     Config,
     DeviceConfig,
     DeviceFailure,
+    Failure,
     File,
     Stats,
     UsrbioConfig,
@@ -51,6 +47,7 @@ from .library import (
     load_library,
     load_quick,
 )
+from .opened import OpenFile, native_file, opened_as
 from .transfer import CANCEL_GRACE_S, SLICE_MS, NativeTransfer, call_error, stuck
 
 __all__ = ["NativeReaders", "NativeTransfer", "library_path", "load_library"]
@@ -74,19 +71,6 @@ def _close_all_readers() -> None:
     """Stop writing before the interpreter frees the destinations of transfers that are still in flight."""
     for readers in list(_all_readers):
         readers.close()
-
-
-@dataclass(eq=False)
-class _OpenFile:
-    """How a file is read, with a descriptor of its own for O_DIRECT, which goes with it."""
-
-    mode: ReadMode
-    direct_fd: int
-    flags: int
-
-    def __del__(self) -> None:
-        if self.direct_fd >= 0:
-            os.close(self.direct_fd)
 
 
 class NativeReaders:
@@ -142,10 +126,11 @@ class NativeReaders:
         self._lock = threading.Lock()
         self._live: set[NativeTransfer] = set()
         self._look_at = 1
-        self._open_files: weakref.WeakKeyDictionary[SourceFile, _OpenFile] = weakref.WeakKeyDictionary()
+        self._open_files: weakref.WeakKeyDictionary[SourceFile, OpenFile] = weakref.WeakKeyDictionary()
         self._closed = False
         self._pid = os.getpid()
         self._last_statistics = Stats()
+        self._retries, self._times = RetryLog(), FileTimes()
         direct_block_bytes = direct_block_bytes or min(block_bytes, _DIRECT_BLOCK_BYTES)
         largest = max(block_bytes, direct_block_bytes)
         first, most = (threads, threads) if threads else waiting_threads(self.threads, largest, ranks)
@@ -206,7 +191,7 @@ class NativeReaders:
         opened = [self._open(file) for file in files]
         if not self._placed:
             self._place(files, opened, target)
-        native = (File * len(files))(*map(_native_file, files, opened))
+        native = (File * len(files))(*map(native_file, files, opened))
         handle = ctypes.c_void_p()
         flags = ORDERED if ordered else 0
         library = self._quick if len(extents) < _MANY_EXTENTS else self._library
@@ -222,7 +207,7 @@ class NativeReaders:
         owners = (owner, opened)
         return self._register(NativeTransfer(self, handle, plan_bytes(extents), list(files), owners, device=device))
 
-    def _place(self, files: Sequence[SourceFile], opened: Sequence[_OpenFile], target: DeviceStream | None) -> None:
+    def _place(self, files: Sequence[SourceFile], opened: Sequence[OpenFile], target: DeviceStream | None) -> None:
         """Keep the threads on one memory node.
 
         The node of the GPU that is read to; else that of the disk that is read from; else the caller's, where what was
@@ -247,6 +232,8 @@ class NativeReaders:
             overread_bytes=stats.overread_bytes,
             reads=stats.reads,
             retries=stats.retries,
+            first_retry=self._retries.first,
+            slowest_file=self._times.slowest(),
             short_reads=stats.short_reads,
             read_seconds=stats.read_ns / 1e9,
             modes={name: nbytes for name, nbytes in modes.items() if nbytes},
@@ -294,6 +281,14 @@ class NativeReaders:
         self._quick.el_device_error_text(self._handle, device, code, text, len(text))
         return f"{text.value.decode(errors='replace')} ({code})"
 
+    def note_retries(self, transfer: NativeTransfer, path: str, info: Failure) -> None:
+        """Say that reads are tried again, once."""
+        self._retries.note(path, info.offset, info.error)
+
+    def count_time(self, path: str, seconds: float, nbytes: int) -> None:
+        """Count the time that reads of a file took."""
+        self._times.add(path, seconds, nbytes)
+
     def transfer_ended(self, transfer: NativeTransfer) -> None:
         """Forget a transfer that will not write any more."""
         self._live.discard(transfer)
@@ -310,19 +305,17 @@ class NativeReaders:
         self._live.add(transfer)
         return transfer
 
-    def _open(self, file: SourceFile) -> _OpenFile:
+    def _open(self, file: SourceFile) -> OpenFile:
         with self._lock:
             found = self._open_files.get(file)
             if found is None:
                 access = file.native_access
                 if access is not None:
-                    found = _OpenFile(
+                    found = OpenFile(
                         ReadMode("usrbio", True, f"on 3FS at {access.mount}"), -1, self._add_usrbio(access) << 8
                     )
                 else:
-                    mode = choose_mode(file, self._read_mode)
-                    direct_fd = -1 if mode.name == "buffered" else _open_direct(file)
-                    found = _OpenFile(mode, direct_fd, _flags(mode))
+                    found = opened_as(file, choose_mode(file, self._read_mode))
                 self._open_files[file] = found
                 logger.debug("%s is read %s (%s)", file.path, found.mode.name, found.mode.reason)
             return found
@@ -374,22 +367,3 @@ class NativeReaders:
         if self._closed or self._quick.el_stats(self._handle, stats) != OK:
             return self._last_statistics
         return stats
-
-
-def _flags(mode: ReadMode) -> int:
-    return (FILE_WIDE if mode.wide else 0) | (FILE_REMOTE if mode.remote else 0)
-
-
-def _native_file(file: SourceFile, opened: _OpenFile) -> File:
-    fd = file.fileno()
-    if fd is None:
-        raise TransferError("the file was closed before it was read", file=file.path)
-    return File(fd=fd, direct_fd=opened.direct_fd, size=file.size, mode=MODES[opened.mode.name], flags=opened.flags)
-
-
-def _open_direct(file: SourceFile) -> int:
-    """The same file with O_DIRECT, or -1 where that is refused: then it is read buffered."""
-    # By the descriptor, so that it is the same file even if another took its name.
-    with contextlib.suppress(OSError):
-        return os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-    return -1

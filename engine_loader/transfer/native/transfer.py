@@ -50,6 +50,14 @@ class Owner(Protocol):
         """What the runtime says to one of its errors."""
         ...
 
+    def note_retries(self, transfer: NativeTransfer, path: str, info: Failure) -> None:
+        """Called when reads of a transfer were tried again; ``info`` is of the first one."""
+        ...
+
+    def count_time(self, path: str, seconds: float, nbytes: int) -> None:
+        """Count the time that reads of a file took, and their bytes."""
+        ...
+
     def transfer_ended(self, transfer: NativeTransfer) -> None:
         """Called when nothing will be written for this transfer any more."""
         ...
@@ -85,6 +93,7 @@ class NativeTransfer:
         self._owner: object = owner
         self._device = device
         self._complete = False
+        self._forgotten = False
 
     def wait(self, extent: int | None = None, timeout_s: float | None = None) -> bool:
         if self._complete:
@@ -115,15 +124,6 @@ class NativeTransfer:
         self._quick.el_completed(self._handle, start, found.ctypes.data, len(found))
         return found
 
-    def event_fd(self) -> int:
-        """A descriptor to poll, owned by the transfer: readable when more extents are complete, or it has ended."""
-        fd = int(self._quick.el_event_fd(self._handle))
-        if fd in (E_CLOSED, E_FORKED):
-            raise call_error(fd)
-        if fd < 0:
-            raise io_error("the transfer", None, -fd, doing="make an event descriptor")
-        return fd
-
     def cancel(self) -> None:
         end = time.monotonic() + CANCEL_GRACE_S
         while self._library.el_cancel(self._handle, SLICE_MS) == TIMEOUT:
@@ -146,11 +146,27 @@ class NativeTransfer:
         end = None if timeout_s is None else time.monotonic() + timeout_s
         result = int(self._quick.el_wait(self._handle, which, 0))
         while result == TIMEOUT and (end is None or time.monotonic() < end):
+            self._look_for_retries()
             left_ms = SLICE_MS if end is None else min(SLICE_MS, _milliseconds(end - time.monotonic()))
             result = int(self._library.el_wait(self._handle, which, left_ms))
         return result
 
+    def _look_for_retries(self) -> None:
+        info = Failure()
+        if self._quick.el_retried(self._handle, info) > 0 and info.file < len(self._files):
+            self._readers.note_retries(self, self._files[info.file].path, info)
+
+    def _count_times(self) -> None:
+        times, sizes = np.zeros((2, len(self._files)), np.uint64)
+        self._quick.el_file_times(self._handle, times.ctypes.data, sizes.ctypes.data, len(self._files))
+        for file, ns, nbytes in zip(self._files, times.tolist(), sizes.tolist(), strict=True):
+            self._readers.count_time(file.path, ns / 1e9, nbytes)
+
     def _forget(self) -> None:
+        if not self._forgotten:
+            self._forgotten = True
+            self._look_for_retries()
+            self._count_times()
         self._owner = None
         self._readers.transfer_ended(self)
 

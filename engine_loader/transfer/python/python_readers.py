@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from ...failures import RETRYABLE, end_of_file, io_error
 from ...sources.source import SourceFile
 from ..plan import Extents, check_plan
 from ..protocol import TransferStatistics
+from ..retries import FileTimes, RetryLog
 from .python_transfer import CANCEL_GRACE_S, PythonTransfer, Stopped
 from .read_tasks import Read, RowsRead
 
@@ -66,6 +68,7 @@ class PythonReaders:
         self._live: set[PythonTransfer] = set()
         self._workers: list[threading.Thread] = []
         self._statistics = TransferStatistics()
+        self._retries, self._times = RetryLog(), FileTimes()
         self._closed = False
         self._pid = os.getpid()
 
@@ -87,7 +90,12 @@ class PythonReaders:
 
     def statistics(self) -> TransferStatistics:
         with self._changed:
-            return TransferStatistics(**{**vars(self._statistics), "modes": dict(self._statistics.modes)})
+            return replace(
+                self._statistics,
+                modes=dict(self._statistics.modes),
+                first_retry=self._retries.first,
+                slowest_file=self._times.slowest(),
+            )
 
     def close(self) -> None:
         if self.forked():
@@ -190,16 +198,20 @@ class PythonReaders:
                 got = file.read_into(offset, buffers)
             except OSError as error:
                 tries += 1
+                self._times.add(file.path, time.perf_counter() - began, 0)
                 if error.errno not in RETRYABLE or tries >= self.max_tries:
                     raise io_error(file.path, offset, error.errno, tries=tries) from error
                 self._count(retries=1)
+                self._retries.note(file.path, offset, error.errno)
                 transfer.pause(min(_LONGEST_PAUSE_S, self.retry_delay_s * 2 ** (tries - 1)))
                 continue
             wanted = sum(map(len, buffers))
             if got == 0:
                 raise end_of_file(file.path, offset, file.size)
             tries = 0
-            self._count(file.source, got, time.perf_counter() - began, short=got < wanted)
+            took = time.perf_counter() - began
+            self._count(file.source, got, took, short=got < wanted)
+            self._times.add(file.path, took, got)
             read.since = self.last_progress = time.monotonic()
             offset += got
             buffers = _rest(buffers, got)

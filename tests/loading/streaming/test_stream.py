@@ -1,5 +1,6 @@
 """Tensors that are handed out own their bytes, whatever the consumer does with them, and whenever it stops."""
 
+import errno
 import gc
 import hashlib
 import os
@@ -244,6 +245,23 @@ def test_the_account_counts_what_was_handed_out(path, way):
     assert report.source == "posix"
     assert sum(report.modes.values()) >= nbytes
     assert "loaded 2." in report.line()
+
+
+def test_the_line_at_the_end_says_that_reads_were_tried_again():
+    file = FakeFile(checkpoint({f"t{n}": entry("U8", [200_000], n) for n in range(4)}))
+    report, failed = LoadReport(), []
+
+    def fails_once(offset, wanted):
+        if offset > 1000 and not failed:
+            failed.append(offset)
+            raise OSError(errno.EIO, "")
+        return wanted
+
+    file.behave = fails_once
+    with open_fake(file, **SMALL_BUFFERS) as opened:
+        for _ in opened.tensors(report=report):
+            pass
+    assert failed and report.line().endswith(f"; 1 read tried again, the first in {file.path} (EIO)")
 
 
 def test_memory_in_use_is_bounded_by_the_buffers_or_two_large_tensors():

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import uuid
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from engine_loader.errors import TransferError
 from engine_loader.sources.threefs import threefs_source
+from engine_loader.sources.threefs.links import remove_dead
 from engine_loader.sources.threefs.threefs_source import ThreeFsOptions
 from engine_loader.transfer.plan import make_extents
 from tests.support.threefs import Emulator
@@ -177,8 +179,24 @@ def test_a_crash_leaves_neither_rings_nor_buffers(
     emulator.sweep()
 
 
-def _records() -> list[str]:
-    return os.listdir(f"/dev/shm/.engine-loader-3fs-{os.geteuid()}")
+def _records() -> list[Path]:
+    return list(Path("/dev/shm").glob("engine-loader-*.links"))
+
+
+def test_what_an_older_version_left_is_removed(emulator: Emulator, path: Path, content: bytes) -> None:
+    links = emulator.mount / "3fs-virt" / "iovs"
+    buffer, ring, other = (uuid.uuid4() for _ in range(3))
+    for name in (f"{buffer}", f"{ring}.r-1.t0.f10", f"{other}"):
+        (links / name).symlink_to("/dev/shm/nothing")
+    records = Path(f"/dev/shm/.engine-loader-3fs-{os.geteuid()}")
+    records.mkdir(mode=0o700, exist_ok=True)
+    (records / buffer.hex).write_text(f"{buffer.hex}{ring.hex}{emulator.mount}")
+    try:
+        assert remove_dead() == 2
+        assert os.listdir(links) == [str(other)]
+        assert not (records / buffer.hex).exists()
+    finally:
+        (links / str(other)).unlink()
 
 
 def test_a_plan_asks_nothing_of_files_that_it_does_not_read(

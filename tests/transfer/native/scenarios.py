@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import logging
 import mmap
 import os
 import random
@@ -87,8 +88,12 @@ class Owner:
 def errors_pass(faults: Faults, file: PosixFile) -> None:
     faults.set(error_every=2, error=errno.EIO)
     with _readers() as readers:
-        _assert_arrives(readers, file)
-        assert readers.statistics().retries > 0
+        with _logged() as lines:
+            _assert_arrives(readers, file)
+            _assert_arrives(readers, file)
+        account = readers.statistics()
+        assert account.retries > 1 and account.first_retry == f"{file.path} (EIO)"
+        assert len(lines) == 1 and "failed with EIO and is tried again" in lines[0]
 
 
 def errors_stay(faults: Faults, file: PosixFile) -> None:
@@ -103,6 +108,20 @@ def errors_stay(faults: Faults, file: PosixFile) -> None:
         error = _failure(_submit(readers, file))
         assert error.errno == errno.EACCES and "no permission" in str(error)
         assert readers.statistics().retries == 0
+
+
+def a_slow_file_is_named(faults: Faults, file: PosixFile) -> None:
+    copies = [Path(f"{file.path}-{number}") for number in range(4)]
+    for copy in copies:
+        copy.write_bytes(Path(file.path).read_bytes())
+    to = np.zeros(file.size, np.uint8)
+    plan = np.repeat(make_extents([extent(0, 0, file.size, to.ctypes.data)]), 12)
+    with _readers(read_mode="buffered") as readers:
+        for copy in copies:
+            faults.set(delay_us=20_000 if copy == copies[2] else 0)
+            with contextlib.closing(PosixSource().open(str(copy))) as opened:
+                readers.submit([opened], plan, owner=to).wait()
+        assert readers.statistics().slowest_file.startswith(f"{copies[2]} (")
 
 
 def short_reads_are_resumed(faults: Faults, file: PosixFile) -> None:
@@ -369,6 +388,19 @@ def _random_plan(data: np.ndarray, chance: random.Random) -> tuple[np.ndarray, n
 
 
 @contextlib.contextmanager
+def _logged() -> Iterator[list[str]]:
+    """What is logged meanwhile."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("engine_loader").addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logging.getLogger("engine_loader").removeHandler(handler)
+
+
+@contextlib.contextmanager
 def _readers(threads: int = 2, **options: object) -> Iterator[NativeReaders]:
     defaults: dict[str, object] = {"block_bytes": 64 << 10, "retry_delay_s": 0.001}
     readers = NativeReaders(threads, **{**defaults, **options})
@@ -442,6 +474,7 @@ SCENARIOS: dict[str, Callable[[Faults, PosixFile], None]] = {
     for function in (
         errors_pass,
         errors_stay,
+        a_slow_file_is_named,
         short_reads_are_resumed,
         direct_reads_may_be_refused,
         more_reads_at_once_where_they_bring_more,

@@ -8,7 +8,6 @@ import itertools
 import mmap
 import os
 import resource
-import select
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -102,12 +101,9 @@ def test_extents_are_reported_as_they_complete(make_file: MakeFile, ordered: boo
     rows = [extent(0, offset, step, address(to) + offset) for offset in range(0, file.size, step)]
     transfer = readers.submit([file], make_extents(rows), ordered=ordered)
     data = content(file)
-    poll = select.poll()
-    poll.register(transfer.event_fd(), select.POLLIN)
     seen: list[int] = []
     while len(seen) < len(rows):
-        assert poll.poll(10_000)
-        os.read(transfer.event_fd(), 8)
+        transfer.wait(timeout_s=0.001)
         for number in transfer.completed(len(seen)):
             seen.append(int(number))
             at = int(number) * step
@@ -157,7 +153,7 @@ def test_a_mixed_file_is_read_right(make_file: MakeFile, monkeypatch: pytest.Mon
 
 def test_the_file_system_may_refuse_direct_reads(make_file: MakeFile, monkeypatch: pytest.MonkeyPatch) -> None:
     file = make_file(100_000)
-    monkeypatch.setattr("engine_loader.transfer.native.native_readers._open_direct", lambda _: -1)
+    monkeypatch.setattr("engine_loader.transfer.native.opened.open_direct", lambda _: -1)
     to = memory(file.size)
     with contextlib.closing(NativeReaders(1, read_mode="direct")) as readers:
         readers.submit([file], make_extents([extent(0, 0, file.size, address(to))])).wait()

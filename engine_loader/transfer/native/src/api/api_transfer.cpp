@@ -3,8 +3,6 @@
 #include <errno.h>
 #include <new>
 #include <string.h>
-#include <sys/eventfd.h>
-#include <unistd.h>
 
 #include "api/api.h"
 #include "device/device_ring.h"
@@ -17,6 +15,8 @@
 namespace el {
 namespace {
 
+// Where el_file.flags have the powers of two of O_DIRECT's alignments; files on 3FS have a number there.
+constexpr uint32_t kOffsetBitsAt = 8, kMemoryBitsAt = 13;
 // Less than this is not worth the calls.
 constexpr uint64_t kHugePagesFrom = 2 << 20;
 
@@ -37,7 +37,10 @@ void copy_file(ReaderThreads &readers, const el_file &from, File &to) {
         to.usrbio = readers.usrbio[from.flags >> 8].get();
         return;
     }
-    const bool direct = from.mode != EL_BUFFERED && from.direct_fd >= 0 && find_direct_limits(from.direct_fd, to.limits);
+    const uint32_t offset_bits = from.flags >> kOffsetBitsAt & 31, memory_bits = from.flags >> kMemoryBitsAt & 31;
+    if (offset_bits != 0) to.limits.offset = 1u << offset_bits;
+    if (memory_bits != 0) to.limits.memory = 1u << memory_bits;
+    const bool direct = from.direct_fd >= 0 && to.limits.offset <= kLargestSector;
     to.mode = direct ? from.mode : static_cast<uint32_t>(EL_BUFFERED);
 }
 
@@ -142,6 +145,12 @@ int wait_for(Transfer &transfer, int64_t extent, int64_t until, Lock &lock) {
 
 using namespace el;
 
+int el_direct_flags(int32_t direct_fd) {
+    DirectLimits limits;
+    if (!find_direct_limits(direct_fd, limits)) return EL_E_ARGUMENT;
+    return __builtin_ctz(limits.offset) << kOffsetBitsAt | __builtin_ctz(limits.memory) << kMemoryBitsAt;
+}
+
 int el_submit(el_readers *submitting, const el_file *files, uint32_t n_files, const el_extent *extents,
               uint64_t n_extents, uint32_t flags, el_transfer **out) {
     ReaderThreads *readers = unwrap(submitting);
@@ -191,17 +200,6 @@ uint64_t el_completed(el_transfer *asked, uint64_t from, uint32_t *out, uint64_t
     return n;
 }
 
-int el_event_fd(el_transfer *asked) {
-    Transfer *transfer = unwrap(asked);
-    const int state = usable(transfer);
-    if (state != EL_OK) return state;
-    Lock lock(transfer->readers.mutex);
-    if (transfer->event_fd >= 0) return transfer->event_fd;
-    const unsigned ready = !transfer->completed.empty() || transfer->phase != Phase::active ? 1 : 0;
-    transfer->event_fd = eventfd(ready, EFD_CLOEXEC | EFD_NONBLOCK);
-    return transfer->event_fd >= 0 ? transfer->event_fd : -errno;
-}
-
 int el_cancel(el_transfer *cancelled, int64_t timeout_ms) {
     Transfer *transfer = unwrap(cancelled);
     const int state = usable(transfer);
@@ -225,6 +223,28 @@ int el_failure(el_transfer *asked, el_failure_info *out) {
     *out = transfer->failure;
     out->in_flight = transfer->in_flight;
     return transfer->phase == Phase::failed ? EL_FAILED : EL_OK;
+}
+
+int el_retried(el_transfer *asked, el_failure_info *first) {
+    Transfer *transfer = unwrap(asked);
+    const int state = usable(transfer);
+    if (state != EL_OK) return state;
+    if (first == nullptr) return EL_E_ARGUMENT;
+    Lock lock(transfer->readers.mutex);
+    *first = transfer->retried;
+    return static_cast<int>(std::min<uint32_t>(transfer->retries, INT32_MAX));
+}
+
+int el_file_times(el_transfer *asked, uint64_t *read_ns, uint64_t *bytes, uint32_t capacity) {
+    Transfer *transfer = unwrap(asked);
+    const int state = usable(transfer);
+    if (state != EL_OK) return state;
+    if (capacity > 0 && (read_ns == nullptr || bytes == nullptr)) return EL_E_ARGUMENT;
+    for (uint32_t i = 0; i < std::min(capacity, transfer->n_files); i++) {
+        read_ns[i] = transfer->files[i].read_ns.load(std::memory_order_relaxed);
+        bytes[i] = transfer->files[i].read_bytes.load(std::memory_order_relaxed);
+    }
+    return EL_OK;
 }
 
 void el_release(el_transfer *released) {

@@ -14,7 +14,7 @@ extern "C" {
 #endif
 
 #define EL_API __attribute__((visibility("default")))
-#define EL_ABI_VERSION 6u /* goes up with every change of this file; the binding refuses another one */
+#define EL_ABI_VERSION 7u /* goes up with every change of this file; the binding refuses another one */
 
 enum { /* what calls return */
     EL_OK = 0,
@@ -144,6 +144,10 @@ EL_API void el_readers_destroy(el_readers *readers);
 
 EL_API int el_stats(el_readers *readers, el_stats_info *out);
 
+/* The flags by which el_file says what O_DIRECT reads of this descriptor want offsets and lengths, and memory, to be multiples
+ * of (without them: 4096); to be asked once for an open file. EL_E_ARGUMENT: it takes none. */
+EL_API int el_direct_flags(int32_t direct_fd);
+
 /* Start a plan; the arrays are copied. Transfers are served first come, first served. The destinations must stay alive
  * until the transfer is quiet: el_wait said EL_OK or EL_FAILED with in_flight 0, or el_cancel said EL_OK. */
 EL_API int el_submit(el_readers *readers, const el_file *files, uint32_t n_files, const el_extent *extents,
@@ -159,15 +163,19 @@ EL_API uint64_t el_bytes_done(el_transfer *transfer);
  * how many there are in all. */
 EL_API uint64_t el_completed(el_transfer *transfer, uint64_t from, uint32_t *out, uint64_t capacity);
 
-/* An event descriptor that becomes readable whenever extents complete and when the transfer ends; it belongs to the
- * transfer. Negative: -errno, or EL_E_... */
-EL_API int el_event_fd(el_transfer *transfer);
-
 /* Give up what has not been read. EL_OK: nothing will be written any more. EL_TIMEOUT: a read is still in flight. */
 EL_API int el_cancel(el_transfer *transfer, int64_t timeout_ms);
 
 /* What went wrong, if anything; EL_OK or EL_FAILED or EL_E_... */
 EL_API int el_failure(el_transfer *transfer, el_failure_info *out);
+
+/* How many reads of the transfer were tried again, EINTR apart, and where and why the first one (kind EL_FAIL_IO, tries 0); or
+ * EL_E_... */
+EL_API int el_retried(el_transfer *transfer, el_failure_info *first);
+
+/* The time that reads of each file of the transfer took, in ns and summed over all of them, and their bytes: fills the first
+ * `capacity` places. EL_OK or EL_E_... */
+EL_API int el_file_times(el_transfer *transfer, uint64_t *read_ns, uint64_t *bytes, uint32_t capacity);
 
 /* Give the handle back. A transfer in flight is cancelled without waiting: call el_cancel first to know it is quiet. */
 EL_API void el_release(el_transfer *transfer);

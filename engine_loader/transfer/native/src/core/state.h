@@ -68,6 +68,13 @@ struct File {
     // The file system said EINVAL: to reads straight into destinations, to any direct read.
     std::atomic<bool> straight_refused{false};
     std::atomic<bool> direct_refused{false};
+    std::atomic<uint64_t> read_ns{0};  // in its reads, summed over the threads
+    std::atomic<uint64_t> read_bytes{0};
+
+    void count(int64_t ns, uint64_t bytes) {
+        read_ns.fetch_add(static_cast<uint64_t>(ns), std::memory_order_relaxed);
+        read_bytes.fetch_add(bytes, std::memory_order_relaxed);
+    }
 };
 
 // The largest read of a file, but for rows that stay whole.
@@ -126,7 +133,8 @@ struct Transfer {
     Phase phase = Phase::active;
     bool quiet = false;                // ended, and no worker touches it any more
     el_failure_info failure{};
-    int event_fd = -1;
+    uint32_t retries = 0;
+    el_failure_info retried{};         // the first of these
     Waiter *waiters = nullptr;
 };
 

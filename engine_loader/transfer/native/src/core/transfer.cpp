@@ -1,7 +1,7 @@
 #include "core/transfer.h"
 
 #include <algorithm>
-#include <unistd.h>
+#include <errno.h>
 
 #include "device/device_ring.h"
 
@@ -12,10 +12,6 @@ void notify(Transfer &transfer) {
     for (Waiter *waiter = transfer.waiters; waiter != nullptr; waiter = waiter->next) {
         if (transfer.phase != Phase::active || is_complete(transfer, waiter->extent)) waiter->condition.notify_one();
     }
-    if (transfer.event_fd < 0) return;
-    const uint64_t one = 1;
-    // Full (EAGAIN) means readable already.
-    if (write(transfer.event_fd, &one, sizeof one) < 0) return;
 }
 
 template <typename T>
@@ -143,6 +139,12 @@ void fail(Transfer &transfer, el_failure_info failure) {
     }
 }
 
+void note_retry(Transfer &transfer, Position position, int error) {
+    if (error == EINTR) return;  // no sign of trouble
+    if (transfer.retries++ > 0) return;
+    transfer.retried = el_failure_info{EL_FAIL_IO, error, position.file, position.extent, position.offset, 0, 0};
+}
+
 void cancel(Transfer &transfer) {
     fail(transfer, el_failure_info{EL_FAIL_CANCELLED, 0, 0, EL_NO_EXTENT, 0, 0, 0});
 }
@@ -189,9 +191,6 @@ bool dereference(Transfer &transfer) { return --transfer.references == 0; }
 
 Transfer::Transfer(ReaderThreads &owner) : readers(owner) { readers.references.fetch_add(1); }
 
-Transfer::~Transfer() {
-    if (event_fd >= 0) close(event_fd);
-    unreference(readers);
-}
+Transfer::~Transfer() { unreference(readers); }
 
 }  // namespace el

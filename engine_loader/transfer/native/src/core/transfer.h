@@ -14,6 +14,9 @@ void enqueue(Transfer &transfer);
 void fail(Transfer &transfer, el_failure_info failure);
 void cancel(Transfer &transfer);
 
+// A read at this position failed with `error`, and will be tried again.
+void note_retry(Transfer &transfer, Position position, int error);
+
 // A worker gives a block back. Returns whether the caller has to delete the transfer (without the lock).
 bool finish_block(Transfer &transfer, const Block &block, bool complete);
 

@@ -71,6 +71,10 @@ Outcome before_retry(Reader reader, Position position, int error, uint32_t tries
         return give_up(reader, position, EL_FAIL_DEADLINE, error, tries);
     }
     reader.worker.counters.retries.add(1);
+    {
+        Lock lock(reader.transfer.readers.mutex);
+        note_retry(reader.transfer, position, error);
+    }
     // An interrupted call is not a sign of trouble; waiting would only lose time.
     if (error != EINTR || tries > 1) pause(reader, tries);
     return Outcome::done;
@@ -107,6 +111,7 @@ Outcome read_all(Reader reader, Request request) {
         const ssize_t n = read_once(reader.transfer, request);
         const int error = errno;
         const int64_t now = now_ns();
+        reader.transfer.files[request.file].count(now - begin, n > 0 ? static_cast<uint64_t>(n) : 0);
         counters.read_ns.add(static_cast<uint64_t>(now - begin));
         counters.reads.add(1);
         begin = now;

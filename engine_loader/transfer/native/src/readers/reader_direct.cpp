@@ -30,6 +30,8 @@ static_assert(sizeof(StatxDirect) == 256, "the kernel's struct statx");
 uint64_t down(uint64_t value, uint64_t unit) { return value - value % unit; }
 uint64_t up(uint64_t value, uint64_t unit) { return down(value + unit - 1, unit); }
 
+bool is_power_of_two(uint32_t value) { return value != 0 && (value & (value - 1)) == 0; }
+
 // The sectors that hold a run.
 struct Window {
     Window(const Run &run, uint32_t sector) : begin(down(run.offset, sector)), end(up(run.offset + run.span, sector)) {}
@@ -90,7 +92,8 @@ bool find_direct_limits(int direct_fd, DirectLimits &limits) {
     StatxDirect info{};
     if (statx(direct_fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, reinterpret_cast<struct statx *>(&info)) != 0) return true;
     if ((info.mask & STATX_DIOALIGN) == 0) return true;  // unknown: the cautious default
-    if (info.offset_align == 0 || info.memory_align == 0 || info.offset_align > kLargestSector) return false;
+    if (!is_power_of_two(info.offset_align) || !is_power_of_two(info.memory_align)) return false;
+    if (info.offset_align > kLargestSector) return false;
     limits.offset = info.offset_align;
     limits.memory = info.memory_align;
     return true;

@@ -206,6 +206,7 @@ class RingReader {
         if (result == 0 || result == -ENODATA) {
             ask_mount(slot);
         } else if (result < 0) {
+            file(slot).count(now_ns() - slot.begun, 0);
             retry(slot, static_cast<int>(-result));
         } else {
             progress(slot, static_cast<uint64_t>(result));
@@ -213,10 +214,7 @@ class RingReader {
     }
 
     void progress(Slot &slot, uint64_t bytes) {
-        slot.done += bytes;
-        slot.tries = 0;
-        slot.since = now_ns();
-        slot.retry_at = 0;
+        note_progress(slot, bytes);
         window_.came(slot.since - slot.begun);
         if (slot.done == slot.run.span) {
             deliver(slot, 0);
@@ -306,8 +304,7 @@ class RingReader {
     void retry(Slot &slot, int error, uint64_t at = 0) {
         const el_config &config = readers_.config;
         slot.tries++;
-        const bool passes = may_pass(error) || error == ENODATA;
-        if (!passes || slot.tries >= config.max_tries) {
+        if (slot.tries >= config.max_tries || !(may_pass(error) || error == ENODATA)) {
             fail_slot(worker_, slot, EL_FAIL_IO, error, slot.tries, at);
             return;
         }
@@ -315,6 +312,8 @@ class RingReader {
         const uint64_t pause_ms = error == EINTR ? 0 : std::min<uint64_t>(doubled, config.retry_cap_ms);
         slot.retry_at = now_ns() + static_cast<int64_t>(pause_ms) * kMillisecond;
         worker_.counters.retries.add(1);
+        Lock lock(readers_.mutex);
+        note_retry(*slot.work->transfer, Position{slot.run.file, slot.run.extent, slot.run.offset + slot.done + at}, error);
     }
 
     // Give up everything of transfers that failed or were cancelled. Their destinations are safe at once: what is still
@@ -337,8 +336,7 @@ class RingReader {
     }
 
     void check_deadlines() {
-        const int64_t now = now_ns();
-        const int64_t limit = config_->deadline_ms * kMillisecond;
+        const int64_t now = now_ns(), limit = config_->deadline_ms * kMillisecond;
         bool lost = false;
         for (Slot &slot : slots_) {
             if (slot.work != nullptr && slot.state != Slot::copying && now - slot.since > limit) {

@@ -4,7 +4,15 @@
 
 namespace el {
 
-const File &file(const Slot &slot) { return slot.work->transfer->files[slot.run.file]; }
+File &file(const Slot &slot) { return slot.work->transfer->files[slot.run.file]; }
+
+void note_progress(Slot &slot, uint64_t bytes) {
+    slot.done += bytes;
+    slot.tries = 0;
+    slot.since = now_ns();
+    slot.retry_at = 0;
+    file(slot).count(slot.since - slot.begun, bytes);
+}
 
 int prepare_event(Slot &slot, DeviceRing &ring) {
     if (slot.device == &ring && slot.pinned.event.get() != nullptr) return 0;

@@ -47,7 +47,10 @@ struct Slot final : Lander {
     std::atomic<int> copied{0};  // copies to the device: 1 when they have landed, -1 when one failed
 };
 
-const File &file(const Slot &slot);
+File &file(const Slot &slot);
+
+// So many bytes more have come.
+void note_progress(Slot &slot, uint64_t bytes);
 
 // The memory node of the device that the bytes are for; -1 where there is none, or only one node.
 int node_of(const Slot &slot);

@@ -91,7 +91,6 @@ bool Channel::open(const UsrbioConfig &config, int node, UsrbioFailure &failure)
         failure = {EL_USRBIO_BUFFER, errno};
         return false;
     }
-    remove_leftovers(mount_);
     const int place = node >= 0 ? node : own_node();
     if (!make_buffer(config, place, failure) || !make_ring(config, place, failure)) {
         close();

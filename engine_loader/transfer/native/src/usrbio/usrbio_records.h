@@ -1,5 +1,6 @@
 // Records of what this user's processes have registered with the daemon, so that another start can remove what dead ones
-// left: a file for each channel below /dev/shm, locked for as long as its process lives.
+// left: a file for each channel in /dev/shm, which lists its links and is locked for as long as its process lives. It is the
+// ledger of sources/threefs/links.py, whose remove_dead() cleans up.
 #pragma once
 
 #include <stdint.h>
@@ -28,8 +29,5 @@ class Record {
     int fd_ = -1;
     std::string path_;
 };
-
-// Remove the links on this mount that dead processes recorded, and their records; once per process and mount.
-void remove_leftovers(const std::string &mount);
 
 }  // namespace el
