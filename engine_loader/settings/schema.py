@@ -93,6 +93,24 @@ class LoaderSettings(_Group):
         description="Processes of this machine that load at the same time and share its CPUs; auto: LOCAL_WORLD_SIZE, "
         "or as many ranks of torch.distributed as can be on one machine.",
     )
+    share: Literal["auto", "off"] = Field(
+        default="auto",
+        description="Whether the ranks of a machine read once what several of them need, and copy it from memory that "
+        "they share: auto where an engine has several ranks here and files are read past the page cache.",
+    )
+    share_bytes: ByteSize = Field(
+        default=ByteSize(2 * _GIB),
+        ge=16 * _MIB,
+        le=64 * _GIB,
+        description="The most memory that ranks share while they load, for all of a machine together.",
+    )
+    share_timeout_s: float = Field(
+        default=5.0,
+        gt=0,
+        le=3600,
+        description="Seconds after which a rank reads by itself what another one was to read for it.",
+    )
+
     buffer_bytes: ByteSize = Field(
         default=ByteSize(512 * _MIB),
         ge=_MIB,

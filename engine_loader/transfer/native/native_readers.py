@@ -327,6 +327,23 @@ class NativeReaders:
                 logger.debug("%s is read %s (%s)", file.path, found.mode.name, found.mode.reason)
             return found
 
+    def waits_for_storage(self, file: SourceFile) -> bool:
+        """Whether reads of a file wait for storage, rather than copy what lies in this machine's page cache."""
+        return self._open(file).mode.wide
+
+    def native_file(self, file: SourceFile) -> File:
+        """A file as the library takes it; its descriptors stay open as long as the file and the readers."""
+        return _native_file(file, self._open(file))
+
+    @property
+    def handle(self) -> int | None:
+        """The library's handle; None once they are gone."""
+        return self._handle
+
+    def device_number(self, device: int) -> int:
+        """The library's number of a device, with page-locked memory for what is on its way there."""
+        return self._add_device(device, slots=True)
+
     def _add_device(self, device: int, *, slots: bool) -> int:
         """The number by which the library knows a device; ``slots``: for which it has page-locked memory."""
         with self._lock:

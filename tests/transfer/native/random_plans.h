@@ -88,7 +88,7 @@ Plan make_plan(const std::vector<TestFile> &files, Random &random) {
     for (const TestFile &file : files) {
         const bool direct = file.direct_fd >= 0;
         const auto mode = static_cast<uint32_t>(direct ? below(random, 3) : 0);
-        plan.files.push_back(el_file{file.fd, file.direct_fd, file.content.size(), mode, static_cast<uint32_t>(below(random, 2))});
+        plan.files.push_back(el_file{file.fd, file.direct_fd, file.content.size(), mode, static_cast<uint32_t>(below(random, 2)), nullptr});
     }
     for (uint64_t n = 1 + below(random, 60); n > 0; n--) add_extent(plan, files, random);
     return plan;

@@ -13,6 +13,7 @@
 #include "memory/fresh_pages.h"
 #include "memory/memory.h"
 #include "core/stats.h"
+#include "threads/bell.h"
 #include "threads/pace.h"
 #include "threads/sync.h"
 
@@ -65,6 +66,7 @@ struct File {
     bool remote = false;
     DirectLimits limits;
     const UsrbioConfig *usrbio = nullptr;
+    const char *memory = nullptr;  // EL_MEMORY
     // The file system said EINVAL: to reads straight into destinations, to any direct read.
     std::atomic<bool> straight_refused{false};
     std::atomic<bool> direct_refused{false};
@@ -72,7 +74,7 @@ struct File {
 
 // The largest read of a file, but for rows that stay whole.
 inline uint64_t largest_block(const el_config &config, const File &file) {
-    return file.mode == EL_BUFFERED || file.remote ? config.block_bytes : config.direct_block_bytes;
+    return file.mode == EL_BUFFERED || file.mode == EL_MEMORY || file.remote ? config.block_bytes : config.direct_block_bytes;
 }
 
 // Blocks in the order in which they are taken. Narrow ones are taken by the first `threads` workers only.
@@ -128,6 +130,8 @@ struct Transfer {
     el_failure_info failure{};
     int event_fd = -1;
     Waiter *waiters = nullptr;
+    Bell *bell = nullptr;              // rung when more extents are complete, and at the end
+    bool first = false;                // goes before those that were submitted earlier
 };
 
 constexpr size_t kMaxSegments = 8192;

@@ -12,6 +12,7 @@ void notify(Transfer &transfer) {
     for (Waiter *waiter = transfer.waiters; waiter != nullptr; waiter = waiter->next) {
         if (transfer.phase != Phase::active || is_complete(transfer, waiter->extent)) waiter->condition.notify_one();
     }
+    if (transfer.bell != nullptr) ring(*transfer.bell);
     if (transfer.event_fd < 0) return;
     const uint64_t one = 1;
     // Full (EAGAIN) means readable already.
@@ -116,7 +117,11 @@ void enqueue(Transfer &transfer) {
         return;
     }
     readers.active.reserve(readers.active.size() + 1);  // so that only the next line can fail
-    readers.queue.push_back(&transfer);
+    if (transfer.first) {
+        readers.queue.push_front(&transfer);
+    } else {
+        readers.queue.push_back(&transfer);
+    }
     readers.active.push_back(&transfer);
     transfer.references++;
     if (!transfer.rings.empty()) readers.ring_work.notify_all();
