@@ -24,7 +24,7 @@ from ..transfer.device_stream import DeviceStream
 from ..transfer.native.native_readers import NativeReaders
 from ..transfer.plan import Extents, plan_bytes
 from ..transfer.protocol import ReaderThreads, Transfer
-from ..transfer.window.member import Region, WindowMember
+from ..transfer.window.member import Region, WindowMember, is_worth_sharing
 from ..transfer.window.places import meeting_directory, window_bytes
 from ..transfer.window.shared_transfer import SharedTransfer
 from .store import submit_to
@@ -96,15 +96,15 @@ class NodeSharing:
         Raises:
             CheckpointError: an extent reaches beyond its file.
         """
-        if self._ranks is None or not len(plan):
+        ranks = self._ranks
+        if ranks is None or self._why_not or not len(plan):
             return None
-        member = self._joined(readers)
+        if self._tensors is None:
+            self._tensors = _Tensors(self._files, self._infos)
+        tensor_of, expected = self._tensors.wanted_by(plan, ranks)
+        by_window = (expected > 1) & self._taken(readers, plan)
+        member = self._joined(readers, ranks) if by_window.any() else None
         if member is None:
-            return None
-        assert self._tensors is not None
-        tensor_of, expected = self._tensors.wanted_by(plan, self._ranks)
-        by_window = (expected > 1) & self._taken(member, plan)
-        if not by_window.any():
             return None
         numbers, region_of = np.unique(tensor_of[by_window], return_inverse=True)
         expected_of = np.ones(len(numbers), np.int64)
@@ -113,12 +113,12 @@ class NodeSharing:
         used = sorted({self._tensors.file_of(number) for number in numbers})
         place = {number: at for at, number in enumerate(used)}
         regions = [
-            self._tensors.region(int(number), place, int(count), self._ranks.count)
+            self._tensors.region(int(number), place, int(count), ranks.count)
             for number, count in zip(numbers, expected_of, strict=True)
         ]
         shared["file"] = [place[number] for number in shared["file"].tolist()]
         files = [self._files[number] for number in used]
-        handle = member.submit(files, regions, shared, region_of, stream)
+        handle = member.submit(files, regions, shared, region_of.astype(np.uint32), stream)
         if handle is None:
             return None
 
@@ -170,19 +170,19 @@ class NodeSharing:
         if copies is not None:
             copies.close()
 
-    def _taken(self, member: WindowMember, plan: Extents) -> npt.NDArray[np.bool_]:
+    def _taken(self, readers: ReaderThreads, plan: Extents) -> npt.NDArray[np.bool_]:
         numbers = np.unique(plan["file"]).tolist()
         for number in numbers:
             if number not in self._takes:
-                self._takes[number] = member.takes(self._files[number])
+                self._takes[number] = is_worth_sharing(readers, self._files[number])
         return np.isin(plan["file"], [number for number in numbers if self._takes[number]])
 
-    def _joined(self, readers: ReaderThreads) -> WindowMember | None:
+    def _joined(self, readers: ReaderThreads, ranks: NodeRanks) -> WindowMember | None:
         with self._lock:
-            if self._member is not None or self._why_not or self._ranks is None:
+            if self._member is not None or self._ranks is None:
                 return self._member
             try:
-                self._member = self._join(readers, self._ranks)
+                self._member = self._join(readers, ranks)
             except (CheckpointError, OSError) as error:
                 self._why_not = f"nothing shared: {error}"
                 logger.debug("the window: %s", error)
@@ -192,7 +192,6 @@ class NodeSharing:
         directory, why_not = meeting_directory()
         if directory is None:
             raise TransferError(why_not)
-        self._tensors = _Tensors(self._files, self._infos)
         if isinstance(readers, NativeReaders):
             copies = readers
         else:

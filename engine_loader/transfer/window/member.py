@@ -111,12 +111,6 @@ class WindowMember:
         if not native:
             self._start_threads(readers.threads)
 
-    def takes(self, file: SourceFile) -> bool:
-        """Whether it is of use to read a file by way of the window: reads wait for storage, and all know the file."""
-        if isinstance(self._readers, NativeReaders) and not self._readers.waits_for_storage(file):
-            return False
-        return self._key(file) is not None
-
     def submit(
         self,
         files: Sequence[SourceFile],
@@ -128,7 +122,7 @@ class WindowMember:
         """Start a plan; returns the library's handle, or None where the window cannot be used any more.
 
         Args:
-            files: ``takes`` each of them.
+            files: worth sharing, each of them.
             regions: of the files.
             extents: the plan.
             region_of: the number of the region in which each extent lies.
@@ -204,6 +198,12 @@ class WindowMember:
                     self._readers.submit([self._files[read.file]], rows).wait()
                     complete = True
                 self._library.el_window_answer(handle, read.number, complete)
+
+
+def is_worth_sharing(readers: ReaderThreads, file: SourceFile) -> bool:
+    """Whether it is of use to read a file by way of the window: reads wait for storage, and all ranks know the file."""
+    waits = readers.waits_for_storage(file) if isinstance(readers, NativeReaders) else file.remote
+    return waits and file.identity() is not None
 
 
 def _native_region(region: Region) -> SharedRegion:

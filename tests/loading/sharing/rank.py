@@ -22,8 +22,8 @@ from engine_loader.formats.safetensors import TensorInfo
 from engine_loader.loading.direct.copies import copy_extents
 from engine_loader.loading.find import SafetensorsFiles
 from engine_loader.loading.safetensors_store import SafetensorsStore
-from engine_loader.loading.sharing import NodeRanks
 from engine_loader.loading.shards import open_files
+from engine_loader.loading.sharing import NodeRanks
 from engine_loader.settings import LoaderSettings
 from engine_loader.sources.registry import make_source
 
