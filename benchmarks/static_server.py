@@ -2,8 +2,8 @@
 
     python -m benchmarks.static_server DIRECTORY PORT [BYTES_PER_SECOND]
 
-serves by the latter, over one link of that bandwidth: GET, HEAD and single ranges, which is what a client needs of S3 to
-read a public bucket, whose name is then that of a directory. Nothing is signed, listed or written.
+serves by the latter, over one link of that bandwidth: GET, HEAD and single ranges, which is what a client needs of S3
+to read a public bucket, whose name is then that of a directory. Nothing is signed, listed or written.
 """
 
 import os

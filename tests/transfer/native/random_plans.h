@@ -83,7 +83,7 @@ void add_extent(Plan &plan, const std::vector<TestFile> &files, Random &random) 
     plan.extents.push_back(e);
 }
 
-Plan make_plan(const std::vector<TestFile> &files, Random &random) {
+[[maybe_unused]] Plan make_plan(const std::vector<TestFile> &files, Random &random) {
     Plan plan;
     for (const TestFile &file : files) {
         const bool direct = file.direct_fd >= 0;
@@ -104,7 +104,7 @@ void check_extent(const Plan &plan, const el_extent &e, const char *memory) {
 }
 
 // Extents that are complete must hold their bytes even while others are being read.
-void check_completed(el_transfer *transfer, const Plan &plan, const char *memory) {
+[[maybe_unused]] void check_completed(el_transfer *transfer, const Plan &plan, const char *memory) {
     std::vector<uint32_t> done(plan.extents.size());
     const uint64_t n = el_completed(transfer, 0, done.data(), done.size());
     for (uint64_t i = 0; i < n; i++) check_extent(plan, plan.extents[done[i]], memory);

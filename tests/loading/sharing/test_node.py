@@ -1,0 +1,84 @@
+"""What the ranks of a node read together, and that nobody's fault is another's."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine_loader.transfer.window.places import meeting_directory
+
+from ...transfer.native.building import compile_shim
+from .rank import Options
+from .rounds import make_checkpoint
+
+ROUNDS = 500 if os.environ.get("EXTENDED_TESTS") else 12
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory in which only the ranks of this test meet."""
+    runtime = tmp_path / "run"
+    runtime.mkdir(mode=0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+    return runtime / "engine-loader"
+
+
+def load_together(ranks: list[Options]) -> list[dict[str, Any]]:
+    """The answers of ranks that load at the same time, each in a process of its own."""
+    command = [sys.executable, "-m", "tests.loading.sharing.rank"]
+    children = [
+        subprocess.Popen([*command, json.dumps(vars(rank))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for rank in ranks
+    ]
+    for child in children:
+        assert child.stdout is not None and child.stdout.readline() == "ready\n"
+    answers = []
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.write("\n")
+        child.stdin.flush()
+    for child in children:
+        out, _ = child.communicate(timeout=120)
+        answers.append(json.loads(out))
+    return answers
+
+
+def test_what_several_ranks_need_is_read_once(tmp_path: Path, place: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    make_checkpoint(path, layers=12)
+    settings = {"read_mode": "direct"}
+    found = load_together([Options([str(path)], rank, 3, settings=settings | {"share": "auto"}) for rank in range(3)])
+    alone = load_together([Options([str(path)], rank, 3, settings=settings | {"share": "off"}) for rank in range(3)])
+    assert [one["sums"] for one in found] == [one["sums"] for one in alone]
+    size = path.stat().st_size
+    assert sum(one["read"] for one in found) < 1.1 * size < 2 * size < sum(one["read"] for one in alone)
+    assert all(one["why_not"] == "" for one in found)
+    assert [entry.name for entry in place.iterdir()] == ["lock"]
+
+
+def test_faults_of_some_ranks_leave_the_others_right(tmp_path: Path, place: Path) -> None:
+    shim = compile_shim(tmp_path)
+    words = tmp_path / "faults"
+    words.write_bytes(bytes(64))
+    environment = {"LD_PRELOAD": str(shim), "ENGINE_LOADER_FAULTS": str(words)}
+    command = [sys.executable, "-m", "tests.loading.sharing.rounds", str(tmp_path), str(ROUNDS), "1"]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["right"] > ROUNDS and found["from others"] and found["ended"], found
+    assert [entry.name for entry in place.iterdir()] == ["lock"], "sockets of killed ranks are left"
+
+
+def test_a_directory_that_others_may_enter_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = tmp_path / "run"
+    runtime.mkdir(mode=0o755)
+    runtime.chmod(0o755)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+    directory, _ = meeting_directory()
+    assert directory != runtime / "engine-loader"
