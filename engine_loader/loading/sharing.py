@@ -31,8 +31,8 @@ from .store import submit_to
 
 logger = logging.getLogger(__name__)
 
-# A smaller tensor costs less to read again than to share.
-_LEAST_BYTES = 64 << 10
+LEAST_BYTES = 32 << 10
+"""A smaller tensor costs less to read again than to share."""
 # Rows as long are read as quickly alone as with what lies between them.
 _LONG_ROW_BYTES = 256 << 10
 
@@ -242,7 +242,7 @@ class _Tensors:
         share = np.minimum(kept[tensor] / self._nbytes[tensor], 1.0)
         gapped = (rows > 1) & (stride > row_bytes) & (row_bytes < _LONG_ROW_BYTES)
         expected = np.where(gapped, ranks.count, np.rint(share * ranks.count)).astype(np.int64)
-        expected[~inside | (self._nbytes[tensor] < _LEAST_BYTES)] = 1
+        expected[~inside | (self._nbytes[tensor] < LEAST_BYTES)] = 1
         for number in np.unique(tensor[expected > 1]).tolist():
             if ranks.is_own(self._infos[number].name):
                 expected[tensor == number] = 1

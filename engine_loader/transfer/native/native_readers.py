@@ -6,7 +6,6 @@ The library is plain C and knows nothing of Python: its threads never need the G
 from __future__ import annotations
 
 import atexit
-import contextlib
 import ctypes
 import logging
 import os
@@ -14,12 +13,10 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from ...errors import TransferError
 from ...sources.source import SourceFile, UsrbioAccess
 from ..cpus import cpus_of_node, default_threads, local_cpus, waiting_threads
 from ..device_stream import DeviceStream
@@ -34,10 +31,7 @@ from .library import (
     DEVICE_NO_SLOTS,
     E_DEVICE,
     E_FORKED,
-    FILE_REMOTE,
-    FILE_WIDE,
     HUGE_PAGES,
-    MODES,
     OK,
     ORDERED,
     TIMEOUT,
@@ -51,6 +45,7 @@ from .library import (
     load_library,
     load_quick,
 )
+from .opened import OpenFile, flags_of, native_file, open_direct
 from .transfer import CANCEL_GRACE_S, SLICE_MS, NativeTransfer, call_error, stuck
 
 __all__ = ["NativeReaders", "NativeTransfer", "library_path", "load_library"]
@@ -74,19 +69,6 @@ def _close_all_readers() -> None:
     """Stop writing before the interpreter frees the destinations of transfers that are still in flight."""
     for readers in list(_all_readers):
         readers.close()
-
-
-@dataclass(eq=False)
-class _OpenFile:
-    """How a file is read, with a descriptor of its own for O_DIRECT, which goes with it."""
-
-    mode: ReadMode
-    direct_fd: int
-    flags: int
-
-    def __del__(self) -> None:
-        if self.direct_fd >= 0:
-            os.close(self.direct_fd)
 
 
 class NativeReaders:
@@ -142,7 +124,7 @@ class NativeReaders:
         self._lock = threading.Lock()
         self._live: set[NativeTransfer] = set()
         self._look_at = 1
-        self._open_files: weakref.WeakKeyDictionary[SourceFile, _OpenFile] = weakref.WeakKeyDictionary()
+        self._open_files: weakref.WeakKeyDictionary[SourceFile, OpenFile] = weakref.WeakKeyDictionary()
         self._closed = False
         self._pid = os.getpid()
         self._last_statistics = Stats()
@@ -206,7 +188,7 @@ class NativeReaders:
         opened = [self._open(file) for file in files]
         if not self._placed:
             self._place(files, opened, target)
-        native = (File * len(files))(*map(_native_file, files, opened))
+        native = (File * len(files))(*map(native_file, files, opened))
         handle = ctypes.c_void_p()
         flags = ORDERED if ordered else 0
         library = self._quick if len(extents) < _MANY_EXTENTS else self._library
@@ -222,7 +204,7 @@ class NativeReaders:
         owners = (owner, opened)
         return self._register(NativeTransfer(self, handle, plan_bytes(extents), list(files), owners, device=device))
 
-    def _place(self, files: Sequence[SourceFile], opened: Sequence[_OpenFile], target: DeviceStream | None) -> None:
+    def _place(self, files: Sequence[SourceFile], opened: Sequence[OpenFile], target: DeviceStream | None) -> None:
         """Keep the threads on one memory node.
 
         The node of the GPU that is read to; else that of the disk that is read from; else the caller's, where what was
@@ -310,19 +292,19 @@ class NativeReaders:
         self._live.add(transfer)
         return transfer
 
-    def _open(self, file: SourceFile) -> _OpenFile:
+    def _open(self, file: SourceFile) -> OpenFile:
         with self._lock:
             found = self._open_files.get(file)
             if found is None:
                 access = file.native_access
                 if access is not None:
-                    found = _OpenFile(
+                    found = OpenFile(
                         ReadMode("usrbio", True, f"on 3FS at {access.mount}"), -1, self._add_usrbio(access) << 8
                     )
                 else:
                     mode = choose_mode(file, self._read_mode)
-                    direct_fd = -1 if mode.name == "buffered" else _open_direct(file)
-                    found = _OpenFile(mode, direct_fd, _flags(mode))
+                    direct_fd = -1 if mode.name == "buffered" else open_direct(file)
+                    found = OpenFile(mode, direct_fd, flags_of(mode))
                 self._open_files[file] = found
                 logger.debug("%s is read %s (%s)", file.path, found.mode.name, found.mode.reason)
             return found
@@ -333,7 +315,7 @@ class NativeReaders:
 
     def native_file(self, file: SourceFile) -> File:
         """A file as the library takes it; its descriptors stay open as long as the file and the readers."""
-        return _native_file(file, self._open(file))
+        return native_file(file, self._open(file))
 
     @property
     def handle(self) -> int | None:
@@ -391,22 +373,3 @@ class NativeReaders:
         if self._closed or self._quick.el_stats(self._handle, stats) != OK:
             return self._last_statistics
         return stats
-
-
-def _flags(mode: ReadMode) -> int:
-    return (FILE_WIDE if mode.wide else 0) | (FILE_REMOTE if mode.remote else 0)
-
-
-def _native_file(file: SourceFile, opened: _OpenFile) -> File:
-    fd = file.fileno()
-    if fd is None:
-        raise TransferError("the file was closed before it was read", file=file.path)
-    return File(fd=fd, direct_fd=opened.direct_fd, size=file.size, mode=MODES[opened.mode.name], flags=opened.flags)
-
-
-def _open_direct(file: SourceFile) -> int:
-    """The same file with O_DIRECT, or -1 where that is refused: then it is read buffered."""
-    # By the descriptor, so that it is the same file even if another took its name.
-    with contextlib.suppress(OSError):
-        return os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-    return -1

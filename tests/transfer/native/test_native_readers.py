@@ -157,7 +157,7 @@ def test_a_mixed_file_is_read_right(make_file: MakeFile, monkeypatch: pytest.Mon
 
 def test_the_file_system_may_refuse_direct_reads(make_file: MakeFile, monkeypatch: pytest.MonkeyPatch) -> None:
     file = make_file(100_000)
-    monkeypatch.setattr("engine_loader.transfer.native.native_readers._open_direct", lambda _: -1)
+    monkeypatch.setattr("engine_loader.transfer.native.native_readers.open_direct", lambda _: -1)
     to = memory(file.size)
     with contextlib.closing(NativeReaders(1, read_mode="direct")) as readers:
         readers.submit([file], make_extents([extent(0, 0, file.size, address(to))])).wait()

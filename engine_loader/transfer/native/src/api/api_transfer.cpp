@@ -52,7 +52,8 @@ std::unique_ptr<Transfer> plan(ReaderThreads &readers, const el_file *files, uin
     transfer->files = std::make_unique<File[]>(n_files);
     transfer->n_files = n_files;
     for (uint32_t i = 0; i < n_files; i++) copy_file(readers, files[i], transfer->files[i]);
-    transfer->first = (flags & EL_FIRST) != 0;
+    // Copies take no time, and free what others wait for.
+    if ((flags & EL_FIRST) != 0) transfer->urgency = n_files > 0 && files[0].mode == EL_MEMORY ? 2 : 1;
     plan_reads(*transfer, extents, n_extents, flags);
     return transfer;
 }

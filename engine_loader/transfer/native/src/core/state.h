@@ -131,7 +131,7 @@ struct Transfer {
     int event_fd = -1;
     Waiter *waiters = nullptr;
     Bell *bell = nullptr;              // rung when more extents are complete, and at the end
-    bool first = false;                // goes before those that were submitted earlier
+    uint32_t urgency = 0;              // those of more go before others that were submitted earlier
 };
 
 constexpr size_t kMaxSegments = 8192;

@@ -116,12 +116,9 @@ void enqueue(Transfer &transfer) {
         transfer.quiet = true;
         return;
     }
-    readers.active.reserve(readers.active.size() + 1);  // so that only the next line can fail
-    if (transfer.first) {
-        readers.queue.push_front(&transfer);
-    } else {
-        readers.queue.push_back(&transfer);
-    }
+    readers.active.reserve(readers.active.size() + 1);  // so that only the insertion can fail
+    const auto less_urgent = [&transfer](const Transfer *other) { return other->urgency < transfer.urgency; };
+    readers.queue.insert(std::find_if(readers.queue.begin(), readers.queue.end(), less_urgent), &transfer);
     readers.active.push_back(&transfer);
     transfer.references++;
     if (!transfer.rings.empty()) readers.ring_work.notify_all();

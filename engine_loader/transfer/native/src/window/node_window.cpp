@@ -141,6 +141,7 @@ int NodeWindow::enter() {
         member_ = i;
         bury(i);  // what one held that died while it entered or left
         member.wants_room = 0;
+        member.delivered.store(0);
         member.number.store(++header_->numbers);
         entered_ = true;
         return 0;
@@ -256,6 +257,7 @@ bool NodeWindow::publish(const Claim &claim) {
         ring_for_room();
         return false;
     }
+    header_->members[member_].delivered.store(now_ns());
     slot.pinned |= bit();
     slot.finished = ++header_->finishes;
     slot.state.store(SlotState::ready);

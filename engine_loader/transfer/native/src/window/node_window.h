@@ -51,6 +51,7 @@ struct WindowSlot {
 struct WindowMember {
     pthread_mutex_t alive;
     std::atomic<uint64_t> number;  // 0: nobody
+    std::atomic<int64_t> delivered;  // when it last read a block for all; CLOCK_MONOTONIC, ns
     Bell bell;
     uint32_t wants_room;  // wants to hear when a slot becomes free
 };
@@ -125,6 +126,7 @@ class NodeWindow {
     char *for_writing(uint32_t slot);
     Bell &bell() { return header_->members[member_].bell; }
     uint32_t owner_of(const Claim &claim) const { return slots_[claim.slot].owner; }
+    int64_t delivered(uint32_t member) const { return header_->members[member % kMembers].delivered.load(); }
     bool is_ours(const Claim &claim) const { return owner_of(claim) == member_; }
     uint32_t members();
     uint64_t taken_over() const { return header_->taken_over; }

@@ -7,9 +7,11 @@ namespace el {
 namespace {
 
 constexpr uint64_t kMostWaiting = 256;  // blocks that others read; what comes after them is looked at later
-constexpr uint32_t kMostCopying = 16;
+constexpr uint32_t kMostCopying = 64;
+constexpr uint32_t kSmallPerLarge = 8;  // so many small blocks are read at once in place of a large one
 constexpr int64_t kNap = 20 * kMillisecond;  // where nobody may ring: a dead member, a slot that is given back
 constexpr int64_t kIdle = 500 * kMillisecond;
+constexpr int64_t kGrace = 500 * kMillisecond;
 constexpr int64_t kSweepEvery = 50 * kMillisecond;
 
 }  // namespace
@@ -116,8 +118,9 @@ bool Sharing::go_on_waiting(Active &active) {
         }
     }
     const uint32_t owner = window.owner_of(block.claim);
-    const bool in_time = window.is_ours(block.claim) ||
-                         ((late_ >> owner & 1) == 0 && now_ns() - block.since < timeout_ns_);
+    // Where the storage is slow, all are late with each block, but none is idle.
+    const int64_t since = std::max(block.since, window.delivered(owner));
+    const bool in_time = window.is_ours(block.claim) || ((late_ >> owner & 1) == 0 && now_ns() - since < timeout_ns_);
     if (in_time && window.still_busy(block.claim)) return false;
     switch (window.look(block.claim)) {
         case Got::ready:
@@ -156,7 +159,7 @@ bool Sharing::claim_more() {
         while (transfer->next < blocks.size()) {
             SharedBlock &block = blocks[transfer->next];
             if (block.state == State::pending && !stop) {
-                if (reading_ >= ahead_ || copying_ >= kMostCopying || active_.size() >= kMostWaiting) return progress;
+                if (is_busy()) return progress;
                 full = !begin(transfer, block);
                 if (full) break;
                 progress = true;
@@ -172,6 +175,12 @@ bool Sharing::claim_more() {
         window().want_room(true);
     }
     return progress;
+}
+
+// Whether so much is under way that nothing more is begun now.
+bool Sharing::is_busy() const {
+    if (reading_bytes_ >= ahead_ * slot_bytes_ || reading_ >= ahead_ * kSmallPerLarge) return true;
+    return copying_ >= kMostCopying || active_.size() >= kMostWaiting;
 }
 
 void Sharing::has_room() {
@@ -223,16 +232,20 @@ bool Sharing::begin(const std::shared_ptr<SharedTransfer> &transfer, SharedBlock
 bool Sharing::drop_all() {
     bool quiet = true;
     take_new();
+    for (const Active &active : active_) {
+        if (active.block->transfer != nullptr) el_cancel(active.block->transfer, 0);  // all at once, then wait
+    }
+    const int64_t until = now_ns() + kGrace;
     for (Active &active : active_) {
         SharedBlock &block = *active.block;
         if (block.state == State::copying) {
-            const bool dropped = drop_transfer(block.transfer);
+            const bool dropped = drop_transfer(block.transfer, until);
             if (dropped) unpin(block.claim);
             Lock lock(mutex);
             if (dropped) active.transfer->copying--;
             quiet &= dropped;
         } else if (block.state == State::reading && block.transfer != nullptr) {
-            drop_reading(block);
+            drop_reading(block, until);
         } else if (block.state == State::reading) {
             Lock lock(mutex);
             const auto found = pulled_.find(block.number);

@@ -1,14 +1,14 @@
 // Blocks that a member reads into the window, and what it copies from there.
 #include "window/sharing.h"
 
+#include <algorithm>
+
 #include "api/api.h"
 #include "core/transfer.h"
 #include "device/device.h"
 
 namespace el {
 namespace {
-
-constexpr int64_t kCancelMs = 500;
 
 // Have the end of a transfer, and every extent of it, ring a bell.
 void listen(el_transfer *transfer, Bell &bell) {
@@ -19,8 +19,9 @@ void listen(el_transfer *transfer, Bell &bell) {
 
 }  // namespace
 
-bool drop_transfer(el_transfer *transfer) {
-    const bool quiet = el_cancel(transfer, kCancelMs) == EL_OK;
+bool drop_transfer(el_transfer *transfer, int64_t until) {
+    const int64_t left = std::max<int64_t>(0, (until - now_ns()) / kMillisecond);
+    const bool quiet = el_cancel(transfer, left) == EL_OK;
     {
         Transfer *listened = unwrap(transfer);
         Lock lock(listened->readers.mutex);
@@ -64,13 +65,15 @@ bool Sharing::go_on_reading(Active &active) {
             end_if_over(transfer);
             return false;
         }
-        drop_reading(block);
+        if (el_cancel(block.transfer, 0) != EL_OK) return false;
+        drop_reading(block, 0);
         reading_--;
+        reading_bytes_ -= block.key.bytes;
         block.state = State::over;
         return true;
     }
     if (block.transfer != nullptr) {
-        const bool quiet = drop_transfer(block.transfer);
+        const bool quiet = drop_transfer(block.transfer, 0);
         block.transfer = nullptr;
         if (!quiet) window.keep_mapped();
         if (!complete) quiet ? window.give_up(block.claim) : window.take_from(block.claim);
@@ -80,6 +83,7 @@ bool Sharing::go_on_reading(Active &active) {
         if (!complete) window.give_up(block.claim);
     }
     reading_--;
+    reading_bytes_ -= block.key.bytes;
     if (!complete) {
         Lock lock(mutex);
         if (failure.kind == EL_FAIL_DEADLINE) {
@@ -159,8 +163,8 @@ bool Sharing::go_on_copying(Active &active) {
         stop = transfer.stop;
     }
     const int result = el_wait(block.transfer, -1, 0);
-    if (result == EL_TIMEOUT && !stop) return false;
-    const bool quiet = drop_transfer(block.transfer);
+    if (result == EL_TIMEOUT && (!stop || el_cancel(block.transfer, 0) != EL_OK)) return false;
+    const bool quiet = drop_transfer(block.transfer, 0);
     block.transfer = nullptr;
     copying_--;
     block.state = State::over;
@@ -204,14 +208,15 @@ bool Sharing::begin_reading(SharedTransfer &transfer, SharedBlock &block) {
         listen(block.transfer, window.bell());
     }
     reading_++;
+    reading_bytes_ += block.key.bytes;
     block.state = State::reading;
     return true;
 }
 
 // Give up a read of ours that is under way.
-void Sharing::drop_reading(SharedBlock &block) {
+void Sharing::drop_reading(SharedBlock &block, int64_t until) {
     NodeWindow &window = this->window();
-    if (drop_transfer(block.transfer)) {
+    if (drop_transfer(block.transfer, until)) {
         window.give_up(block.claim);
     } else {
         window.take_from(block.claim);

@@ -16,8 +16,8 @@ WindowPlace place_of(const el_window_config &config) {
 }  // namespace
 
 Sharing::Sharing(const el_window_config &config)
-    : member_(std::make_unique<Membership>()), generation_(process_generation()), reads_(config.reads), copies_(config.copies), ahead_(std::max(config.ahead, 1u)),
-      timeout_ns_(int64_t{config.timeout_ms} * kMillisecond) {}
+    : member_(std::make_unique<Membership>()), generation_(process_generation()), reads_(config.reads),
+      copies_(config.copies), ahead_(std::max(config.ahead, 1u)), timeout_ns_(int64_t{config.timeout_ms} * kMillisecond) {}
 
 Sharing::~Sharing() { close(); }
 

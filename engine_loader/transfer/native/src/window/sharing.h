@@ -16,8 +16,8 @@ namespace el {
 
 class Sharing;
 
-// Give a transfer back; false where something may still be written for it.
-bool drop_transfer(el_transfer *transfer);
+// Give a transfer back, cancelled if need be; false where something may still be written for it at `until`.
+bool drop_transfer(el_transfer *transfer, int64_t until);
 
 // A plan under way. Guarded by the mutex of its Sharing, but for what only the member's thread touches (the blocks).
 struct SharedTransfer {
@@ -91,8 +91,9 @@ class Sharing : public std::enable_shared_from_this<Sharing> {
     void end_if_over(SharedTransfer &transfer);
     void ring_own_bell();
     void has_room();
+    bool is_busy() const;
     bool read_is_over(SharedBlock &block, bool &complete, el_failure_info &failure);
-    void drop_reading(SharedBlock &block);
+    void drop_reading(SharedBlock &block, int64_t until);
     bool drop_all();
 
     NodeWindow &window() { return member_->window(); }
@@ -119,6 +120,7 @@ class Sharing : public std::enable_shared_from_this<Sharing> {
     std::deque<std::shared_ptr<SharedTransfer>> pending_;
     std::vector<Active> active_;
     uint32_t reading_ = 0, copying_ = 0;
+    uint64_t reading_bytes_ = 0;
     std::vector<uint32_t> pins_;  // by slot: copies of this member under way
     uint64_t late_ = 0;  // bits of members that did not deliver in time
     int64_t full_since_ = 0, swept_ = 0;
