@@ -119,11 +119,12 @@ def load(files: Sequence[str], layout: Layout, rank: int, settings: LoaderSettin
             transfer.wait()
         end = time.monotonic()
         statistics = store._running_readers().statistics()
+        read = statistics.bytes_read + statistics.overread_bytes + store._sharing.bytes_read
     sums = {info.name: digest(target) for info, _, target in wanted} if check else {}
     return {
         "begin": begin,
         "end": end,
-        "read": statistics.bytes_read + statistics.overread_bytes,
+        "read": read,
         "sums": sums,
     }
 

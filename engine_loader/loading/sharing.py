@@ -20,6 +20,7 @@ from ..formats.safetensors import TensorInfo
 from ..report.load_report import LoadReport, human_bytes
 from ..settings import LoaderSettings
 from ..sources.source import SourceFile
+from ..transfer.constructor import make_readers_for
 from ..transfer.device_stream import DeviceStream
 from ..transfer.native.native_readers import NativeReaders
 from ..transfer.plan import Extents, plan_bytes
@@ -78,6 +79,7 @@ class NodeSharing:
         self._tensors: _Tensors | None = None
         self._member: WindowMember | None = None
         self._copies: NativeReaders | None = None
+        self._reads: ReaderThreads | None = None
         self._lock = threading.Lock()
         self._why_not = ""
         self._takes: dict[int, bool] = {}
@@ -118,22 +120,25 @@ class NodeSharing:
         ]
         shared["file"] = [place[number] for number in shared["file"].tolist()]
         files = [self._files[number] for number in used]
-        handle = member.submit(files, regions, shared, region_of.astype(np.uint32), stream)
-        if handle is None:
-            return None
 
         def past(extents: Extents) -> Transfer:
             return submit_to(stream, readers, files, extents, owner)
 
-        transfer = SharedTransfer(
-            handle, past, files=files, nbytes=plan_bytes(plan), deadline_s=self._settings.deadline_s, owner=owner
-        )
-        if len(rest):
-            try:
-                transfer.add(submit_to(stream, readers, self._files, rest, owner))
-            except BaseException:
-                transfer.cancel()
-                raise
+        # First: it also places the reader threads on a memory node.
+        part = submit_to(stream, readers, self._files, rest, owner) if len(rest) else None
+        try:
+            handle = member.submit(files, regions, shared, region_of.astype(np.uint32), stream)
+            transfer = SharedTransfer(
+                handle, past, files=files, nbytes=plan_bytes(plan), deadline_s=self._settings.deadline_s, owner=owner
+            )
+            if handle is None:  # the window cannot be used any more
+                transfer.add(past(shared))
+        except BaseException:
+            if part is not None:
+                part.cancel()
+            raise
+        if part is not None:
+            transfer.add(part)
         return transfer
 
     def complete_report(self, report: LoadReport) -> None:
@@ -144,6 +149,8 @@ class NodeSharing:
             report.add_note(self._why_not)
         if self._member is None:
             return
+        if self._reads is not None:
+            report.bytes_read += self.bytes_read
         found = self._member.statistics()
         if not found.read_bytes and not found.shared_bytes:
             return
@@ -159,12 +166,20 @@ class NodeSharing:
             text += f", {found.evicted} blocks made room before all had had them"
         report.add_note(text)
 
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that reader threads of its own have read; native ones of the store read, and count, for it."""
+        statistics = None if self._reads is None else self._reads.statistics()
+        return 0 if statistics is None else statistics.bytes_read + statistics.overread_bytes
+
     def close(self) -> None:
         """Leave the window, before the readers are closed. Safe to call twice."""
         with self._lock:
             member, self._member = self._member, None
             copies, self._copies = self._copies, None
             self._ranks = None
+        if self._reads is not None:
+            self._reads.close()
         if member is not None:
             member.leave()
         if copies is not None:
@@ -196,6 +211,7 @@ class NodeSharing:
             copies = readers
         else:
             copies = self._copies = NativeReaders(ranks=ranks.count)
+            readers = self._reads = make_readers_for(self._files, self._settings)
         return WindowMember(
             directory,
             window_bytes(int(self._settings.share_bytes)),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import hashlib
 import os
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +35,7 @@ from .window_library import (
 SLOT_BYTES = 4 << 20
 _MOST_AHEAD = 64 << 20
 """What the ranks of a machine read into the window at once is of the order of this, each a part."""
+_JOIN_S = 1.0
 
 
 class Region(NamedTuple):
@@ -63,7 +64,7 @@ class WindowMember:
         nbytes: of a window that is made because there is none.
         timeout_s: how long to wait for another rank.
         ranks: that read at the same time.
-        readers: read blocks; native ones also copy from the window.
+        readers: read blocks. Python ones read nothing else: what they were given before would keep other ranks waiting.
         copies: native threads that copy from the window.
 
     Raises:
@@ -156,8 +157,9 @@ class WindowMember:
         self.statistics()
         handle, self._handle = self._handle, None
         self._library.el_window_leave(handle)
+        end = time.monotonic() + _JOIN_S
         for thread in self._threads:
-            thread.join(1.0)
+            thread.join(max(0.0, end - time.monotonic()))
         if not any(thread.is_alive() for thread in self._threads):
             self._quick.el_window_free(handle)  # else a read that never returns still needs it
 
@@ -192,12 +194,21 @@ class WindowMember:
         handle = self._handle
         while (result := self._library.el_window_next_read(handle, SLICE_MS, read)) in (OK, TIMEOUT):
             if result == OK:
-                complete = False
-                with contextlib.suppress(CheckpointError):  # this rank reads its own part again, and says what is wrong
-                    rows = make_extents([extent(0, read.offset, read.bytes, read.address)])
-                    self._readers.submit([self._files[read.file]], rows).wait()
-                    complete = True
+                complete = self._read_block(read)
                 self._library.el_window_answer(handle, read.number, complete)
+
+    def _read_block(self, read: WindowRead) -> bool:
+        """Read a block into the window; False where it cannot be read: this rank tries its own part again then."""
+        # By way of memory of its own: a read that is given up may write there later.
+        content = np.empty(read.bytes, np.uint8)
+        rows = make_extents([extent(0, read.offset, read.bytes, content.ctypes.data)])
+        try:
+            self._readers.submit([self._files[read.file]], rows, owner=content).wait()
+        except CheckpointError:
+            return False
+        slot = (ctypes.c_uint8 * read.bytes).from_address(read.address)
+        np.copyto(np.frombuffer(slot, np.uint8), content)
+        return True
 
 
 def is_worth_sharing(readers: ReaderThreads, file: SourceFile) -> bool:

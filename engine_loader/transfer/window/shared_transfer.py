@@ -28,7 +28,7 @@ class SharedTransfer:
     What cannot be had by way of the window is read as without it, when somebody waits for it; so errors are the same.
 
     Args:
-        handle: of the library, for what goes by way of the window; given back by the transfer.
+        handle: of the library, for what goes by way of the window, given back by the transfer; None: nothing does.
         past: starts extents past the window.
         files: that ``handle`` was made for.
         nbytes: of all.
@@ -38,7 +38,7 @@ class SharedTransfer:
 
     def __init__(
         self,
-        handle: ctypes.c_void_p,
+        handle: ctypes.c_void_p | None,
         past: Callable[[Extents], Transfer],
         *,
         files: Sequence[SourceFile],
@@ -54,7 +54,7 @@ class SharedTransfer:
         self._deadline_s = deadline_s
         self._owner = owner
         self._library, self._quick = load_window(), load_quick_window()
-        self._shared = False  # all that could be had by way of the window is there
+        self._shared = handle is None  # all that could be had by way of the window is there
 
     def add(self, rest: Transfer) -> None:
         """Have the transfer be complete only when ``rest`` is, too."""

@@ -100,7 +100,7 @@ def load(options: Options) -> dict[str, Any]:
         if member is not None:
             found |= {name: int(getattr(member.statistics(), name)) for name, _ in type(member.statistics())._fields_}
         statistics = store._running_readers().statistics()
-        found["read"] = statistics.bytes_read + statistics.overread_bytes
+        found["read"] = statistics.bytes_read + statistics.overread_bytes + store._sharing.bytes_read
         found["why_not"] = store._sharing._why_not
     found["sums"] = {info.name: checksum(target) for info, _, target in wanted}
     return found
