@@ -11,7 +11,7 @@ from pathlib import Path
 from ...machine import cgroup_cpus, cpu_model, memory, usable_cpus
 from ...report.load_report import human_bytes
 from ...settings import load_settings
-from ...transfer.window.places import meeting_directory, window_bytes
+from ...transfer.window.meeting import meeting_directory, window_bytes
 from .finding import Finding
 
 _AREA = "machine"

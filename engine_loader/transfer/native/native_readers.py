@@ -184,7 +184,7 @@ class NativeReaders:
         files, extents = files_of_plan(files, extents)
         check_plan(extents, files)
         rings_only = all(file.native_access is not None for file in files)
-        device = None if target is None else self._add_device(target.device, slots=not rings_only)
+        device = None if target is None else self.add_device(target.device, slots=not rings_only)
         opened = [self._open(file) for file in files]
         if not self._placed:
             self._place(files, opened, target)
@@ -322,11 +322,7 @@ class NativeReaders:
         """The library's handle; None once they are gone."""
         return self._handle
 
-    def device_number(self, device: int) -> int:
-        """The library's number of a device, with page-locked memory for what is on its way there."""
-        return self._add_device(device, slots=True)
-
-    def _add_device(self, device: int, *, slots: bool) -> int:
+    def add_device(self, device: int, *, slots: bool = True) -> int:
         """The number by which the library knows a device; ``slots``: for which it has page-locked memory."""
         with self._lock:
             number = self._devices.get(device)

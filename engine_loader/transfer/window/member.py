@@ -135,7 +135,7 @@ class WindowMember:
         native_regions = (SharedRegion * len(regions))(*(_native_region(region) for region in regions))
         extents = np.ascontiguousarray(extents, dtype=EXTENT)
         region_of = np.ascontiguousarray(region_of, dtype=np.uint32)
-        device = -1 if stream is None else self._copies.device_number(stream.device)
+        device = -1 if stream is None else self._copies.add_device(stream.device)
         handle = ctypes.c_void_p()
         result = self._quick.el_shared_submit(
             *(self._handle, native_files, len(files), native_regions, len(regions)),

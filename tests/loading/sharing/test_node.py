@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from engine_loader.transfer.window.places import meeting_directory
+from engine_loader.transfer.window.meeting import meeting_directory
 
 from ...transfer.native.building import compile_shim
 from .rank import Options
