@@ -25,8 +25,8 @@ from ..transfer.device_stream import DeviceStream
 from ..transfer.native.native_readers import NativeReaders
 from ..transfer.plan import Extents, plan_bytes
 from ..transfer.protocol import ReaderThreads, Transfer
-from ..transfer.window.member import Region, WindowMember, is_worth_sharing
 from ..transfer.window.meeting import meeting_directory, window_bytes
+from ..transfer.window.member import Region, WindowMember, is_worth_sharing
 from ..transfer.window.shared_transfer import SharedTransfer
 from .store import submit_to
 

@@ -125,6 +125,8 @@ bool Sharing::begin_copying(SharedTransfer &transfer, SharedBlock &block) {
     file.size = window.bytes();
     file.mode = EL_MEMORY;
     file.memory = window.for_reading();
+    // To a device, rows go with what lies between them into page-locked memory, and from there in one 2-D copy.
+    if (transfer.device >= 0) file.flags = EL_FILE_WIDE;
     const uint64_t base = window.slots_offset(block.claim.slot) + block.key.offset % kWindowAlign;
     std::vector<el_extent> extents(transfer.plan.extents.begin() + static_cast<std::ptrdiff_t>(block.first_extent),
                                    transfer.plan.extents.begin() +
