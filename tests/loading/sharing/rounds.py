@@ -189,6 +189,7 @@ def main() -> None:
             for rank, of in layouts
         ]
         longest = max(longest, run(ranks))
+        print(f"round {number}: {dict(found)}, at most {longest:.2f} s", file=sys.stderr, flush=True)
         for rank in ranks:
             if not rank.text:
                 found["ended"] += 1
