@@ -88,7 +88,7 @@ def make_checkpoint(path: Path, layers: int = 6) -> None:
 
 
 def draw_fate(draw: random.Random) -> Fate:
-    at = draw.uniform(0, 0.25)
+    at = draw.uniform(0, draw.choice([0.1, 0.4, 1.5]))  # a load takes as long, or longer where the machine is busy
     match draw.randrange(8):
         case 0:
             return Fate(kill_at=at)
@@ -101,7 +101,7 @@ def draw_fate(draw: random.Random) -> Fate:
     return Fate()
 
 
-def start(options: Options, fate: Fate) -> Running:
+def start(options: Options, fate: Fate, begin: float) -> Running:
     read, write = os.pipe()
     pid = os.fork()
     if pid:
@@ -109,7 +109,7 @@ def start(options: Options, fate: Fate) -> Running:
         return Running(options, fate, pid, read)
     try:
         os.close(read)
-        time.sleep(fate.late_s)
+        time.sleep(max(0.0, begin + fate.late_s - time.monotonic()))
         with os.fdopen(write, "w") as out:
             out.write(json.dumps(load(options)))
     except BaseException as error:
@@ -118,9 +118,8 @@ def start(options: Options, fate: Fate) -> Running:
     os._exit(0)
 
 
-def run(ranks: list[Running]) -> float:
+def run(ranks: list[Running], begin: float) -> float:
     """Until all have ended; returns the seconds that the last one took that nobody stopped or killed."""
-    begin = time.monotonic()
     longest = 0.0
     while not all(rank.ended for rank in ranks):
         now = time.monotonic() - begin
@@ -176,19 +175,20 @@ def main() -> None:
             "read_mode": "direct",
             "io_bytes": 256 << 10,
             "share": "auto",
-            "share_bytes": draw.choice([16, 16, 64]) << 20,
+            "share_bytes": draw.choice([16, 64, 256]) << 20,
             "share_timeout_s": TIMEOUT_S,
             "max_tries": 3,
         }
-        faults.set(error_every=bad, delay_us=draw.choice([0, 500, 4000]))
+        faults.set(error_every=bad, delay_us=draw.choice([1000, 10_000, 40_000]))
         layouts = [(rank, count) for rank in range(count)]
         if draw.randrange(4) == 0:
             layouts.append((0, 5))  # of another engine
+        begin = time.monotonic() + 0.1  # all at once, so that they meet
         ranks = [
-            start(Options([str(path)], rank, of, count, settings, batch=draw.randint(1, 9)), draw_fate(draw))
+            start(Options([str(path)], rank, of, count, settings, batch=draw.randint(1, 9)), draw_fate(draw), begin)
             for rank, of in layouts
         ]
-        longest = max(longest, run(ranks))
+        longest = max(longest, run(ranks, begin))
         print(f"round {number}: {dict(found)}, at most {longest:.2f} s", file=sys.stderr, flush=True)
         for rank in ranks:
             if not rank.text:
@@ -208,7 +208,9 @@ def main() -> None:
             found["evicted"] += answer.get("evicted", 0) > 0
     faults.set()
     # A healthy round cleans up what the killed left behind.
-    run([start(Options([str(path)], rank, 2, 2, {"read_mode": "direct"}), Fate()) for rank in range(2)])
+    now = time.monotonic()
+    healthy = {"read_mode": "direct", "share": "auto"}
+    run([start(Options([str(path)], rank, 2, 2, healthy), Fate(), now) for rank in range(2)], now)
     print(json.dumps({**found, "longest_s": round(longest, 2)}))
 
 
