@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +63,36 @@ def test_what_several_ranks_need_is_read_once(tmp_path: Path, place: Path) -> No
     assert sum(one["read"] for one in found) < 1.1 * size < 2 * size < sum(one["read"] for one in alone)
     assert all(one["why_not"] == "" for one in found)
     assert [entry.name for entry in place.iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_what_a_rank_claimed_that_delivers_nothing_is_read_by_who_waits(
+    fault: signal.Signals, tmp_path: Path, place: Path
+) -> None:
+    path, words = tmp_path / "model.safetensors", tmp_path / "faults"
+    make_checkpoint(path)
+    slow_us = 60_000_000  # each read of the first rank
+    words.write_bytes(struct.pack("7I", 0, 0, 0, 0, 0, 0, slow_us) + bytes(36))
+    environment = {"LD_PRELOAD": str(compile_shim(tmp_path)), "ENGINE_LOADER_FAULTS": str(words)}
+    settings = {"read_mode": "direct", "share": "auto", "share_timeout_s": 0.5}
+    command = [sys.executable, "-m", "tests.loading.sharing.rank"]
+    options = json.dumps(vars(Options([str(path)], 0, 2, settings=settings)))
+    first = subprocess.Popen([*command, options], stdin=subprocess.PIPE, env=os.environ | environment, text=True)
+    try:
+        assert first.stdin is not None
+        first.stdin.write("\n")
+        first.stdin.flush()
+        while struct.unpack("16I", words.read_bytes())[12] < 2:  # reads in flight
+            assert first.poll() is None
+            time.sleep(0.02)
+        first.send_signal(fault)
+        (second,) = load_together([Options([str(path)], 1, 2, settings=settings)])
+    finally:
+        first.kill()
+        first.wait()
+    assert second["taken_over"] > 0 and second["left_bytes"] == 0
+    alone = load_together([Options([str(path)], 1, 2, settings=settings | {"share": "off"})])[0]
+    assert second["sums"] == alone["sums"]
 
 
 def test_faults_of_some_ranks_leave_the_others_right(tmp_path: Path, place: Path) -> None:
