@@ -32,20 +32,27 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return runtime / "engine-loader"
 
 
+def start(rank: Options, environment: dict[str, str]) -> subprocess.Popen[str]:
+    """A rank in a process of its own, ready to load."""
+    command = [sys.executable, "-m", "tests.loading.sharing.rank", json.dumps(vars(rank))]
+    pipe = subprocess.PIPE
+    child = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=os.environ | environment, text=True)
+    assert child.stdout is not None and child.stdout.readline() == "ready\n"
+    return child
+
+
+def go(child: subprocess.Popen[str]) -> None:
+    assert child.stdin is not None
+    child.stdin.write("\n")
+    child.stdin.flush()
+
+
 def load_together(ranks: list[Options]) -> list[dict[str, Any]]:
     """The answers of ranks that load at the same time, each in a process of its own."""
-    command = [sys.executable, "-m", "tests.loading.sharing.rank"]
-    children = [
-        subprocess.Popen([*command, json.dumps(vars(rank))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for rank in ranks
-    ]
-    for child in children:
-        assert child.stdout is not None and child.stdout.readline() == "ready\n"
+    children = [start(rank, {}) for rank in ranks]
     answers = []
     for child in children:
-        assert child.stdin is not None
-        child.stdin.write("\n")
-        child.stdin.flush()
+        go(child)
     for child in children:
         out, _ = child.communicate(timeout=120)
         answers.append(json.loads(out))
@@ -74,25 +81,27 @@ def test_what_a_rank_claimed_that_delivers_nothing_is_read_by_who_waits(
     slow_us = 60_000_000  # each read of the first rank
     words.write_bytes(struct.pack("7I", 0, 0, 0, 0, 0, 0, slow_us) + bytes(36))
     environment = {"LD_PRELOAD": str(compile_shim(tmp_path)), "ENGINE_LOADER_FAULTS": str(words)}
-    settings = {"read_mode": "direct", "share": "auto", "share_timeout_s": 0.5}
-    command = [sys.executable, "-m", "tests.loading.sharing.rank"]
-    options = json.dumps(vars(Options([str(path)], 0, 2, settings=settings)))
-    first = subprocess.Popen([*command, options], stdin=subprocess.PIPE, env=os.environ | environment, text=True)
+    patience_s = 0.5 if fault == signal.SIGSTOP else 60.0  # a death is seen at once
+    settings = {"read_mode": "direct", "share": "auto", "share_timeout_s": patience_s}
+    first = start(Options([str(path)], 0, 2, settings=settings), environment)
+    second = start(Options([str(path)], 1, 2, settings=settings), {})
     try:
-        assert first.stdin is not None
-        first.stdin.write("\n")
-        first.stdin.flush()
+        go(first)
         while struct.unpack("16I", words.read_bytes())[12] < 2:  # reads in flight
             assert first.poll() is None
             time.sleep(0.02)
+        go(second)
+        while sum(entry.name.startswith("window-") for entry in place.iterdir()) < 2:  # both have joined
+            time.sleep(0.01)
         first.send_signal(fault)
-        (second,) = load_together([Options([str(path)], 1, 2, settings=settings)])
+        found = json.loads(second.communicate(timeout=120)[0])
     finally:
-        first.kill()
-        first.wait()
-    assert second["taken_over"] > 0 and second["left_bytes"] == 0
+        for child in (first, second):
+            child.kill()
+            child.communicate()
+    assert found["taken_over"] > 0
     alone = load_together([Options([str(path)], 1, 2, settings=settings | {"share": "off"})])[0]
-    assert second["sums"] == alone["sums"]
+    assert found["sums"] == alone["sums"]
 
 
 def test_faults_of_some_ranks_leave_the_others_right(tmp_path: Path, place: Path) -> None:
