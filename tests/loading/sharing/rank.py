@@ -40,6 +40,7 @@ class Options:
         settings: of the loader.
         pause_s: between two batches.
         batch: tensors whose copies are submitted together.
+        meet: wait, behind the first batch, until so many ranks have joined.
     """
 
     files: list[str]
@@ -49,6 +50,7 @@ class Options:
     settings: dict[str, Any] = field(default_factory=dict)
     pause_s: float = 0.0
     batch: int = 3
+    meet: int = 0
 
 
 def part_of(name: str, tensor: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
@@ -88,6 +90,9 @@ def load(options: Options) -> dict[str, Any]:
                 owners.append(target)
             transfers.append(store.submit(extents, owners))
             time.sleep(options.pause_s)
+            member = store._sharing._member
+            while member is not None and member.statistics().most_members < options.meet:
+                time.sleep(0.01)
         try:
             for transfer in transfers:
                 transfer.wait()

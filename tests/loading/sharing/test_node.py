@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import struct
 import subprocess
 import sys
@@ -63,7 +62,8 @@ def test_what_several_ranks_need_is_read_once(tmp_path: Path, place: Path) -> No
     path = tmp_path / "model.safetensors"
     make_checkpoint(path, layers=12)
     settings = {"read_mode": "direct"}
-    found = load_together([Options([str(path)], rank, 3, settings=settings | {"share": "auto"}) for rank in range(3)])
+    shared = settings | {"share": "auto"}
+    found = load_together([Options([str(path)], rank, 3, settings=shared, meet=3) for rank in range(3)])
     alone = load_together([Options([str(path)], rank, 3, settings=settings | {"share": "off"}) for rank in range(3)])
     assert [one["sums"] for one in found] == [one["sums"] for one in alone]
     size = path.stat().st_size
@@ -72,17 +72,13 @@ def test_what_several_ranks_need_is_read_once(tmp_path: Path, place: Path) -> No
     assert [entry.name for entry in place.iterdir()] == ["lock"]
 
 
-@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
-def test_what_a_rank_claimed_that_delivers_nothing_is_read_by_who_waits(
-    fault: signal.Signals, tmp_path: Path, place: Path
-) -> None:
+def test_what_a_rank_claimed_that_dies_is_read_by_who_waits(tmp_path: Path, place: Path) -> None:
     path, words = tmp_path / "model.safetensors", tmp_path / "faults"
     make_checkpoint(path)
     slow_us = 60_000_000  # each read of the first rank
     words.write_bytes(struct.pack("7I", 0, 0, 0, 0, 0, 0, slow_us) + bytes(36))
     environment = {"LD_PRELOAD": str(compile_shim(tmp_path)), "ENGINE_LOADER_FAULTS": str(words)}
-    patience_s = 0.5 if fault == signal.SIGSTOP else 60.0  # a death is seen at once
-    settings = {"read_mode": "direct", "share": "auto", "share_timeout_s": patience_s}
+    settings = {"read_mode": "direct", "share": "auto", "share_timeout_s": 60.0}  # a death is seen at once
     first = start(Options([str(path)], 0, 2, settings=settings), environment)
     second = start(Options([str(path)], 1, 2, settings=settings), {})
     try:
@@ -93,7 +89,7 @@ def test_what_a_rank_claimed_that_delivers_nothing_is_read_by_who_waits(
         go(second)
         while sum(entry.name.startswith("window-") for entry in place.iterdir()) < 2:  # both have joined
             time.sleep(0.01)
-        first.send_signal(fault)
+        first.kill()
         found = json.loads(second.communicate(timeout=120)[0])
     finally:
         for child in (first, second):
