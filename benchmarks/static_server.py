@@ -1,9 +1,9 @@
 """Files over HTTP on loopback, as fast as the kernel sends them: nginx where it is installed, else a small server here.
 
-    python -m benchmarks.static_server DIRECTORY PORT
+    python -m benchmarks.static_server DIRECTORY PORT [BYTES_PER_SECOND]
 
-serves by the latter: GET, HEAD and single ranges, which is what a client needs of S3 to read a public bucket, whose
-name is then that of a directory. Nothing is signed, listed or written.
+serves by the latter, over one link of that bandwidth: GET, HEAD and single ranges, which is what a client needs of S3
+to read a public bucket, whose name is then that of a directory. Nothing is signed, listed or written.
 """
 
 import os
@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,35 @@ http {{
     server {{ listen 127.0.0.1:{port}; root {root}; }}
 }}
 """
+
+
+class Link:
+    """A link that all connections share; 0: without a limit.
+
+    Attributes:
+        sent_bytes: bodies, of all.
+    """
+
+    def __init__(self) -> None:
+        self.bytes_per_s = 0.0
+        self.sent_bytes = 0
+        self._free_at = 0.0
+        self._lock = threading.Lock()
+
+    def pass_through(self, nbytes: int) -> None:
+        """Wait until so many bytes have gone over the link."""
+        with self._lock:
+            self.sent_bytes += nbytes
+            if not self.bytes_per_s:
+                return
+            begin = max(self._free_at, time.monotonic())
+            self._free_at = begin + nbytes / self.bytes_per_s
+            until = self._free_at
+        time.sleep(max(0.0, until - time.monotonic()))
+
+
+LINK = Link()
+LINK_PIECE_BYTES = 1 << 20
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -70,19 +100,21 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.flush()
         while self.command == "GET" and begin < end:
-            begin += os.sendfile(self.connection.fileno(), file, begin, end - begin)
+            sent = os.sendfile(self.connection.fileno(), file, begin, min(end - begin, LINK_PIECE_BYTES))
+            LINK.pass_through(sent)
+            begin += sent
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing."""
 
 
 @contextmanager
-def serving(root: Path) -> Iterator[tuple[str, str]]:
-    """(URL, name of the server) of what serves a directory until the block ends."""
+def serving(root: Path, bytes_per_s: int = 0) -> Iterator[tuple[str, str]]:
+    """(URL, name of the server) of what serves a directory until the block ends, over a link of that bandwidth."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    nginx = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    nginx = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin") if not bytes_per_s else None
     with tempfile.TemporaryDirectory() as place:
         if nginx is not None:
             user = "user root;" if os.geteuid() == 0 else ""
@@ -90,7 +122,10 @@ def serving(root: Path) -> Iterator[tuple[str, str]]:
             config.write_text(NGINX.format(place=place, port=port, root=root.resolve(), user=user))
             command, name = [nginx, "-p", place, "-c", str(config)], "nginx"
         else:
-            command, name = [sys.executable, "-m", "benchmarks.static_server", str(root), str(port)], "sendfile"
+            command, name = (
+                [sys.executable, "-m", "benchmarks.static_server", str(root), str(port), str(bytes_per_s)],
+                "sendfile",
+            )
         server = subprocess.Popen(command)
         try:
             _wait(server, port)
@@ -114,4 +149,5 @@ def _wait(server: "subprocess.Popen[bytes]", port: int) -> None:
 
 if __name__ == "__main__":
     os.chdir(sys.argv[1])
+    LINK.bytes_per_s = float(sys.argv[3]) if len(sys.argv) > 3 else 0.0
     ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()

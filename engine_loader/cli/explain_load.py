@@ -50,9 +50,9 @@ def explain_load(
     if as_json:
         layout = {"rank": rank, "tensor_parallel_size": tensor_parallel_size}
         layout |= {"pipeline_parallel_size": pipeline_parallel_size, "expert_parallel": expert_parallel}
-        print_json({"model": model, **layout, **explanation.as_dict(tensors=tensors)})
+        print_json({"model": model, **layout, **explanation.as_dict(tensors=tensors, ranks=which.world_size)})
     else:
-        _print(explanation, tensors=tensors)
+        _print(explanation, which.world_size, tensors=tensors)
 
 
 def _explain(model: str, rank: Rank) -> Explanation:
@@ -63,7 +63,7 @@ def _explain(model: str, rank: Rank) -> Explanation:
         return explanation
 
 
-def _print(explanation: Explanation, *, tensors: bool) -> None:
+def _print(explanation: Explanation, ranks: int, *, tensors: bool) -> None:
     from ..report.load_report import human_bytes
 
     out = console()
@@ -83,6 +83,9 @@ def _print(explanation: Explanation, *, tensors: bool) -> None:
     columns = ("kind", "tensors", "not read", "in files", "kept", "read", "read/kept", "reads")
     out.print(table(columns, rows, right=tuple(range(1, 8))))
     out.print()
+    if ranks > 1:
+        apart, together = map(human_bytes, explanation.machine_bytes(ranks))
+        out.print(f"{ranks} ranks on one machine read about {together} together, {apart} with share: off")
     for text in sorted(set(explanation.files.values())):
         out.print(f"files are read {text}", soft_wrap=True)
     plans = list(explanation.tensors.values())

@@ -14,6 +14,7 @@ from .mapping.mapped_store import MappedStore, head_dim_beside
 from .mapping.named_layouts import is_layout, rules_of, unwrapped
 from .safetensors_store import SafetensorsStore
 from .shards import OpenFiles, open_files
+from .sharing import NodeRanks
 from .store import TensorStore
 from .streaming.gds import gds_error, gds_is_asked_for
 from .training.key_mapping import KeyMapping, make_renamer
@@ -64,6 +65,7 @@ def store_of_files(
     *,
     key_mapping: KeyMapping | None = None,
     optimizer_state: bool = False,
+    ranks: NodeRanks | None = None,
 ) -> TensorStore:
     """The store of open safetensors files; of those that hold parts of tensors, one that puts them together.
 
@@ -73,6 +75,7 @@ def store_of_files(
         settings: how to read.
         key_mapping: as for ``open_store``, of files that hold parts.
         optimizer_state: likewise.
+        ranks: of this machine, that load the same files; None: this process alone.
 
     Raises:
         CheckpointError: the parts do not fit together, or ``key_mapping`` or ``optimizer_state`` is given and there are
@@ -84,7 +87,7 @@ def store_of_files(
         if not are_parts(files.headers):
             if key_mapping or optimizer_state:
                 raise CheckpointError("key_mapping and optimizer_state go with a DCP directory, which this is not")
-            store: TensorStore = SafetensorsStore(files, source.name, settings)
+            store: TensorStore = SafetensorsStore(files, source.name, settings, ranks=ranks)
             on_error.pop_all()
             return store
         directory = common_directory(header.file for header in files.headers)

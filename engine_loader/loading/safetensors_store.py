@@ -18,6 +18,7 @@ from ..transfer.protocol import ReaderThreads, Transfer
 from .devices.cuda import CudaDevices, Devices
 from .devices.per_tensor import TargetDevice, gpu_of
 from .shards import OpenFiles
+from .sharing import NodeRanks, NodeSharing
 from .store import TensorStore, complete_report, submit_to
 from .streaming.transports import make_transport
 
@@ -30,12 +31,20 @@ class SafetensorsStore(TensorStore):
         source: the name of where they are, for the report.
         settings: how to read.
         devices: whose memory can be read into beside the CPU's; None: torch's.
+        ranks: of this machine, that load the same files; None: this process alone.
     """
 
     key_mapping_applies = False
     streams_to_devices = True
 
-    def __init__(self, files: OpenFiles, source: str, settings: LoaderSettings, devices: Devices | None = None) -> None:
+    def __init__(
+        self,
+        files: OpenFiles,
+        source: str,
+        settings: LoaderSettings,
+        devices: Devices | None = None,
+        ranks: NodeRanks | None = None,
+    ) -> None:
         self.files = files
         self._source = source
         self._settings = settings
@@ -45,6 +54,7 @@ class SafetensorsStore(TensorStore):
         self.listing = self.paths[0]
         self._numbers = {path: number for number, path in enumerate(self._open)}
         self._readers: ReaderThreads | None = None
+        self._sharing = NodeSharing(list(self._open.values()), files.tensors, settings, ranks)
         self._lock = threading.Lock()
         self._closed = False
         self._transport = make_transport(self._open, self._devices, settings, self._running_readers)
@@ -84,7 +94,9 @@ class SafetensorsStore(TensorStore):
 
     def submit(self, extents: Sequence[ExtentRow], owner: object, device: int | None = None) -> Transfer:
         stream = None if device is None else DeviceStream(device, self._devices.stream(device))
-        return submit_to(stream, self._running_readers(), list(self._open.values()), make_extents(extents), owner)
+        readers, plan = self._running_readers(), make_extents(extents)
+        shared = self._sharing.submit(readers, plan, owner, stream)
+        return shared or submit_to(stream, readers, list(self._open.values()), plan, owner)
 
     def stream(
         self, infos: Iterable[TensorInfo], report: LoadReport, device: TargetDevice = None
@@ -108,8 +120,10 @@ class SafetensorsStore(TensorStore):
     def finish(self, report: LoadReport) -> None:
         self.files.verify_unchanged()
         complete_report(report, self._source, self._running_readers())
+        self._sharing.complete_report(report)
 
     def close(self) -> None:
+        self._sharing.close()
         with self._lock:
             self._closed = True
             readers, self._readers = self._readers, None

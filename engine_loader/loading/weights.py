@@ -18,6 +18,7 @@ from .direct.load import SMALL_BYTES, DirectLoad
 from .find import SafetensorsFiles, TrainingCheckpoint, natural_key
 from .open_store import open_store, store_of_files
 from .shards import follow_indexes, open_files
+from .sharing import NodeRanks
 from .store import TensorStore
 
 WeightFiles: TypeAlias = Iterable[str] | TrainingCheckpoint
@@ -39,6 +40,7 @@ def stream_weights(
     note: str | None = None,
     direct: DirectLoad | None = None,
     device: TargetDevice = None,
+    ranks: NodeRanks | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor) of all ``weights``: the files in natural order, each in file order.
 
@@ -53,13 +55,14 @@ def stream_weights(
         direct: the load in direct mode of which this is a part; then the tensors are recording ones (see direct.py).
         device: where streamed tensors are put; None: into the CPU's memory, as is what a load in direct mode streams in
             the end, and a training checkpoint.
+        ranks: of this machine, that load the same files; None: this process alone.
 
     Raises:
         CheckpointError: a file, a header or the index is wrong, or bytes could not be read.
         SettingsError: GPUDirect Storage was asked for and cannot be used.
     """
     with ExitStack() as stack:
-        store = stack.enter_context(open_weights(weights, settings))
+        store = stack.enter_context(open_weights(weights, settings, ranks))
         infos = [info for info in store.infos if skip is None or not skip(info.name)]
         report = LoadReport()
         if note:
@@ -100,7 +103,7 @@ def check_weights(weights: WeightFiles, settings: LoaderSettings) -> None:
         _ = store.infos  # a training checkpoint finds out where in its files they lie
 
 
-def open_weights(weights: WeightFiles, settings: LoaderSettings) -> TensorStore:
+def open_weights(weights: WeightFiles, settings: LoaderSettings, ranks: NodeRanks | None = None) -> TensorStore:
     """Open what an engine is to load: of two copies of a tensor, without the one that an index does not name.
 
     Raises:
@@ -116,7 +119,7 @@ def open_weights(weights: WeightFiles, settings: LoaderSettings) -> TensorStore:
     except BaseException:
         files.close()
         raise
-    return store_of_files(source, files, settings)
+    return store_of_files(source, files, settings, ranks=ranks)
 
 
 def _cost_more_to_record_than_to_read(infos: Sequence[TensorInfo]) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -39,8 +39,11 @@ class _Group(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[info.field_name].annotation if info.field_name else bool
+        if value is False and "off" in get_args(annotation):
+            return "off"  # as YAML takes it
         # pydantic takes true for 1: `threads: true` would be one thread.
-        if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation is not bool:
+        if isinstance(value, bool) and annotation is not bool:
             raise ValueError("this takes neither true nor false")
         return value
 
@@ -94,6 +97,25 @@ class LoaderSettings(_Group):
         description="Processes of this machine that load at the same time and share its CPUs; auto: LOCAL_WORLD_SIZE, "
         "or as many ranks of torch.distributed as can be on one machine.",
     )
+    share: Literal["auto", "off"] = Field(
+        default="off",
+        description="Whether the ranks of a machine read once what several of them need, and copy it from memory that "
+        "they share: auto where an engine has several ranks here and files are read past the page cache; off: each "
+        "reads for itself.",
+    )
+    share_bytes: ByteSize = Field(
+        default=ByteSize(2 * _GIB),
+        ge=16 * _MIB,
+        le=64 * _GIB,
+        description="The most memory that ranks share while they load, for all of a machine together.",
+    )
+    share_timeout_s: float = Field(
+        default=5.0,
+        gt=0,
+        le=3600,
+        description="Seconds after which a rank reads by itself what another one was to read for it.",
+    )
+
     buffer_bytes: ByteSize = Field(
         default=ByteSize(512 * _MIB),
         ge=_MIB,

@@ -40,6 +40,9 @@ class MemoryFile:
     def fileno(self) -> int | None:
         return None
 
+    def identity(self) -> str | None:
+        return None
+
     def verify_unchanged(self) -> None:
         return
 

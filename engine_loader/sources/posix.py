@@ -45,6 +45,10 @@ class PosixFile:
         except ValueError:
             raise CheckpointError("the file was closed while it was being read", file=self.path) from None
 
+    def identity(self) -> str | None:
+        found = os.fstat(self.fileno())
+        return f"{found.st_dev}:{found.st_ino}:{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"
+
     def verify_unchanged(self) -> None:
         status = os.fstat(self.fileno())
         if status.st_size < self.size:

@@ -68,6 +68,10 @@ class SourceFile(Protocol):
         """A descriptor that native threads may ``pread``, or None where there is none."""
         ...
 
+    def identity(self) -> str | None:
+        """The same text in each process of this machine that reads the same bytes; None: that cannot be told."""
+        ...
+
     def verify_unchanged(self) -> None:
         """Raise CheckpointError when the file is no longer the one that was opened (size or content changed)."""
         ...

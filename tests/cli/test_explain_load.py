@@ -23,6 +23,9 @@ def test_explain_load_says_what_a_rank_reads_and_reshard_writes_just_that(tmp_pa
     assert tensors["model.layers.0.self_attn.o_proj.weight"]["ways"] == ["read through"]
     assert tensors["model.layers.0.mlp.experts.0.up_proj.weight"]["ways"] == ["not read"]
     assert answer["cost_model"]["gap_bytes"] == 4096
+    machine = answer["machine"]
+    assert machine["ranks"] == 2
+    assert totals["all"]["file_bytes"] <= machine["read_bytes"] < machine["read_bytes_apart"]
 
     done = invoke("reshard", model, tmp_path / "out", "-tp", "2", "--dtype", "bfloat16")
     assert done.exit_code == 0, done.output

@@ -66,7 +66,7 @@ struct Destination {
 // All of a file, in `parts` extents.
 Plan whole_file(const TestFile &file, uint64_t parts, const Destination &destination) {
     Plan plan;
-    plan.files.push_back(el_file{file.fd, -1, file.content.size(), EL_BUFFERED, 0});
+    plan.files.push_back(el_file{file.fd, -1, file.content.size(), EL_BUFFERED, 0, nullptr});
     const uint64_t bytes = file.content.size() / parts;
     for (uint64_t i = 0; i < parts; i++) plan.extents.push_back(el_extent{0, 1, i * bytes, bytes, 0, i * bytes, 0});
     plan.expected.assign(file.content.begin(), file.content.begin() + static_cast<std::ptrdiff_t>(parts * bytes));
@@ -311,7 +311,7 @@ void strided_destinations_are_filled_by_copies_in_two_dimensions(const Files &fi
     constexpr uint64_t width = 300, pitch = 512, from_pitch = 700;
     Destination destination(rows * pitch);
     Plan plan;
-    plan.files.push_back(el_file{files[0].fd, -1, files[0].content.size(), EL_BUFFERED, 0});
+    plan.files.push_back(el_file{files[0].fd, -1, files[0].content.size(), EL_BUFFERED, 0, nullptr});
     plan.extents.push_back(el_extent{0, rows, 11, width, from_pitch, 3, pitch});
     plan.expected.assign(rows * pitch, 'x');
     for (uint64_t row = 0; row < rows; row++) {
@@ -334,7 +334,7 @@ void runs_share_a_slot(const Files &files) {
     Fixture fixture(config);
     Destination destination(30 * kKiB);
     Plan plan;
-    plan.files.push_back(el_file{files[0].fd, -1, files[0].content.size(), EL_BUFFERED, 0});
+    plan.files.push_back(el_file{files[0].fd, -1, files[0].content.size(), EL_BUFFERED, 0, nullptr});
     for (uint64_t i = 0; i < 30; i++) {
         plan.extents.push_back(el_extent{0, 1, i * 20 * kKiB, kKiB, 0, i * kKiB, 0});
         plan.expected.insert(plan.expected.end(), files[0].content.data() + i * 20 * kKiB,

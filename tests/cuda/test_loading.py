@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,10 +18,12 @@ from engine_loader.errors import TransferCancelled, TransferError
 from engine_loader.loading.checkpoint import Checkpoint
 from engine_loader.loading.devices.cuda import CudaDevices
 from engine_loader.loading.devices.trial import obstacle_on
+from engine_loader.loading.direct.copies import copy_extents
 from engine_loader.loading.direct.load import DirectLoad
 from engine_loader.loading.find import SafetensorsFiles
 from engine_loader.loading.safetensors_store import SafetensorsStore
 from engine_loader.loading.shards import open_files
+from engine_loader.loading.sharing import NodeRanks
 from engine_loader.loading.store import TensorStore
 from engine_loader.loading.training.store import TrainingStore
 from engine_loader.report.load_report import LoadReport
@@ -96,6 +98,41 @@ def test_load_into_fills_tensors_on_a_device_after_what_their_stream_was_doing(
     for name, target in targets.items():
         assert torch.equal(target, tensors[name]), name
     assert (wide[:, :COLUMNS].contiguous().view(torch.uint8) == 0x55).all()
+
+
+def test_ranks_copy_to_a_device_what_one_of_them_read(
+    path: Path,
+    tensors: dict[str, torch.Tensor],
+    standin: StandIn,
+    devices: StandInDevices,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runtime = tmp_path / "run"
+    runtime.mkdir(mode=0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+    standin.delay(500)
+    settings = settings_for(standin, share="auto", read_mode="direct")
+    source = PosixSource()
+    stores, found = [], []
+    with ExitStack() as stack:
+        for rank in range(2):
+            files = open_files(source, SafetensorsFiles((str(path),)))
+            store = SafetensorsStore(files, source.name, settings, devices, NodeRanks(2))
+            stores.append(stack.enter_context(store))
+            (info,) = (info for info in store.infos if info.name == "half")
+            target = devices.tensor(COLUMNS, ROWS // 2, dtype=torch.bfloat16)
+            view = torch.empty(COLUMNS, ROWS, dtype=torch.bfloat16, device="meta").chunk(2, 1)[rank]
+            extents = copy_extents(0, info.offset, view, target)
+            assert extents is not None
+            found.append((target, store.submit(extents, target, store.device_of(target))))
+        for rank, (target, transfer) in enumerate(found):
+            transfer.wait()
+            assert torch.equal(target, tensors["half"].chunk(2, 1)[rank])
+        members = [store._sharing._member for store in stores]
+        read = sum(member.statistics().read_bytes for member in members if member is not None)
+        assert read == tensors["half"].nbytes
+    found.clear()
 
 
 def test_an_error_of_a_copy_names_the_tensor(path: Path, standin: StandIn, devices: StandInDevices) -> None:

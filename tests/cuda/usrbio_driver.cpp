@@ -91,7 +91,7 @@ struct Destination {
 bool read_once(const ReaderThreads &on, int fd, const std::vector<char> &content, Random &random) {
     const uint64_t begin = below(random, content.size()), bytes = content.size() - begin;
     Destination destination(bytes);
-    const el_file file{fd, -1, content.size(), EL_USRBIO, EL_FILE_USRBIO(on.usrbio)};
+    const el_file file{fd, -1, content.size(), EL_USRBIO, EL_FILE_USRBIO(on.usrbio), nullptr};
     const auto address = reinterpret_cast<uint64_t>(destination.memory);
     const uint64_t half = bytes / 2;
     const el_extent extents[] = {{0, 1, begin, half, 0, address, 0}, {0, 1, begin + half, bytes - half, 0, address + half, 0}};

@@ -57,6 +57,9 @@ class FakeFile:
     def fileno(self) -> int | None:
         return None
 
+    def identity(self) -> str | None:
+        return None
+
     def verify_unchanged(self) -> None:
         return
 

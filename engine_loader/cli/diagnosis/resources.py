@@ -11,6 +11,8 @@ from pathlib import Path
 
 from ...machine import cgroup_cpus, cpu_model, memory, usable_cpus
 from ...report.load_report import human_bytes
+from ...settings import load_settings
+from ...transfer.window.meeting import meeting_directory, window_bytes
 from .finding import Finding
 
 _AREA = "machine"
@@ -27,6 +29,7 @@ def check_machine() -> Iterator[Finding]:
     yield _descriptors()
     yield _huge_pages()
     yield _shared_memory()
+    yield _window()
     yield _temporary_files()
 
 
@@ -78,6 +81,19 @@ def _huge_pages() -> Finding:
         return Finding(_AREA, name, "ok", mode)
     repair = f"reading into fresh memory is slower without huge pages: echo madvise > {_HUGE_PAGES}"
     return Finding(_AREA, name, "warn", mode, repair)
+
+
+def _window() -> Finding:
+    name = "what ranks share"
+    settings = load_settings().settings.loader
+    if settings.share == "off":
+        return Finding(_AREA, name, "ok", "nothing: loader.share is off")
+    directory, why_not = meeting_directory()
+    if directory is None:
+        repair = "remove it, or set XDG_RUNTIME_DIR to a directory of this user's: else each rank reads for itself"
+        return Finding(_AREA, name, "warn", why_not, repair)
+    size = human_bytes(window_bytes(int(settings.share_bytes)))
+    return Finding(_AREA, name, "ok", f"up to {size} while they load; they meet in {directory}")
 
 
 def _temporary_files() -> Finding:

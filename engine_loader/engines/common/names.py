@@ -22,8 +22,14 @@ _SHOWN = 3
 _QUOTED = re.compile(r"""['"`]([^'"`\s]+)['"`]""")
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """What torch.compile, FSDP and activation checkpointing put into names."""
+_EXPERT = re.compile(r"\.experts\.[0-9]+\.")
 _LAYER_DEPTH = 3
 """``model.layers.0`` has as many parts: below it, an engine fuses and renames what is in the checkpoint."""
+
+
+def is_of_one_expert(name: str) -> bool:
+    """Whether a tensor is of one expert of a layer: with expert parallelism, one rank keeps all of it."""
+    return _EXPERT.search(name) is not None
 
 
 @contextmanager

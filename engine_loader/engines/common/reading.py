@@ -11,6 +11,7 @@ import torch
 
 from ...loading.devices.per_tensor import TargetDevice
 from ...loading.direct.load import DirectLoad
+from ...loading.sharing import NodeRanks
 from ...loading.weights import WeightFiles, stream_weights
 from ...plugin import LOAD_FORMAT
 from ...settings import LoaderSettings
@@ -34,6 +35,7 @@ def read_weights(
     note: str | None = None,
     direct: DirectLoad | None = None,
     device: TargetDevice = None,
+    ranks: NodeRanks | None = None,
 ) -> Weights:
     """Yield (name, tensor) as ``loading.weights.stream_weights``, and log its account of the load.
 
@@ -48,6 +50,7 @@ def read_weights(
         note: a remark for the log line.
         direct: the load in direct mode of which this is a part.
         device: where streamed tensors are put; None: in the CPU's memory.
+        ranks: of this machine, that load the same files; None: this process alone.
 
     Raises:
         CheckpointError: a file, a header or the index is wrong, or bytes could not be read.
@@ -63,6 +66,7 @@ def read_weights(
         note=note,
         direct=direct,
         device=device,
+        ranks=ranks,
     )
 
 

@@ -40,6 +40,7 @@ from ..common.reading import Weights, prepare_memory, read_weights
 from ..common.sharded import files_of_rank, fill_state, refuse_in_place
 from ..common.weights_uri import training_checkpoint_at, weights_at
 from .masks import mask_of, patterns_of
+from .node_ranks import node_ranks
 from .refusals import bypassed, refuse_model
 
 logger = logging.getLogger(__name__)
@@ -222,7 +223,13 @@ class B10ModelLoader(DefaultModelLoader):
     def _read(self, weights: list[str] | TrainingCheckpoint) -> Weights:
         # A generator: only when it begins is it known whether the load is in direct mode.
         yield from read_weights(
-            weights, self._reader_settings, log=logger, note=self._note, direct=self._direct, device=self._device
+            weights,
+            self._reader_settings,
+            log=logger,
+            note=self._note,
+            direct=self._direct,
+            device=self._device,
+            ranks=None if self._direct is None else node_ranks(self._reader_settings),
         )
 
 

@@ -37,6 +37,7 @@ from ..common.sharded import refuse_in_place
 from ..common.weights_uri import has_weights, training_checkpoint_at, weights_at
 from .headers import WeightHeaders, answering
 from .masks import mask_of, patterns_of
+from .node_ranks import node_ranks
 from .options import settings_of
 from .sharded import files_of_this_rank, fill_state, tie_as_saved
 
@@ -240,6 +241,7 @@ class B10ModelLoader(DefaultModelLoader):
             note=self._note,
             direct=self._direct,
             device=self._device,
+            ranks=None if self._direct is None else node_ranks(self._reader_settings),
         )
 
 

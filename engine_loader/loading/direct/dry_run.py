@@ -14,6 +14,7 @@ from ...sources.registry import is_remote
 from ...transfer.constructor import REMOTE_GAP_BYTES
 from ...transfer.modes import choose_mode
 from ...transfer.plan import ExtentRow
+from ..sharing import LEAST_BYTES
 from .observer import SMALL
 
 GAP_BYTES = 4 << 10
@@ -148,13 +149,32 @@ class Explanation:
                     row[column] += value
         return dict(sorted(kinds.items(), key=lambda item: (item[0] == "all", -item[1]["file_bytes"])))
 
-    def as_dict(self, *, tensors: bool = False) -> dict[str, Any]:
-        """As ``explain-load --json`` prints it; ``tensors``: with a row for each tensor."""
+    def machine_bytes(self, ranks: int) -> tuple[int, int]:
+        """Bytes that so many ranks of one machine read together, each for itself and with the setting ``share``.
+
+        An estimate from one rank's load: what it keeps a part of, others keep as large a part of; what it does not
+        read, one of them reads.
+        """
+        apart = together = 0
+        for plan in self.tensors.values():
+            nbytes = plan.info.nbytes
+            reads = plan.read_bytes * ranks if plan.ways else nbytes
+            if plan.kind == "experts" and plan.ways == ["whole"]:
+                reads = plan.read_bytes  # with expert parallelism, its own
+            apart += reads
+            together += reads if nbytes < LEAST_BYTES or plan.why else min(reads, nbytes)
+        return apart, together
+
+    def as_dict(self, *, tensors: bool = False, ranks: int = 1) -> dict[str, Any]:
+        """As ``explain-load --json`` prints it; ``tensors``: with a row for each tensor; ``ranks``: of the machine."""
         materialised = [plan for plan in self.tensors.values() if plan.why]
         answer: dict[str, Any] = {
             "obstacle_to_direct": self.obstacle,
             "cost_model": {"gap_bytes": GAP_BYTES, "wide_gap_bytes": WIDE_GAP_BYTES, "files": self.files},
             "totals": self.totals(),
+            "machine": dict(
+                zip(("ranks", "read_bytes_apart", "read_bytes"), (ranks, *self.machine_bytes(ranks)), strict=True)
+            ),
             "as_data": [plan.as_dict() for plan in materialised],
         }
         if tensors:

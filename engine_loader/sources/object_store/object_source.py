@@ -70,6 +70,9 @@ class ObjectFile:
     def fileno(self) -> int | None:
         return None
 
+    def identity(self) -> str | None:
+        return f"{self.path} {self._identity}"
+
     def verify_unchanged(self) -> None:
         # Every range was already checked to be of the version that was opened.
         return

@@ -140,6 +140,9 @@ class ThreeFsFile:
     def fileno(self) -> int | None:
         return None if self.native_access is None else self._opened.fileno()
 
+    def identity(self) -> str | None:
+        return self._opened.identity()
+
     def verify_unchanged(self) -> None:
         self._opened.verify_unchanged()
 

@@ -15,7 +15,7 @@ E_CLOSED, E_FORKED, E_ARGUMENT, E_MEMORY, E_THREAD, E_DEVICE = -1, -2, -3, -4, -
 FAIL_IO, FAIL_EOF, FAIL_DEADLINE, FAIL_CANCELLED, FAIL_USRBIO, FAIL_DEVICE = range(1, 7)
 USRBIO_LIBRARY, USRBIO_MEMORY, USRBIO_BUFFER, USRBIO_RING = range(1, 5)
 DEVICE_LIBRARY, DEVICE_SELECT, DEVICE_MEMORY, DEVICE_STREAM, DEVICE_THREAD = range(1, 6)
-MODES = {"buffered": 0, "direct": 1, "mixed": 2, "usrbio": 3}
+MODES = {"buffered": 0, "direct": 1, "mixed": 2, "usrbio": 3, "memory": 4}
 FILE_WIDE, FILE_REMOTE = 1, 2
 ORDERED = 1
 HUGE_PAGES, ALWAYS_HUGE_PAGES = 1, 2
@@ -49,6 +49,7 @@ class File(ctypes.Structure):
         ("size", ctypes.c_uint64),
         ("mode", ctypes.c_uint32),
         ("flags", ctypes.c_uint32),
+        ("memory", ctypes.c_void_p),
     )
 
 

@@ -187,7 +187,7 @@ class NativeReaders:
         files, extents = files_of_plan(files, extents)
         check_plan(extents, files)
         rings_only = all(file.native_access is not None for file in files)
-        device = None if target is None else self._add_device(target.device, slots=not rings_only)
+        device = None if target is None else self.add_device(target.device, slots=not rings_only)
         opened = [self._open(file) for file in files]
         if not self._placed:
             self._place(files, opened, target)
@@ -320,7 +320,20 @@ class NativeReaders:
                 logger.debug("%s is read %s (%s)", file.path, found.mode.name, found.mode.reason)
             return found
 
-    def _add_device(self, device: int, *, slots: bool) -> int:
+    def waits_for_storage(self, file: SourceFile) -> bool:
+        """Whether reads of a file wait for storage, rather than copy what lies in this machine's page cache."""
+        return self._open(file).mode.wide
+
+    def native_file(self, file: SourceFile) -> File:
+        """A file as the library takes it; its descriptors stay open as long as the file and the readers."""
+        return native_file(file, self._open(file))
+
+    @property
+    def handle(self) -> int | None:
+        """The library's handle; None once they are gone."""
+        return self._handle
+
+    def add_device(self, device: int, *, slots: bool = True) -> int:
         """The number by which the library knows a device; ``slots``: for which it has page-locked memory."""
         with self._lock:
             number = self._devices.get(device)

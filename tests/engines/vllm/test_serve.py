@@ -31,9 +31,12 @@ def test_a_llama_in_shards_answers_as_with_vllms_loader(llama: Path, llama_answe
 
 
 def test_tensor_parallel_2_answers_the_same(llama: Path, llama_answer: str) -> None:
-    text, log = completion(llama, "b10_3fs", "--tensor-parallel-size", "2", env=TWO_RANKS)
+    config = '{"read_mode": "direct", "share": "auto"}'
+    options = ("--tensor-parallel-size", "2", "--model-loader-extra-config", config)
+    text, log = completion(llama, "b10_3fs", *options, env=TWO_RANKS)
     assert text == llama_answer
     assert log.count("b10_3fs: loaded") == 1
+    assert "of what 2 ranks share" in log
 
 
 @pytest.mark.parametrize(("architecture", "shards"), [("llama-tied", 1), ("mixtral", 4)])

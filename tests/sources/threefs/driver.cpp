@@ -76,7 +76,7 @@ int main(int, char **arguments) {
         const el_usrbio_config usrbio{sizeof usrbio, 2, 4, 100, 64 << 10, library, mount, 0, batch, 0};
         const int number = el_usrbio_add(readers, &usrbio);
         check(number >= 0, "add");
-        const el_file file{fd, -1, content.size(), EL_USRBIO, EL_FILE_USRBIO(number)};
+        const el_file file{fd, -1, content.size(), EL_USRBIO, EL_FILE_USRBIO(number), nullptr};
         std::thread other([&] { read_often(readers, file, content, 1); });
         read_often(readers, file, content, 3);
         other.join();

@@ -83,12 +83,12 @@ void add_extent(Plan &plan, const std::vector<TestFile> &files, Random &random) 
     plan.extents.push_back(e);
 }
 
-Plan make_plan(const std::vector<TestFile> &files, Random &random) {
+[[maybe_unused]] Plan make_plan(const std::vector<TestFile> &files, Random &random) {
     Plan plan;
     for (const TestFile &file : files) {
         const bool direct = file.direct_fd >= 0;
         const auto mode = static_cast<uint32_t>(direct ? below(random, 3) : 0);
-        plan.files.push_back(el_file{file.fd, file.direct_fd, file.content.size(), mode, static_cast<uint32_t>(below(random, 2))});
+        plan.files.push_back(el_file{file.fd, file.direct_fd, file.content.size(), mode, static_cast<uint32_t>(below(random, 2)), nullptr});
         if (direct) plan.files.back().flags |= static_cast<uint32_t>(el_direct_flags(file.direct_fd));
     }
     for (uint64_t n = 1 + below(random, 60); n > 0; n--) add_extent(plan, files, random);
@@ -105,7 +105,7 @@ void check_extent(const Plan &plan, const el_extent &e, const char *memory) {
 }
 
 // Extents that are complete must hold their bytes even while others are being read.
-void check_completed(el_transfer *transfer, const Plan &plan, const char *memory) {
+[[maybe_unused]] void check_completed(el_transfer *transfer, const Plan &plan, const char *memory) {
     std::vector<uint32_t> done(plan.extents.size());
     const uint64_t n = el_completed(transfer, 0, done.data(), done.size());
     for (uint64_t i = 0; i < n; i++) check_extent(plan, plan.extents[done[i]], memory);

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.sanitizers import run_sanitized
 
-from .building import compile_driver, link, native_objects
+from .building import HERE, compile_driver, link, native_objects
 
 pytestmark = [pytest.mark.sanitizers, pytest.mark.timeout(900)]  # compiling is most of it
 
@@ -21,3 +21,17 @@ def test_random_plans_are_clean(sanitizers: str, rounds: int, tmp_path: Path, py
     link([compile_driver(kept, sanitizers), *native_objects(kept, sanitizers).values()], driver, sanitizers)
     done = run_sanitized([str(driver), str(tmp_path), str(rounds), "1"], sanitizers)
     assert done.returncode == 0 and done.stdout == "ok\n", done.stderr
+
+
+@pytest.mark.parametrize(("sanitizers", "rounds"), [("address,undefined", 60), ("thread", 25)])
+def test_a_window_of_several_members_is_clean(
+    sanitizers: str, rounds: int, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    assert pytestconfig.cache is not None
+    kept = pytestconfig.cache.mkdir("native")
+    driver = tmp_path / "driver"
+    compiled = compile_driver(kept, sanitizers, HERE / "window_driver.cpp")
+    link([compiled, *native_objects(kept, sanitizers).values()], driver, sanitizers)
+    done = run_sanitized([str(driver), str(tmp_path), str(rounds), "1"], sanitizers)
+    assert done.returncode == 0 and done.stdout == "ok\n", done.stderr
+    assert [path.name for path in (tmp_path / "place").iterdir()] == ["lock"]

@@ -31,6 +31,11 @@ void copy_file(ReaderThreads &readers, const el_file &from, File &to) {
     to.size = from.size;
     to.wide = (from.flags & EL_FILE_WIDE) != 0;
     to.remote = (from.flags & EL_FILE_REMOTE) != 0;
+    if (from.mode == EL_MEMORY) {
+        to.mode = EL_MEMORY;
+        to.memory = from.memory;
+        return;
+    }
     if (from.mode == EL_USRBIO) {
         Lock lock(readers.mutex);
         to.mode = EL_USRBIO;
@@ -45,12 +50,14 @@ void copy_file(ReaderThreads &readers, const el_file &from, File &to) {
 }
 
 std::unique_ptr<Transfer> plan(ReaderThreads &readers, const el_file *files, uint32_t n_files, const el_extent *extents,
-                               uint64_t n_extents, bool ordered) {
+                               uint64_t n_extents, uint32_t flags) {
     auto transfer = std::make_unique<Transfer>(readers);
     transfer->files = std::make_unique<File[]>(n_files);
     transfer->n_files = n_files;
     for (uint32_t i = 0; i < n_files; i++) copy_file(readers, files[i], transfer->files[i]);
-    plan_reads(*transfer, extents, n_extents, ordered);
+    // Copies take no time, and free what others wait for.
+    if ((flags & EL_FIRST) != 0) transfer->urgency = n_files > 0 && files[0].mode == EL_MEMORY ? 2 : 1;
+    plan_reads(*transfer, extents, n_extents, flags);
     return transfer;
 }
 
@@ -100,7 +107,7 @@ int submit(ReaderThreads &readers, const el_file *files, uint32_t n_files, const
         if (!usable_file(readers, files[i])) return EL_E_ARGUMENT;
     }
     try {
-        auto transfer = plan(readers, files, n_files, extents, n_extents, (flags & EL_ORDERED) != 0);
+        auto transfer = plan(readers, files, n_files, extents, n_extents, flags);
         if (owner.device != nullptr) {
             transfer->device = owner.device;
             el_device_failure failure{};

@@ -33,12 +33,15 @@ enum { /* el_file.mode: how a file is read */
     EL_DIRECT = 1,   /* around it (O_DIRECT); buffered where the file system refuses */
     EL_MIXED = 2,    /* direct, but blocks that lie in the page cache come from there */
     EL_USRBIO = 3,   /* by 3FS's library, see usrbio.h */
+    EL_MEMORY = 4,   /* its bytes lie in memory */
 };
 
 enum {
     EL_FILE_WIDE = 1, /* el_file.flags: reads wait for storage rather than for a CPU: use the wide threads too */
     EL_FILE_REMOTE = 2, /* el_file.flags: on another machine: direct reads are of block_bytes, which its file system divides */
     EL_ORDERED = 1,   /* el_submit flags: by file and offset; otherwise largest blocks first */
+    EL_FIRST = 2,     /* el_submit flags: before what was submitted earlier */
+    EL_LARGE = 4,     /* el_submit flags: reads are as large as they can be, also where that leaves threads without one */
     EL_HUGE_PAGES = 1, /* el_config.flags: huge pages for large destinations, where they are made sooner than small ones */
     EL_ALWAYS_HUGE_PAGES = 2 /* el_config.flags: huge pages for large destinations, whatever they cost */
 };
@@ -83,6 +86,7 @@ typedef struct {
     uint64_t size;     /* an end of file before this is a failure */
     uint32_t mode;
     uint32_t flags;
+    const char *memory; /* EL_MEMORY: where its bytes lie; fd is -1 */
 } el_file;
 
 typedef struct { /* the layout of EXTENT in transfer/plan.py */

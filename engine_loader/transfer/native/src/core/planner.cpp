@@ -11,6 +11,8 @@ constexpr uint64_t kSmallestBlock = 256 << 10;
 constexpr uint64_t kSmallestUsrbioBlock = 1 << 20;
 // One call of preadv takes this many; blocks of very many tiny pieces would make progress hard to see.
 constexpr uint32_t kBlockPieces = 4096;
+// A transfer so large that each thread has more than one of the largest reads.
+constexpr uint64_t kAnyTotal = uint64_t{1} << 50;
 
 uint64_t round_up(uint64_t value, uint64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -179,7 +181,7 @@ bool valid_plan(const el_file *files, uint32_t n_files, const el_extent *extents
     return true;
 }
 
-void plan_reads(Transfer &transfer, const el_extent *extents, uint64_t n_extents, bool ordered) {
+void plan_reads(Transfer &transfer, const el_extent *extents, uint64_t n_extents, uint32_t flags) {
     transfer.n_extents = n_extents;
     transfer.remaining.resize(n_extents);
     transfer.completed.reserve(n_extents);
@@ -190,11 +192,11 @@ void plan_reads(Transfer &transfer, const el_extent *extents, uint64_t n_extents
         total += transfer.remaining[i];
         if (transfer.remaining[i] == 0) transfer.completed.push_back(static_cast<uint32_t>(i));
     }
-    Cutter cutter(transfer, total);
+    Cutter cutter(transfer, (flags & EL_LARGE) != 0 ? kAnyTotal : total);
     for (const uint32_t number : reading_order(extents, n_extents)) {
         cutter.add(whole(extents[number], number), extents[number].file);
     }
-    fill_lanes(transfer, ordered);
+    fill_lanes(transfer, (flags & EL_ORDERED) != 0);
 }
 
 std::vector<Range> destinations(const el_extent *extents, uint64_t n_extents) {

@@ -13,6 +13,7 @@
 #include "memory/fresh_pages.h"
 #include "memory/memory.h"
 #include "core/stats.h"
+#include "threads/bell.h"
 #include "threads/pace.h"
 #include "threads/sync.h"
 
@@ -65,6 +66,7 @@ struct File {
     bool remote = false;
     DirectLimits limits;
     const UsrbioConfig *usrbio = nullptr;
+    const char *memory = nullptr;  // EL_MEMORY
     // The file system said EINVAL: to reads straight into destinations, to any direct read.
     std::atomic<bool> straight_refused{false};
     std::atomic<bool> direct_refused{false};
@@ -79,7 +81,7 @@ struct File {
 
 // The largest read of a file, but for rows that stay whole.
 inline uint64_t largest_block(const el_config &config, const File &file) {
-    return file.mode == EL_BUFFERED || file.remote ? config.block_bytes : config.direct_block_bytes;
+    return file.mode == EL_BUFFERED || file.mode == EL_MEMORY || file.remote ? config.block_bytes : config.direct_block_bytes;
 }
 
 // Blocks in the order in which they are taken. Narrow ones are taken by the first `threads` workers only.
@@ -136,6 +138,8 @@ struct Transfer {
     uint32_t retries = 0;
     el_failure_info retried{};         // the first of these
     Waiter *waiters = nullptr;
+    Bell *bell = nullptr;              // rung when more extents are complete, and at the end
+    uint32_t urgency = 0;              // those of more go before others that were submitted earlier
 };
 
 constexpr size_t kMaxSegments = 8192;

@@ -12,6 +12,7 @@ void notify(Transfer &transfer) {
     for (Waiter *waiter = transfer.waiters; waiter != nullptr; waiter = waiter->next) {
         if (transfer.phase != Phase::active || is_complete(transfer, waiter->extent)) waiter->condition.notify_one();
     }
+    if (transfer.bell != nullptr) ring(*transfer.bell);
 }
 
 template <typename T>
@@ -111,8 +112,9 @@ void enqueue(Transfer &transfer) {
         transfer.quiet = true;
         return;
     }
-    readers.active.reserve(readers.active.size() + 1);  // so that only the next line can fail
-    readers.queue.push_back(&transfer);
+    readers.active.reserve(readers.active.size() + 1);  // so that only the insertion can fail
+    const auto less_urgent = [&transfer](const Transfer *other) { return other->urgency < transfer.urgency; };
+    readers.queue.insert(std::find_if(readers.queue.begin(), readers.queue.end(), less_urgent), &transfer);
     readers.active.push_back(&transfer);
     transfer.references++;
     if (!transfer.rings.empty()) readers.ring_work.notify_all();

@@ -57,7 +57,8 @@ void read_task(Worker &worker, const Task &task, Lock &lock) {
         return;
     }
     const Outcome outcome = read_block(reader, task.block);
-    if (outcome == Outcome::done) worker.counters.bytes.add(task.block.bytes);
+    const bool copied = task.transfer->files[task.block.file].mode == EL_MEMORY;  // and read by somebody
+    if (outcome == Outcome::done && !copied) worker.counters.bytes.add(task.block.bytes);
     lock.lock();
     worker.transfer = nullptr;
     if (!finish_block(*task.transfer, task.block, outcome == Outcome::done)) return;

@@ -2,6 +2,7 @@
 #include "readers/readers.h"
 
 #include <algorithm>
+#include <string.h>
 
 namespace el {
 namespace {
@@ -35,16 +36,22 @@ RunLimits run_limits(Reader reader, const Block &block) {
 
 uint64_t span_room(Reader reader, const Run &run) {
     const File &file = reader.transfer.files[run.file];
-    return run.span + (file.mode == EL_BUFFERED ? 0 : 2 * uint64_t{file.limits.offset});
+    return run.span + (file.mode == EL_BUFFERED || file.mode == EL_MEMORY ? 0 : 2 * uint64_t{file.limits.offset});
 }
 
 Outcome read_span(Reader reader, const Run &run, char *&memory) {
+    const File &file = reader.transfer.files[run.file];
+    if (file.mode == EL_MEMORY) {
+        memcpy(memory, file.memory + run.offset, run.span);
+        return Outcome::done;
+    }
     return read_either(
         reader, run, [&] { return read_span_direct(reader, run, memory); },
         [&] { return read_span_buffered(reader, run, memory); });
 }
 
 Outcome read_block(Reader reader, const Block &block) {
+    if (reader.transfer.files[block.file].mode == EL_MEMORY) return copy_block(reader, block);
     RunCutter cutter(reader.transfer, block, run_limits(reader, block), reader.worker.segments);
     Run run;
     while (cutter.next(run)) {

@@ -31,7 +31,8 @@ class Landing final : public Lander {
     void end_part(bool complete, Lock &lock) {
         failed_ |= !complete;
         if (flights_.fetch_sub(1, std::memory_order_relaxed) > 1) return;
-        if (!failed_) transfer_.readers.device_bytes += block_.bytes;
+        const bool copied = transfer_.files[block_.file].mode == EL_MEMORY;  // and read by somebody
+        if (!failed_ && !copied) transfer_.readers.device_bytes += block_.bytes;
         const bool last = finish_block(transfer_, block_, !failed_);
         if (last) {
             lock.unlock();

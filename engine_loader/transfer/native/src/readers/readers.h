@@ -24,6 +24,9 @@ uint64_t span_room(Reader reader, const Run &run);
 // How much of a block is read in one go.
 RunLimits run_limits(Reader reader, const Block &block);
 
+// Copy a block of a file that lies in memory.
+Outcome copy_block(Reader reader, const Block &block);
+
 // Read all of a block in the way that its file asks for.
 Outcome read_block(Reader reader, const Block &block);
 

@@ -1,0 +1,161 @@
+// The window: memory that the ranks of a node share, in which each block of a file that several of them want is read by
+// one. This is what lies in it, and the steps of a block's life. Nothing here waits for another rank but for the lock,
+// and that with a limit.
+#pragma once
+
+#include <pthread.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "threads/bell.h"
+
+namespace el {
+
+constexpr uint32_t kMembers = 64;
+constexpr uint64_t kWindowMagic = 0x31776f646e69776cULL;  // changes with the layout: others make a window of their own
+constexpr uint64_t kWindowAlign = 4096;                   // O_DIRECT wants it
+
+// Which bytes a block has: a file as it is now (its device, number, size and time, hashed), and where in it.
+struct BlockKey {
+    uint64_t file[2];
+    uint64_t offset;
+    uint64_t bytes;
+
+    bool operator==(const BlockKey &other) const {
+        return file[0] == other.file[0] && file[1] == other.file[1] && offset == other.offset && bytes == other.bytes;
+    }
+};
+
+enum class SlotState : uint32_t {
+    free = 0,
+    reading,    // its owner reads the block into it
+    ready,      // all bytes are there
+    abandoned,  // others no longer wait for its owner, who may still write to it and gives it back then
+    lost,       // its owner died while reading: a read in the kernel may still write to it, so it is never used again
+};
+
+struct WindowSlot {
+    std::atomic<SlotState> state;  // set last, so that a death between two steps leaves the slot as it was
+    uint32_t owner;                // number of the member that reads it
+    BlockKey key;
+    std::atomic<uint64_t> claim;  // which claim of the slot this is; never the same twice
+    uint64_t finished;  // when it became ready, in the order of all
+    uint64_t had;       // bits of the members that have copied what they want of it
+    uint64_t pinned;    // of those that copy from it now
+    uint64_t waiting;   // of those that want to hear when it changes
+    uint32_t expected;  // so many members will want it
+    uint32_t unused;
+};
+
+// A rank. `alive` is locked by a thread of its process as long as that lives.
+struct WindowMember {
+    pthread_mutex_t alive;
+    std::atomic<uint64_t> number;  // 0: nobody
+    std::atomic<int64_t> delivered;  // when it last read a block for all; CLOCK_MONOTONIC, ns
+    Bell bell;
+    uint32_t wants_room;  // wants to hear when a slot becomes free
+};
+
+struct WindowHeader {
+    uint64_t magic;
+    uint64_t bytes;  // of all
+    uint64_t slot_bytes;
+    uint64_t slots_at;  // where the slots' memory begins
+    uint32_t slots;
+    uint32_t unused;
+    pthread_mutex_t mutex;  // guards all that follows; robust
+    uint64_t claims, finishes, numbers;
+    uint64_t taken_over, evicted;  // counts, for the account
+    WindowMember members[kMembers];
+};
+
+struct Claim {
+    uint32_t slot = 0;
+    uint64_t number = 0;
+};
+
+enum class Got {
+    mine,    // to be read by the caller now
+    busy,    // another member reads it
+    ready,   // there, and pinned
+    full,    // there is no slot that can be had
+    broken,  // the lock cannot be had in time
+};
+
+// A member's view of the window. The memory is a memfd that nobody can resize. For several threads, one at a time.
+class NodeWindow {
+  public:
+    // Both keep the descriptor only when they succeed (0); else an errno, EPROTO for a window of another layout.
+    static int format(int fd, uint64_t bytes, uint64_t slot_bytes);
+    int attach(int fd);
+    ~NodeWindow();
+    NodeWindow() = default;
+    NodeWindow(const NodeWindow &) = delete;
+    NodeWindow &operator=(const NodeWindow &) = delete;
+
+    // By the thread that will call leave(), and lives till then; an errno.
+    int enter();
+    void leave();
+    // A read may still write to a slot: the memory stays mapped for as long as the process lives.
+    void keep_mapped() { keep_ = true; }
+
+    void patience(int64_t ns) { patience_ns_ = ns; }
+    Got want(const BlockKey &key, uint32_t expected, Claim &claim);
+    // Whether another member still reads what it claimed, without the lock.
+    bool still_busy(const Claim &claim) const {
+        const WindowSlot &slot = slots_[claim.slot];
+        return slot.state.load(std::memory_order_acquire) == SlotState::reading && slot.claim.load() == claim.number;
+    }
+    // What has become of a claim of another member that was busy; `full` where the block has to be wanted again.
+    Got look(const Claim &claim);
+    // The caller has read it: it is pinned for the caller. False where others gave it up meanwhile, or the lock is lost.
+    bool publish(const Claim &claim);
+    void give_up(const Claim &claim);  // the caller could not read it
+    void take_from(const Claim &claim);  // another member does not deliver: whoever wants the block may claim it
+    void done(const Claim &claim);     // the caller has copied what it wants
+    // Take back what dead members hold; returns how many were found dead.
+    uint32_t sweep();
+    void want_room(bool wanted);
+
+    uint64_t slot_bytes() const { return header_->slot_bytes; }
+    uint32_t slots() const { return header_->slots; }
+    uint64_t bytes() const { return header_->bytes; }
+    uint64_t slots_offset(uint32_t slot) const { return header_->slots_at + slot * header_->slot_bytes; }
+    const char *for_reading() const { return shared_; }
+    // The memory of a slot that was claimed; null where it cannot be mapped. Who never claims has none that it can write to.
+    char *for_writing(uint32_t slot);
+    Bell &bell() { return header_->members[member_].bell; }
+    uint32_t owner_of(const Claim &claim) const { return slots_[claim.slot].owner; }
+    int64_t delivered(uint32_t member) const { return header_->members[member % kMembers].delivered.load(); }
+    bool is_ours(const Claim &claim) const { return owner_of(claim) == member_; }
+    uint32_t members();
+    uint64_t taken_over() const { return header_->taken_over; }
+    uint64_t evicted() const { return header_->evicted; }
+    int fd() const { return fd_; }
+    bool broken() const { return broken_.load(); }
+
+  private:
+    class Hold;
+    WindowSlot *find(const BlockKey &key);
+    WindowSlot *room();
+    void clear(WindowSlot &slot);
+    void release_if_had(WindowSlot &slot);
+    void ring_all(uint64_t members);
+    void ring_for_room();
+    void bury(uint32_t member);
+    uint64_t bit() const { return uint64_t{1} << member_; }
+
+    int fd_ = -1;
+    WindowHeader *header_ = nullptr;  // and what describes the slots; writable
+    WindowSlot *slots_ = nullptr;
+    const char *shared_ = nullptr;  // all of the window, read-only
+    char *writable_ = nullptr;      // all of it, once something was claimed
+    uint64_t described_ = 0;        // bytes of the header and the slots' descriptions
+    uint32_t member_ = 0;
+    bool entered_ = false;
+    bool keep_ = false;
+    std::atomic<bool> broken_{false};
+    int64_t patience_ns_ = 2000000000;
+};
+
+}  // namespace el

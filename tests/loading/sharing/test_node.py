@@ -1,0 +1,122 @@
+"""What the ranks of a node read together, and that nobody's fault is another's."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine_loader.transfer.window.meeting import meeting_directory
+
+from ...transfer.native.building import compile_shim
+from .rank import Options
+from .rounds import make_checkpoint
+
+ROUNDS = 500 if os.environ.get("EXTENDED_TESTS") else 12
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory in which only the ranks of this test meet."""
+    runtime = tmp_path / "run"
+    runtime.mkdir(mode=0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+    return runtime / "engine-loader"
+
+
+def start(rank: Options, environment: dict[str, str]) -> subprocess.Popen[str]:
+    """A rank in a process of its own, ready to load."""
+    command = [sys.executable, "-m", "tests.loading.sharing.rank", json.dumps(vars(rank))]
+    pipe = subprocess.PIPE
+    child = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=os.environ | environment, text=True)
+    assert child.stdout is not None and child.stdout.readline() == "ready\n"
+    return child
+
+
+def go(child: subprocess.Popen[str]) -> None:
+    assert child.stdin is not None
+    child.stdin.write("\n")
+    child.stdin.flush()
+
+
+def load_together(ranks: list[Options]) -> list[dict[str, Any]]:
+    """The answers of ranks that load at the same time, each in a process of its own."""
+    children = [start(rank, {}) for rank in ranks]
+    answers = []
+    for child in children:
+        go(child)
+    for child in children:
+        out, _ = child.communicate(timeout=120)
+        answers.append(json.loads(out))
+    return answers
+
+
+def test_what_several_ranks_need_is_read_once(tmp_path: Path, place: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    make_checkpoint(path, layers=12)
+    settings = {"read_mode": "direct"}
+    shared = settings | {"share": "auto"}
+    found = load_together([Options([str(path)], rank, 3, settings=shared, meet=3) for rank in range(3)])
+    alone = load_together([Options([str(path)], rank, 3, settings=settings | {"share": "off"}) for rank in range(3)])
+    assert [one["sums"] for one in found] == [one["sums"] for one in alone]
+    size = path.stat().st_size
+    assert sum(one["read"] for one in found) < 1.1 * size < 2 * size < sum(one["read"] for one in alone)
+    assert all(one["why_not"] == "" for one in found)
+    assert [entry.name for entry in place.iterdir()] == ["lock"]
+
+
+def test_what_a_rank_claimed_that_dies_is_read_by_who_waits(tmp_path: Path, place: Path) -> None:
+    path, words = tmp_path / "model.safetensors", tmp_path / "faults"
+    make_checkpoint(path)
+    slow_us = 60_000_000  # each read of the first rank
+    words.write_bytes(struct.pack("7I", 0, 0, 0, 0, 0, 0, slow_us) + bytes(36))
+    environment = {"LD_PRELOAD": str(compile_shim(tmp_path)), "ENGINE_LOADER_FAULTS": str(words)}
+    settings = {"read_mode": "direct", "share": "auto", "share_timeout_s": 60.0}  # a death is seen at once
+    first = start(Options([str(path)], 0, 2, settings=settings), environment)
+    second = start(Options([str(path)], 1, 2, settings=settings), {})
+    try:
+        go(first)
+        while struct.unpack("16I", words.read_bytes())[12] < 2:  # reads in flight
+            assert first.poll() is None
+            time.sleep(0.02)
+        go(second)
+        while sum(entry.name.startswith("window-") for entry in place.iterdir()) < 2:  # both have joined
+            time.sleep(0.01)
+        first.kill()
+        found = json.loads(second.communicate(timeout=120)[0])
+    finally:
+        for child in (first, second):
+            child.kill()
+            child.communicate()
+    assert found["taken_over"] > 0
+    alone = load_together([Options([str(path)], 1, 2, settings=settings | {"share": "off"})])[0]
+    assert found["sums"] == alone["sums"]
+
+
+def test_faults_of_some_ranks_leave_the_others_right(tmp_path: Path, place: Path) -> None:
+    shim = compile_shim(tmp_path)
+    words = tmp_path / "faults"
+    words.write_bytes(bytes(64))
+    environment = {"LD_PRELOAD": str(shim), "ENGINE_LOADER_FAULTS": str(words)}
+    command = [sys.executable, "-m", "tests.loading.sharing.rounds", str(tmp_path), str(ROUNDS), "1"]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["right"] > ROUNDS and found["from others"] and found["ended"], found
+    assert [entry.name for entry in place.iterdir()] == ["lock"], "sockets of killed ranks are left"
+
+
+def test_a_directory_that_others_may_enter_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = tmp_path / "run"
+    runtime.mkdir(mode=0o755)
+    runtime.chmod(0o755)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+    directory, _ = meeting_directory()
+    assert directory != runtime / "engine-loader"
