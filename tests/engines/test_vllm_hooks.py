@@ -162,6 +162,26 @@ def test_a_worker_on_a_node_of_its_own_restores_and_saves(engine: Engine, events
     wait_for(lambda: any(event.startswith("saved") for event in events))
 
 
+@pytest.mark.parametrize("other", ["machine", "container"])
+def test_a_worker_with_the_variables_of_another_nodes_engine_restores_and_saves(
+    engine: Engine, events: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    """As Ray's executor starts it: with all variables of the engine's process."""
+    engine.Executor(config())
+    wait_for(lambda: len(events) == 2)
+    events.clear()
+    if other == "machine":
+        monkeypatch.setattr("socket.gethostname", lambda: "another-machine")
+    else:
+        monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "elsewhere"))
+    wrapper = engine.WorkerWrapperBase(config())
+    wrapper.init_device()
+    wrapper.worker.determine_available_memory()
+    wrapper.worker.compile_or_warm_up_model()
+    assert [event.partition(" ")[0] for event in events[:3]] == ["restored", "memory", "warm-up"]
+    wait_for(lambda: any(event.startswith("saved") for event in events))
+
+
 def test_the_workers_of_an_engine_process_leave_the_save_to_it(engine: Engine, events: list[str]) -> None:
     engine.Executor(config())
     wrapper = engine.WorkerWrapperBase(config())
@@ -191,7 +211,8 @@ def test_a_worker_does_not_wait_for_a_lock_that_nobody_gives_back(
 ) -> None:
     monkeypatch.setenv("ENGINE_LOADER_COMPILE_CACHE__RESTORE_TIMEOUT_S", "0.1")
     monkeypatch.setattr(cache_hooks, "_SLACK_S", 0.1)
-    monkeypatch.setenv(cache_hooks.STARTED, str(time.time_ns()))
+    engine.Executor(config())  # begins the restore, as the process above does
+    wait_for(lambda: len(events) == 2)
     lock = NodeLock(tmp_path / "vllm", cache_hooks.RESTORE_LOCK)
     assert lock.acquire(0)
     wrapper = engine.WorkerWrapperBase(config())

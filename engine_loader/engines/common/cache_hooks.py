@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,9 +28,11 @@ from ...settings import CompileCacheSettings, load_settings
 
 RESTORE_LOCK = "restore"
 STARTED = "_ENGINE_LOADER_CACHE_STARTED_NS"
-"""Environment variable for the workers: when a process of their node began the restore (ns since the epoch).
+"""Environment variable for the workers: when a process of their node began the restore (ns since the epoch), and which
+node that is.
 
-Not a setting: those begin with ENGINE_LOADER_.
+Not a setting: those begin with ENGINE_LOADER_. vLLM's executor of Ray gives all variables of the engine's process to
+workers on all nodes (vllm/v1/executor/ray_executor_v2.py, get_driver_env_vars), this one among them.
 """
 _SLACK_S = 5.0
 
@@ -77,7 +80,7 @@ class NodeSession:
             then=functools.partial(log_restore, log, job, settings.directory),
             lock=lock,
         )
-        os.environ[STARTED] = str(self.since_ns)
+        os.environ[STARTED] = f"{self.since_ns}@{_node(_home(self._directories))}"
 
     def wait(self) -> None:
         """Return when the restore has ended, or when the time for it is over, which is logged as a warning."""
@@ -127,10 +130,17 @@ def wait_for_node(engine: str, settings: CompileCacheSettings, began_ns: int) ->
         lock.release()
 
 
-def restore_began_ns() -> int | None:
-    """When a process of this node began the restore, in ns since the epoch; None if none did."""
-    began = os.environ.get(STARTED)
-    return None if began is None else int(began)
+def restore_began_ns(engine: str) -> int | None:
+    """When a process of this node began the engine's restore, in ns since the epoch; None if none did."""
+    began, _, node = os.environ.get(STARTED, "").partition("@")
+    if not began or node != _node(_home(cache_directories(engine))):
+        return None
+    return int(began)
+
+
+def _node(home: Path) -> str:
+    """What tells nodes apart: machines by their names, containers of one machine by where they keep the cache."""
+    return short_hash(socket.gethostname(), str(home))
 
 
 def cache_settings() -> CompileCacheSettings:

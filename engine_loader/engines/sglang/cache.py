@@ -165,7 +165,7 @@ def _wait(server_args: Any) -> bool:
     settings = cache_settings()
     if not settings.enabled:
         return False
-    began_ns = restore_began_ns()
+    began_ns = restore_began_ns(_ENGINE)
     if began_ns is not None:
         wait_for_node(_ENGINE, settings, began_ns)
         return False
@@ -178,7 +178,7 @@ def _wait(server_args: Any) -> bool:
 def _save(server_args: Any) -> None:
     settings = cache_settings()
     if settings.enabled:
-        began_ns = restore_began_ns() or time.time_ns()
+        began_ns = restore_began_ns(_ENGINE) or time.time_ns()
         start_save(_ENGINE, key_of(server_args, settings), settings, began_ns, logger)
 
 

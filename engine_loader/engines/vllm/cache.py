@@ -117,7 +117,7 @@ def register_worker() -> None:
         from vllm.worker.worker_base import WorkerWrapperBase
 
     def around(original: Callable[..., Any], self: Any, *args: Any, **options: Any) -> Any:
-        session = _quietly(_start, self.vllm_config) if restore_began_ns() is None else None
+        session = _quietly(_start, self.vllm_config) if restore_began_ns(_ENGINE) is None else None
         result = original(self, *args, **options)
         _quietly(_watch, self.worker, self.vllm_config, session)
         return result
@@ -158,7 +158,7 @@ def _watch(worker: Any, vllm_config: Any, session: NodeSession | None) -> None:
     settings = cache_settings()
     if not settings.enabled:
         return
-    began_ns = session.since_ns if session is not None else restore_began_ns() or time.time_ns()
+    began_ns = session.since_ns if session is not None else restore_began_ns(_ENGINE) or time.time_ns()
     wait = session.wait if session is not None else functools.partial(wait_for_node, _ENGINE, settings, began_ns)
     saves = session is not None or _is_follower(vllm_config, worker)
 
