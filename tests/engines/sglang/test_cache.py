@@ -62,7 +62,8 @@ class Fleet:
             **variables,
         }
         arguments = ("--load-format", "b10_3fs", *args)
-        with patched(self.version), SglangServer(self.version, self.model, *arguments, env=env, eager=False) as server:
+        options = {"env": env, "eager": False, "log_path": machine / "log"}
+        with patched(self.version), SglangServer(self.version, self.model, *arguments, **options) as server:
             deadline = time.monotonic() + (300 if save else 0)
             while time.monotonic() < deadline and not any(words in server.log for words in SAVED):
                 time.sleep(0.2)
