@@ -52,7 +52,7 @@ _SHAPES_KERNELS = re.compile(
     "dtype|quantization$|backend|attention|cuda_graph|compile|chunk|page_size|context_length|max_running_requests|"
     "speculative|moe|lora|mamba|deterministic|^enable_|^disable_"
 )
-_KERNEL_VARIABLE = re.compile("SGLANG_(?!.*(DIR|PATH|PORT|HOST|ADDR|LOG|TIMEOUT))")
+_KERNEL_VARIABLE = re.compile("SGLANG_(?!.*(DIR|PATH|PORT|HOST|ADDR|LOG|TIMEOUT|RUN_ID))")
 _quietly = functools.partial(quietly, logger)
 
 
