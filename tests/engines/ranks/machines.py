@@ -22,7 +22,7 @@ SAVE_TIMEOUT_S = 300.0
 END_TIMEOUT_S = 120.0
 PROMPT = "the quick brown fox"
 TOKENS = 24
-THEIRS = ("psm_", "sem.", "vllm_dist_", "torch_", "sglang_")
+THEIRS = re.compile(r"psm_|sem\.|vllm_dist_|torch_|sglang_|sgl_|.*-cpushm_\d+")
 DONE = ("compile cache: saved", "compile cache: nothing new to save", "nothing was saved")
 
 
@@ -234,7 +234,7 @@ def _left(server: VllmServer, shared: set[str], machine: Path) -> list[str]:
     """
     left = [_title(pid) for pid in server.processes]
     for path in (Path("/dev/shm", name) for name in shared):
-        if path.exists() and path.name.startswith(THEIRS):
+        if path.exists() and THEIRS.match(path.name):
             path.unlink()
         elif path.exists():
             left.append(str(path))
