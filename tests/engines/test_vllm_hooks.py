@@ -137,27 +137,40 @@ def test_the_restore_runs_beside_the_executor_and_is_joined_before_compilation(
     assert scope_of(events).endswith("_tp1_pp1_dp1")
 
 
-def test_a_follower_without_an_engine_process_waits_and_saves_itself(engine: Engine, events: list[str]) -> None:
+def test_a_follower_without_an_engine_process_waits_and_saves_itself_under_the_key_of_its_node(
+    engine: Engine, events: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = config(node_rank_within_dp=1, tensor_parallel_size=2)
     engine.Executor(settings)
+    # A worker is bound to some of the node's processors, and would find another number of threads.
+    monkeypatch.setattr(vllm_cache, "key_of", lambda *_: vllm_cache.CacheKey((), "of the worker's own"))
     wrapper = engine.WorkerWrapperBase(settings)
     wrapper.init_device()
     assert wrapper.worker.determine_available_memory() == 17
     assert wrapper.worker.compile_or_warm_up_model() == 1.5
     assert [event.partition(" ")[0] for event in events[:4]] == ["executor", "restored", "memory", "warm-up"]
-    wait_for(lambda: any(event.startswith("saved") for event in events))
+    wait_for(lambda: f"saved {scope_of(events)}" in events)
 
 
-def test_a_follower_whose_device_is_initialised_again_saves_once(engine: Engine, events: list[str]) -> None:
-    settings = config(node_rank_within_dp=1, tensor_parallel_size=2)
-    engine.Executor(settings)
-    wrapper = engine.WorkerWrapperBase(settings)
-    wrapper.init_device()
-    wrapper.init_device()
-    wrapper.worker.compile_or_warm_up_model()
+def test_of_a_followers_workers_the_last_one_saves_once(engine: Engine, events: list[str]) -> None:
+    """Also where a device is initialised again."""
+    engine.Executor(config(node_rank_within_dp=1, tensor_parallel_size=4, local_world_size=2))
+    wrappers = []
+    for rank in (3, 2):
+        settings = config(node_rank_within_dp=1, tensor_parallel_size=4, local_world_size=2, rank=rank)
+        wrappers.append(engine.WorkerWrapperBase(settings))
+        wrappers[-1].init_device()
+        wrappers[-1].init_device()
+    wrappers[0].worker.compile_or_warm_up_model()
+    time.sleep(0.5)
+    assert not any(event.startswith("saved") for event in events), "the other one may be compiling yet"
+    wrappers[1].worker.compile_or_warm_up_model()
+    wrappers[0].worker.compile_or_warm_up_model()
     wait_for(lambda: any(event.startswith("saved") for event in events))
     time.sleep(0.5)
     assert [event for event in events if event.startswith(("warm-up", "saved"))] == [
+        "warm-up",
+        "warm-up",
         "warm-up",
         f"saved {scope_of(events)}",
     ]
@@ -173,9 +186,32 @@ def test_a_worker_on_a_node_of_its_own_restores_and_saves(engine: Engine, events
     wait_for(lambda: any(event.startswith("saved") for event in events))
 
 
-def test_the_workers_of_an_engine_process_leave_the_save_to_it(engine: Engine, events: list[str]) -> None:
+@pytest.mark.parametrize("other", ["machine", "container"])
+def test_a_worker_with_the_variables_of_another_nodes_engine_restores_and_saves(
+    engine: Engine, events: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    """As Ray's executor starts it: with all variables of the engine's process."""
     engine.Executor(config())
+    wait_for(lambda: len(events) == 2)
+    events.clear()
+    if other == "machine":
+        monkeypatch.setattr("socket.gethostname", lambda: "another-machine")
+    else:
+        monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "elsewhere"))
     wrapper = engine.WorkerWrapperBase(config())
+    wrapper.init_device()
+    wrapper.worker.determine_available_memory()
+    wrapper.worker.compile_or_warm_up_model()
+    assert [event.partition(" ")[0] for event in events[:3]] == ["restored", "memory", "warm-up"]
+    wait_for(lambda: any(event.startswith("saved") for event in events))
+
+
+@pytest.mark.parametrize("layout", [{}, {"node_rank": 1, "node_rank_within_dp": 0, "data_parallel_size": 2}])
+def test_the_workers_of_an_engine_process_leave_the_save_to_it(
+    engine: Engine, events: list[str], layout: dict[str, int]
+) -> None:
+    engine.Executor(config(**layout))
+    wrapper = engine.WorkerWrapperBase(config(**layout))
     wrapper.init_device()
     wrapper.worker.determine_available_memory()
     wrapper.worker.compile_or_warm_up_model()
@@ -234,7 +270,8 @@ def test_a_worker_does_not_wait_for_a_lock_that_nobody_gives_back(
 ) -> None:
     monkeypatch.setenv("ENGINE_LOADER_COMPILE_CACHE__RESTORE_TIMEOUT_S", "0.1")
     monkeypatch.setattr(cache_hooks, "_SLACK_S", 0.1)
-    monkeypatch.setenv(cache_hooks.STARTED, str(time.time_ns()))
+    engine.Executor(config())  # begins the restore, as the process above does
+    wait_for(lambda: len(events) == 2)
     lock = NodeLock(tmp_path / "vllm", cache_hooks.RESTORE_LOCK)
     assert lock.acquire(0)
     wrapper = engine.WorkerWrapperBase(config())

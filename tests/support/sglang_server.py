@@ -20,6 +20,7 @@ PROBE = Path(__file__).resolve().parent / "sglang" / "probe"
 ONE_CORE = "1"
 # One core for each rank.
 TWO_RANKS = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+WITHOUT_PLUGINS = ("0.5.9", "0.5.10")
 
 
 def python_of(version: str) -> Path:
@@ -31,7 +32,7 @@ def python_of(version: str) -> Path:
 def patched(version: str) -> Iterator[None]:
     """Within, the version loads plugins, by `engine-loader patch` where it does not do so by itself."""
     name = f"sglang-{version}-plugin"
-    if version not in ("0.5.9", "0.5.10"):
+    if version not in WITHOUT_PLUGINS:
         yield
         return
     change(version, "apply", name)

@@ -82,6 +82,11 @@ class VllmServer:
         """All that the server has printed; it can be read after the server has stopped, too."""
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else self._final_log
 
+    @property
+    def processes(self) -> list[int]:
+        """Its living processes; none before the start and after the stop."""
+        return [] if self._process is None else _session_members(self._process.pid)
+
     def _make_command(self, model_dir: str | os.PathLike[str], args: tuple[str, ...], *, eager: bool) -> list[str]:
         program = Path(sys.executable).with_name("vllm")
         command = [str(program), "serve", os.fspath(model_dir), "--host", "127.0.0.1", "--port", str(self.port)]
@@ -142,6 +147,11 @@ class VllmServer:
         )
         with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S) as response:
             return json.load(response)
+
+    def end(self) -> None:
+        """Asks it to end by itself (SIGTERM)."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGTERM)
 
     def stop(self) -> None:
         """Ends every process of the server; raises when one cannot be ended. Calling it again does nothing."""

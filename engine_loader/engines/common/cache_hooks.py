@@ -7,32 +7,52 @@ waits for longer than compile_cache.restore_timeout_s; ``quietly`` turns excepti
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...compile_cache.directories import directories_of, name_private_directories
+from ...compile_cache.directories import STATE, directories_of, name_private_directories
 from ...compile_cache.host.hashes import short_hash
 from ...compile_cache.key import CacheKey
 from ...compile_cache.process.job import Job
-from ...compile_cache.process.locks import NodeLock
+from ...compile_cache.process.locks import NodeLock, held
 from ...compile_cache.process.session import Running, log_restore, log_save
 from ...compile_cache.process.trials import end_trial, engine_lock
+from ...compile_cache.process.use import NOTES, noted_uses
 from ...escaping import printable
 from ...settings import CompileCacheSettings, load_settings
 
 RESTORE_LOCK = "restore"
-STARTED = "_ENGINE_LOADER_CACHE_STARTED_NS"
-"""Environment variable for the workers: when a process of their node began the restore (ns since the epoch).
+SAVE_LOCK = "save-of-node"
+STARTED = "_ENGINE_LOADER_CACHE_STARTED"
+"""Environment variable for the workers: the restore that a process of their node began (``Begun``), as JSON.
 
-Not a setting: those begin with ENGINE_LOADER_.
+Not a setting: those begin with ENGINE_LOADER_. vLLM's executor of Ray gives all variables of the engine's process to
+workers on all nodes (vllm/v1/executor/ray_executor_v2.py, get_driver_env_vars), this one among them.
 """
 _SAVES_IN_FOREGROUND = "_ENGINE_LOADER_SAVES_IN_FOREGROUND"
 _SLACK_S = 5.0
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The restore of an engine on this node.
+
+    Attributes:
+        since_ns: when it began (nanoseconds since the epoch).
+        key: what was restored is of it, and what is compiled is saved under it. A worker that is bound to some of the
+            node's processors would find another number of threads, and so another key.
+    """
+
+    since_ns: int
+    key: CacheKey
 
 
 class NodeSession:
@@ -78,7 +98,12 @@ class NodeSession:
             then=functools.partial(log_restore, log, job, settings.directory),
             lock=lock,
         )
-        os.environ[STARTED] = str(self.since_ns)
+        node = _node(_home(self._directories))
+        os.environ[STARTED] = json.dumps({"since_ns": self.since_ns, "key": key.to_json(), "node": node})
+
+    @property
+    def begun(self) -> Begun:
+        return Begun(self.since_ns, self.key)
 
     def wait(self) -> None:
         """Return when the restore has ended, or when the time for it is over, which is logged as a warning."""
@@ -139,6 +164,24 @@ def await_in_foreground(save: Running, settings: CompileCacheSettings) -> None:
         save.result(settings.save_timeout_s + _SLACK_S)
 
 
+def start_save_of_node(
+    engine: str, begun: Begun, settings: CompileCacheSettings, ranks: int, log: logging.Logger
+) -> None:
+    """Start the save of a node on which no process sees that the engine is ready: the last of its ranks does, once.
+
+    To be called by each of the node's ``ranks`` ranks when it has warmed up and left its note (``note_use``).
+    """
+    home = _home(cache_directories(engine))
+    if sum(use.engine == begun.since_ns for use in noted_uses(home)) < ranks:
+        return
+    told = home / STATE / NOTES / "saved"
+    with held(home, SAVE_LOCK, _SLACK_S):
+        if told.exists() and told.read_text() == str(begun.since_ns):
+            return
+        told.write_text(str(begun.since_ns))
+    start_save(engine, begun.key, settings, begun.since_ns, log)
+
+
 def wait_for_node(engine: str, settings: CompileCacheSettings, began_ns: int) -> None:
     """Return when no process of this node restores, or when the time for the restore is over."""
     lock = NodeLock(next(iter(directories_of(engine).values())), RESTORE_LOCK)
@@ -146,10 +189,20 @@ def wait_for_node(engine: str, settings: CompileCacheSettings, began_ns: int) ->
         lock.release()
 
 
-def restore_began_ns() -> int | None:
-    """When a process of this node began the restore, in ns since the epoch; None if none did."""
-    began = os.environ.get(STARTED)
-    return None if began is None else int(began)
+def restore_begun(engine: str) -> Begun | None:
+    """The engine's restore that this process or one above it began on this node; None if none did."""
+    try:
+        value = json.loads(os.environ.get(STARTED, "{}"))
+        if value.get("node") != _node(_home(cache_directories(engine))):
+            return None
+        return Begun(int(value["since_ns"]), CacheKey.from_json(value["key"]))
+    except (AttributeError, KeyError, TypeError, ValueError):  # of another version of this package
+        return None
+
+
+def _node(home: Path) -> str:
+    """What tells nodes apart: machines by their names, containers of one machine by where they keep the cache."""
+    return short_hash(socket.gethostname(), str(home))
 
 
 def cache_settings() -> CompileCacheSettings:

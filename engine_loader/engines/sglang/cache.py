@@ -3,7 +3,7 @@
 - The process that starts the others of its node (``Engine._launch_subprocesses``) begins the restore, beside their
   start and their imports.
 - Each scheduler, one a rank, waits for it in ``init_model_worker``: within, kernels are compiled and graphs captured.
-  On nodes other than the first, where no process sees the warm-up, the first scheduler saves behind it.
+  On nodes other than the first, where no process sees the warm-up, the last scheduler saves behind it.
 - On the first node, ``_wait_and_warmup`` sends the server its first requests; when they were answered, the save starts.
   An ``Engine`` without a server saves when it has been made, a server of several processes when its schedulers are up.
 - Schedulers that something else has started restore and save by themselves.
@@ -30,12 +30,14 @@ from ...compile_cache.verdict.factors import without_secrets
 from ...replacing import is_wrapped, wrap
 from ...settings import CompileCacheSettings
 from ..common.cache_hooks import (
+    Begun,
     NodeSession,
     cache_settings,
     quietly,
-    restore_began_ns,
+    restore_begun,
     scope_of,
     start_save,
+    start_save_of_node,
     use_private_directories,
     wait_for_node,
     watched,
@@ -51,7 +53,7 @@ _SHAPES_KERNELS = re.compile(
     "dtype|quantization$|backend|attention|cuda_graph|compile|chunk|page_size|context_length|max_running_requests|"
     "speculative|moe|lora|mamba|deterministic|^enable_|^disable_"
 )
-_KERNEL_VARIABLE = re.compile("SGLANG_(?!.*(DIR|PATH|PORT|HOST|ADDR|LOG|TIMEOUT))")
+_KERNEL_VARIABLE = re.compile("SGLANG_(?!.*(DIR|PATH|PORT|HOST|ADDR|LOG|TIMEOUT|RUN_ID))")
 _quietly = functools.partial(quietly, logger)
 
 
@@ -88,8 +90,10 @@ def register_scheduler() -> None:
         alone = _quietly(_wait, self.server_args)
         result = original(self, *args, **options)
         _quietly(_note_use, self)
-        if alone or _saves_for_its_node(self):
+        if alone:
             _quietly(_save, self.server_args)
+        elif self.server_args.node_rank:  # no server runs on it
+            _quietly(_save_of_node, self.server_args)
         return result
 
     wrap(Scheduler, "init_model_worker", around)
@@ -110,11 +114,15 @@ def register_http_server() -> None:
 
 def key_of(server_args: Any, settings: CompileCacheSettings) -> CacheKey:
     """The key of an engine: this machine, and by default its model and parallel layout."""
-    sizes, scope = _sizes(server_args), _scope(server_args, settings)
+    scope = _scope(server_args, settings)
+    return environment_key({"sglang": module_version("sglang")}, scope, devices=_ranks_of_node(server_args))
+
+
+def _ranks_of_node(server_args: Any) -> int:
+    sizes = _sizes(server_args)
     # With attention in data parallel, the replicas share the devices of the tensor-parallel ranks.
     replicas = 1 if _dp_attention(server_args) else sizes["dp"]
-    devices = sizes["tp"] * sizes["pp"] * replicas // max(1, server_args.nnodes)
-    return environment_key({"sglang": module_version("sglang")}, scope, devices=devices)
+    return int(sizes["tp"] * sizes["pp"] * replicas // max(1, server_args.nnodes))
 
 
 def _scope(server_args: Any, settings: CompileCacheSettings) -> str:
@@ -172,9 +180,9 @@ def _wait(server_args: Any) -> bool:
     settings = cache_settings()
     if not settings.enabled:
         return False
-    began_ns = restore_began_ns()
-    if began_ns is not None:
-        wait_for_node(_ENGINE, settings, began_ns)
+    begun = restore_begun(_ENGINE)
+    if begun is not None:
+        wait_for_node(_ENGINE, settings, begun.since_ns)
         return False
     session = _start(server_args)
     if session is not None:
@@ -185,8 +193,15 @@ def _wait(server_args: Any) -> bool:
 def _save(server_args: Any) -> None:
     settings = cache_settings()
     if settings.enabled:
-        began_ns = restore_began_ns() or time.time_ns()
-        start_save(_ENGINE, key_of(server_args, settings), settings, began_ns, logger)
+        begun = restore_begun(_ENGINE) or Begun(time.time_ns(), key_of(server_args, settings))
+        start_save(_ENGINE, begun.key, settings, begun.since_ns, logger)
+
+
+def _save_of_node(server_args: Any) -> None:
+    settings = cache_settings()
+    begun = restore_begun(_ENGINE)
+    if settings.enabled and begun is not None:
+        start_save_of_node(_ENGINE, begun, settings, _ranks_of_node(server_args), logger)
 
 
 def _note_use(scheduler: Any) -> None:
@@ -196,8 +211,8 @@ def _note_use(scheduler: Any) -> None:
         ranks = (getattr(scheduler, name, None) or 0 for name in ("tp_rank", "pp_rank", "dp_rank"))
         label = "rank_" + "_".join(map(str, ranks))
         root, arguments = directories_of(_ENGINE)[_ENGINE], scheduler.server_args
-        scope = _scope(arguments, settings)
-        note_use(root, label, (), key_factors(arguments), engine=restore_began_ns(), scope=scope)
+        scope, begun = _scope(arguments, settings), restore_begun(_ENGINE)
+        note_use(root, label, (), key_factors(arguments), engine=begun.since_ns if begun else None, scope=scope)
 
 
 def key_factors(server_args: Any) -> dict[str, Any]:
@@ -220,12 +235,6 @@ def _is_plain(value: Any) -> bool:
         or isinstance(value, (bool, int, float))
         or (isinstance(value, str) and value.isprintable() and "{" not in value)
     )
-
-
-def _saves_for_its_node(scheduler: Any) -> bool:
-    """True for the first scheduler of a node other than the first, on which no server runs."""
-    arguments = scheduler.server_args
-    return bool(arguments.node_rank) and getattr(scheduler, "gpu_id", 0) == getattr(arguments, "base_gpu_id", 0)
 
 
 def _is_up(http_server: Any) -> bool:

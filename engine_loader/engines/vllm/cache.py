@@ -35,14 +35,15 @@ from ...escaping import printable
 from ...replacing import is_wrapped, wrap
 from ...settings import CompileCacheSettings
 from ..common.cache_hooks import (
+    Begun,
     NodeSession,
     await_in_foreground,
     cache_settings,
     quietly,
-    restore_began_ns,
+    restore_begun,
     save_in_foreground,
     scope_of,
-    start_save,
+    start_save_of_node,
     use_private_directories,
     wait_for_node,
     watched,
@@ -159,7 +160,7 @@ def register_worker() -> None:
         from vllm.worker.worker_base import WorkerWrapperBase
 
     def around(original: Callable[..., Any], self: Any, *args: Any, **options: Any) -> Any:
-        session = _quietly(_start, self.vllm_config) if restore_began_ns() is None else None
+        session = _quietly(_start_alone, self.vllm_config)
         result = original(self, *args, **options)
         _quietly(_watch, self.worker, self.vllm_config, session)
         return result
@@ -196,24 +197,34 @@ def _start(vllm_config: Any) -> NodeSession | None:
     return NodeSession(_ENGINE, key_of(vllm_config, settings), settings, logger, layout, on_trial=told)
 
 
+def _start_alone(vllm_config: Any) -> NodeSession | None:
+    """Start a restore, unless another process of this node began one."""
+    return None if restore_begun(_ENGINE) is not None else _start(vllm_config)
+
+
 def _watch(worker: Any, vllm_config: Any, session: NodeSession | None) -> None:
-    """Wrap the methods of a worker that compile: each waits for the restore first, and the last one saves behind it."""
+    """Wrap the methods of a worker that compile: each waits for the restore first, and behind the last one a worker
+    without an engine process saves, by itself or with the others of its node.
+    """
     settings = cache_settings()
     if not settings.enabled:
         return
-    began_ns = session.since_ns if session is not None else restore_began_ns() or time.time_ns()
+    begun = session.begun if session is not None else restore_begun(_ENGINE)
+    if begun is None:  # the restore could not be begun
+        begun = Begun(time.time_ns(), key_of(vllm_config, settings))
+    began_ns = begun.since_ns
     wait = session.wait if session is not None else functools.partial(wait_for_node, _ENGINE, settings, began_ns)
-    saves = session is not None or _is_follower(vllm_config, worker)
-
-    key = session.key if session is not None else key_of(vllm_config, settings) if saves else None
+    ranks = getattr(vllm_config.parallel_config, "local_world_size", 1)
 
     def around(name: str, original: Callable[..., Any], *args: Any, **options: Any) -> Any:
         _quietly(wait)
         result = original(*args, **options)
         if name == _WORKER_METHODS[-1]:
-            _quietly(_note_use, vllm_config, settings)
-            if saves:
-                _quietly(start_save, _ENGINE, key, settings, began_ns, logger)
+            _quietly(_note_use, vllm_config, settings, began_ns)
+            if session is not None:
+                _quietly(session.save)
+            elif _is_follower(vllm_config):
+                _quietly(start_save_of_node, _ENGINE, begun, settings, ranks, logger)
         return result
 
     for name in _WORKER_METHODS:
@@ -221,14 +232,14 @@ def _watch(worker: Any, vllm_config: Any, session: NodeSession | None) -> None:
             wrap(worker, name, functools.partial(around, name))
 
 
-def _is_follower(vllm_config: Any, worker: Any) -> bool:
-    """True if this worker saves for a node that has no engine process: the first worker of a follower node."""
+def _is_follower(vllm_config: Any) -> bool:
+    """True for the workers of a node that has no engine process."""
     parallel = vllm_config.parallel_config
-    node = getattr(parallel, "node_rank_within_dp", None) or getattr(parallel, "node_rank", 0)
-    return bool(node) and getattr(worker, "local_rank", 0) == 0
+    within = getattr(parallel, "node_rank_within_dp", None)  # a data-parallel engine begins on each node: 0
+    return bool(getattr(parallel, "node_rank", 0) if within is None else within)
 
 
-def _note_use(vllm_config: Any, settings: CompileCacheSettings) -> None:
+def _note_use(vllm_config: Any, settings: CompileCacheSettings, began_ns: int) -> None:
     """Record this rank's directories of vLLM's cache, which are saved even if nothing in them is new, and the factors
     of vLLM's key.
     """
@@ -242,8 +253,8 @@ def _note_use(vllm_config: Any, settings: CompileCacheSettings) -> None:
         root,
         rank,
         [path for path in found if path.startswith(f"{root}/")],
-        key_factors(vllm_config),
-        engine=restore_began_ns(),
+        _quietly(key_factors, vllm_config) or {},
+        engine=began_ns,
         scope=_scope(vllm_config, settings),
     )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ...errors import TransferError
 
-_ABI_VERSION = 7
+_ABI_VERSION = 8
 OK, TIMEOUT, FAILED = 0, 1, 2
 E_CLOSED, E_FORKED, E_ARGUMENT, E_MEMORY, E_THREAD, E_DEVICE = -1, -2, -3, -4, -5, -6
 FAIL_IO, FAIL_EOF, FAIL_DEADLINE, FAIL_CANCELLED, FAIL_USRBIO, FAIL_DEVICE = range(1, 7)

@@ -10,7 +10,7 @@ import pytest
 from tests.support.sglang_server import python_of
 from tests.support.tiny_models import make_model
 
-VERSIONS = os.environ.get("SGLANG_VERSIONS", "0.5.23 0.5.11 0.5.10").split()
+VERSIONS = os.environ.get("SGLANG_VERSIONS", "0.5.23").split()
 NEWEST = VERSIONS[0]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.engines.sglang.conftest import NEWEST, model_for_sglang
-from tests.support.sglang_server import SglangServer, python_of
+from tests.support.sglang_server import SglangServer, patched, python_of
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(1800)]
 
@@ -22,7 +22,8 @@ def answer(model: Path, load_format: str, *args: str, **variables: str) -> tuple
     command = [str(python_of(NEWEST)), str(OFFLINE), str(model), load_format, TOKENS, *args]
     environment = {**os.environ, **SglangServer.ENVIRONMENT, **variables}
     given = {name: value for name, value in environment.items() if value is not None}
-    done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=900, check=False)
+    with patched(NEWEST):
+        done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=900, check=False)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-6000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
@@ -51,6 +52,6 @@ def test_a_sharded_checkpoint_of_another_layout_is_refused(tmp_path: Path) -> No
     (model / "model.safetensors").rename(model / "model-rank-0-part-0.safetensors")
     shutil.copy(model / "model-rank-0-part-0.safetensors", model / "model-rank-1-part-0.safetensors")
     server = SglangServer(NEWEST, model, "--load-format", "b10_3fs")
-    with pytest.raises(RuntimeError, match=r"ended with status -?[1-9]"), server:
+    with patched(NEWEST), pytest.raises(RuntimeError, match=r"ended with status -?[1-9]"), server:
         pass
     assert "there are files of 2 ranks, and rank 0 of 1 is asked for" in server.log

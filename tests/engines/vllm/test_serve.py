@@ -4,14 +4,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.engines.ranks.checks import cold_and_restored
+from tests.engines.ranks.layouts import SHORT
+from tests.engines.ranks.machines import VllmMachines
 from tests.support.tiny_models import make_model
 from tests.support.vllm_server import VllmServer
 
 from .conftest import PROMPT
 
 pytestmark = pytest.mark.engine
-
-TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 
 def completion(model: Path, load_format: str, *args: str, env: dict[str, str] | None = None) -> tuple[str, str]:
@@ -30,13 +31,16 @@ def test_a_llama_in_shards_answers_as_with_vllms_loader(llama: Path, llama_answe
     assert "2 threads" in line
 
 
-def test_tensor_parallel_2_answers_the_same(llama: Path, llama_answer: str) -> None:
-    config = '{"read_mode": "direct", "share": "auto"}'
-    options = ("--tensor-parallel-size", "2", "--model-loader-extra-config", config)
-    text, log = completion(llama, "b10_3fs", *options, env=TWO_RANKS)
-    assert text == llama_answer
-    assert log.count("b10_3fs: loaded") == 1
-    assert "of what 2 ranks share" in log
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_two_ranks_answer_as_one_and_restore_what_they_compiled(llama: Path, llama_answer: str, tmp_path: Path) -> None:
+    """The short form of tests/engines/ranks, which has the other layouts."""
+    machines = VllmMachines(tmp_path, llama, dtype="bfloat16")
+    cold, restored = cold_and_restored(machines, SHORT, llama_answer)
+    assert cold.nodes[0].log.count("b10_3fs: loaded") == 1
+    assert "of what 2 ranks share" in cold.nodes[0].log
+    assert "saved AOT compiled function to" in cold.nodes[0].log
+    assert "saved AOT compiled function to" not in restored.nodes[0].log
 
 
 @pytest.mark.parametrize(("architecture", "shards"), [("llama-tied", 1), ("mixtral", 4)])

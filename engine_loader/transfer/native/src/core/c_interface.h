@@ -14,7 +14,7 @@ extern "C" {
 #endif
 
 #define EL_API __attribute__((visibility("default")))
-#define EL_ABI_VERSION 7u /* goes up with every change of this file; the binding refuses another one */
+#define EL_ABI_VERSION 8u /* goes up with every change of this file; the binding refuses another one */
 
 enum { /* what calls return */
     EL_OK = 0,
