@@ -39,7 +39,6 @@ from .library import (
     Config,
     DeviceConfig,
     DeviceFailure,
-    Failure,
     File,
     Stats,
     UsrbioConfig,
@@ -130,7 +129,7 @@ class NativeReaders:
         self._closed = False
         self._pid = os.getpid()
         self._last_statistics = Stats()
-        self._retries, self._times = RetryLog(), FileTimes()
+        self.retries, self.times = RetryLog(), FileTimes()
         direct_block_bytes = direct_block_bytes or min(block_bytes, _DIRECT_BLOCK_BYTES)
         largest = max(block_bytes, direct_block_bytes)
         first, most = (threads, threads) if threads else waiting_threads(self.threads, largest, ranks)
@@ -232,8 +231,8 @@ class NativeReaders:
             overread_bytes=stats.overread_bytes,
             reads=stats.reads,
             retries=stats.retries,
-            first_retry=self._retries.first,
-            slowest_file=self._times.slowest(),
+            first_retry=self.retries.first,
+            slowest_file=self.times.slowest(),
             short_reads=stats.short_reads,
             read_seconds=stats.read_ns / 1e9,
             modes={name: nbytes for name, nbytes in modes.items() if nbytes},
@@ -280,14 +279,6 @@ class NativeReaders:
         text = ctypes.create_string_buffer(200)
         self._quick.el_device_error_text(self._handle, device, code, text, len(text))
         return f"{text.value.decode(errors='replace')} ({code})"
-
-    def note_retries(self, transfer: NativeTransfer, path: str, info: Failure) -> None:
-        """Say that reads are tried again, once."""
-        self._retries.note(path, info.offset, info.error)
-
-    def count_time(self, path: str, seconds: float, nbytes: int) -> None:
-        """Count the time that reads of a file took."""
-        self._times.add(path, seconds, nbytes)
 
     def transfer_ended(self, transfer: NativeTransfer) -> None:
         """Forget a transfer that will not write any more."""

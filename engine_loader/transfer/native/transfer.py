@@ -14,6 +14,7 @@ import numpy.typing as npt
 from ...errors import TransferCancelled, TransferError
 from ...failures import deadline_passed, end_of_file, io_error
 from ...sources.source import SourceFile
+from ..retries import FileTimes, RetryLog
 from .device_errors import copy_error, copy_overdue
 from .library import (
     E_CLOSED,
@@ -45,17 +46,11 @@ class Owner(Protocol):
     """What a transfer needs of the NativeReaders that made it."""
 
     deadline_s: float
+    retries: RetryLog
+    times: FileTimes
 
     def device_error(self, device: int, code: int) -> str:
         """What the runtime says to one of its errors."""
-        ...
-
-    def note_retries(self, transfer: NativeTransfer, path: str, info: Failure) -> None:
-        """Called when reads of a transfer were tried again; ``info`` is of the first one."""
-        ...
-
-    def count_time(self, path: str, seconds: float, nbytes: int) -> None:
-        """Count the time that reads of a file took, and their bytes."""
         ...
 
     def transfer_ended(self, transfer: NativeTransfer) -> None:
@@ -154,13 +149,13 @@ class NativeTransfer:
     def _look_for_retries(self) -> None:
         info = Failure()
         if self._quick.el_retried(self._handle, info) > 0 and info.file < len(self._files):
-            self._readers.note_retries(self, self._files[info.file].path, info)
+            self._readers.retries.note(self._files[info.file].path, info.offset, info.error)
 
     def _count_times(self) -> None:
         times, sizes = np.zeros((2, len(self._files)), np.uint64)
         self._quick.el_file_times(self._handle, times.ctypes.data, sizes.ctypes.data, len(self._files))
         for file, ns, nbytes in zip(self._files, times.tolist(), sizes.tolist(), strict=True):
-            self._readers.count_time(file.path, ns / 1e9, nbytes)
+            self._readers.times.add(file.path, ns / 1e9, nbytes)
 
     def _forget(self) -> None:
         if not self._forgotten:
