@@ -1,8 +1,8 @@
 """Which paths in a local cache compilers make. What lies there besides is nobody's cache, and is never packed: a
 variable that names a cache may name a home directory.
 
-Read in torch 2.13, Triton 3.9, vLLM 0.32 and 0.33 (the same), SGLang 0.5.23 and apache-tvm-ffi 0.1.15; the rest as
-their documentation has it.
+Read in torch 2.13, Triton 3.9, vLLM 0.32 and 0.33 (the same) and apache-tvm-ffi 0.1.15; in SGLang 0.5.23 as far as the
+variables and defaults of its directories go; the rest as their documentation has it.
 """
 
 from __future__ import annotations
