@@ -13,10 +13,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from ...compile_cache.ownership import open_to_others
+from ...compile_cache.trust.places import make_private, replaceable
 from ...errors import CheckpointError, TransferError
+from ...home import home_expanded, temporary_directory_name
 from ...loading.companions import is_companion
 from ...loading.shards import read_small_file
 from ...settings import LoaderSettings
@@ -115,11 +119,22 @@ def _copies(home: Path) -> list[Path]:
 
 
 def _cache_directory() -> Path:
-    """Where copies are; below the temporary directory where the user's cache cannot be written."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "engine_loader", "models")
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        cache = Path(tempfile.gettempdir(), f"engine_loader-{os.getuid()}", "models")
-        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return cache
+    """Where copies are; below the temporary directory where the user's cache cannot be written, or others may write.
+
+    Engines run code that a model brings, if they are told to trust it: what others could have put here is not taken.
+    """
+    places = [Path(temporary_directory_name(), f"engine_loader-{os.getuid()}", "models")]
+    with suppress(OSError):  # no home
+        places.insert(0, Path(os.environ.get("XDG_CACHE_HOME") or home_expanded("~/.cache"), "engine_loader", "models"))
+    for place in places:
+        try:
+            make_private(place)
+            where, reason = replaceable(place) or (place, open_to_others(place.stat()))
+        except OSError as error:
+            where, reason = place, str(error)
+        if reason is None:
+            return place
+    raise CheckpointError(
+        f"the model's configuration and tokenizer cannot be kept in {where}: {reason}",
+        hint="set XDG_CACHE_HOME to a directory that only this user can write",
+    )
