@@ -40,7 +40,7 @@ def _printable(value: Any) -> Any:
         return value.encode("utf-8", "backslashreplace").decode()
     if isinstance(value, dict):
         return {_printable(key): _printable(item) for key, item in value.items()}
-    return [_printable(item) for item in value] if isinstance(value, list | tuple) else value
+    return type(value)(map(_printable, value)) if type(value) in (list, tuple) else value
 
 
 # A report that quotes a name of bytes that are no UTF-8 cannot be sent to the process that prints it: without this, the
