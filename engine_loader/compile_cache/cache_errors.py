@@ -13,11 +13,9 @@ class CacheValidationError(CacheError):
     """A pack, a store or a path is refused: damaged, forged, of another key, or writable by other users.
 
     Attributes:
-        is_pack: what is refused has the end of a pack.
-        is_signed: a key of this node has signed it.
+        is_signed: what is refused is a pack that a key of this node has signed.
     """
 
-    is_pack = False
     is_signed = False
 
 

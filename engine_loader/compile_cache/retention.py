@@ -98,7 +98,6 @@ class _Pruning:
         self._dry_run = dry_run
         self._unverified = unverified
         self._refused: list[Refusal] = []
-        self._verifies = False
 
     def run(self) -> None:
         below: dict[str, list[Stored]] = defaultdict(list)
@@ -134,7 +133,6 @@ class _Pruning:
             if self._now - pack.stored.modified > GRACE_S
             for name in pack.manifest.replaces
         }
-        self._verifies |= bool(found.packs)
         key = _Key(prefix, entries, max([last_used(entries), *(pack.stored.modified for pack in found.packs)]))
         changed = False
         for pack in found.packs:
@@ -155,16 +153,14 @@ class _Pruning:
         return key
 
     def _apply_to_refused(self) -> None:
-        """Delete refused packs that are older than what the policy keeps and of which it is known whose they are.
+        """Delete refused packs that are older than what the policy keeps and that a key of this node has signed.
 
-        That is: a key of this node has signed them (they are denied, too old, or damaged); or the file system says that
-        this user wrote them. For the latter, this node's keys must open something of this store: else it may be the
-        keys that are wrong. Whatever has no end of a pack is left alone, and so is what other users wrote.
+        They are denied, too old, or damaged behind their signature. What no key of this node has signed may be another
+        fleet's, whoever owns the file: in containers, everybody is the same user.
         """
         for one in self._refused:
-            is_ours = one.is_signed or (one.is_pack and self._verifies and self._store.is_own(one.stored))
             age_s = self._now - one.stored.modified
-            if is_ours and age_s > self._policy.days * 86400:
+            if one.is_signed and age_s > self._policy.days * 86400:
                 reason = f"refused, and written {age_s / 86400:.0f} days ago"
                 if self._delete(one.stored, reason) and not self._dry_run:
                     prefix = one.stored.key_prefix

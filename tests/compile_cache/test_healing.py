@@ -261,6 +261,7 @@ class TestTheFleetHeals:
 
     def test_what_restore_left_for_its_mode_is_not_saved_and_told(self, nodes: list[Node]) -> None:
         self.compile(nodes[0])
+        nodes[0].settings = nodes[0].settings.model_copy(update={"trust": "owner"})
         (nodes[0].machine.directories["inductor"] / "ab/one.so").chmod(0o666)
         outcome = nodes[0].perform("save")
         assert (outcome.status, outcome.files) == ("saved", 1)

@@ -88,20 +88,6 @@ def test_packs_that_are_refused_go_by_age_though_their_key_is_in_use(first: Mach
     assert set(first.packs()) == kept - {denied, damaged}
 
 
-def test_packs_of_a_key_that_was_given_up_go_where_the_file_system_knows_their_owner(first: Machine) -> None:
-    first.save()
-    (old,) = map(aged, first.packs())
-    now = Trust(b"another secret, for the old one was stolen")
-    prune(first.store, KEEP_ALL, now)
-    assert old.exists()  # nothing here is by a key of this node: it may be the key file that is wrong
-    first.write("inductor/more.so", b"more")
-    first.trust = now
-    first.save()
-    prune(first.store, KEEP_ALL, now)
-    assert not old.exists()
-    assert len(first.packs()) == 1
-
-
 def test_what_is_no_pack_or_another_users_stays(first: Machine) -> None:
     first.save()
     (sound,) = first.packs()

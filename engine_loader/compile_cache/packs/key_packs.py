@@ -28,13 +28,11 @@ class Refusal(NamedTuple):
     """A pack that is not trusted or cannot be read.
 
     Attributes:
-        is_pack: it has the end of a pack; without one it may be anything.
         is_signed: a key of this node has signed it.
     """
 
     stored: Stored
     reason: str
-    is_pack: bool = False
     is_signed: bool = False
 
 
@@ -253,7 +251,7 @@ def _read_singly(found: KeyPacks, store: Store, listed: list[Stored], prefix: st
         except FileNotFoundError:
             return None  # pruned meanwhile
         except CacheValidationError as error:
-            return Refusal(stored, str(error), error.is_pack, error.is_signed)
+            return Refusal(stored, str(error), error.is_signed)
         except CacheError as error:
             return Refusal(stored, str(error))
         except OSError as error:

@@ -163,7 +163,7 @@ def verified_pack(store: Store, file: Readable, stored: Stored, key_prefix: str,
     try:
         return _verified(store, file, stored, key_prefix, trust, seen)
     except CacheValidationError as error:
-        error.is_pack, error.is_signed = seen.is_pack, seen.is_signed
+        error.is_signed = seen.is_signed
         raise
 
 
@@ -171,7 +171,6 @@ def verified_pack(store: Store, file: Readable, stored: Stored, key_prefix: str,
 class _Seen:
     """What the end of a file has shown so far."""
 
-    is_pack: bool = False
     is_signed: bool = False
 
 
@@ -225,7 +224,6 @@ def _read_text(
     end = file.read(file.size - guess, guess)
     digest, length, block_size, magic = _TRAILER.unpack(end[-_TRAILER.size :])
     begin = file.size - _TRAILER.size - block_size - length - _SKIPPABLE.size
-    seen.is_pack = magic == _MAGIC or magic in _OTHER_FORMATS
     if magic in _OTHER_FORMATS:
         raise CacheValidationError(f"{location}: refused: it has the format of another version, {magic.decode()}")
     if magic != _MAGIC or length > _MOST_TEXT_BYTES or block_size > MOST_BLOCK_BYTES or begin < 0:

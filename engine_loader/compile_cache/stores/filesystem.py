@@ -14,7 +14,6 @@ from ...machine import sync_directory
 from ..cache_errors import CacheValidationError
 from ..space import Floor, no_room_is_an_interruption
 from ..trust import Trust
-from ..trust.places import made_up_owners
 from .interface import Small, Stored
 from .listing import Listing
 from .marker import MarkedStore
@@ -116,11 +115,6 @@ class FilesystemStore(MarkedStore):
         for parent in reversed(list(_between(self.directory, path))):
             self._trust.check_entry(parent)
         self._trust.check_entry(path, self._listing.facts.get(stored.name))
-
-    def is_own(self, stored: Stored) -> bool:
-        facts = self._listing.facts.get(stored.name)
-        path = self.directory / stored.name
-        return facts is not None and facts.st_uid == os.geteuid() and made_up_owners(path) is None
 
     @contextmanager
     def upload(self, prefix: str) -> Iterator[_Upload]:

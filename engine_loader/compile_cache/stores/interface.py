@@ -151,9 +151,6 @@ class Store(Protocol):
             CacheValidationError: it is not trusted.
         """
 
-    def is_own(self, stored: Stored) -> bool:
-        """Whether the storage itself vouches that this user wrote a listed object; False where it keeps no owners."""
-
     def upload(self, prefix: str) -> AbstractContextManager[Upload]:
         """Begin a pack of the key with ``prefix``. Without a commit, what was written is deleted at the end."""
 

@@ -142,9 +142,6 @@ class ObjectCacheStore(MarkedStore):
     def vouch(self, stored: Stored) -> None:
         return
 
-    def is_own(self, stored: Stored) -> bool:
-        return False  # who wrote an object is not known
-
     @contextmanager
     def upload(self, prefix: str) -> Iterator[_Upload]:
         self.found()

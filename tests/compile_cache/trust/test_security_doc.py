@@ -168,6 +168,9 @@ def test_denying_a_pack(node: Callable[[str], Node], tmp_path: Path) -> None:
     assert outcome["status"] == "refused"
     assert "SIGILL on the older nodes" in outcome["messages"][0]
     (tmp_path / "store" / "denied.json").unlink()
+    assert second.load()["messages"] == outcome["messages"]  # the store's marker has a copy
+    marker = tmp_path / "store" / "engine-loader-store.json"
+    marker.write_text(json.dumps({**json.loads(marker.read_text()), "denied": None}))
     outcome = second.load()
     assert outcome["status"] == "refused"
     assert "denied.json is missing" in outcome["messages"][-1]
