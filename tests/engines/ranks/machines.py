@@ -2,6 +2,7 @@
 
 import os
 import re
+import tempfile
 import time
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
@@ -160,6 +161,8 @@ class VllmMachines(Machines):
 
     def __init__(self, directory: Path, model: Path, dtype: str = "float32", **variables: str | None) -> None:
         super().__init__(directory, model, **variables)
+        # The path of a socket has at most 107 characters.
+        self.sockets = tempfile.TemporaryDirectory(prefix="vllm-", ignore_cleanup_errors=True)
         self.dtype = dtype  # in bf16 the sums of two ranks may be other ones than one rank's
 
     def server(self, number: int, *args: str, **options: Any) -> VllmServer:
@@ -167,7 +170,11 @@ class VllmMachines(Machines):
         return kind(self.model, "--load-format", "b10_3fs", "--dtype", self.dtype, *args, eager=False, **options)
 
     def environment(self, machine: Path, number: int) -> dict[str, str | None]:
-        return {"VLLM_CACHE_ROOT": str(machine / "vllm"), "VLLM_HOST_IP": f"127.0.0.{number + 1}"}
+        return {
+            "VLLM_CACHE_ROOT": str(machine / "vllm"),
+            "VLLM_HOST_IP": f"127.0.0.{number + 1}",
+            "VLLM_RPC_BASE_PATH": self.sockets.name,
+        }
 
 
 class SglangMachines(Machines):
