@@ -116,10 +116,10 @@ def open_weights(weights: WeightFiles, settings: LoaderSettings, ranks: NodeRank
     files = open_files(source, found)
     try:
         follow_indexes(source, files)
+        return store_of_files(source, files, settings, ranks=ranks)
     except BaseException:
         files.close()
         raise
-    return store_of_files(source, files, settings, ranks=ranks)
 
 
 def _cost_more_to_record_than_to_read(infos: Sequence[TensorInfo]) -> bool:

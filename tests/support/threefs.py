@@ -142,7 +142,7 @@ def clean_emulator() -> Iterator[Emulator]:
     yield running
     running.set("reset")
     gc.collect()  # what a caught exception still holds
-    assert running.wait_until_clean() == {}
+    assert (left := running.wait_until_clean()) == {}, left
     assert running.count("violations") == broken
     assert left_open(before) == []
 

@@ -161,9 +161,9 @@ class DirectLoad:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._modes.close()
-        with self._readers:
+        with self._readers:  # closed also where Ctrl-C comes while the modes end
             try:
+                self._modes.close()
                 if error is None:
                     self._complete()
             finally:

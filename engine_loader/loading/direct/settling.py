@@ -8,7 +8,7 @@ called for every attribute of every tensor: some thirty times for each tensor of
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import wraps
 from types import TracebackType
 from typing import Any, Self
@@ -124,7 +124,8 @@ class SettleBeforeRead:
         self._thread = threading.get_ident()
         with _lock:
             if not _active:
-                _undo.extend(_replace_all())
+                for undo in _replace_all():  # one by one, for Ctrl-C may come between
+                    _undo.append(undo)
             _active.setdefault(self._thread, []).append(self._sink)
         return self
 
@@ -136,13 +137,22 @@ class SettleBeforeRead:
             if not _active[self._thread]:
                 del _active[self._thread]
             if not _active:
-                while _undo:
-                    _undo.pop()()
+                try:
+                    _undo_all()
+                except KeyboardInterrupt:
+                    _undo_all()  # what stayed replaced would stay so for the life of the process
+                    raise
 
 
 _lock = threading.Lock()
 _active: dict[int, list[CopySink]] = {}  # by thread
 _undo: list[Callable[[], object]] = []
+
+
+def _undo_all() -> None:
+    while _undo:
+        _undo[-1]()  # to do it twice does no harm
+        _undo.pop()
 
 
 def _settle(arguments: Sequence[Any], *, exposes: bool) -> None:
@@ -217,23 +227,23 @@ def _set_data(tensor: torch.Tensor, value: torch.Tensor) -> None:
     data_property.__set__(tensor, value)
 
 
-def _replace_all() -> list[Callable[[], object]]:
-    """Replace the methods that reach memory past the dispatcher; returns functions that undo it."""
-    undo = [
-        _replace(torch.Tensor, "data", property(_viewing(data_property.__get__), _set_data)),
-        _replace(torch.Tensor, "copy_", wraps(copy_into)(_copy)),
-    ]
-    undo += [_replace(torch.Tensor, name, _viewing(getattr(torch.Tensor, name))) for name in VIEWING_METHODS]
+def _replace_all() -> Iterator[Callable[[], object]]:
+    """Replace the methods that reach memory past the dispatcher; yields functions that undo it."""
+    yield _replace(torch.Tensor, "data", property(_viewing(data_property.__get__), _set_data))
+    yield _replace(torch.Tensor, "copy_", wraps(copy_into)(_copy))
+    for name in VIEWING_METHODS:
+        yield _replace(torch.Tensor, name, _viewing(getattr(torch.Tensor, name)))
     for holder, names, exposes in (
         (torch.Tensor, EXPOSING_METHODS, True),
         (torch.Tensor, READING_METHODS, False),
         (torch, ("as_tensor", "asarray"), True),
         (torch, ("tensor",), False),
     ):
-        undo += [_replace(holder, name, _settling(getattr(holder, name), name, exposes=exposes)) for name in names]
+        for name in names:
+            yield _replace(holder, name, _settling(getattr(holder, name), name, exposes=exposes))
     for place, methods in places_to_meet():
-        undo += [_replace(place, name, _meeting(getattr(place, name), name)) for name in methods]
-    return undo
+        for name in methods:
+            yield _replace(place, name, _meeting(getattr(place, name), name))
 
 
 def _replace(holder: Any, name: str, replacement: object) -> Callable[[], object]:

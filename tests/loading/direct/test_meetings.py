@@ -21,13 +21,16 @@ from tests.loading.direct.model import Model
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The only rank of a group, and the store of it."""
+    """A store of the only rank of a group: of a group of its own, or of one that a model loaded here has left."""
     path = tmp_path_factory.mktemp("store") / "store"
     made = dist.FileStore(str(path), 1)
-    dist.init_process_group("gloo", store=made, rank=0, world_size=1, timeout=timedelta(seconds=60))
+    there = dist.is_initialized()
+    if not there:
+        dist.init_process_group("gloo", store=made, rank=0, world_size=1, timeout=timedelta(seconds=60))
     made.set("there", "1")
     yield made
-    dist.destroy_process_group()
+    if not there:
+        dist.destroy_process_group()
 
 
 def send(store: Any) -> None:
