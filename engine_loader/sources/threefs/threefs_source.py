@@ -231,7 +231,7 @@ class ThreeFsSource:
         if self._client is None:
             return self._open(path)
         try:
-            return call_within(self.options.deadline_s, lambda: self._open(path), SourceFile.close)
+            return call_within(self.options.deadline_s, lambda: self._open(path), lambda file: file.close())
         except NoAnswer:
             raise no_answer(path, "the file is opened", self.options.deadline_s) from None
 

@@ -35,7 +35,8 @@ class _Call:
             late = self._given_up
             self._done.set()
         if late and self._error is None and self._dispose is not None:
-            self._dispose(self._result)
+            result, self._result = self._result, None
+            self._dispose(result)
 
     def wait(self, timeout_s: float, progress: Callable[[], float]) -> Any:
         try:

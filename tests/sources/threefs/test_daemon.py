@@ -101,7 +101,8 @@ def test_a_daemon_that_does_not_answer_ends_a_load_in_time(emulator: Emulator, p
             read_all(file)
     assert caught.value.file == str(path)
     file.close()
-    emulator.set("reset")  # the daemon is back: what was left to threads is given back
+    emulator.set("reset")  # the daemon is back: what was left to threads is given back, though ``caught`` knows of it
+    wait_for(lambda: emulator.count("registrations") == 0)
 
 
 def test_a_channel_with_ios_in_flight_is_not_used_again(emulator: Emulator, path: Path, content: bytes) -> None:
