@@ -9,6 +9,9 @@ import pytest
 
 from tests.support.moto_server import MotoServer
 from tests.support.vllm_inprocess import differences, load_state
+from tests.support.vllm_server import VllmServer
+
+from .conftest import PROMPT
 
 pytestmark = pytest.mark.engine
 
@@ -70,3 +73,10 @@ def test_clients_know_it_by_its_url_and_options_of_a_user_are_kept(moto: MotoSer
 
     named = EngineArgs(model=URL, served_model_name="mine", load_format="b10_3fs").create_engine_config()
     assert named.model_config.served_model_name == "mine"
+
+
+def test_a_server_answers_as_with_the_model_on_disk(llama_answer: str) -> None:
+    with VllmServer(URL, "--load-format", "b10_3fs") as server:
+        assert server.complete(PROMPT, max_tokens=24) == llama_answer
+    (line,) = [line for line in server.log.splitlines() if "b10_3fs: loaded" in line]
+    assert "from object_store" in line
