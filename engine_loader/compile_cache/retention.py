@@ -158,13 +158,15 @@ class _Pruning:
         They are denied, too old, or damaged behind their signature. What no key of this node has signed may be another
         fleet's, whoever owns the file: in containers, everybody is the same user.
         """
+        changed = set()
         for one in self._refused:
             age_s = self._now - one.stored.modified
             if one.is_signed and age_s > self._policy.days * 86400:
                 reason = f"refused, and written {age_s / 86400:.0f} days ago"
                 if self._delete(one.stored, reason) and not self._dry_run:
-                    prefix = one.stored.key_prefix
-                    self._attempt(prefix, partial(update_index, self._store, prefix, self._trust))
+                    changed.add(one.stored.key_prefix)
+        for prefix in sorted(changed):
+            self._attempt(prefix, partial(update_index, self._store, prefix, self._trust))
 
     def _apply(self, keys: list[_Key]) -> None:
         kept_bytes = 0

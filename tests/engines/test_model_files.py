@@ -154,25 +154,24 @@ def test_several_at_once_get_the_same_complete_copy(bucket: Bucket, tmp_path: Pa
     assert [path.name for path in Path(copy).parent.iterdir()] == [Path(copy).name]
 
 
-def test_a_home_that_cannot_be_written_is_not_needed(
-    bucket: Bucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.fixture
+def temporary(bucket: Bucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The temporary directory of a user whose home cannot be written."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr(model_files.tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
+    return tmp_path / "tmp"
+
+
+def test_a_home_that_cannot_be_written_is_not_needed(bucket: Bucket, temporary: Path) -> None:
     assert content(local_copy(bucket.url, settings())) == SMALL
 
 
-def test_a_directory_that_somebody_else_made_first_is_not_used(
-    bucket: Bucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_directory_that_somebody_else_made_first_is_not_used(bucket: Bucket, temporary: Path) -> None:
     """What lies there would be taken for the model's configuration, and engines may run code that it names."""
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(model_files.tempfile, "tempdir", str(tmp_path / "tmp"))
-    planted = tmp_path / "tmp" / f"engine_loader-{os.getuid()}"
-    planted.mkdir(parents=True)
+    planted = temporary / f"engine_loader-{os.getuid()}"
+    planted.mkdir()
     planted.chmod(0o777)
     with pytest.raises(CheckpointError, match="others may write it"):
         local_copy(bucket.url, settings())

@@ -52,6 +52,11 @@ def _draft(method: str, target: str = "LlamaForCausalLM", config: str = "LlamaCo
     return Family(config, "", {"num_hidden_layers": 1, **changes}, drafts_for=target, method=method)
 
 
+def _dflash() -> Family:
+    layers = {"target_layer_ids": [0, 1], "mask_token_id": 5}
+    return _draft("dflash", "Qwen3ForCausalLM", "Qwen3Config", dflash_config=layers, block_size=4)
+
+
 def _by_transformers(made_by: str, **arguments: Any) -> Family:
     """vLLM's layers in a model class of transformers."""
     return Family(made_by=made_by, arguments={"model_impl": "transformers", **arguments}, named=made_by)
@@ -312,20 +317,8 @@ FAMILIES: dict[str, Family] = {
     "PeagleQwen3ForCausalLM": _draft("eagle3", "Qwen3ForCausalLM", "Qwen3Config", draft_vocab_size=512),
     "Eagle3DeepseekV2ForCausalLM": _draft("eagle3", "DeepseekV3ForCausalLM", "DeepseekV3Config", draft_vocab_size=256),
     "Eagle3DeepseekV3ForCausalLM": _draft("eagle3", "DeepseekV3ForCausalLM", "DeepseekV3Config", draft_vocab_size=256),
-    "DFlashDraftModel": _draft(
-        "dflash",
-        "Qwen3ForCausalLM",
-        "Qwen3Config",
-        dflash_config={"target_layer_ids": [0, 1], "mask_token_id": 5},
-        block_size=4,
-    ),
-    "DFlash2DraftModel": _draft(
-        "dflash",
-        "Qwen3ForCausalLM",
-        "Qwen3Config",
-        dflash_config={"target_layer_ids": [0, 1], "mask_token_id": 5},
-        block_size=4,
-    ),
+    "DFlashDraftModel": _dflash(),
+    "DFlash2DraftModel": _dflash(),
     "TransformersForCausalLM": _by_transformers("LlamaForCausalLM"),
     "TransformersMoEForCausalLM": _by_transformers("Qwen3MoeForCausalLM"),
     "TransformersMultiModalForCausalLM": _by_transformers("LlavaForConditionalGeneration"),

@@ -72,39 +72,45 @@ void limit(int socket, int64_t ns) {
     setsockopt(socket, SOL_SOCKET, SO_SNDTIMEO, &time, sizeof time);
 }
 
-union Control {
-    cmsghdr header;
-    char bytes[CMSG_SPACE(sizeof(int))];
+// A message of one byte with room for a descriptor beside it.
+class DescriptorMessage {
+  public:
+    DescriptorMessage() {
+        message.msg_iov = &vector_;
+        message.msg_iovlen = 1;
+        message.msg_control = control_.bytes;
+        message.msg_controllen = sizeof control_.bytes;
+    }
+    DescriptorMessage(const DescriptorMessage &) = delete;
+    DescriptorMessage &operator=(const DescriptorMessage &) = delete;
+
+    msghdr message{};
+
+  private:
+    union Control {
+        cmsghdr header;
+        char bytes[CMSG_SPACE(sizeof(int))];
+    };
+
+    char byte_ = 'w';
+    iovec vector_{&byte_, 1};
+    Control control_{};
 };
 
 void send_descriptor(int socket, int fd) {
-    char byte = 'w';
-    iovec vector{&byte, 1};
-    Control control{};
-    msghdr message{};
-    message.msg_iov = &vector;
-    message.msg_iovlen = 1;
-    message.msg_control = control.bytes;
-    message.msg_controllen = sizeof control.bytes;
-    cmsghdr *header = CMSG_FIRSTHDR(&message);
+    DescriptorMessage sent;
+    cmsghdr *header = CMSG_FIRSTHDR(&sent.message);
     header->cmsg_level = SOL_SOCKET;
     header->cmsg_type = SCM_RIGHTS;
     header->cmsg_len = CMSG_LEN(sizeof fd);
     memcpy(CMSG_DATA(header), &fd, sizeof fd);
-    if (sendmsg(socket, &message, MSG_NOSIGNAL) < 0) return;  // the other one will ask somebody else
+    if (sendmsg(socket, &sent.message, MSG_NOSIGNAL) < 0) return;  // the other one will ask somebody else
 }
 
 int receive_descriptor(int socket) {
-    char byte = 0;
-    iovec vector{&byte, 1};
-    Control control{};
-    msghdr message{};
-    message.msg_iov = &vector;
-    message.msg_iovlen = 1;
-    message.msg_control = control.bytes;
-    message.msg_controllen = sizeof control.bytes;
-    if (recvmsg(socket, &message, MSG_CMSG_CLOEXEC) <= 0) return -1;
-    const cmsghdr *header = CMSG_FIRSTHDR(&message);
+    DescriptorMessage received;
+    if (recvmsg(socket, &received.message, MSG_CMSG_CLOEXEC) <= 0) return -1;
+    const cmsghdr *header = CMSG_FIRSTHDR(&received.message);
     if (header == nullptr || header->cmsg_type != SCM_RIGHTS) return -1;
     int fd = -1;
     memcpy(&fd, CMSG_DATA(header), sizeof fd);
