@@ -20,6 +20,7 @@ from tests.support.mappings import mapped_of_shared_memory
 from tests.support.resources import left_open, open_resources
 from tests.support.waiting import GENEROUS_S
 
+OF_THE_LIBRARY = "hf3fs-iov-"
 KEPT = ("rings", "iovs", "registrations", "threads", "in_flight")
 
 
@@ -64,6 +65,17 @@ class Emulator:
         """What the daemon does when the kernel has closed the descriptors of processes that ended."""
         self._calls.hf3fs_emulator_sweep()
 
+    def remove_unlinked(self) -> None:
+        """Remove shared memory of the library's that no process uses.
+
+        The library makes memory, a link to it, and lets go of the memory's name, one after the other. A process that
+        ends in between leaves memory that no link names: the daemon never heard of it, nobody can tell whose it was.
+        """
+        new = _shared_memory() - self._shared_before
+        for name in new - _used_by_others():
+            if name.startswith(OF_THE_LIBRARY):
+                Path("/dev/shm", name).unlink(missing_ok=True)
+
     def links(self) -> list[str]:
         """The names of the buffers and rings that the daemon knows."""
         return sorted(os.listdir(self.mount / "3fs-virt" / "iovs"))
@@ -99,7 +111,7 @@ class Emulator:
 
 
 def _shared_memory() -> set[str]:
-    return {name for name in os.listdir("/dev/shm") if name.startswith(("hf3fs-iov-", "engine-loader-"))}
+    return {name for name in os.listdir("/dev/shm") if name.startswith((OF_THE_LIBRARY, "engine-loader-"))}
 
 
 def _used_by_others() -> set[str]:
