@@ -49,6 +49,13 @@ INSIDE_FUNCTIONS = {
     ("engines/sglang/format.py", "engines.common.weights_uri"): "arguments are read before torch is imported",
     ("engines/sglang/format.py", "engines.sglang.loader"): "SGLang's loader, which it extends, is imported later",
     ("engines/vllm/sharded.py", "conversion.destination"): "the room of conversions imports what engines start without",
+    ("loading/open_store.py", "loading.mapping.mapped_store"): "few checkpoints go through rules",
+    ("loading/open_store.py", "loading.mapping.named_layouts"): "few checkpoints go through rules",
+    ("loading/open_store.py", "loading.training.key_mapping"): "only a training checkpoint needs it",
+    ("loading/open_store.py", "loading.training.parts"): "only a training checkpoint needs it",
+    ("loading/open_store.py", "loading.training.store"): "only a training checkpoint needs it",
+    ("settings/__init__.py", "settings.layers"): "pydantic and the building of the tree cost more than other imports",
+    ("sources/registry.py", "settings"): "who gives settings has imported their classes",
     ("sources/registry.py", "sources.memory"): "a source is imported when it is first used",
     ("sources/registry.py", "sources.threefs.threefs_source"): "a source is imported when it is first used",
 }
@@ -267,6 +274,23 @@ def loaded_after(code: str) -> set[str]:
 def test_importing_and_registering_is_cheap(code):
     heavy = {"torch", "numpy", "pydantic", "vllm", "sglang", "safetensors", "transformers"}
     assert loaded_after(code) & heavy == set()
+
+
+def test_open_checkpoint_is_imported_without_what_only_some_checkpoints_or_settings_need():
+    """Beyond torch, the name costs the store of safetensors files: no settings are built, no training is known."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys, torch\nfrom engine_loader import open_checkpoint\nprint(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    names = set(done.stdout.split())
+    assert "engine_loader.loading.safetensors_store" in names
+    late = ("pydantic", "yaml", "engine_loader.settings.", "engine_loader.formats.dcp_metadata", "typer")
+    late += ("engine_loader.loading.training.", "engine_loader.loading.mapping.", "engine_loader.conversion")
+    assert sorted(name for name in names if f"{name}.".startswith(tuple(f"{one.rstrip('.')}." for one in late))) == [
+        "engine_loader.settings"
+    ]
 
 
 def test_formats_can_be_read_without_torch():

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import EngineLoaderError
-from ..patching import BACKUP_SUFFIX, Patch, all_patches, patch_named
 from .console.output import console, printable
+
+if TYPE_CHECKING:
+    from ..patching import Patch
 
 app = typer.Typer(
     no_args_is_help=True, help="Patch installed engines that cannot load plugins, or that have a known fault."
@@ -24,6 +26,8 @@ _FITS = ("can be applied", "applied", "differs")
 @app.command("list")
 def list_patches() -> None:
     """List the patches: purpose, versions, and whether each is applied to the installed engine."""
+    from ..patching import all_patches
+
     out = console()
     for patch in all_patches():
         out.print(f"{patch.name}: {patch.title}", soft_wrap=True)
@@ -38,6 +42,8 @@ def check(
     ] = None,
 ) -> None:
     """Print whether each patch for the installed versions is applied. Exit status 1: a file has unexpected content."""
+    from ..patching import patch_named
+
     patches = [patch_named(name) for name in names] if names else _fitting()
     out = console()
     for patch in patches:
@@ -63,6 +69,8 @@ def apply(name: Name, dry_run: DryRun = False) -> None:
     engine-loader patch apply sglang-0.5.10-plugin
     ```
     """
+    from ..patching import BACKUP_SUFFIX, patch_named
+
     patch = patch_named(name)
     with _writing(patch):
         changed = patch.apply(dry_run=dry_run)
@@ -76,6 +84,8 @@ def apply(name: Name, dry_run: DryRun = False) -> None:
 @app.command()
 def revert(name: Name, dry_run: DryRun = False) -> None:
     """Remove a patch from the installed engine, and the backups of its files."""
+    from ..patching import patch_named
+
     patch = patch_named(name)
     with _writing(patch):
         changed = patch.revert(dry_run=dry_run)
@@ -90,6 +100,8 @@ def _print_paths(done: str, paths: Iterable[Path]) -> None:
 
 
 def _fitting() -> list[Patch]:
+    from ..patching import all_patches
+
     return [patch for patch in all_patches() if patch.state() in _FITS]
 
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import CheckpointError
-from ..formats.dcp_metadata import METADATA_NAME
+from ..formats.dcp_parts import METADATA_NAME
 from ..formats.hf_index import INDEX_NAME
 from ..loading.find import NoCheckpointError, ShardedState, find_checkpoint
 from ..loading.open_store import open_store

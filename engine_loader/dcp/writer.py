@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from ..errors import CheckpointError, EngineLoaderError
-from ..formats.dcp_metadata import METADATA_NAME
+from ..formats.dcp_parts import METADATA_NAME
 from ..machine import sync_directory
 from .broken_saves import DATA_FILE, files_named_by, left_behind
 from .data_file import DataFile

@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 
     _Form: TypeAlias = tuple[torch.dtype, torch.layout, torch.memory_format]
 
-METADATA_NAME = ".metadata"
 MAX_METADATA_BYTES = 1 << 30
 """Nothing longer is read into memory; a chunk of a tensor takes about 200 bytes."""
 _FEW_CHUNKS, _BYTES_PER_CHUNK = 1024, 16

@@ -17,6 +17,9 @@ from ..errors import CheckpointError
 from .safetensors import Header
 
 SHARDING_INFO = "DCP_SHARDING_INFO"
+METADATA_NAME = ".metadata"
+"""The file by which the directory of a torch.distributed.checkpoint is known. It has its name here, for who only looks:
+what reads it (dcp_metadata.py) costs an import of its own."""
 _OFFSETS = "saved_offsets"
 _PART_NAME = re.compile(r"shard-\d{5,}-model-\d{5,}-of-\d{5,}\.safetensors")
 _MAX_INT64 = 2**63 - 1

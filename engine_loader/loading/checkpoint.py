@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -20,7 +20,9 @@ from .open_store import open_store
 from .slices import TensorSlice
 from .store import TensorStore
 from .targets import check_target, check_targets_apart
-from .training.key_mapping import KeyMapping
+
+if TYPE_CHECKING:
+    from .training.key_mapping import KeyMapping
 
 
 def open_checkpoint(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from ..errors import CheckpointError
-from ..formats.dcp_metadata import METADATA_NAME
+from ..formats.dcp_parts import METADATA_NAME
 from ..formats.hf_index import INDEX_NAME
 from ..formats.sharded_state import ShardRank, shards_by_rank, shards_of
 from ..sources.source import Source

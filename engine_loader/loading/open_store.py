@@ -7,22 +7,19 @@ from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError
 from ..formats.dcp_parts import are_parts
-from ..settings import LoaderSettings
 from ..sources.source import Source
 from .find import SafetensorsFiles, TrainingCheckpoint
-from .mapping.mapped_store import MappedStore, head_dim_beside
-from .mapping.named_layouts import is_layout, rules_of, unwrapped
 from .safetensors_store import SafetensorsStore
 from .shards import OpenFiles, open_files
 from .sharing import NodeRanks
 from .store import TensorStore
 from .streaming.gds import gds_error, gds_is_asked_for
-from .training.key_mapping import KeyMapping, make_renamer
-from .training.parts import common_directory, metadata_of_parts
-from .training.store import TrainingStore
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
+
+    from ..settings import LoaderSettings
+    from .training.key_mapping import KeyMapping
 
 
 def open_store(
@@ -90,6 +87,8 @@ def store_of_files(
             store: TensorStore = SafetensorsStore(files, source.name, settings, ranks=ranks)
             on_error.pop_all()
             return store
+        from .training.parts import common_directory, metadata_of_parts
+
         directory = common_directory(header.file for header in files.headers)
         if gds_is_asked_for(settings):
             raise gds_error(f"it reads whole tensors, and the files in {directory} hold parts of them")
@@ -113,6 +112,9 @@ def map_store(
         CheckpointError: as ``MappedStore``, or the rows of a head are not known.
         SettingsError: a rule makes no sense.
     """
+    from .mapping.mapped_store import MappedStore, head_dim_beside
+    from .mapping.named_layouts import is_layout, rules_of, unwrapped
+
     try:
         rules = rules_of(key_mapping, lambda: head_dim_beside(source, directory or ""))
     except BaseException:
@@ -134,6 +136,10 @@ def _training_store(
     optimizer_state: bool,
     saved: Metadata | None = None,
 ) -> TensorStore:
+    from .mapping.named_layouts import rules_of
+    from .training.key_mapping import make_renamer
+    from .training.store import TrainingStore
+
     mapping = settings.key_mapping if key_mapping is None else key_mapping
     if mapping is None or rules_of(mapping) is None:
         return TrainingStore(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..errors import CheckpointError, TransferError
 from ..formats.safetensors import TensorInfo
 from ..report.load_report import LoadReport
-from ..settings import LoaderSettings
 from ..transfer.constructor import make_readers_for
 from ..transfer.device_stream import DeviceStream
 from ..transfer.plan import ExtentRow, make_extents
@@ -21,6 +21,9 @@ from .shards import OpenFiles
 from .sharing import NodeRanks, NodeSharing
 from .store import TensorStore, complete_report, submit_to
 from .streaming.transports import make_transport
+
+if TYPE_CHECKING:
+    from ..settings import LoaderSettings
 
 
 class SafetensorsStore(TensorStore):

@@ -11,6 +11,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,6 @@ import numpy.typing as npt
 from ..errors import CheckpointError, TransferError
 from ..formats.safetensors import TensorInfo
 from ..report.load_report import LoadReport, human_bytes
-from ..settings import LoaderSettings
 from ..sources.source import SourceFile
 from ..transfer.constructor import make_readers_for
 from ..transfer.device_stream import DeviceStream
@@ -29,6 +29,9 @@ from ..transfer.window.meeting import meeting_directory, window_bytes
 from ..transfer.window.member import Region, WindowMember, is_worth_sharing
 from ..transfer.window.shared_transfer import SharedTransfer
 from .store import submit_to
+
+if TYPE_CHECKING:
+    from ..settings import LoaderSettings
 
 logger = logging.getLogger(__name__)
 

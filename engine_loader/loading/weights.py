@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 from ..formats.safetensors import TensorInfo
 from ..report.load_report import LoadReport
 from ..report.progress import byte_progress
-from ..settings import LoaderSettings
 from ..sources.registry import make_source
 from .devices.per_tensor import TargetDevice
 from .direct.load import SMALL_BYTES, DirectLoad
@@ -20,6 +19,9 @@ from .open_store import open_store, store_of_files
 from .shards import follow_indexes, open_files
 from .sharing import NodeRanks
 from .store import TensorStore
+
+if TYPE_CHECKING:
+    from ..settings import LoaderSettings
 
 WeightFiles: TypeAlias = Iterable[str] | TrainingCheckpoint
 """What an engine is to load: safetensors files, or a training checkpoint."""

@@ -24,7 +24,6 @@ from .messages import explain_problem, explain_unknown_variable, explain_yaml_er
 from .schema import Settings
 
 CONFIG_VARIABLE = "ENGINE_LOADER_CONFIG"
-EXTRA_CONFIG = "--model-loader-extra-config"
 _NOT_SETTINGS = {CONFIG_VARIABLE, "ENGINE_LOADER_NATIVE_BUILD"}
 # Kubernetes sets these in every pod of a namespace for a Service whose name begins with engine-loader.
 _SERVICE_LINK = re.compile(
@@ -89,29 +88,13 @@ class Layer:
         self.origins[dotted] = origin
 
 
-def load_settings(
-    extra_config: Mapping[str, Any] | None = None,
-    environ: Mapping[str, str] | None = None,
-    *,
-    extra_origin: str = EXTRA_CONFIG,
-) -> ResolvedSettings:
-    """Read all layers. None as a value, and an empty variable, set nothing.
-
-    Args:
-        extra_config: the dictionary of ``--model-loader-extra-config``: keys of ``loader``.
-        environ: instead of ``os.environ``.
-        extra_origin: what messages and origins call ``extra_config``.
-
-    Raises:
-        SettingsError: an unknown key or a bad value; it names the file and line or the variable, and what is valid.
-            With several, one line for each.
-    """
-    environ = os.environ if environ is None else environ
+def resolve(extra_config: Mapping[str, Any], environ: Mapping[str, str], *, extra_origin: str) -> ResolvedSettings:
+    """Read all layers: what ``load_settings`` of this room does, with its arguments and errors."""
     layers = [
         _yaml_layer(environ.get(CONFIG_VARIABLE)),
         _known_names_layer(environ),
         _environment_layer(environ),
-        _extra_config_layer(extra_config or {}, extra_origin),
+        _extra_config_layer(extra_config, extra_origin),
     ]
     problems = [problem for layer in layers for problem in _problems(layer)]
     if problems:

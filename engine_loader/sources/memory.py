@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Mapping, Sequence
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from ..errors import CheckpointError
-from ..settings import LoaderSettings
 from .source import UsrbioAccess
+
+if TYPE_CHECKING:
+    from ..settings import LoaderSettings
 
 
 class MemoryFile:

@@ -8,12 +8,14 @@ import logging
 import os
 import stat
 from collections.abc import Sequence
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from ..errors import CheckpointError
 from ..failures import end_of_file, errno_hint
-from ..settings import LoaderSettings
 from .source import UsrbioAccess
+
+if TYPE_CHECKING:
+    from ..settings import LoaderSettings
 
 logger = logging.getLogger(__name__)
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pkgutil import resolve_name
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from ..errors import CheckpointError
-from ..settings import LoaderSettings
 from .object_store.url import SCHEMES as OBJECT_STORE_SCHEMES
 from .source import Source, SourceFile
+
+if TYPE_CHECKING:
+    from ..settings import LoaderSettings
 
 _SOURCES = {
     "posix": ".posix:PosixSource",
@@ -59,7 +61,10 @@ def make_source(
         from .memory import MemorySource
 
         return MemorySource(files)
-    settings = settings or LoaderSettings()
+    if settings is None:
+        from ..settings import LoaderSettings
+
+        settings = LoaderSettings()
     if backend == "auto":
         return AutoSource(settings)
     if backend not in _SOURCES:

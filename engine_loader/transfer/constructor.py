@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 from functools import cache
+from typing import TYPE_CHECKING
 
 from ..errors import TransferError
-from ..settings import LoaderSettings
 from ..sources.source import SourceFile
 from .cpus import ranks_of_node
 from .native.library import load_library
 from .native.native_readers import NativeReaders
 from .protocol import ReaderThreads
 from .python.python_readers import DEFAULT_GAP_BYTES, PythonReaders
+
+if TYPE_CHECKING:
+    from ..settings import LoaderSettings
 
 logger = logging.getLogger(__name__)
 

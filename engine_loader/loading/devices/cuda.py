@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from ...settings import LoaderSettings
 from ...transfer.native.device_errors import obstacle_to_devices
 from .trial import obstacle_on
+
+if TYPE_CHECKING:
+    from ...settings import LoaderSettings
 
 logger = logging.getLogger(__name__)
 

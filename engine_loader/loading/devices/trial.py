@@ -7,16 +7,18 @@ instead. That copies keep their order is a matter of the native library, and is 
 from __future__ import annotations
 
 import os
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from ...errors import TransferError
-from ...settings import LoaderSettings
 from ...sources.posix import PosixSource
 from ...transfer.device_stream import DeviceStream
 from ...transfer.native.native_readers import NativeReaders
 from ...transfer.plan import extent, make_extents
+
+if TYPE_CHECKING:
+    from ...settings import LoaderSettings
 
 _BLOCK_BYTES = 256 << 10
 _PLAIN_BYTES = (2 << 20) + 12_345

@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...formats.safetensors import TensorInfo
-from ...settings import LoaderSettings
 from ...sources.posix import PosixSource
 from ...sources.registry import is_remote
 from ...transfer.constructor import REMOTE_GAP_BYTES
@@ -16,6 +15,9 @@ from ...transfer.modes import choose_mode
 from ...transfer.plan import ExtentRow
 from ..sharing import LEAST_BYTES
 from .observer import SMALL
+
+if TYPE_CHECKING:
+    from ...settings import LoaderSettings
 
 GAP_BYTES = 4 << 10
 """Unwanted bytes between two wanted runs that are read through from the page cache: what a call of preadv costs, in

@@ -9,20 +9,22 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from ...errors import CheckpointError, SettingsError, TransferError
 from ...formats.safetensors import TensorInfo
 from ...report.load_report import LoadReport
-from ...settings import LoaderSettings
 from ...sources.source import SourceFile
 from ..devices.cuda import Devices
 from ..devices.per_tensor import TargetDevice
 from .blocks import Block, file_blocks, shaped
 from .filling import FreshMemoryFiller
 from .stream import stream_tensors
+
+if TYPE_CHECKING:
+    from ...settings import LoaderSettings
 
 HINT = "set transport to auto"
 _DEVICE_NODE = "/dev/nvidia-fs0"

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from ...formats.safetensors import TensorInfo
 from ...report.load_report import LoadReport
-from ...settings import LoaderSettings
 from ...sources.source import SourceFile
 from ...transfer.device_stream import DeviceStream
 from ...transfer.modes import can_map
@@ -23,6 +22,9 @@ from .filling import DeviceFiller, PooledFiller
 from .gds import GpuDirectStorage, gds_is_asked_for
 from .mapped import MappedFiller
 from .stream import AnyFiller, stream_tensors
+
+if TYPE_CHECKING:
+    from ...settings import LoaderSettings
 
 
 class Transport(Protocol):

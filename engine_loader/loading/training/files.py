@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from ...errors import CheckpointError
-from ...formats.dcp_metadata import MAX_METADATA_BYTES, METADATA_NAME, parse_metadata
+from ...formats.dcp_metadata import MAX_METADATA_BYTES, parse_metadata
+from ...formats.dcp_parts import METADATA_NAME
 from ...report.load_report import LoadReport
-from ...settings import LoaderSettings
 from ...sources.source import Source, SourceFile
 from ...transfer.constructor import make_readers_for
 from ...transfer.device_stream import DeviceStream
@@ -24,6 +24,8 @@ from .boxes import BoxRead, StoredTensor, box_read
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import Metadata
+
+    from ...settings import LoaderSettings
 
 COPY_AGAIN = "a file was cut short or belongs to another save: copy the checkpoint again"
 

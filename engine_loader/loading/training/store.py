@@ -12,7 +12,6 @@ import torch
 
 from ...formats.safetensors import TensorInfo
 from ...report.load_report import LoadReport
-from ...settings import LoaderSettings
 from ...sources.source import Source
 from ...transfer.device_stream import DeviceStream
 from ...transfer.plan import ExtentRow
@@ -32,6 +31,8 @@ from .torch_load import check_not_quantised
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
+
+    from ...settings import LoaderSettings
 
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ...errors import CheckpointError
 from ...escaping import redacted
-from ...settings import LoaderSettings
 from .authorities import ca_bundle
 from .aws_credentials import provider_of
 from .aws_profile import profile_keys
@@ -20,6 +19,8 @@ from .url import ObjectUrl
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
+
+    from ...settings import LoaderSettings
 
 _FIRST_PAUSE = timedelta(milliseconds=100)
 _LONGEST_PAUSE = timedelta(seconds=5)

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 import numpy as np
 
 from ...errors import CheckpointError
-from ...settings import LoaderSettings
 from ..source import UsrbioAccess
 from . import ranges
 from .client import ObjectStoreOptions, ObjectStores, check_process, condition_of
@@ -31,6 +30,8 @@ from .url import ObjectUrl, parse_object_url
 if TYPE_CHECKING:
     from obstore import Bytes, GetOptions, ObjectMeta
     from obstore.store import ObjectStore
+
+    from ...settings import LoaderSettings
 
 _T = TypeVar("_T")
 

@@ -13,10 +13,9 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from ...errors import CheckpointError
-from ...settings import LoaderSettings
 from ..posix import PosixFile, PosixSource
 from ..source import SourceFile, UsrbioAccess
 from .channel import ChannelPool
@@ -25,6 +24,9 @@ from .links import remove_dead
 from .read_failures import no_answer, no_data
 from .shared_library import ThreeFsError, check_mount, is_threefs_by_ioctl, register_hint
 from .watched import NoAnswer, call_within
+
+if TYPE_CHECKING:
+    from ...settings import LoaderSettings
 
 logger = logging.getLogger(__name__)
 
