@@ -43,12 +43,16 @@ def saved_offsets(header: Header) -> Mapping[str, tuple[int, ...]] | None:
         raise _wrong(header, "is not an object")
     found: dict[str, tuple[int, ...]] = {}
     for tensor in header.tensors:
-        entry = parsed.get(tensor.name)
-        offsets = entry.get(_OFFSETS) if isinstance(entry, dict) else None
-        if not isinstance(offsets, list) or not all(type(number) is int for number in offsets):
+        try:
+            offsets = parsed[tensor.name][_OFFSETS]
+        except (KeyError, TypeError):
+            offsets = None
+        if not isinstance(offsets, list) or any(type(number) is not int for number in offsets):
             raise _wrong(header, f"has no list of {_OFFSETS} for {tensor.name[:_SHOWN]!r}")
-        ends = [begin + size for begin, size in zip(offsets, tensor.shape, strict=False)]
-        if len(offsets) != len(tensor.shape) or min(offsets, default=0) < 0 or max(ends, default=0) > _MAX_INT64:
+        fits = len(offsets) == len(tensor.shape)
+        for begin, size in zip(offsets, tensor.shape, strict=False):
+            fits = fits and 0 <= begin <= _MAX_INT64 - size
+        if not fits:
             raise _wrong(
                 header,
                 f"puts {tensor.name[:_SHOWN]!r} of shape {list(tensor.shape)} at {str(offsets)[:_SHOWN]}",
