@@ -73,9 +73,14 @@ def are_parts(headers: Sequence[Header]) -> bool:
     told = [header for header in headers if SHARDING_INFO in header.metadata]
     if not told:
         return False
-    if any(_PART_NAME.fullmatch(header.file.rpartition("/")[2]) for header in told):
+    if any(is_part_name(header.file.rpartition("/")[2]) for header in told):
         return True
     return _stand_twice(told) or any(any(map(any, (saved_offsets(header) or {}).values())) for header in told)
+
+
+def is_part_name(name: str) -> bool:
+    """Whether torch's HuggingFaceStorageWriter gives this name to a file with a rank's parts."""
+    return _PART_NAME.fullmatch(name) is not None
 
 
 def _stand_twice(headers: Iterable[Header]) -> bool:

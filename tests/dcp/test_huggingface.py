@@ -22,7 +22,7 @@ from engine_loader.cli import app
 from engine_loader.conversion import convert_checkpoint
 from engine_loader.formats.hf_index import INDEX_NAME
 from engine_loader.loading.weights import stream_weights
-from engine_loader.settings import load_settings
+from engine_loader.settings import LoaderSettings, load_settings
 
 from .hf_ranks import FILES, full_tensors
 from .ranks import run
@@ -261,6 +261,26 @@ def test_ranks_without_rows_and_boxes_of_two_cuts(tmp_path):
     assert same(expected, load(expected, tmp_path))
     with open_checkpoint(tmp_path) as checkpoint:
         assert same(expected, dict(checkpoint.tensors()))
+
+
+def test_of_the_files_of_two_saves_the_index_tells_which_count(tmp_path, caplog):
+    old, new = ({name: torch.full((4, 4), number) for name in "abc"} for number in (1.0, 2.0))
+    write(old, tmp_path, fqn_to_index_mapping={"a": 1, "b": 2, "c": 2})
+    write(new, tmp_path)
+    assert same(new, load(new, tmp_path))
+    assert "hold parts of tensors" not in caplog.text
+    write(old, tmp_path, save_distributed=True)
+    beside = "shard-00001-model-00001-of-00001.safetensors"
+    assert f"{tmp_path / INDEX_NAME} is of another save" in caplog.text
+    reads: tuple[Callable[[], dict[str, torch.Tensor]], ...] = (
+        lambda: load(new, tmp_path),
+        lambda: dict(open_checkpoint(tmp_path).tensors()),
+        lambda: dict(stream_weights([str(tmp_path / "model-00001-of-00001.safetensors")], LoaderSettings())),
+    )
+    for read in reads:
+        caplog.clear()
+        assert same(new, read())
+        assert f"does not name 1 files beside it that hold parts of tensors, such as {beside}" in caplog.text
 
 
 TARGETS: dict[str, Callable[[], torch.Tensor]] = {

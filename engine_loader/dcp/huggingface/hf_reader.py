@@ -11,7 +11,7 @@ from torch.futures import Future
 
 from ...errors import CheckpointError
 from ...loading.find import NoCheckpointError, ShardedState, TrainingCheckpoint, find_checkpoint
-from ...loading.shards import OpenFiles, read_index
+from ...loading.shards import OpenFiles, read_index, warn_of_other_parts
 from ...loading.training.items import JoinedParts, PartInfo
 from ...loading.training.parts import metadata_of_parts
 from ...machine import usable_cpus
@@ -78,6 +78,8 @@ class HuggingFaceStorageReader(HuggingFaceStorage, FileSystemReader):  # type: i
             )
         files = found.files if isinstance(found, ShardedState) else found
         listed = read_index(source, files.index_file) if files.index_file else None
+        if listed is not None:
+            warn_of_other_parts(listed, files.names)
         with OpenFiles(source, files.paths) as opened:
             headers = opened.headers
         files_of = {} if listed is None else {name: listed.path_of(file) for name, file in listed.weight_map.items()}

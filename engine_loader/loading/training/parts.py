@@ -83,7 +83,7 @@ def metadata_of_parts(
     Args:
         headers: of the files.
         directory: to which the paths of the files are relative, see ``common_directory``; "": they are kept.
-        files_of: name -> path of the file whose tensor counts, for whole tensors that several files have.
+        files_of: name -> path of the file whose tensor counts, where several files have one of this name.
         join_rows: tensors whose parts are their rows, in order, have one chunk, which is stored at JoinedParts: torch
             then plans one read of each, and not one of each part.
 
@@ -119,11 +119,13 @@ def metadata_of_parts(
 
 def _wholes(headers: Sequence[Header], directory: str, files_of: Mapping[str, str]) -> dict[str, _Whole]:
     wholes: dict[str, _Whole] = {}
+    there = {(header.file, tensor.name) for header in headers for tensor in header.tensors} if files_of else set()
+    chosen = {name: file for name, file in files_of.items() if (file, name) in there}
     for header in headers:
         path = os.path.basename(header.file) if directory else header.file
         told = saved_offsets(header)
         for tensor in header.tensors:
-            if told is None and files_of.get(tensor.name, header.file) != header.file:
+            if chosen and chosen.get(tensor.name, header.file) != header.file:
                 continue
             dtype, sizes = tensor.as_torch()
             # torch counts these in its own elements, also where the header counts smaller ones (F4).

@@ -191,4 +191,4 @@ class TrainingStore(TensorStore):
 def _warn_of_layout(tensors: Mapping[str, DcpTensor]) -> None:
     warning = misread_layout((tensor.stored_name, name) for name, tensor in tensors.items())
     if warning is not None:
-        logger.warning("%s; key_mapping=torchtitan-llama reorders them", warning)
+        logger.warning("%s", warning)
