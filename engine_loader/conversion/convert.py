@@ -111,7 +111,7 @@ def convert_checkpoint(
         tensors = outgoing(checkpoint, make_renamer(later), wanted)
         warning = misread_layout((tensor.name, tensor.info.name) for tensor in tensors) if later else None
         if warning is not None:
-            logger.warning("%s; key_mapping=torchtitan-llama reorders them", warning)
+            logger.warning("%s", warning)
         if not tensors:
             raise CheckpointError("there are no tensors to convert", file=source)
         total = sum(tensor.nbytes for tensor in tensors)

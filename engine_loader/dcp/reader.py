@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -29,10 +29,12 @@ from ..transfer.protocol import Transfer
 
 _FIRST_GROUP_BYTES, _GROUP_BYTES = 32 << 20, 2 << 30
 _BESIDE_BYTES = 256 << 20
-"""The most bytes of a group that are read into separate memory and then copied (CUDA, another element type)."""
+"""As many bytes of a group are read into separate memory and then copied (CUDA, another element type)."""
 _LOCATED_AT_ONCE = 4096
-_GROUPS_IN_FLIGHT = 2
-_Wanted: TypeAlias = tuple[ReadItem, _StorageInfo, torch.Size | None]
+_GROUPS_IN_FLIGHT = 16
+_Wanted: TypeAlias = tuple[ReadItem, _StorageInfo]
+_Sizes: TypeAlias = Callable[[ReadItem], torch.Size | None]
+"""The sizes, in the metadata, of the chunk that an item is read from; None if they are not known."""
 _Reading: TypeAlias = tuple[ReadItem, torch.Tensor, BoxRead]
 
 
@@ -93,7 +95,7 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
             CheckpointError: an item cannot be read; the state dict then holds unspecified values.
         """
         with self._files() as files:
-            tensors: list[tuple[ReadItem, _StorageInfo]] = []
+            tensors: list[_Wanted] = []
             for item in plan.items:
                 info = self._info(item)
                 if item.type == LoadItemType.BYTE_IO:
@@ -103,8 +105,8 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
                     _copy(files, item, info, tensor, planner)
                 else:
                     tensors.append((item, info))
-            tensors.sort(key=lambda pair: (pair[1].relative_path, pair[1].offset))
-            _read_tensors(files, [(item, info, self._chunk_sizes(item)) for item, info in tensors], planner)
+            tensors.sort(key=_file_order)
+            _read_tensors(files, tensors, self._chunk_sizes, planner)
             files.verify_unchanged()
         future: Future[None] = Future()
         future.set_result(None)
@@ -179,18 +181,21 @@ def _check_pickle(content: bytes, item: ReadItem, files: DcpFiles, info: _Storag
         ) from error
 
 
-def _read_tensors(files: DcpFiles, items: Sequence[_Wanted], planner: LoadPlanner) -> None:
-    """Read tensors in groups: while one group is read, the next group is planned.
+def _read_tensors(files: DcpFiles, items: Sequence[_Wanted], sizes_of: _Sizes, planner: LoadPlanner) -> None:
+    """Read tensors in groups: while one group is read, the next groups are planned.
 
     The locations of tensors are read for many groups ahead, because each of these reads waits for the groups in flight.
     """
     in_flight: deque[tuple[Transfer | None, list[_Reading]]] = deque()
+    beside = 0
     try:
-        for group in _groups(files, items, planner):
+        for group in _groups(files, items, sizes_of, planner):
+            beside += _bytes_beside(group)
             in_flight.append((files.submit([part for _, _, part in group]), group))
-            if len(in_flight) >= _GROUPS_IN_FLIGHT:
+            # Whoever waits here does not plan, so that readers have nothing to do when they are done.
+            while len(in_flight) >= _GROUPS_IN_FLIGHT or (beside > _BESIDE_BYTES and len(in_flight) > 1):
                 _land(*in_flight[0], planner)
-                in_flight.popleft()
+                beside -= _bytes_beside(in_flight.popleft()[1])
         while in_flight:
             _land(*in_flight[0], planner)
             in_flight.popleft()
@@ -201,18 +206,25 @@ def _read_tensors(files: DcpFiles, items: Sequence[_Wanted], planner: LoadPlanne
         raise
 
 
-def _groups(files: DcpFiles, items: Sequence[_Wanted], planner: LoadPlanner) -> Iterator[list[_Reading]]:
+def _bytes_beside(group: Sequence[_Reading]) -> int:
+    """How much memory beside its targets a group takes."""
+    return sum(part.nbytes for _, _, part in group if part.pending is not None)
+
+
+def _groups(
+    files: DcpFiles, items: Sequence[_Wanted], sizes_of: _Sizes, planner: LoadPlanner
+) -> Iterator[list[_Reading]]:
     """Groups of tensors that are read together: small groups first, so that reading begins soon, then larger ones. At
     most ``_BESIDE_BYTES`` of a group are read into separate memory."""
     enough = _FIRST_GROUP_BYTES
     stored_items = Items(files)
     for begin in range(0, len(items), _LOCATED_AT_ONCE):
         batch = items[begin : begin + _LOCATED_AT_ONCE]
-        located = stored_items.locating([(item.storage_index.fqn, info) for item, info, _ in batch])
+        located = stored_items.locating([(item.storage_index.fqn, info) for item, info in batch])
         group: list[_Reading] = []
         nbytes = beside = 0
         for wanted, stored in zip(batch, located, strict=True):
-            reading = _reading(files, wanted, stored, planner)
+            reading = _reading(files, wanted, stored, sizes_of, planner)
             if reading is None:
                 continue
             part = reading[2]
@@ -227,14 +239,17 @@ def _groups(files: DcpFiles, items: Sequence[_Wanted], planner: LoadPlanner) -> 
             yield group
 
 
-def _reading(files: DcpFiles, wanted: _Wanted, stored: StoredTensor | None, planner: LoadPlanner) -> _Reading | None:
+def _reading(
+    files: DcpFiles, wanted: _Wanted, stored: StoredTensor | None, sizes_of: _Sizes, planner: LoadPlanner
+) -> _Reading | None:
     """What must be read for an item; None if the item was read whole, by torch, because its layout is unknown."""
-    item, info, sizes = wanted
+    item, info = wanted
     if stored is None:
         name = item.storage_index.fqn
         content = files.read_item(info, name)
         _copy(files, item, info, load_item(content, name, _path(files, info), info.offset), planner)
         return None
+    sizes = sizes_of(item)
     if sizes is not None and stored.shape != sizes:
         raise CheckpointError(
             f"{stored.name!r} is {list(stored.shape)} in the file, but {list(sizes)} in the metadata",
@@ -273,6 +288,10 @@ def _copy(files: DcpFiles, item: ReadItem, info: _StorageInfo, tensor: torch.Ten
         )
     target.copy_(tensor)
     planner.commit_tensor(item, target)
+
+
+def _file_order(wanted: _Wanted) -> tuple[str, int]:
+    return wanted[1].relative_path, wanted[1].offset
 
 
 def _path(files: DcpFiles, info: _StorageInfo) -> str:

@@ -46,12 +46,16 @@ def saved_offsets(header: Header) -> Mapping[str, tuple[int, ...]] | None:
         raise _wrong(header, "is not an object")
     found: dict[str, tuple[int, ...]] = {}
     for tensor in header.tensors:
-        entry = parsed.get(tensor.name)
-        offsets = entry.get(_OFFSETS) if isinstance(entry, dict) else None
-        if not isinstance(offsets, list) or not all(type(number) is int for number in offsets):
+        try:
+            offsets = parsed[tensor.name][_OFFSETS]
+        except (KeyError, TypeError):
+            offsets = None
+        if not isinstance(offsets, list) or any(type(number) is not int for number in offsets):
             raise _wrong(header, f"has no list of {_OFFSETS} for {tensor.name[:_SHOWN]!r}")
-        ends = [begin + size for begin, size in zip(offsets, tensor.shape, strict=False)]
-        if len(offsets) != len(tensor.shape) or min(offsets, default=0) < 0 or max(ends, default=0) > _MAX_INT64:
+        fits = len(offsets) == len(tensor.shape)
+        for begin, size in zip(offsets, tensor.shape, strict=False):
+            fits = fits and 0 <= begin <= _MAX_INT64 - size
+        if not fits:
             raise _wrong(
                 header,
                 f"puts {tensor.name[:_SHOWN]!r} of shape {list(tensor.shape)} at {str(offsets)[:_SHOWN]}",
@@ -72,9 +76,14 @@ def are_parts(headers: Sequence[Header]) -> bool:
     told = [header for header in headers if SHARDING_INFO in header.metadata]
     if not told:
         return False
-    if any(_PART_NAME.fullmatch(header.file.rpartition("/")[2]) for header in told):
+    if any(is_part_name(header.file.rpartition("/")[2]) for header in told):
         return True
     return _stand_twice(told) or any(any(map(any, (saved_offsets(header) or {}).values())) for header in told)
+
+
+def is_part_name(name: str) -> bool:
+    """Whether torch's HuggingFaceStorageWriter gives this name to a file with a rank's parts."""
+    return _PART_NAME.fullmatch(name) is not None
 
 
 def _stand_twice(headers: Iterable[Header]) -> bool:

@@ -14,6 +14,7 @@ from typing import Self
 
 from ..errors import CheckpointError
 from ..failures import RETRYABLE, end_of_file, io_error
+from ..formats.dcp_parts import is_part_name
 from ..formats.hf_index import INDEX_NAME, MAX_INDEX_BYTES, ShardIndex, parse_index
 from ..formats.safetensors import LENGTH_BYTES, Header, TensorInfo, header_length, parse_header
 from ..garbage import no_garbage_collection
@@ -136,6 +137,7 @@ def open_files(source: Source, found: SafetensorsFiles | ShardedState) -> OpenFi
     """
     paths, index = listed_files(source, found)
     if index is not None and isinstance(found, SafetensorsFiles):
+        warn_of_other_parts(index, found.names)
         present = set(found.names)
         for shard in index.shards:
             if "/" not in shard and shard not in present:
@@ -184,9 +186,11 @@ def follow_indexes(source: Source, files: OpenFiles) -> None:
     """
     paths = {opened.file.path for opened in files.files}
     for directory in {os.path.dirname(path) for path in paths}:
-        if INDEX_NAME not in source.list(directory or "."):
+        names = source.list(directory or ".")
+        if INDEX_NAME not in names:
             continue
         index = read_index(source, os.path.join(directory, INDEX_NAME))
+        warn_of_other_parts(index, names)
         tensors = files.tensors
         _warn_of(dict(misplaced(index, tensors, paths)))
         stale = _superseded(index, tensors, directory)
@@ -197,6 +201,26 @@ def follow_indexes(source: Source, files: OpenFiles) -> None:
                 *(index.file, len(stale), stale[0].name, stale[0].file),
             )
             files.leave_out({(info.file, info.name) for info in stale})
+
+
+def warn_of_other_parts(index: ShardIndex, names: Collection[str]) -> None:
+    """Log that files with parts of tensors lie beside an index that does not name them.
+
+    They are of another save, and nothing in them tells which one is newer: whole tensors that were put together from
+    them, or weights from which a training began.
+
+    Args:
+        index: that of the directory, which counts.
+        names: of all files there.
+    """
+    listed = set(index.weight_map.values())
+    others = sorted(name for name in names if is_part_name(name) and name not in listed)
+    if others:
+        logger.warning(
+            "%s does not name %d files beside it that hold parts of tensors, such as %s: they are not read; if they "
+            "are what is wanted, put them into a directory of their own",
+            *(index.file, len(others), others[0]),
+        )
 
 
 def _superseded(index: ShardIndex, tensors: Sequence[TensorInfo], directory: str) -> list[TensorInfo]:

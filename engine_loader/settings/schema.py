@@ -67,7 +67,8 @@ class LoaderSettings(_Group):
         description="Of a training checkpoint (torch.distributed.checkpoint), its names -> the model's: regular "
         'expression -> replacement, or null to leave tensors out (JSON: {"^model[.]": "", "^ema[.]": null}), or a '
         'Python function as "module:function"; or what also reorders, cuts and joins tensors: rules, or the name of a '
-        "layout: torchtitan-llama (:128 for the rows of a head), meta-llama, torchtitan-llama4, torchtitan-qwen3, "
+        "layout: torchtitan-llama (:128 for the rows of a head), meta-llama, torchtune-llama, torchtitan-llama4, "
+        "torchtitan-qwen3, "
         "torchtitan-deepseek_v3; auto: as they are.",
     )
     mode: Literal["auto", "direct", "stream"] = Field(

@@ -10,7 +10,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as torch_dcp
 from safetensors.torch import load_file, save, save_file
+from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from typer.testing import CliRunner
 
 from benchmarks.dcp import resident_bytes
@@ -19,7 +22,7 @@ from engine_loader.cli import app
 from engine_loader.conversion import convert_checkpoint
 from engine_loader.formats.hf_index import INDEX_NAME
 from engine_loader.loading.weights import stream_weights
-from engine_loader.settings import load_settings
+from engine_loader.settings import LoaderSettings, load_settings
 
 from .hf_ranks import FILES, full_tensors
 from .ranks import run
@@ -258,6 +261,59 @@ def test_ranks_without_rows_and_boxes_of_two_cuts(tmp_path):
     assert same(expected, load(expected, tmp_path))
     with open_checkpoint(tmp_path) as checkpoint:
         assert same(expected, dict(checkpoint.tensors()))
+
+
+def test_of_the_files_of_two_saves_the_index_tells_which_count(tmp_path, caplog):
+    old, new = ({name: torch.full((4, 4), number) for name in "abc"} for number in (1.0, 2.0))
+    write(old, tmp_path, fqn_to_index_mapping={"a": 1, "b": 2, "c": 2})
+    write(new, tmp_path)
+    assert same(new, load(new, tmp_path))
+    assert "hold parts of tensors" not in caplog.text
+    write(old, tmp_path, save_distributed=True)
+    beside = "shard-00001-model-00001-of-00001.safetensors"
+    assert f"{tmp_path / INDEX_NAME} is of another save" in caplog.text
+    reads: tuple[Callable[[], dict[str, torch.Tensor]], ...] = (
+        lambda: load(new, tmp_path),
+        lambda: dict(open_checkpoint(tmp_path).tensors()),
+        lambda: dict(stream_weights([str(tmp_path / "model-00001-of-00001.safetensors")], LoaderSettings())),
+    )
+    for read in reads:
+        caplog.clear()
+        assert same(new, read())
+        assert f"does not name 1 files beside it that hold parts of tensors, such as {beside}" in caplog.text
+
+
+TARGETS: dict[str, Callable[[], torch.Tensor]] = {
+    "rows": lambda: torch.zeros(4, 5),
+    "columns": lambda: torch.zeros(4, 9)[:, 2:7],
+    "transposed": lambda: torch.zeros(5, 4).t(),
+    "another type": lambda: torch.zeros(4, 5, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("columns", [(0, 5), (1, 3)])
+def test_rows_of_several_ranks_are_planned_as_one_tensor(tmp_path, target: Callable[[], torch.Tensor], columns):
+    whole = torch.arange(35.0).reshape(7, 5)
+    for number, (first, end) in enumerate([(2, 3), (0, 2), (3, 7), (7, 7)], 1):
+        part(tmp_path, number, {"a": whole[first:end].clone()}, at(first, 0))
+    reader = dcp.HuggingFaceStorageReader(tmp_path)
+    metadata = reader.read_metadata()
+    stored = metadata.state_dict_metadata["a"]
+    assert isinstance(stored, TensorStorageMetadata)
+    assert [(chunk.offsets, chunk.sizes) for chunk in stored.chunks] == [((0, 0), (7, 5))]
+    reader.set_up_storage_reader(metadata, is_coordinator=True)
+    # Of three ranks, this one gets a box of rows 1 to 4.
+    begin, width = columns
+    into = target()
+    planner = DefaultLoadPlanner()
+    planner.set_up_planner({"a": into}, metadata, is_coordinator=True)
+    index = MetadataIndex("a", (0, 0))
+    box = (torch.Size((0, begin)), MetadataIndex("a", (0, 0)), torch.Size((1, begin)), torch.Size((4, width)))
+    reader.read_data(LoadPlan([ReadItem(LoadItemType.TENSOR, index, *box)]), planner)
+    expected = torch.zeros(4, 5)
+    expected[:, begin : begin + width] = whole[1:5, begin : begin + width]
+    assert torch.equal(into, expected.to(into.dtype))
 
 
 def test_quantised_weights_are_not_handed_out_without_their_scales(tmp_path):

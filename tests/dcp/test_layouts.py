@@ -1,6 +1,7 @@
 """Trainings whose tensors differ from transformers' by more than names: equal logits show that they are read right."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,77 @@ def test_a_rename_alone_is_warned_of(training, caplog):
     caplog.clear()
     with open_checkpoint(training), open_checkpoint(training, key_mapping="torchtitan-llama:8"):
         assert "torchtitan-llama" not in caplog.text
+
+
+RENAMED: dict[str, tuple[dict[str, str], list[str], str]] = {
+    "torchtune's Llama": (
+        {r"^layers[.](\d+)[.]attn[.]([qk])_proj": r"model.layers.\1.self_attn.\2_proj"},
+        ["layers.0.attn.q_proj.weight", "layers.0.sa_norm.scale"],
+        "key_mapping=torchtune-llama reorders them",
+    ),
+    "torchtune's Qwen3": (
+        {r"^layers[.](\d+)[.]attn[.]([qk])_proj": r"model.layers.\1.self_attn.\2_proj"},
+        ["layers.0.attn.q_proj.weight", "layers.0.attn.q_norm.scale", "layers.0.sa_norm.scale"],
+        "",
+    ),
+    "Megatron's": (
+        {r"^decoder[.](layers[.]\d+)[.]self_attention[.]linear_qkv": r"model.\1.self_attn.qkv_proj"},
+        ["decoder.layers.0.self_attention.linear_qkv.weight"],
+        "let Megatron Bridge export it",
+    ),
+    "torchtitan's Qwen3": (RENAMED_ONLY, ["layers.0.attention.wq.weight", "layers.0.attention.q_norm.weight"], ""),
+    "torchtitan's DeepSeek": (RENAMED_ONLY, ["layers.0.attention.wq.weight", "layers.0.attention.wkv_a.weight"], ""),
+    "torchtitan's Llama 4": (RENAMED_ONLY, ["layers.0.attention.wq.weight", "layers.0.moe.experts.w1"], ""),
+}
+
+
+@pytest.mark.parametrize("kind", RENAMED)
+def test_only_layouts_that_a_rename_gets_wrong_are_warned_of(tmp_path, kind, caplog):
+    mapping, names, told = RENAMED[kind]
+    path = save({"model": {name: torch.zeros(2, 2) for name in names}}, tmp_path / "c")
+    with open_checkpoint(path, key_mapping=lambda name: _renamed(name.removeprefix("model."), mapping)):
+        pass
+    assert ("gives wrong answers" in caplog.text) == bool(told)
+    assert told in caplog.text
+
+
+def _renamed(name: str, mapping: dict[str, str]) -> str:
+    for pattern, new in mapping.items():
+        name = re.sub(pattern, new, name)
+    return name
+
+
+def test_torchtunes_llama_gives_its_logits_in_transformers(tmp_path):
+    """Its names and its order, as its own conversion from transformers makes them."""
+    torch.manual_seed(7)
+    model = LlamaForCausalLM(CONFIG).float().eval()
+    names = {"embed_tokens": "tok_embeddings", "model.norm.weight": "norm.scale", "lm_head": "output"}
+    names |= {"self_attn.o_proj": "attn.output_proj", "self_attn": "attn", "mlp.gate_proj": "mlp.w1"}
+    names |= {"mlp.down_proj": "mlp.w2", "mlp.up_proj": "mlp.w3", "input_layernorm.weight": "sa_norm.scale"}
+    names |= {"post_attention_layernorm.weight": "mlp_norm.scale", "model.": ""}
+    trained = {}
+    for name, tensor in model.state_dict().items():
+        heads = HEADS if "q_proj" in name else KV_HEADS
+        if "q_proj" in name or "k_proj" in name:
+            tensor = tensor.view(heads, 2, HEAD_DIM // 2, DIM).transpose(1, 2).reshape(heads * HEAD_DIM, DIM)
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        trained[name] = tensor
+    assert {"layers.1.attn.k_proj.weight", "norm.scale", "layers.0.sa_norm.scale", "layers.1.mlp.w3.weight"} <= set(
+        trained
+    )
+    save(trained, tmp_path / "training")
+    (tmp_path / "training" / "config.json").write_text(json.dumps(CONFIG.to_dict()))
+    convert_checkpoint(str(tmp_path / "training"), str(tmp_path / "model"), key_mapping="torchtune-llama")
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    tokens = (torch.arange(20) * 7 % VOCABULARY)[None]
+    with torch.no_grad():
+        expected = model(tokens).logits
+        assert torch.allclose(back(tokens).logits, expected, atol=1e-5)
+    assert expected.std() > 0.01
+    convert_checkpoint(str(tmp_path / "model"), str(tmp_path / "out"), to="dcp", key_mapping="torchtune-llama")
+    with open_checkpoint(tmp_path / "out") as checkpoint:
+        assert same(trained, dict(checkpoint.tensors()))
 
 
 def test_a_model_goes_to_torchtitan_and_gives_its_logits_there(tmp_path):

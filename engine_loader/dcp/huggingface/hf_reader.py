@@ -6,13 +6,13 @@ import os
 from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from ...errors import CheckpointError
 from ...loading.find import NoCheckpointError, ShardedState, TrainingCheckpoint, find_checkpoint
-from ...loading.shards import OpenFiles, read_index
-from ...loading.training.items import PartInfo
+from ...loading.shards import OpenFiles, read_index, warn_of_other_parts
+from ...loading.training.items import JoinedParts, PartInfo
 from ...loading.training.parts import metadata_of_parts
 from ...machine import usable_cpus
 from ...sources.source import Source
@@ -53,6 +53,7 @@ class HuggingFaceStorageReader(HuggingFaceStorage, FileSystemReader):  # type: i
     ) -> None:
         super().__init__(path, **options)
         self.thread_count = thread_count
+        self._scales: dict[str, str] = {}
         objects = file_system_of(path, region, s3client_config, options)
         if objects is not None:
             self.fs = objects
@@ -77,13 +78,26 @@ class HuggingFaceStorageReader(HuggingFaceStorage, FileSystemReader):  # type: i
             )
         files = found.files if isinstance(found, ShardedState) else found
         listed = read_index(source, files.index_file) if files.index_file else None
+        if listed is not None:
+            warn_of_other_parts(listed, files.names)
         with OpenFiles(source, files.paths) as opened:
             headers = opened.headers
         files_of = {} if listed is None else {name: listed.path_of(file) for name, file in listed.weight_map.items()}
-        metadata = metadata_of_parts(headers, directory, files_of)
+        metadata = metadata_of_parts(headers, directory, files_of, join_rows=True)
         metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Keep the metadata, and which tensors have scales beside them."""
+        super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
+        names = metadata.state_dict_metadata
+        self._scales = {
+            name.removesuffix(end): name
+            for end in _SCALES
+            for name in names
+            if name.endswith(end) and name.removesuffix(end) in names
+        }
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Carry out a plan.
@@ -91,23 +105,27 @@ class HuggingFaceStorageReader(HuggingFaceStorage, FileSystemReader):  # type: i
         Raises:
             CheckpointError: a tensor cannot be read; the state dict then holds unspecified values.
         """
-        for item in plan.items:
-            stored: object = self._info(item)
-            if isinstance(stored, PartInfo) and stored.dtype.itemsize == 1 and stored.dtype.is_floating_point:
-                self._check_wanted(item.storage_index.fqn, planner.resolve_tensor(item).dtype, stored)
+        if self._scales:
+            for item in plan.items:
+                self._check_wanted(item, planner)
         return super().read_data(plan, planner)
 
-    def _source(self) -> Source:
-        objects = self.fs
-        return super()._source() if not hasattr(objects, "source") else objects.source()
-
-    def _check_wanted(self, name: str, wanted: Any, stored: PartInfo) -> None:
+    def _check_wanted(self, item: ReadItem, planner: LoadPlanner) -> None:
         """Refuse to hand out elements without the scales that they must be multiplied by."""
-        scale = next((name + end for end in _SCALES if name + end in self._tensors), None)
-        if scale is not None and wanted != stored.dtype:
+        name = item.storage_index.fqn
+        stored: object = self._info(item)
+        scale = self._scales.get(name)
+        if scale is None or not isinstance(stored, PartInfo | JoinedParts):
+            return
+        in_bytes = stored.dtype.itemsize == 1 and stored.dtype.is_floating_point
+        if in_bytes and (wanted := planner.resolve_tensor(item).dtype) != stored.dtype:
             raise CheckpointError(
                 f"{name!r} is quantised: {stored.dtype} with scales in {scale!r}, and the state dict wants {wanted}",
                 file=os.path.join(os.fspath(self.path), stored.relative_path),
                 hint="load it with its own element type and the scales beside it, or dequantise the checkpoint first "
                 "(torch's QuantizedHuggingFaceStorageReader does both)",
             )
+
+    def _source(self) -> Source:
+        objects = self.fs
+        return super()._source() if not hasattr(objects, "source") else objects.source()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import logging
 import os
 import queue
 import re
@@ -29,6 +30,8 @@ from ..s3_file_system import S3FileSystem
 from ..writer import FileSystemWriter
 from .consolidation import Destination, consolidate
 from .hf_storage import HuggingFaceStorage, file_system_of
+
+logger = logging.getLogger(__name__)
 
 SHARDED_DIRECTORY = "sharded"
 _PART = re.compile(r"shard-\d{5,}-model-\d{5,}-of-\d{5,}\.safetensors")
@@ -175,6 +178,12 @@ class HuggingFaceStorageWriter(HuggingFaceStorage, FileSystemWriter):  # type: i
                     self._destination(),
                     {name: file_name(numbers[name], most) for name in metadata.state_dict_metadata},
                     threads=self.thread_count_consolidation,
+                )
+            elif self.fs.exists(self.fs.concat_path(self.path, INDEX_NAME)):
+                logger.warning(
+                    "%s is of another save, and says that the tensors lie in other files: whoever reads by it gets "
+                    "those; remove it with its files, or save to a directory of its own",
+                    self.fs.concat_path(self.path, INDEX_NAME),
                 )
             return
         total = sum(info.length for _, info in stored)

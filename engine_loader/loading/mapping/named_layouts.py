@@ -1,14 +1,15 @@
 """Layouts by name, as ``key_mapping: torchtitan-llama``: how trainings call and order what transformers has otherwise.
 
-Facts: torchtitan's ``torchtitan/models/*/model/state_dict_adapter.py``; Meta's published Llama, whose names and order
-torchtitan's Llama has.
+Facts: torchtitan's ``torchtitan/models/*/model/state_dict_adapter.py``; torchtune's
+``torchtune/models/convert_weights.py``; Meta's published Llama, whose order both have, and torchtitan the names, too;
+Megatron Core's ``megatron/core/transformer/attention.py``.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...errors import CheckpointError
 from .rules import Rule, parse_rules
@@ -42,10 +43,72 @@ _LATENT = (
     ("attention.kv_norm", "self_attn.kv_a_layernorm"),
     ("attention.wkv_b", "self_attn.kv_b_proj"),
 )
-_HALVED = ("torchtitan-llama", "meta-llama")
-_SETTING = re.compile(r"(torchtitan-llama|meta-llama)(?::(\d+))?|torchtitan-(?:llama4|qwen3|deepseek_v3)")
-_INTERLEAVED = re.compile(r"(?:^|[.])attention[.]w([qk])[.](?:weight|bias)$")
-"""The rotated pairs are neighbouring rows here, and half a head apart in transformers and the engines."""
+_TUNE = (
+    ("attn.v_proj", "self_attn.v_proj"),
+    ("attn.output_proj", "self_attn.o_proj"),
+    ("mlp.w1", "mlp.gate_proj"),
+    ("mlp.w2", "mlp.down_proj"),
+    ("mlp.w3", "mlp.up_proj"),
+)
+_TUNE_ROTATED = (("attn.q_proj", "self_attn.q_proj"), ("attn.k_proj", "self_attn.k_proj"))
+_TUNE_NORMS = (("sa_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm"))
+_HALVED = ("torchtitan-llama", "meta-llama", "torchtune-llama")
+_SETTING = re.compile(
+    r"(torchtitan-llama|meta-llama|torchtune-llama)(?::(\d+))?|torchtitan-(?:llama4|qwen3|deepseek_v3)"
+)
+
+
+class _Misread(NamedTuple):
+    """Names by which tensors are told that a rename alone gets wrong.
+
+    Attributes:
+        name: of such a tensor in the training.
+        new: begins the last parts of its new name; its braces stand for what ``name`` has in its group.
+        only_with, not_with: what another name in the checkpoint must have, and none may have.
+        warning: has the two names put into it.
+    """
+
+    name: re.Pattern[str]
+    new: str
+    only_with: re.Pattern[str] | None
+    not_with: re.Pattern[str] | None
+    warning: str
+
+
+def _in_pairs(whose: str, which: str, layout: str) -> str:
+    """The warning of rotated pairs that are neighbouring rows, and half a head apart in transformers."""
+    return (
+        f"{{0!r}} looks like {whose}, whose rows of {which} are in another order than those of {{1!r}}: a model with "
+        "only the names changed gives wrong answers, unless the training has them in transformers' order; "
+        f"key_mapping={layout} reorders them"
+    )
+
+
+_MISREAD = (
+    _Misread(
+        re.compile(r"(?:^|[.])attention[.]w([qk])[.](?:weight|bias)$"),
+        "{}_proj",
+        None,
+        re.compile(r"(?:^|[.])(?:attention[.](?:[qk]_norm|kv_norm|wkv_[ab])|moe)[.]"),  # its Qwen3, DeepSeek, Llama 4
+        _in_pairs("torchtitan's Llama", "wq and wk", "torchtitan-llama"),
+    ),
+    _Misread(
+        re.compile(r"(?:^|[.])attn[.]([qk])_proj[.]weight$"),
+        "self_attn.{}_proj",
+        re.compile(r"[.]sa_norm[.]scale$"),
+        re.compile(r"[.]attn[.](?:[qk]_norm[.]|q_proj[.]bias$)"),  # its Qwen models
+        _in_pairs("torchtune's Llama", "q_proj and k_proj", "torchtune-llama"),
+    ),
+    _Misread(
+        re.compile(r"(?:^|[.])linear_(qkv)[.](?:weight|bias)$"),
+        "{}",
+        None,
+        None,
+        "{0!r} looks like Megatron's, which has queries, keys and values group by group, and the engines have all "
+        "queries first: as {1!r}, with only the name changed, the model gives wrong answers; let Megatron Bridge "
+        "export it to transformers' layout",
+    ),
+)
 _WRAPPER = "model."
 """Before the names, where a training saved ``{"model": model.state_dict()}``."""
 
@@ -80,6 +143,8 @@ def rules_of(mapping: object, head_dim: Callable[[], int | None] = lambda: 2) ->
                 "beside the checkpoint tells",
                 hint=f"give it: key_mapping={layout}:128, or put the model's config.json there",
             )
+        if layout == "torchtune-llama":
+            return _torchtune(rows)
         return [*_llama(rows), Rule(("freqs_cis",), ()), Rule(("rope.freqs",), ())]
     if layout == "torchtitan-qwen3":
         return [*_outer(), *_layers(_LAYER + _ROTATED + _NORMS + _DENSE + _ROUTER), *_experts()]
@@ -96,15 +161,17 @@ def unwrapped(name: str, mapping: object) -> str:
 
 
 def misread_layout(renamed: Iterable[tuple[str, str]]) -> str | None:
-    """A warning where (name, new name) show torchtitan's Llama, renamed to transformers' names and not reordered."""
-    for name, new in renamed:
-        found = _INTERLEAVED.search(name)
-        if found is not None and f"{found[1]}_proj" in new:
-            return (
-                f"{name!r} looks like torchtitan's Llama, whose rows of wq and wk are in another order than those of "
-                f"{new!r}: a model with only the names changed gives wrong answers, unless the training has them in "
-                "transformers' order"
-            )
+    """A warning where (name, new name) show a layout that has only been renamed, and differs by more than names."""
+    pairs = list(renamed)
+    for kind in _MISREAD:
+        if kind.only_with is not None and not any(kind.only_with.search(name) for name, _ in pairs):
+            continue
+        if kind.not_with is not None and any(kind.not_with.search(name) for name, _ in pairs):
+            continue
+        for name, new in pairs:
+            found = kind.name.search(name)
+            if found is not None and new != name and kind.new.format(found[1]) in new:
+                return kind.warning.format(name, new)
     return None
 
 
@@ -133,6 +200,16 @@ def _experts() -> list[Rule]:
 def _llama(head_dim: int) -> list[Rule]:
     rotated = _layers(_ROTATED, rows="pairs_to_halves", head_dim=head_dim)
     return [*_outer(), *_layers(_LAYER + _DENSE), *rotated]
+
+
+def _torchtune(head_dim: int) -> list[Rule]:
+    outer = (("tok_embeddings.weight", "model.embed_tokens.weight"), ("norm.scale", "model.norm.weight"))
+    norms = [
+        Rule((f"layers.{{l}}.{theirs}.scale",), (f"model.layers.{{l}}.{ours}.weight",)) for theirs, ours in _TUNE_NORMS
+    ]
+    rotated = _layers(_TUNE_ROTATED, rows="pairs_to_halves", head_dim=head_dim)
+    names = [Rule((theirs,), (ours,)) for theirs, ours in (*outer, ("output.weight", "lm_head.weight"))]
+    return [*names, *_layers(_TUNE), *norms, *rotated]
 
 
 def _llama4() -> list[Rule]:

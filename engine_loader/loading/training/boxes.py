@@ -1,9 +1,9 @@
-"""Reads of one box of a stored tensor into memory of any strides, device or element type."""
+"""Reads of one box of a stored tensor, in one piece or in several, into memory of any kind and strides."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +21,95 @@ _MOST_SPAN_BYTES = 64 << 20
 _MOST_SPAN_FACTOR = 16
 
 
+class Piece(NamedTuple):
+    """What a chunk holds of a tensor that is seen as rows: some of the rows, and of each the same bytes.
+
+    Attributes:
+        file: its number among the checkpoint's files.
+        offset: of its first byte there.
+        first_row, end_row: the rows.
+        begin, end: the bytes of each.
+    """
+
+    file: int
+    offset: int
+    first_row: int
+    end_row: int
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return (self.end_row - self.first_row) * (self.end - self.begin)
+
+    def holds(self, row: int, begin: int, end: int) -> bool:
+        """Whether bytes of a row are all here."""
+        return self.first_row <= row < self.end_row and self.begin <= begin and end <= self.end
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """A tensor as if it lay in one piece: rows of ``pitch`` bytes, and the pieces that make it up.
+
+    What is wanted of it is asked for as extents of the whole tensor (transfer/plan.py). Each becomes the extents of the
+    pieces that have some of it, so that what a rank keeps is read, and nothing else.
+    """
+
+    pitch: int
+    pieces: tuple[Piece, ...]
+
+    def extents(self, row: ExtentRow, offset: int) -> Iterator[ExtentRow]:
+        """An extent of the whole tensor, ``offset`` bytes from its beginning, as extents of the files."""
+        _, rows, _, nbytes, stride, address, dst_stride = row
+        first, begin = divmod(offset, self.pitch)
+        if rows == 1:
+            yield from self._run(first, begin, nbytes, address)
+        elif stride % self.pitch == 0 and begin + nbytes <= self.pitch:
+            yield from self._rows(first, stride // self.pitch, rows, begin, begin + nbytes, address, dst_stride)
+        else:
+            piece = self._piece(first, begin, begin + (rows - 1) * stride + nbytes)
+            if piece is not None:
+                src = piece.offset + (first - piece.first_row) * (piece.end - piece.begin) + begin - piece.begin
+                yield ExtentRow(piece.file, rows, src, nbytes, stride, address, dst_stride)
+                return
+            for number in range(rows):
+                at = divmod(offset + number * stride, self.pitch)
+                yield from self._run(*at, nbytes, address + number * dst_stride)
+
+    def _run(self, row: int, begin: int, nbytes: int, address: int) -> Iterator[ExtentRow]:
+        """Consecutive bytes: the end of a row, whole rows, the beginning of one."""
+        if begin:
+            width = min(nbytes, self.pitch - begin)
+            yield from self._rows(row, 1, 1, begin, begin + width, address, 0)
+            row, nbytes, address = row + 1, nbytes - width, address + width
+        whole, rest = divmod(nbytes, self.pitch)
+        if whole:
+            yield from self._rows(row, 1, whole, 0, self.pitch, address, self.pitch)
+        if rest:
+            yield from self._rows(row + whole, 1, 1, 0, rest, address + whole * self.pitch, 0)
+
+    def _rows(
+        self, first: int, step: int, count: int, begin: int, end: int, address: int, dst_stride: int
+    ) -> Iterator[ExtentRow]:
+        """The same bytes of every ``step``-th row."""
+        for piece in self.pieces:
+            low = max(0, -(-(piece.first_row - first) // step))
+            high = min(count, -(-(piece.end_row - first) // step))
+            left, right = max(begin, piece.begin), min(end, piece.end)
+            if low >= high or left >= right:
+                continue
+            pitch, width, rows = piece.end - piece.begin, right - left, high - low
+            src = piece.offset + (first + low * step - piece.first_row) * pitch + left - piece.begin
+            dst = address + low * dst_stride + left - begin
+            if rows == 1 or (step == 1 and width == pitch == dst_stride):
+                yield extent(piece.file, src, rows * width, dst)
+            else:
+                yield ExtentRow(piece.file, rows, src, width, step * pitch, dst, dst_stride)
+
+    def _piece(self, row: int, begin: int, end: int) -> Piece | None:
+        return next((piece for piece in self.pieces if piece.holds(row, begin, end)), None)
+
+
 class StoredTensor(NamedTuple):
     """A tensor, or a chunk of one, as it is stored.
 
@@ -29,6 +118,7 @@ class StoredTensor(NamedTuple):
         file: its number in ``DcpFiles``.
         offset: of its first element in the file, in bytes.
         dtype, shape, strides: of what is stored; strides in elements.
+        pieces: where it lies in several files, with an offset of 0; else None.
     """
 
     name: str
@@ -37,6 +127,7 @@ class StoredTensor(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    pieces: Pieces | None = None
 
 
 @dataclass(slots=True)

@@ -119,7 +119,10 @@ class DcpFiles:
         self, stored: StoredTensor, offsets: Sequence[int], lengths: Sequence[int], target: torch.Tensor
     ) -> BoxRead:
         """The read of a box of a stored tensor into ``target``; see ``box_read``."""
-        return box_read(stored, offsets, lengths, target, self.path_of)
+        read = box_read(stored, offsets, lengths, target, self.path_of)
+        if stored.pieces is not None:
+            read.extents = [part for row in read.extents for part in stored.pieces.extents(row, row[2])]
+        return read
 
     def submit(self, parts: Sequence[BoxRead]) -> Transfer | None:
         """Start reading parts; None where there is nothing to read. Call ``finish`` of each when it is done.

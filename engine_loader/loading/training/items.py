@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 
@@ -21,7 +21,7 @@ from ...sources.source import SourceFile
 from ...transfer.plan import ExtentRow, extent
 from ...transfer.protocol import Transfer, wait_or_cancel
 from ..geometry import contiguous_strides
-from .boxes import StoredTensor
+from .boxes import Piece, Pieces, StoredTensor
 from .files import COPY_AGAIN, DcpFiles
 
 if TYPE_CHECKING:
@@ -37,8 +37,7 @@ _FIRST_READ_BYTES = 32 << 10
 _LEAST_END, _MOST_END = LENGTH_BYTES + 2, LENGTH_BYTES + MAX_HEADER_BYTES
 
 
-@dataclass(frozen=True)
-class PartInfo:
+class PartInfo(NamedTuple):
     """Where a part of a tensor is stored, of a file whose header is known.
 
     It has the fields of DCP's ``_StorageInfo`` and of its ``_HFStorageInfo``.
@@ -49,6 +48,24 @@ class PartInfo:
     length: int
     shape: torch.Size
     dtype: torch.dtype
+    transform_descriptors: None = None
+
+
+class JoinedParts(NamedTuple):
+    """Where a whole tensor is stored whose parts are its rows, in order. It has the fields of PartInfo.
+
+    Attributes:
+        relative_path, offset: of the first part.
+        length, shape, dtype: of the whole.
+        parts: each that is not empty, with the number of its first row.
+    """
+
+    relative_path: str
+    offset: int
+    length: int
+    shape: torch.Size
+    dtype: torch.dtype
+    parts: tuple[tuple[int, PartInfo], ...]
     transform_descriptors: None = None
 
 
@@ -106,6 +123,10 @@ class Items:
 
         What has to be read for that is asked for before the first is yielded, of up to 4,096 items.
         """
+        if all(isinstance(info, PartInfo | JoinedParts) for _, info in items):
+            # Nothing has to be read: each is looked at when it is asked for.
+            yield from (self._known(name, info) for name, info in items)
+            return
         # All are checked before anything is read.
         located = [(*self._files.item(info, name), name, info) for name, info in items]
         known = self._stored
@@ -115,10 +136,6 @@ class Items:
             key = (number, info.offset, name)
             keys.append(key)
             if key in known:
-                continue
-            part: object = info
-            if isinstance(part, PartInfo):
-                known[key] = _in_part(name, number, part)
                 continue
             header = self._header(number, file)
             if info.transform_descriptors:
@@ -133,6 +150,19 @@ class Items:
                 read, stored = next(found)
                 known[read] = stored
             yield known[key]
+
+    def _known(self, name: str, stored: Any) -> StoredTensor:
+        """A part whose place the headers told, or several that are the rows of one tensor."""
+        if not isinstance(stored, JoinedParts):
+            return _in_part(name, self._files.item(stored, name)[0], stored)
+        pitch = stored.length // stored.shape[0]
+        pieces = []
+        parts: Sequence[tuple[int, Any]] = stored.parts
+        for row, part in parts:
+            number, _ = self._files.item(part, name)
+            pieces.append(Piece(number, part.offset, row, row + part.shape[0], 0, pitch))
+        whole = PartInfo("", 0, stored.length, stored.shape, stored.dtype)
+        return _in_part(name, pieces[0].file, whole)._replace(pieces=Pieces(pitch, tuple(pieces)))
 
     def _header(self, number: int, file: SourceFile) -> _Contents | None:
         """The tensors of a safetensors file by name; None for any other."""

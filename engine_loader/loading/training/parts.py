@@ -14,7 +14,7 @@ from ...errors import CheckpointError
 from ...formats.dcp_parts import saved_offsets
 from ...formats.safetensors import Header, TensorInfo
 from ...garbage import no_garbage_collection
-from .items import PartInfo
+from .items import JoinedParts, PartInfo
 from .tensors import check_cover
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ class _Whole:
                 file=tensor.file,
                 hint=_SEVERAL_SAVES,
             )
-        self.ends = [max(end, begin + size) for end, begin, size in zip(self.ends, offsets, part.shape, strict=True)]
+        for dim, (begin, size) in enumerate(zip(offsets, part.shape, strict=True)):
+            self.ends[dim] = max(self.ends[dim], begin + size)
         before = self.parts.get(offsets)
         # Of ranks that have nothing of a tensor, several begin at its end.
         if before is not None and before.length and part.length:
@@ -53,6 +54,20 @@ class _Whole:
         if before is None or part.length:
             self.parts[offsets] = part
 
+    def joined(self) -> JoinedParts | None:
+        """Its parts as one, where they are its rows, in order and without a hole."""
+        row, rest, rows = 0, tuple(self.ends[1:]), []
+        for offsets, part in sorted(self.parts.items()):
+            if part.length:
+                if offsets[:1] != (row,) or any(offsets[1:]) or part.shape[1:] != rest:
+                    return None
+                rows.append((row, part))
+                row += part.shape[0]
+        if not rows or row != self.ends[0]:
+            return None
+        first, nbytes = rows[0][1], sum(part.length for _, part in rows)
+        return JoinedParts(first.relative_path, first.offset, nbytes, torch.Size(self.ends), self.dtype, tuple(rows))
+
 
 def common_directory(files: Iterable[str]) -> str:
     """The directory that holds all of these files, or "" where there is none."""
@@ -60,13 +75,17 @@ def common_directory(files: Iterable[str]) -> str:
     return directories.pop() if len(directories) == 1 else ""
 
 
-def metadata_of_parts(headers: Sequence[Header], directory: str, files_of: Mapping[str, str] | None = None) -> Metadata:
+def metadata_of_parts(
+    headers: Sequence[Header], directory: str, files_of: Mapping[str, str] | None = None, *, join_rows: bool = False
+) -> Metadata:
     """What ``.metadata`` would say of these files. Its storage data are PartInfo.
 
     Args:
         headers: of the files.
         directory: to which the paths of the files are relative, see ``common_directory``; "": they are kept.
-        files_of: name -> path of the file whose tensor counts, for whole tensors that several files have.
+        files_of: name -> path of the file whose tensor counts, where several files have one of this name.
+        join_rows: tensors whose parts are their rows, in order, have one chunk, which is stored at JoinedParts: torch
+            then plans one read of each, and not one of each part.
 
     Raises:
         CheckpointError: DCP_SHARDING_INFO is wrong, or the parts of a tensor differ in their element type, overlap, or
@@ -83,31 +102,38 @@ def metadata_of_parts(headers: Sequence[Header], directory: str, files_of: Mappi
     with no_garbage_collection():
         wholes = _wholes(headers, directory, files_of or {})
         entries: dict[str, TensorStorageMetadata] = {}
-        storage: dict[MetadataIndex, PartInfo] = {}
+        storage: dict[MetadataIndex, PartInfo | JoinedParts] = {}
         for name, whole in wholes.items():
+            joined = whole.joined() if join_rows and len(whole.parts) > 1 else None
+            stored = whole.parts if joined is None else {(0,) * len(whole.ends): joined}
             chunks = []
-            for offsets, part in whole.parts.items():
+            for offsets, part in stored.items():
                 begin = torch.Size(offsets)
                 chunks.append(ChunkStorageMetadata(begin, part.shape))
                 storage[MetadataIndex(name, begin)] = part
-            check_cover(name, whole.ends, chunks, whole.first.file)
+            if joined is None:
+                check_cover(name, whole.ends, chunks, whole.first.file)
             entries[name] = TensorStorageMetadata(TensorProperties(whole.dtype), torch.Size(whole.ends), chunks)
     return Metadata(entries, storage_data=storage)  # type: ignore[arg-type]  # the values' type is invariant
 
 
 def _wholes(headers: Sequence[Header], directory: str, files_of: Mapping[str, str]) -> dict[str, _Whole]:
     wholes: dict[str, _Whole] = {}
+    there = {(header.file, tensor.name) for header in headers for tensor in header.tensors} if files_of else set()
+    chosen = {name: file for name, file in files_of.items() if (file, name) in there}
     for header in headers:
         path = os.path.basename(header.file) if directory else header.file
         told = saved_offsets(header)
         for tensor in header.tensors:
-            if told is None and files_of.get(tensor.name, header.file) != header.file:
+            if chosen and chosen.get(tensor.name, header.file) != header.file:
                 continue
             dtype, sizes = tensor.as_torch()
             # torch counts these in its own elements, also where the header counts smaller ones (F4).
             offsets = (0,) * len(sizes) if told is None else told[tensor.name]
             part = PartInfo(path, tensor.offset, tensor.nbytes, torch.Size(sizes), dtype)
-            whole = wholes.setdefault(tensor.name, _Whole(tensor, dtype, [0] * len(sizes), {}))
+            whole = wholes.get(tensor.name)
+            if whole is None:
+                whole = wholes[tensor.name] = _Whole(tensor, dtype, [0] * len(sizes), {})
             whole.add(offsets, part, tensor)
     for name, whole in wholes.items():
         if math.prod(end or 1 for end in whole.ends) * whole.dtype.itemsize > _MAX_INT64:

@@ -22,10 +22,11 @@ from ..find import without_end
 from ..mapping.named_layouts import misread_layout
 from ..store import TensorStore, device_for
 from .beside import LeftOut
+from .boxes import Pieces
 from .chunks import ChunkReader
 from .files import DcpFiles
 from .key_mapping import KeyMapping, make_renamer
-from .pieces import Pieces, pieces_of
+from .pieces import pieces_of
 from .tensors import DcpTensor, state_paths, tensors_of
 from .torch_load import check_not_quantised
 
@@ -191,4 +192,4 @@ class TrainingStore(TensorStore):
 def _warn_of_layout(tensors: Mapping[str, DcpTensor]) -> None:
     warning = misread_layout((tensor.stored_name, name) for name, tensor in tensors.items())
     if warning is not None:
-        logger.warning("%s; key_mapping=torchtitan-llama reorders them", warning)
+        logger.warning("%s", warning)
