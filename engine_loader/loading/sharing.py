@@ -219,6 +219,7 @@ class NodeSharing:
             ranks=ranks.count,
             readers=readers,
             copies=copies,
+            files=self._files,
         )
 
 
