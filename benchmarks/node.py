@@ -263,12 +263,12 @@ def measure(source: str, checkpoint: Path, layouts: Sequence[Layout], scratch: P
         page_cache.warm(files) if source != "posix" else page_cache.drop(files)
         for layout in layouts if arguments.check else ():
             verify(machine.run(layout, "auto", check=True), layout, checkpoint)
-        for number in range(arguments.rounds):
+        for _ in range(arguments.rounds):
             for layout, share in variants:
                 found = machine.run(layout, share)
                 took[layout, share].append(seconds(found))
+                print(f"{source}, {layout.name}, {share}: {seconds(found):.2f} s", file=sys.stderr)
                 read[layout, share] = max(read[layout, share], sum(each["read"] for each in found) / nbytes)
-            print(f"{SOURCES[source]}: round {number + 1}", file=sys.stderr)
         machine.close()
     alone = took[variants[0]]
     print(f"\n{SOURCES[source]}, {nbytes / GIB:.2f} GiB over {arguments.link:g} GB/s, {arguments.rounds} rounds:\n")

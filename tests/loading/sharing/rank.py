@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,6 +100,7 @@ def load(options: Options) -> dict[str, Any]:
     files = open_files(source, SafetensorsFiles(tuple(options.files)))
     ranks = NodeRanks(options.node or options.ranks, lambda name: name.endswith(".own"))
     found: dict[str, Any] = {}
+    before = bytes_from_disk()
     with SafetensorsStore(files, source.name, settings, ranks=ranks) as store:
         wanted = list(parts(list(store.infos), options))
         if options.fall:
@@ -129,10 +131,17 @@ def load(options: Options) -> dict[str, Any]:
         if "error" in found:
             return found
         statistics = store._running_readers().statistics()
+        found["from_disk"] = bytes_from_disk() - before
         found["read"] = statistics.bytes_read + statistics.overread_bytes + store._sharing.bytes_read
         found["why_not"] = store._sharing._why_not
     found["sums"] = {info.name: checksum(target) for info, _, target in wanted}
     return found
+
+
+def bytes_from_disk() -> int:
+    """That this process had the kernel fetch."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes:"))
 
 
 def checksum(tensor: torch.Tensor) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from engine_loader.bench import page_cache
+from engine_loader.transfer.modes import resident_share
 from engine_loader.transfer.window.meeting import meeting_directory
 
 from ...transfer.native.building import compile_shim
@@ -190,3 +193,20 @@ def test_a_directory_that_others_may_enter_is_not_used(tmp_path: Path, monkeypat
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
     directory, _ = meeting_directory()
     assert directory != runtime / "engine-loader"
+
+
+def test_ranks_that_cannot_meet_share_by_the_page_cache(tmp_path: Path, place: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    make_checkpoint(path, layers=12)
+    page_cache.drop([str(path)])
+    with path.open("rb") as file:
+        if not (resident_share(file.fileno(), path.stat().st_size) or 0) < 0.05:
+            pytest.skip("files here lie in memory")
+    place.mkdir(mode=0o700)
+    with (place / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        settings = {"share": "auto", "share_timeout_s": 0.1}
+        found = load_together([Options([str(path)], rank, 3, settings=settings) for rank in range(3)])
+    assert [one["sums"] for one in found] == sums_of(path, 3)
+    assert all("nothing shared" in one["why_not"] for one in found)
+    assert sum(one["from_disk"] for one in found) < 1.1 * path.stat().st_size < sum(one["read"] for one in found)
