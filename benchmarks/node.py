@@ -2,24 +2,27 @@
 
     python -m benchmarks.node
     python -m benchmarks.node --only usrbio --ranks 8
+    python -m benchmarks.node --link 0.5 --gib 0.5     (where all processes have two CPUs together)
 
-Processes load one Llama as ranks of a layout, at the same time, over one link of 2 GB/s: from 3FS (the emulator), from
-a file system (O_DIRECT, every read held back to the link's pace), and from S3 on loopback. Each has the recorded plan
-of its rank: what vLLM's code copies of each tensor. Beside it: the same with `share: off`, and one process that reads
-the whole checkpoint alone. The first round is checked, byte for byte; figures are medians of the others.
+Processes load one Llama as ranks of a layout, at the same time, over one link: from 3FS (the emulator), from a file
+system (O_DIRECT, every read held back to the link's pace), and from S3 on loopback. Each has the recorded plan of its
+rank: what vLLM's code copies of each tensor. Beside it: the same with `share: off`, and one process that reads the
+whole checkpoint alone. A first round is checked, byte for byte; figures are medians of the others, and times are
+divided by what the one process took in the same round. Ranks are forked from a process that has imported everything.
 """
 
 import argparse
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -40,7 +43,7 @@ from engine_loader.sources.registry import make_source
 from engine_loader.threefs_emulator import build_emulator
 from engine_loader.transfer.protocol import Transfer
 
-LINK = 2_000_000_000
+GB = 1e9
 BATCH_BYTES = 32 << 20
 ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head")
 INNER = ("o_proj", "down_proj")
@@ -92,8 +95,10 @@ def is_expert(name: str) -> bool:
     return name.split(".")[-2] in MLP
 
 
-def load(files: Sequence[str], layout: Layout, rank: int, settings: LoaderSettings, check: bool) -> dict[str, Any]:
-    """Load as one rank, when a line comes on the input."""
+def load(
+    files: Sequence[str], layout: Layout, rank: int, settings: LoaderSettings, check: bool, start: Callable[[], None]
+) -> dict[str, Any]:
+    """Load as one rank; ``start`` returns when all are to begin."""
     source = make_source(settings.backend, settings=settings)
     opened = open_files(source, SafetensorsFiles(tuple(files)))
     ranks = NodeRanks(layout.ranks, is_expert) if layout.experts else NodeRanks(layout.ranks)
@@ -103,8 +108,7 @@ def load(files: Sequence[str], layout: Layout, rank: int, settings: LoaderSettin
             dtype, shape = info.as_torch()
             view = layout.part(info.name, torch.empty(shape, dtype=dtype, device="meta"), rank)
             wanted.append((info, view, torch.zeros(view.shape, dtype=dtype)))
-        print("ready", flush=True)
-        sys.stdin.readline()
+        start()
         begin = time.monotonic()
         transfers: list[Transfer] = []
         extents, owners = [], []
@@ -143,16 +147,20 @@ class Place:
 
 
 @contextmanager
-def place(source: str, checkpoint: Path, scratch: Path) -> Iterator[Place]:
+def place(source: str, checkpoint: Path, scratch: Path, link: int) -> Iterator[Place]:
+    """A checkpoint behind a link of so many bytes a second."""
     files = sorted(str(file) for file in checkpoint.glob("*.safetensors"))
     if source == "usrbio":
         library = build_emulator(scratch / "lib")
         environment = {
             "HF3FS_LIB_DIR": str(library.parent),
             "HF3FS_EMULATOR_MOUNT": str(checkpoint.resolve()),
-            "HF3FS_EMULATOR_OPTIONS": f"bandwidth={LINK},shared_link=1,dma=1",
+            "HF3FS_EMULATOR_OPTIONS": f"bandwidth={link},shared_link=1,dma=1",
         }
-        yield Place(files, {"backend": "usrbio"}, environment)
+        try:
+            yield Place(files, {"backend": "usrbio"}, environment)
+        finally:
+            shutil.rmtree(checkpoint / "3fs-virt", ignore_errors=True)
     elif source == "posix":
         shim, shared = scratch / "throttle.so", scratch / "link"
         code = Path(__file__).with_name("throttle.c")
@@ -161,51 +169,71 @@ def place(source: str, checkpoint: Path, scratch: Path) -> Iterator[Place]:
         environment = {
             "LD_PRELOAD": str(shim),
             "THROTTLE_FILE": str(shared),
-            "THROTTLE_BYTES_PER_S": str(LINK),
+            "THROTTLE_BYTES_PER_S": str(link),
         }
         yield Place(files, {"backend": "posix", "read_mode": "direct"}, environment)
     else:
-        with serving(checkpoint.parent, LINK) as (url, _):
+        with serving(checkpoint.parent, link) as (url, _):
             settings = {"object_store_endpoint_url": url, "object_store_anonymous": True, "backend": "object_store"}
             yield Place([f"s3://{checkpoint.name}/{Path(file).name}" for file in files], settings, {})
 
 
-def run_round(where: Place, layout: Layout, share: str, *, check: bool = False) -> list[dict[str, Any]]:
-    children = []
-    for rank in range(layout.ranks):
-        options = {
-            "files": where.files,
-            "layout": [layout.tensor, layout.replicas, layout.experts],
-            "rank": rank,
-            "settings": where.settings | {"share": share, "ranks_per_node": layout.ranks},
-            "check": check,
-        }
-        children.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.node", "--child", json.dumps(options)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env=os.environ | where.environment,
-            )
+class Machine:
+    """A process that has imported everything, and forks the ranks of each round."""
+
+    def __init__(self, where: Place) -> None:
+        self._files, self._settings = where.files, where.settings
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.node", "--machine"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | where.environment,
         )
-    found = []
-    try:
-        for child in children:
-            assert child.stdout is not None
-            assert child.stdout.readline() == "ready\n"
-        for child in children:
-            assert child.stdin is not None
-            child.stdin.write("go\n")
-            child.stdin.flush()
-        for child in children:
-            assert child.stdout is not None
-            found.append(json.loads(child.stdout.readline()))
-    finally:
-        for child in children:
-            child.kill()
-            child.wait()
-    return found
+
+    def run(self, layout: Layout, share: str, *, check: bool = False) -> list[dict[str, Any]]:
+        """Load once with all ranks of a layout; returns what each says."""
+        settings = self._settings | {"share": share, "ranks_per_node": layout.ranks}
+        options = {"files": self._files, "layout": asdict(layout), "settings": settings, "check": check}
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(f"{json.dumps(options)}\n")
+        self._process.stdin.flush()
+        return list(json.loads(self._process.stdout.readline()))
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def fork_ranks(options: dict[str, Any]) -> list[dict[str, Any]]:
+    """The ranks of a round: each says that it is ready, and begins when all are."""
+    layout = Layout(**options["layout"])
+    settings = LoaderSettings(**options["settings"])
+    go_read, go_write = os.pipe()
+    pipes = []
+    for rank in range(layout.ranks):
+        read, write = os.pipe()
+        if os.fork() == 0:
+            os.close(go_write)
+
+            def start(write: int = write) -> None:
+                os.write(write, b"\n")
+                os.read(go_read, 1)  # returns when the other end is closed
+
+            found = load(options["files"], layout, rank, settings, options["check"], start)
+            with os.fdopen(write, "w") as answer:
+                answer.write(json.dumps(found))
+            os._exit(0)
+        os.close(write)
+        pipes.append(os.fdopen(read))
+    for pipe in pipes:
+        assert pipe.readline() == "\n"
+    os.close(go_write)
+    answers = [json.loads(pipe.read()) for pipe in pipes]
+    os.close(go_read)
+    for pipe in pipes:
+        pipe.close()
+        os.wait()
+    return answers
 
 
 def seconds(found: Sequence[dict[str, Any]]) -> float:
@@ -223,44 +251,49 @@ def verify(found: Sequence[dict[str, Any]], layout: Layout, checkpoint: Path) ->
                     assert each["sums"][name] == digest(layout.part(name, tensor, rank)), (name, rank)
 
 
-def measure(source: str, checkpoint: Path, layouts: Sequence[Layout], rounds: int, scratch: Path, check: bool) -> None:
+def measure(source: str, checkpoint: Path, layouts: Sequence[Layout], scratch: Path, arguments: Any) -> None:
     files = [str(file) for file in checkpoint.glob("*.safetensors")]
     nbytes = sum(Path(file).stat().st_size for file in files)
-    rows = []
-    with place(source, checkpoint, scratch) as where:
+    variants = [(Layout(1), "off"), (Layout(1), "auto")]
+    variants += [(layout, share) for layout in layouts for share in ("off", "auto")]
+    took: dict[tuple[Layout, str], list[float]] = {variant: [] for variant in variants}
+    read = dict.fromkeys(variants, 0.0)
+    with place(source, checkpoint, scratch, int(arguments.link * GB)) as where:
+        machine = Machine(where)
         page_cache.warm(files) if source != "posix" else page_cache.drop(files)
-        times = [seconds(run_round(where, Layout(1), "off")) for _ in range(rounds)]
-        alone = median(times)
-        rows.append(("one rank", "-", "1.00", f"{alone:.2f}", "1.00"))
-        for layout in layouts:
-            if check:
-                verify(run_round(where, layout, "auto", check=True), layout, checkpoint)
-            for share in ("off", "auto"):
-                found = [run_round(where, layout, share) for _ in range(rounds)]
-                read = median(sum(each["read"] for each in one) / nbytes for one in found)
-                took = median(map(seconds, found))
-                rows.append((layout.name, share, f"{read:.3f}", f"{took:.2f}", f"{took / alone:.2f}"))
-    print(f"\n{SOURCES[source]}, a link of 2 GB/s, {nbytes / GIB:.2f} GiB:\n")
-    print("| ranks | share | read by the machine, of the checkpoint | s to the last rank | of one rank alone |")
+        for layout in layouts if arguments.check else ():
+            verify(machine.run(layout, "auto", check=True), layout, checkpoint)
+        for _ in range(arguments.rounds):
+            for layout, share in variants:
+                found = machine.run(layout, share)
+                took[layout, share].append(seconds(found))
+                print(f"{source}, {layout.name}, {share}: {seconds(found):.2f} s", file=sys.stderr)
+                read[layout, share] = max(read[layout, share], sum(each["read"] for each in found) / nbytes)
+        machine.close()
+    alone = took[variants[0]]
+    print(f"\n{SOURCES[source]}, {nbytes / GIB:.2f} GiB over {arguments.link:g} GB/s, {arguments.rounds} rounds:\n")
+    print("| ranks | `share` | read by all together, of the checkpoint | s to the last rank | of one rank alone |")
     print("|---|---|---:|---:|---:|")
-    for row in rows:
-        print(f"| {' | '.join(row)} |")
+    for (layout, share), times in took.items():
+        ratio = median(one / other for one, other in zip(times, alone, strict=True))
+        print(f"| {layout.name} | {share} | {read[layout, share]:.2f} | {median(times):.2f} | {ratio:.2f} |")
     sys.stdout.flush()
 
 
-def child(options: dict[str, Any]) -> None:
+def serve_rounds() -> None:
+    """What the process of a ``Machine`` does."""
     torch.set_num_threads(1)
-    layout = Layout(*options["layout"])
-    settings = LoaderSettings(**options["settings"])
-    print(json.dumps(load(options["files"], layout, options["rank"], settings, options["check"])), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(fork_ranks(json.loads(line))), flush=True)
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--child"]:
-        child(json.loads(sys.argv[2]))
+    if sys.argv[1:2] == ["--machine"]:
+        serve_rounds()
         return
     parser = parser_of(__doc__, "engine-loader-benchmark-node")
     parser.add_argument("--gib", type=float, default=1.5)
+    parser.add_argument("--link", type=float, default=2.0, help="GB/s (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ranks", type=int, nargs="*", default=[2, 4, 8])
     parser.add_argument("--only", choices=list(SOURCES), nargs="*", default=list(SOURCES))
@@ -276,7 +309,7 @@ def main() -> None:
     print(f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f} before.")
     with tempfile.TemporaryDirectory() as scratch:
         for source in arguments.only:
-            measure(source, checkpoint, layouts, arguments.rounds, Path(scratch), arguments.check)
+            measure(source, checkpoint, layouts, Path(scratch), arguments)
     print(f"\nLoad {os.getloadavg()[0]:.1f} after.")
 
 

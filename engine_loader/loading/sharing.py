@@ -204,6 +204,8 @@ class NodeSharing:
             except (CheckpointError, OSError) as error:
                 self._why_not = f"nothing shared: {error}"
                 logger.debug("the window: %s", error)
+                if isinstance(readers, NativeReaders):
+                    readers.by_page_cache = True
             return self._member
 
     def _join(self, readers: ReaderThreads, ranks: NodeRanks) -> WindowMember:
@@ -222,6 +224,7 @@ class NodeSharing:
             ranks=ranks.count,
             readers=readers,
             copies=copies,
+            files=self._files,
         )
 
 

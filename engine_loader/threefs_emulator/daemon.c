@@ -236,7 +236,10 @@ static void carry_out(struct io *io) {
     if (hole.inside) pad(io, &hole, result);
     lock();
     io->result = result;
-    if (result > 0) emulator.counters.bytes += result;
+    if (result > 0) {
+        emulator.counters.bytes += result;
+        if (emulator.shared_bytes != NULL) *emulator.shared_bytes += result;
+    }
 }
 
 /* The link carries one after the other: from when it is free, and not before `from`. */

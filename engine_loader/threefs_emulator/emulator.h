@@ -130,7 +130,7 @@ struct emulator {
     struct io **due;               /* IOs that complete later: a heap by due_ns */
     struct io *unsent, **unsent_end; /* requests beyond the daemon's limits */
     int due_count, due_capacity;
-    _Atomic int64_t link_free_ns, *shared_link_free_ns;
+    _Atomic int64_t link_free_ns, *shared_link_free_ns, *shared_bytes;
     uint64_t random;
     pid_t pid;
     int64_t preps;

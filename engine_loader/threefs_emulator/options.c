@@ -48,14 +48,16 @@ static void reset_options(void) {
     emulator.counters.max_requests = 0;
 }
 
-/* When the link is free, in memory that all processes with this mount share. */
+/* When the link is free, and the bytes that went over it, in memory that all processes with this mount share. */
 static int share_link(const char *path) {
     const int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
     if (fd < 0) return -errno;
     void *memory = MAP_FAILED;
-    if (ftruncate(fd, sizeof(int64_t)) == 0) memory = mmap(NULL, sizeof(int64_t), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    const size_t bytes = 2 * sizeof(int64_t);
+    if (ftruncate(fd, (off_t)bytes) == 0) memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     close(fd);
     emulator.shared_link_free_ns = memory == MAP_FAILED ? NULL : memory;
+    emulator.shared_bytes = memory == MAP_FAILED ? NULL : emulator.shared_link_free_ns + 1;
     return 0;
 }
 

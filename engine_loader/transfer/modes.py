@@ -92,6 +92,16 @@ def choose_mode(file: SourceFile, setting: str = "auto") -> ReadMode:
     return _choose(kind, share)
 
 
+def by_page_cache(mode: ReadMode) -> ReadMode:
+    """What becomes of a mode where several processes of this machine read the same bytes, each for itself.
+
+    The first one of them to read brings the bytes into the page cache, and the others have them from there.
+    """
+    if mode.name not in ("direct", "mixed"):
+        return mode
+    return ReadMode("buffered", True, f"{mode.reason}; other ranks read it too", mode.remote)
+
+
 def can_map(file: SourceFile, *, always: bool = False) -> bool:
     """Whether to hand out mapped pages of a file: they lie in memory already, and a copy would be one pass too many.
 

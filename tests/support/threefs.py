@@ -61,6 +61,11 @@ class Emulator:
         assert self._calls.hf3fs_iovcreate(iov, str(self.mount).encode(), size, ctypes.c_size_t(0), -1) == 0
         self._calls.hf3fs_iovdestroy(iov)
 
+    @property
+    def bytes_of_all(self) -> int:
+        """Bytes that all processes together have read from this mount."""
+        return int.from_bytes((self.mount / "3fs-virt" / ".link").read_bytes()[8:16], "little")
+
     def sweep(self) -> None:
         """What the daemon does when the kernel has closed the descriptors of processes that ended."""
         self._calls.hf3fs_emulator_sweep()

@@ -20,7 +20,7 @@ import numpy as np
 from ...sources.source import SourceFile, UsrbioAccess
 from ..cpus import cpus_of_node, default_threads, local_cpus, waiting_threads
 from ..device_stream import DeviceStream
-from ..modes import ReadMode, choose_mode
+from ..modes import ReadMode, by_page_cache, choose_mode
 from ..placement import node_of_gpu, node_of_storage
 from ..plan import EXTENT, Extents, check_plan, files_of_plan, plan_bytes
 from ..protocol import TransferStatistics
@@ -90,6 +90,10 @@ class NativeReaders:
         pinned_bytes: page-locked memory for what is on its way to a device, for each one.
         device_runtime: path of the runtime of CUDA or HIP; None: the one that the process has loaded.
 
+    Attributes:
+        by_page_cache: read by way of the page cache what would be read past it, unless that was asked for by name: for
+            processes that read the same bytes and have no other way to share them.
+
     Raises:
         TransferError: the library cannot be loaded.
     """
@@ -118,6 +122,7 @@ class NativeReaders:
         self._placed = False
         self.deadline_s = deadline_s
         self._read_mode = read_mode
+        self.by_page_cache = False
         self._pinned_bytes = pinned_bytes
         self._device_runtime = device_runtime
         self._devices: dict[int, int] = {}  # the library's number by the runtime's
@@ -298,7 +303,10 @@ class NativeReaders:
 
     def _open(self, file: SourceFile) -> OpenFile:
         with self._lock:
+            by_cache = self.by_page_cache and self._read_mode == "auto"
             found = self._open_files.get(file)
+            if by_cache and found is not None and by_page_cache(found.mode) is not found.mode:
+                found = None  # transfers that are under way keep theirs
             if found is None:
                 access = file.native_access
                 if access is not None:
@@ -306,7 +314,8 @@ class NativeReaders:
                         ReadMode("usrbio", True, f"on 3FS at {access.mount}"), -1, self._add_usrbio(access) << 8
                     )
                 else:
-                    found = opened_as(file, choose_mode(file, self._read_mode))
+                    mode = choose_mode(file, self._read_mode)
+                    found = opened_as(file, by_page_cache(mode) if by_cache else mode)
                 self._open_files[file] = found
                 logger.debug("%s is read %s (%s)", file.path, found.mode.name, found.mode.reason)
             return found

@@ -66,6 +66,7 @@ class WindowMember:
         ranks: that read at the same time.
         readers: read blocks. Python ones read nothing else: what they were given before would keep other ranks waiting.
         copies: native threads that copy from the window.
+        files: that will be read; blocks that this rank has no use for need not wait for it.
 
     Raises:
         TransferError: the window cannot be joined.
@@ -80,6 +81,7 @@ class WindowMember:
         ranks: int,
         readers: ReaderThreads,
         copies: NativeReaders,
+        files: Sequence[SourceFile],
     ) -> None:
         self._handle: ctypes.c_void_p | None = None
         self._library, self._quick = load_window(), load_quick_window()
@@ -93,6 +95,7 @@ class WindowMember:
         self._threads: list[threading.Thread] = []
         native = isinstance(readers, NativeReaders)
         ahead = max(4, _MOST_AHEAD // SLOT_BYTES // ranks) if native else readers.threads
+        keys = np.array([key for key in map(self._key, files) if key is not None], np.uint64)
         config = WindowConfig(
             struct_bytes=ctypes.sizeof(WindowConfig),
             ahead=ahead,
@@ -102,6 +105,8 @@ class WindowMember:
             directory=os.fsencode(directory),
             reads=readers.handle if isinstance(readers, NativeReaders) else None,
             copies=copies.handle,
+            keys=keys.ctypes.data,
+            n_keys=len(keys),
         )
         handle = ctypes.c_void_p()
         result = self._library.el_window_join(config, handle)

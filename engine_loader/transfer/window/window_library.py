@@ -19,6 +19,9 @@ class WindowConfig(ctypes.Structure):
         ("directory", ctypes.c_char_p),
         ("reads", ctypes.c_void_p),
         ("copies", ctypes.c_void_p),
+        ("keys", ctypes.c_void_p),
+        ("n_keys", ctypes.c_uint32),
+        ("reserved2", ctypes.c_uint32),
     )
 
 
@@ -56,8 +59,11 @@ class WindowStats(ctypes.Structure):
         ("taken_over", ctypes.c_uint64),
         ("evicted", ctypes.c_uint64),
         ("waited_ns", ctypes.c_uint64),
+        ("longest_wait_ns", ctypes.c_uint64),
         ("members", ctypes.c_uint32),
         ("most_members", ctypes.c_uint32),
+        ("reading", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
     )
 
 

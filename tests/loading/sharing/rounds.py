@@ -3,7 +3,8 @@ reads, or the window is too small; each is drawn from a seed.
 
     python -m tests.loading.sharing.rounds FOLDER ROUNDS SEED
 
-It prints a line of JSON: how many ranks ended how, and the longest time that one took. A rank that was let live has
+It prints a line of JSON: how many ranks ended how, the longest time that one took, and the longest that one waited in
+vain for another or for room in the window. A rank that was let live has
 the right bytes, or (where reads were bad) an error about the file; else the program ends with an assertion. Ranks are
 forked from a process that has imported everything. With the shim for faults (tests/transfer/native/shim) preloaded,
 reads are slow, so that faults fall into them, and fail.
@@ -21,7 +22,7 @@ import struct
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +45,30 @@ SHAPES = {
 
 @dataclass
 class Fate:
-    """What befalls a rank: seconds after the start of its round; None: never."""
+    """What befalls a rank: seconds after the start of its round; None: never.
+
+    Attributes:
+        fall: a signal that comes while it reads a block for all others; the other attributes say what follows.
+        fall_after_s: so long after it was first seen to read.
+    """
 
     late_s: float = 0.0
     stop_at: float | None = None
     go_on_at: float | None = None
     kill_at: float | None = None
+    fall: int = 0
+    fall_after_s: float = 0.0
+
+    @property
+    def stops(self) -> bool:
+        return self.go_on_at is not None or self.fall == signal.SIGSTOP
 
 
 @dataclass
 class Running:
     options: Options
     fate: Fate
+    stops: bool
     pid: int
     pipe: int
     text: bytes = b""
@@ -89,7 +102,8 @@ def make_checkpoint(path: Path, layers: int = 6) -> None:
 
 def draw_fate(draw: random.Random) -> Fate:
     at = draw.uniform(0, draw.choice([0.1, 0.4, 1.5]))  # a load takes as long, or longer where the machine is busy
-    match draw.randrange(8):
+    after = draw.choice([0.0, draw.uniform(0, 0.1)])
+    match draw.randrange(12):
         case 0:
             return Fate(kill_at=at)
         case 1:
@@ -98,15 +112,20 @@ def draw_fate(draw: random.Random) -> Fate:
             return Fate(stop_at=at, kill_at=at + draw.uniform(0.2, 2 * TIMEOUT_S))
         case 3:
             return Fate(late_s=draw.uniform(0.02, 0.4))
+        case 4 | 5:
+            return Fate(fall=signal.SIGKILL, fall_after_s=after)
+        case 6 | 7:
+            return Fate(fall=signal.SIGSTOP, fall_after_s=after, go_on_at=at + draw.uniform(0.2, 2 * TIMEOUT_S))
     return Fate()
 
 
 def start(options: Options, fate: Fate, begin: float) -> Running:
+    options = replace(options, fall=int(fate.fall), fall_after_s=fate.fall_after_s)
     read, write = os.pipe()
     pid = os.fork()
     if pid:
         os.close(write)
-        return Running(options, fate, pid, read)
+        return Running(options, fate, fate.stops, pid, read)
     try:
         os.close(read)
         time.sleep(max(0.0, begin + fate.late_s - time.monotonic()))
@@ -131,8 +150,7 @@ def run(ranks: list[Running], begin: float) -> float:
             if fate.stop_at is not None and now >= fate.stop_at:
                 fate.stop_at = None
                 os.kill(rank.pid, signal.SIGSTOP)
-            if fate.go_on_at is not None and now >= fate.go_on_at:
-                fate.go_on_at = None
+            if fate.go_on_at is not None and now >= fate.go_on_at:  # for good: it may stop itself later
                 os.kill(rank.pid, signal.SIGCONT)
             if fate.kill_at is not None and now >= fate.kill_at:
                 fate.kill_at = None
@@ -166,7 +184,7 @@ def main() -> None:
                     truth[name, rank, of] = checksum(part_of(name, tensor, rank, of))
     faults = Faults()
     found: Counter[str] = Counter()
-    longest = 0.0
+    longest = longest_wait = 0.0
     for number in range(rounds):
         draw = random.Random(seed * 100_003 + number)
         count = draw.randint(2, 4)
@@ -193,8 +211,12 @@ def main() -> None:
         for rank in ranks:
             if not rank.text:
                 found["ended"] += 1
+                found["ended reading"] += rank.fate.fall == signal.SIGKILL
                 continue
             answer = json.loads(rank.text)
+            if not rank.stops and "longest_wait_ns" in answer:
+                longest_wait = max(longest_wait, answer["longest_wait_ns"] / 1e9)
+            found["taken over"] += answer.get("taken_over", 0) > 0
             if "error" in answer:
                 assert bad and str(path) in answer["error"], (number, answer)
                 found["error"] += 1
@@ -204,14 +226,13 @@ def main() -> None:
             found["right"] += 1
             found["from others"] += answer.get("shared_bytes", 0) > 0
             found["past the window"] += answer.get("left_bytes", 0) > 0
-            found["taken over"] += answer.get("taken_over", 0) > 0
             found["evicted"] += answer.get("evicted", 0) > 0
     faults.set()
     # A healthy round cleans up what the killed left behind.
     now = time.monotonic()
     healthy = {"read_mode": "direct", "share": "auto"}
     run([start(Options([str(path)], rank, 2, 2, healthy), Fate(), now) for rank in range(2)], now)
-    print(json.dumps({**found, "longest_s": round(longest, 2)}))
+    print(json.dumps({**found, "longest_s": round(longest, 2), "longest_wait_s": round(longest_wait, 2)}))
 
 
 if __name__ == "__main__":

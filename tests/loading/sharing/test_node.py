@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -12,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
+from engine_loader.bench import page_cache
+from engine_loader.transfer.modes import resident_share
 from engine_loader.transfer.window.meeting import meeting_directory
 
 from ...transfer.native.building import compile_shim
-from .rank import Options
-from .rounds import make_checkpoint
+from .rank import Options, checksum, part_of
+from .rounds import TIMEOUT_S, make_checkpoint
 
 ROUNDS = 500 if os.environ.get("EXTENDED_TESTS") else 12
 
@@ -58,6 +63,15 @@ def load_together(ranks: list[Options]) -> list[dict[str, Any]]:
     return answers
 
 
+def sums_of(path: Path, ranks: int) -> list[dict[str, str]]:
+    """What each of so many ranks is to have."""
+    tensors = load_file(path)
+    return [
+        {name: checksum(part_of(name, tensor, rank, ranks)) for name, tensor in tensors.items()}
+        for rank in range(ranks)
+    ]
+
+
 def test_what_several_ranks_need_is_read_once(tmp_path: Path, place: Path) -> None:
     path = tmp_path / "model.safetensors"
     make_checkpoint(path, layers=12)
@@ -96,8 +110,63 @@ def test_what_a_rank_claimed_that_dies_is_read_by_who_waits(tmp_path: Path, plac
             child.kill()
             child.communicate()
     assert found["taken_over"] > 0
-    alone = load_together([Options([str(path)], 1, 2, settings=settings | {"share": "off"})])[0]
-    assert found["sums"] == alone["sums"]
+    assert found["sums"] == sums_of(path, 2)[1]
+
+
+def test_what_a_stopped_rank_claimed_is_read_by_who_waits_and_it_ends_right_when_it_goes_on(
+    tmp_path: Path, place: Path
+) -> None:
+    path, words = tmp_path / "model.safetensors", tmp_path / "faults"
+    make_checkpoint(path)
+    words.write_bytes(struct.pack("7I", 0, 0, 0, 0, 0, 0, 200_000) + bytes(36))
+    environment = {"LD_PRELOAD": str(compile_shim(tmp_path)), "ENGINE_LOADER_FAULTS": str(words)}
+    settings: dict[str, Any] = {"read_mode": "direct", "share": "auto", "share_timeout_s": 1.0}
+    stopped = start(Options([str(path)], 0, 2, settings=settings, meet=2, fall=signal.SIGSTOP), environment)
+    waiting = start(Options([str(path)], 1, 2, settings=settings, meet=2), {})
+    try:
+        for child in (stopped, waiting):
+            go(child)
+        _, status = os.waitpid(stopped.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+        found = json.loads(waiting.communicate(timeout=120)[0])
+        words.write_bytes(bytes(64))
+        stopped.send_signal(signal.SIGCONT)
+        late = json.loads(stopped.communicate(timeout=120)[0])
+    finally:
+        for child in (stopped, waiting):
+            child.kill()
+            child.communicate()
+    assert found["taken_over"] > 0
+    assert found["longest_wait_ns"] / 1e9 >= settings["share_timeout_s"]
+    assert [late["sums"], found["sums"]] == sums_of(path, 2)
+    assert [entry.name for entry in place.iterdir()] == ["lock"]
+
+
+def test_a_full_window_waits_for_the_last_rank_that_wants_its_blocks(tmp_path: Path, place: Path) -> None:
+    path, other = tmp_path / "model.safetensors", tmp_path / "other.safetensors"
+    make_checkpoint(path, layers=12)
+    make_checkpoint(other, layers=1)
+    settings = {"read_mode": "direct", "share": "auto", "share_bytes": 16 << 20, "share_timeout_s": 60.0}
+    ranks = [Options([str(path)], rank, 2, settings=settings, meet=3, pause_s=0.05 * rank) for rank in range(2)]
+    # The third one loads other files, which nobody else wants.
+    found = load_together([*ranks, Options([str(other)], 0, 2, settings=settings, meet=3, pause_s=1.0)])
+    assert [one["sums"] for one in found[:2]] == sums_of(path, 2)
+    assert sum(one["read"] for one in found[:2]) < 1.05 * path.stat().st_size
+    # A block of which rank 0 wants nothing may find no room: it does not wait for what rank 1 itself still wants.
+    assert max(one["left_bytes"] for one in found) < 4096
+    blocks_of_other = 3
+    assert max(one["evicted"] for one in found) <= blocks_of_other
+
+
+def test_a_full_window_gives_up_what_only_ranks_want_that_have_not_come(tmp_path: Path, place: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    make_checkpoint(path, layers=12)
+    settings = {"read_mode": "direct", "share": "auto", "share_bytes": 16 << 20, "share_timeout_s": 60.0}
+    (found,) = load_together([Options([str(path)], 1, 2, node=2, settings=settings)])
+    assert found["sums"] == sums_of(path, 2)[1]
+    assert found["evicted"] > 0
+    assert found["left_bytes"] == 0
+    assert found["read"] < path.stat().st_size  # what is rank 0's alone was not
 
 
 def test_faults_of_some_ranks_leave_the_others_right(tmp_path: Path, place: Path) -> None:
@@ -110,6 +179,10 @@ def test_faults_of_some_ranks_leave_the_others_right(tmp_path: Path, place: Path
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["right"] > ROUNDS and found["from others"] and found["ended"], found
+    # Kills fall into reads: what those had claimed is read by others.
+    assert found["ended reading"] and found["taken over"] > (ROUNDS // 50), found
+    assert found["longest_wait_s"] < 2 * TIMEOUT_S, found
+    assert [name for name in os.listdir("/dev/shm") if "engine-loader" in name and "3fs" not in name] == []
     assert [entry.name for entry in place.iterdir()] == ["lock"], "sockets of killed ranks are left"
 
 
@@ -120,3 +193,20 @@ def test_a_directory_that_others_may_enter_is_not_used(tmp_path: Path, monkeypat
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
     directory, _ = meeting_directory()
     assert directory != runtime / "engine-loader"
+
+
+def test_ranks_that_cannot_meet_share_by_the_page_cache(tmp_path: Path, place: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    make_checkpoint(path, layers=12)
+    page_cache.drop([str(path)])
+    with path.open("rb") as file:
+        if not (resident_share(file.fileno(), path.stat().st_size) or 0) < 0.05:
+            pytest.skip("files here lie in memory")
+    place.mkdir(mode=0o700)
+    with (place / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        settings = {"share": "auto", "share_timeout_s": 0.1}
+        found = load_together([Options([str(path)], rank, 3, settings=settings) for rank in range(3)])
+    assert [one["sums"] for one in found] == sums_of(path, 3)
+    assert all("nothing shared" in one["why_not"] for one in found)
+    assert sum(one["from_disk"] for one in found) < 1.1 * path.stat().st_size < sum(one["read"] for one in found)

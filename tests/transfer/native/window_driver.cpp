@@ -69,8 +69,12 @@ void rank(const std::vector<TestFile> &files, const Regions &regions, const std:
     el_readers *readers = el_readers_create(&config, &error);
     CHECK(readers != nullptr);
     const bool pulled = below(random, 3) == 0;
+    std::vector<uint64_t> keys;
+    for (const el_shared_file &file : regions.files) keys.insert(keys.end(), file.key, file.key + 2);
+    const auto declared = static_cast<uint32_t>(below(random, regions.files.size() + 1));
     const el_window_config window_config{sizeof(el_window_config), 1 + static_cast<uint32_t>(below(random, 6)), 400, 0, 8 * kSlotBytes,
-                                         kSlotBytes, folder.c_str(), pulled ? nullptr : readers, readers};
+                                         kSlotBytes, folder.c_str(), pulled ? nullptr : readers, readers,
+                                         reinterpret_cast<const uint64_t(*)[2]>(keys.data()), declared, 0};
     el_window *window = nullptr;
     CHECK(el_window_join(&window_config, &window) == EL_OK);
     Regions ours = regions;

@@ -142,6 +142,8 @@ int NodeWindow::enter() {
         bury(i);  // what one held that died while it entered or left
         member.wants_room = 0;
         member.delivered.store(0);
+        member.heard = now_ns();
+        member.interest = Interest{};
         member.number.store(++header_->numbers);
         entered_ = true;
         return 0;
@@ -171,15 +173,38 @@ WindowSlot *NodeWindow::find(const BlockKey &key) {
     return nullptr;
 }
 
-// The first free slot, so that no more memory is touched than is needed; else the one that has been ready for longest.
-WindowSlot *NodeWindow::room() {
+void NodeWindow::declare(const uint64_t (*files)[2], uint32_t n) {
+    Hold hold(*this);
+    Interest &interest = header_->members[member_].interest;
+    for (uint32_t i = 0; hold && i < n; i++) Interest::set(interest.declared, files[i], true);
+}
+
+// Bits of the members that are there. Who has asked for nothing for long keeps no memory from others.
+uint64_t NodeWindow::active_members() const {
+    const int64_t since = now_ns() - patience_ns_;
+    uint64_t active = 0;
+    for (uint32_t i = 0; i < kMembers; i++) {
+        const WindowMember &member = header_->members[i];
+        if (member.number.load() != 0 && member.heard >= since) active |= uint64_t{1} << i;
+    }
+    return active;
+}
+
+// The first free slot, so that no more memory is touched than is needed; else, of those that nobody here wants any more,
+// the one that has been ready for longest.
+WindowSlot *NodeWindow::room(bool &behind) {
     WindowSlot *oldest = nullptr;
+    uint64_t active = 0;
     for (uint32_t i = 0; i < header_->slots; i++) {
         WindowSlot &slot = slots_[i];
         const SlotState state = slot.state.load();
         if (state == SlotState::free) return &slot;
         if (state != SlotState::ready || slot.pinned != 0) continue;
-        if (oldest == nullptr || slot.finished < oldest->finished) oldest = &slot;
+        if (oldest != nullptr && slot.finished >= oldest->finished) continue;
+        if (active == 0) active = active_members() | bit();
+        const uint64_t wanted = wanted_by(slot, active);
+        behind |= (wanted & bit()) != 0;
+        if (wanted == 0) oldest = &slot;
     }
     if (oldest != nullptr) {
         header_->evicted++;
@@ -206,20 +231,25 @@ void NodeWindow::ring_for_room() {
     }
 }
 
-Got NodeWindow::want(const BlockKey &key, uint32_t expected, Claim &claim) {
+Got NodeWindow::want(const BlockKey &key, uint32_t expected, bool again, Claim &claim) {
     Hold hold(*this);
     if (!hold) return Got::broken;
+    WindowMember &member = header_->members[member_];
+    member.heard = now_ns();
+    if (!again) member.interest.come_to(key);
     if (WindowSlot *found = find(key)) {
         claim = Claim{static_cast<uint32_t>(found - slots_), found->claim.load()};
         if (found->state.load() == SlotState::ready) {
             found->pinned |= bit();
+            found->waiting &= ~bit();
             return Got::ready;
         }
         found->waiting |= bit();
         return Got::busy;
     }
-    WindowSlot *slot = room();
-    if (slot == nullptr) return Got::full;
+    bool behind = false;
+    WindowSlot *slot = room(behind);
+    if (slot == nullptr) return behind ? Got::behind : Got::full;
     slot->key = key;
     slot->owner = member_;
     slot->claim.store(++header_->claims);
@@ -241,6 +271,7 @@ Got NodeWindow::look(const Claim &claim) {
             return Got::busy;
         case SlotState::ready:
             slot.pinned |= bit();
+            slot.waiting &= ~bit();
             return Got::ready;
         default:
             return Got::full;
@@ -262,7 +293,6 @@ bool NodeWindow::publish(const Claim &claim) {
     slot.finished = ++header_->finishes;
     slot.state.store(SlotState::ready);
     ring_all(slot.waiting);
-    slot.waiting = 0;
     return true;
 }
 
@@ -294,8 +324,13 @@ void NodeWindow::done(const Claim &claim) {
     release_if_had(slot);
 }
 
+void NodeWindow::forget(const Claim &claim) {
+    Hold hold(*this);
+    if (hold && slots_[claim.slot].claim == claim.number) slots_[claim.slot].waiting &= ~bit();
+}
+
 void NodeWindow::release_if_had(WindowSlot &slot) {
-    if (slot.pinned != 0) return;
+    if (slot.pinned != 0 || slot.waiting != 0) return;
     if (count(slot.had) >= slot.expected) clear(slot);
     ring_for_room();
 }
@@ -328,6 +363,7 @@ void NodeWindow::bury(uint32_t member) {
 uint32_t NodeWindow::sweep() {
     Hold hold(*this);
     if (!hold) return 0;
+    header_->members[member_].heard = now_ns();
     uint32_t dead = 0;
     for (uint32_t i = 0; i < kMembers; i++) {
         WindowMember &member = header_->members[i];

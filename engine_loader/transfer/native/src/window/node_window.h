@@ -6,6 +6,7 @@
 #include <pthread.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "threads/bell.h"
 
@@ -42,9 +43,40 @@ struct WindowSlot {
     uint64_t finished;  // when it became ready, in the order of all
     uint64_t had;       // bits of the members that have copied what they want of it
     uint64_t pinned;    // of those that copy from it now
-    uint64_t waiting;   // of those that want to hear when it changes
+    uint64_t waiting;   // of those that want to hear when it changes, or have not taken it since it became ready
     uint32_t expected;  // so many members will want it
     uint32_t unused;
+};
+
+// Which files a member reads, and how far it is. Files share bits, seldom.
+struct Interest {
+    static constexpr uint64_t kBits = 8192;
+
+    uint64_t declared[kBits / 64];
+    uint64_t passed[kBits / 64];
+    uint64_t file[2];  // that it reads now
+    uint64_t offset;   // of the last block that it came to
+
+    static bool has(const uint64_t *bits, const uint64_t *file) { return bits[file[0] % kBits / 64] >> file[0] % 64 & 1; }
+    static void set(uint64_t *bits, const uint64_t *file, bool value) {
+        uint64_t &word = bits[file[0] % kBits / 64];
+        const uint64_t bit = uint64_t{1} << file[0] % 64;
+        word = value ? word | bit : word & ~bit;
+    }
+    bool is_at(const BlockKey &key) const { return file[0] == key.file[0] && file[1] == key.file[1]; }
+    void come_to(const BlockKey &key) {
+        if (!is_at(key)) {
+            set(passed, file, true);
+            set(passed, key.file, false);
+            memcpy(file, key.file, sizeof file);
+        }
+        offset = key.offset;
+    }
+    // Ranks go through the files in the order of their plans.
+    bool has_to_come_to(const BlockKey &key) const {
+        if (is_at(key)) return key.offset > offset;
+        return has(declared, key.file) && !has(passed, key.file);
+    }
 };
 
 // A rank. `alive` is locked by a thread of its process as long as that lives.
@@ -52,6 +84,8 @@ struct WindowMember {
     pthread_mutex_t alive;
     std::atomic<uint64_t> number;  // 0: nobody
     std::atomic<int64_t> delivered;  // when it last read a block for all; CLOCK_MONOTONIC, ns
+    int64_t heard;  // when it last asked for anything
+    Interest interest;
     Bell bell;
     uint32_t wants_room;  // wants to hear when a slot becomes free
 };
@@ -78,7 +112,8 @@ enum class Got {
     mine,    // to be read by the caller now
     busy,    // another member reads it
     ready,   // there, and pinned
-    full,    // there is no slot that can be had
+    full,    // all slots hold what others still want
+    behind,  // the same, and this member is one of them: it is not to wait for room
     broken,  // the lock cannot be had in time
 };
 
@@ -100,7 +135,10 @@ class NodeWindow {
     void keep_mapped() { keep_ = true; }
 
     void patience(int64_t ns) { patience_ns_ = ns; }
-    Got want(const BlockKey &key, uint32_t expected, Claim &claim);
+    // The files that this member reads: blocks of others do not wait for it.
+    void declare(const uint64_t (*files)[2], uint32_t n);
+    // `again`: it was wanted before, and what comes after it, too.
+    Got want(const BlockKey &key, uint32_t expected, bool again, Claim &claim);
     // Whether another member still reads what it claimed, without the lock.
     bool still_busy(const Claim &claim) const {
         const WindowSlot &slot = slots_[claim.slot];
@@ -113,6 +151,7 @@ class NodeWindow {
     void give_up(const Claim &claim);  // the caller could not read it
     void take_from(const Claim &claim);  // another member does not deliver: whoever wants the block may claim it
     void done(const Claim &claim);     // the caller has copied what it wants
+    void forget(const Claim &claim);   // it does not wait for it any more
     // Take back what dead members hold; returns how many were found dead.
     uint32_t sweep();
     void want_room(bool wanted);
@@ -137,7 +176,17 @@ class NodeWindow {
   private:
     class Hold;
     WindowSlot *find(const BlockKey &key);
-    WindowSlot *room();
+    WindowSlot *room(bool &behind);
+    // Which of these members have not had a block that they may want.
+    uint64_t wanted_by(const WindowSlot &slot, uint64_t members) const {
+        uint64_t wanted = slot.waiting & members;
+        for (uint64_t left = members & ~(slot.had | wanted); left != 0; left &= left - 1) {
+            const auto member = static_cast<uint32_t>(__builtin_ctzll(left));
+            if (header_->members[member].interest.has_to_come_to(slot.key)) wanted |= uint64_t{1} << member;
+        }
+        return wanted;
+    }
+    uint64_t active_members() const;
     void clear(WindowSlot &slot);
     void release_if_had(WindowSlot &slot);
     void ring_all(uint64_t members);

@@ -2,6 +2,7 @@
 #include "window/sharing.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace el {
 namespace {
@@ -114,13 +115,16 @@ bool Sharing::go_on_waiting(Active &active) {
         Lock lock(mutex);
         if (transfer.stop) {
             block.state = State::over;
+            lock.unlock();
+            window.forget(block.claim);
             return true;
         }
     }
     const uint32_t owner = window.owner_of(block.claim);
     // Where the storage is slow, all are late with each block, but none is idle.
     const int64_t since = std::max(block.since, window.delivered(owner));
-    const bool in_time = window.is_ours(block.claim) || ((late_ >> owner & 1) == 0 && now_ns() - since < timeout_ns_);
+    const int64_t now = now_ns();
+    const bool in_time = window.is_ours(block.claim) || ((late_ >> owner & 1) == 0 && now - since < timeout_ns_);
     if (in_time && window.still_busy(block.claim)) return false;
     switch (window.look(block.claim)) {
         case Got::ready:
@@ -129,6 +133,7 @@ bool Sharing::go_on_waiting(Active &active) {
             return begin_copying(transfer, block);
         case Got::busy:
             if (in_time) return false;
+            if ((late_ >> owner & 1) == 0) note_wait(now - since);
             late_ |= uint64_t{1} << owner;
             window.take_from(block.claim);
             block.state = State::pending;
@@ -185,14 +190,23 @@ bool Sharing::is_busy() const {
 
 void Sharing::has_room() {
     if (full_since_ == 0) return;
+    if (!went_on_) note_wait(now_ns() - full_since_);
     full_since_ = 0;
+    went_on_ = false;
     window().want_room(false);
+}
+
+// The caller waited so long, in vain or for room.
+void Sharing::note_wait(int64_t ns) {
+    Lock lock(mutex);
+    stats_.longest_wait_ns = std::max(stats_.longest_wait_ns, static_cast<uint64_t>(ns));
 }
 
 // Want a block; false where there is no room for it now.
 bool Sharing::begin(const std::shared_ptr<SharedTransfer> &transfer, SharedBlock &block) {
     NodeWindow &window = this->window();
-    switch (window.want(block.key, block.expected, block.claim)) {
+    const bool again = std::exchange(block.begun, true);
+    switch (window.want(block.key, block.expected, again, block.claim)) {
         case Got::mine:
             has_room();
             if (!begin_reading(*transfer, block)) {
@@ -215,6 +229,7 @@ bool Sharing::begin(const std::shared_ptr<SharedTransfer> &transfer, SharedBlock
             break;
         case Got::full:
             if (full_since_ == 0 || now_ns() - full_since_ < timeout_ns_) return false;
+            if (!std::exchange(went_on_, true)) note_wait(now_ns() - full_since_);
             [[fallthrough]];
         default: {
             Lock lock(mutex);

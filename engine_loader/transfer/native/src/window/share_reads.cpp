@@ -67,8 +67,7 @@ bool Sharing::go_on_reading(Active &active) {
         }
         if (el_cancel(block.transfer, 0) != EL_OK) return false;
         drop_reading(block, 0);
-        reading_--;
-        reading_bytes_ -= block.key.bytes;
+        note_reading(block, false);
         block.state = State::over;
         return true;
     }
@@ -82,8 +81,7 @@ bool Sharing::go_on_reading(Active &active) {
         transfer.asked--;
         if (!complete) window.give_up(block.claim);
     }
-    reading_--;
-    reading_bytes_ -= block.key.bytes;
+    note_reading(block, false);
     if (!complete) {
         Lock lock(mutex);
         if (failure.kind == EL_FAIL_DEADLINE) {
@@ -209,10 +207,16 @@ bool Sharing::begin_reading(SharedTransfer &transfer, SharedBlock &block) {
         }
         listen(block.transfer, window.bell());
     }
-    reading_++;
-    reading_bytes_ += block.key.bytes;
+    note_reading(block, true);
     block.state = State::reading;
     return true;
+}
+
+void Sharing::note_reading(const SharedBlock &block, bool begun) {
+    reading_ = begun ? reading_ + 1 : reading_ - 1;
+    reading_bytes_ = begun ? reading_bytes_ + block.key.bytes : reading_bytes_ - block.key.bytes;
+    Lock lock(mutex);
+    stats_.reading = reading_;
 }
 
 // Give up a read of ours that is under way.

@@ -20,6 +20,7 @@ struct SharedBlock {
     uint64_t wanted = 0;  // bytes
     State state = State::pending;
     bool by_us = false;  // this member read it
+    bool begun = false;  // it was wanted before
     Claim claim{};
     int64_t since = 0;  // when another was first seen to read it
     el_transfer *transfer = nullptr;

@@ -24,6 +24,7 @@ Sharing::~Sharing() { close(); }
 int Sharing::start(const el_window_config &config) {
     const int error = member_->join(place_of(config));
     if (error != 0) return error;
+    window().declare(config.keys, config.n_keys);
     slot_bytes_ = window().slot_bytes();
     pins_.resize(window().slots());
     const int failed = start_thread(thread_, {}, "el-share", run, this);

@@ -91,6 +91,8 @@ class Sharing : public std::enable_shared_from_this<Sharing> {
     void end_if_over(SharedTransfer &transfer);
     void ring_own_bell();
     void has_room();
+    void note_wait(int64_t ns);
+    void note_reading(const SharedBlock &block, bool begun);
     bool is_busy() const;
     bool read_is_over(SharedBlock &block, bool &complete, el_failure_info &failure);
     void drop_reading(SharedBlock &block, int64_t until);
@@ -124,6 +126,7 @@ class Sharing : public std::enable_shared_from_this<Sharing> {
     std::vector<uint32_t> pins_;  // by slot: copies of this member under way
     uint64_t late_ = 0;  // bits of members that did not deliver in time
     int64_t full_since_ = 0, swept_ = 0;
+    bool went_on_ = false;  // past a window that was full for too long
 };
 
 }  // namespace el

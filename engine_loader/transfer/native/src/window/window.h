@@ -22,6 +22,9 @@ typedef struct {
     const char *directory;  /* of this user; nobody else can enter it */
     el_readers *reads;      /* that read blocks; NULL: whoever calls el_window_next_read does */
     el_readers *copies;     /* that copy from the window */
+    const uint64_t (*keys)[2]; /* of the files that will be read, see el_shared_file */
+    uint32_t n_keys;
+    uint32_t reserved2;
 } el_window_config;
 
 typedef struct {
@@ -54,8 +57,11 @@ typedef struct {
     uint64_t taken_over;    /* claims of members, of all, that were dead or late */
     uint64_t evicted;       /* blocks, of all members, that made room before all had had them */
     uint64_t waited_ns;     /* that this member had nothing to do but to wait for others */
+    uint64_t longest_wait_ns; /* for one that did not deliver, or for room */
     uint32_t members;       /* now */
     uint32_t most_members;  /* that this one has seen */
+    uint32_t reading;       /* blocks that this member reads now, for all */
+    uint32_t reserved;
 } el_window_stats;
 
 /* Join the node's window, or make one. EL_OK, an EL_E_..., or a positive errno. */
