@@ -20,11 +20,11 @@ def score(x: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     restored = load_compile_cache()  # before the first call of a compiled function; never raises, never hangs
-    print(f"restore: {restored.value}")
+    print(f"restore: {restored.name.lower()}")
     print(f"result: {score(torch.ones(8, 8)).sum().item():.4f}")  # the warm-up
     hits = counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"]
     print(f"found in the cache: {'yes' if hits else 'no'}")
-    print(f"save: {save_compile_cache().value}")  # only what the store does not have yet
+    print(f"save: {save_compile_cache().name.lower()}")  # only what the store does not have yet
 
 
 if __name__ == "__main__":

@@ -65,7 +65,10 @@ of them needs costs no other."""
 MIRRORS = ({"engines/common", "engines/sglang", "engines/vllm"},)
 """Folders that hold the same roles, for another engine, by the same file names."""
 
-NAMED_ALIKE = {"store.py": "loading's store of tensors, and its implementation for training checkpoints"}
+NAMED_ALIKE = {
+    "store.py": "loading's store of tensors, and its implementation for training checkpoints",
+    "interface.py": "of the compile cache's stores; and a module of the package that compat/ stands for",
+}
 """File names that may exist more than once, and why. A command (cli/) may be named as the room that it shows."""
 
 

@@ -92,6 +92,11 @@ class AddressReader:
         with ThreadPoolExecutor(max(1, min(num_threads, len(paths)))) as threads:
             return dict(zip(paths, threads.map(self._header, paths), strict=True))
 
+    def has_fd(self, path: str) -> bool:
+        """Whether a file is open: it was read, or its header was, and ``close`` was not called since."""
+        with self._lock:
+            return os.fspath(path) in self._files
+
     def close(self) -> None:
         """Give back files, rings and threads. Safe to call twice."""
         with self._lock:

@@ -3,12 +3,13 @@ torch.compile as it is.
 
 They cache what torch.compile makes (inductor and Triton) under the environment's key, never raise for what can go
 wrong with a cache, and never take longer than compile_cache.restore_timeout_s and save_timeout_s. Their variables
-(B10FS_CACHE_DIR, MAX_CACHE_SIZE_MB, …) count.
+(B10FS_CACHE_DIR, MAX_CACHE_SIZE_MB, …) and their defaults count; docs/compatibility.md has what differs.
 """
 
 from __future__ import annotations
 
 import enum
+import hashlib
 import logging
 import os
 import shutil
@@ -18,22 +19,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..compile_cache.cache_errors import CacheError, CacheOperationInterrupted, CacheValidationError
-from ..compile_cache.directories import (
-    INDUCTOR,
-    TRITON,
-    default_inductor_directory,
-    directories_of,
-    name_private_directories,
-)
+from ..compile_cache.directories import INDUCTOR, TRITON, default_inductor_directory, directories_of
 from ..compile_cache.key import CacheKey, environment_key
 from ..compile_cache.packs.scan import scan
-from ..compile_cache.process.job import Job
-from ..compile_cache.process.outcome import Outcome
-from ..compile_cache.process.session import run_job
-from ..compile_cache.space import Floor, mib, no_room_is_an_interruption
+from ..compile_cache.space import Floor, no_room_is_an_interruption
 from ..compile_cache.stores.opening import open_store
-from ..errors import SettingsError
-from ..settings import CompileCacheSettings, load_settings
+from ..settings import CompileCacheSettings
+from .b10_jobs import run_drop_in
+from .b10_logger import get_b10_logger
+from .b10_settings import drop_in_settings, room_for
+from .vllm_sidecar import save_vllm_compile_cache
 
 __all__ = [
     "CacheError",
@@ -41,10 +36,12 @@ __all__ = [
     "CacheValidationError",
     "OperationStatus",
     "clear_local_cache",
+    "get_b10_logger",
     "get_cache_info",
     "list_available_caches",
     "load_compile_cache",
     "save_compile_cache",
+    "save_vllm_compile_cache",
     "transfer",
 ]
 
@@ -54,15 +51,16 @@ ENGINE = "torch"
 _SCOPE = "all"
 _MB = 1 << 20
 _COPY_BYTES = 16 << 20
+_ENVIRONMENT_CHARS = 16
 
 
 class OperationStatus(enum.Enum):
     """How an operation ended. True when a cache is in place: ``if not load_compile_cache(): …``."""
 
-    SUCCESS = "success"
-    ERROR = "error"
-    DOES_NOT_EXIST = "does_not_exist"
-    SKIPPED = "skipped"
+    SUCCESS = 1
+    ERROR = 2
+    DOES_NOT_EXIST = 3
+    SKIPPED = 4
 
     def __bool__(self) -> bool:
         return self in (OperationStatus.SUCCESS, OperationStatus.SKIPPED)
@@ -73,7 +71,11 @@ _LOADED = {
     "complete": OperationStatus.SKIPPED,
     "nothing": OperationStatus.DOES_NOT_EXIST,
 }
-_SAVED = {"saved": OperationStatus.SUCCESS, "complete": OperationStatus.SKIPPED}
+_SAVED = {
+    "saved": OperationStatus.SUCCESS,
+    "complete": OperationStatus.SKIPPED,
+    "nothing": OperationStatus.SKIPPED,
+}
 
 
 def load_compile_cache() -> OperationStatus:
@@ -91,8 +93,8 @@ def save_compile_cache() -> OperationStatus:
     """Bring what the local caches have into the store; call it after warm-up.
 
     Returns:
-        SUCCESS: a pack was saved. SKIPPED: the store has everything.
-        ERROR: there is nothing to save, no room, or the store cannot be written; the log says why.
+        SUCCESS: a pack was saved. SKIPPED: the store has everything, or there is nothing to save.
+        ERROR: there is no room, the store cannot be written, or caching is switched off; the log says why.
     """
     return _run("save", _SAVED)
 
@@ -115,15 +117,18 @@ def clear_local_cache() -> bool:
 def get_cache_info() -> dict[str, Any]:
     """What the local caches and the store have for this environment; sizes in MB (2**20 bytes) where there is one.
 
-    Keys: environment_key, local_cache_exists, b10fs_enabled, b10fs_cache_exists, local_cache_size_mb,
-    b10fs_cache_size_mb.
+    Keys: environment_key (16 hexadecimal digits), local_cache_exists, b10fs_enabled, b10fs_cache_exists,
+    local_cache_size_mb, b10fs_cache_size_mb.
     """
     settings = _settings()
     key = _key(settings)
     local = sum(file.size for file in scan((INDUCTOR, TRITON), directories_of(ENGINE)))
-    packs = [stored.size for stored in _stored(settings) if stored.key_prefix == key.prefix]
+    packs: list[int] = []
+    if settings.enabled:
+        with suppress(CacheError, OSError):
+            packs = [stored.size for stored in _stored(settings) if stored.key_prefix == key.prefix]
     info: dict[str, Any] = {
-        "environment_key": key.environment,
+        "environment_key": _short(key.prefix),
         "local_cache_exists": local > 0,
         "b10fs_enabled": settings.enabled,
         "b10fs_cache_exists": bool(packs),
@@ -143,15 +148,20 @@ def list_available_caches() -> dict[str, Any]:
     """
     settings = _settings()
     key = _key(settings)
-    result: dict[str, Any] = {"caches": [], "current_environment": key.environment, "b10fs_enabled": settings.enabled}
+    result: dict[str, Any] = {
+        "caches": [],
+        "current_environment": _short(key.prefix),
+        "b10fs_enabled": settings.enabled,
+    }
     if not settings.enabled:
-        return result | {"total_caches": 0, "current_cache_exists": False, "error": "compile_cache.enabled is false"}
+        off = "b10fs is not enabled (BASETEN_FS_ENABLED, compile_cache.enabled)"
+        return result | {"total_caches": 0, "current_cache_exists": False, "error": off}
     try:
         for stored in sorted(_stored(settings), key=lambda item: item.modified, reverse=True):
             result["caches"].append(
                 {
                     "filename": stored.name,
-                    "environment_key": stored.key_prefix.partition("/")[0].rpartition("_")[0],
+                    "environment_key": _short(stored.key_prefix),
                     "size_mb": stored.size / _MB,
                     "is_current_environment": stored.key_prefix == key.prefix,
                     "created_time": stored.modified,
@@ -170,18 +180,18 @@ def transfer(source: str | os.PathLike[str], dest: str | os.PathLike[str]) -> Op
     """Copy a file, seen under ``dest`` only when it is complete; given up before a disk is full.
 
     Returns:
-        SUCCESS, DOES_NOT_EXIST (no such source) or ERROR; the log says why.
+        SUCCESS, or ERROR: there is no such file, or it could not be copied; the log says why.
     """
     origin, target = Path(source), Path(dest)
     if target.is_dir():
         target = target / origin.name
     if not origin.is_file():
-        logger.warning("transfer: %s is not there, or is no file", origin)
-        return OperationStatus.DOES_NOT_EXIST
+        logger.error("transfer: %s is not there, or is no file", origin)
+        return OperationStatus.ERROR
     unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        floor = Floor(target.parent, int(_settings().min_local_free_bytes), "compile_cache.min_local_free_bytes")
-        floor.check(origin.stat().st_size)
+        floor = _floor(target)
+        floor.check(room_for(origin.stat().st_size))
         target.parent.mkdir(parents=True, exist_ok=True)
         with no_room_is_an_interruption(target.parent), origin.open("rb") as reader, unfinished.open("wb") as writer:
             while content := reader.read(_COPY_BYTES):
@@ -189,7 +199,7 @@ def transfer(source: str | os.PathLike[str], dest: str | os.PathLike[str]) -> Op
                 writer.write(content)
         shutil.copystat(origin, unfinished)
         unfinished.replace(target)
-    except (OSError, CacheError, SettingsError) as error:
+    except (OSError, CacheError, ValueError) as error:
         logger.error("transfer: %s -> %s: %s", origin, target, error)
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
@@ -199,29 +209,7 @@ def transfer(source: str | os.PathLike[str], dest: str | os.PathLike[str]) -> Op
 
 def _run(action: Literal["restore", "save"], statuses: dict[str, OperationStatus]) -> OperationStatus:
     _name_inductor_directory()
-    try:
-        settings = load_settings().settings.compile_cache
-        for line in name_private_directories(ENGINE, lambda: settings.enabled and settings.trust == "owner"):
-            logger.warning("compile cache: %s: caches are code", line)
-        directories = {name: str(path) for name, path in directories_of(ENGINE).items()}
-        job = Job(action, ENGINE, _key(settings), directories, settings=settings.model_dump(mode="json"))
-        outcome = run_job(job, settings.restore_timeout_s if action == "restore" else settings.save_timeout_s)
-    except (OSError, CacheError, SettingsError) as error:
-        outcome = Outcome("failed", messages=[str(error)])
-    for message in outcome.messages:
-        logger.warning("compile cache: %s", message)
-    if outcome.files:
-        logger.info(
-            "compile cache: %s %d files, %s, in %.1f s",
-            outcome.status,
-            outcome.files,
-            mib(outcome.bytes),
-            outcome.seconds,
-        )
-    elif outcome.status == "off":
-        logger.warning("compile cache: switched off (compile_cache.enabled, BASETEN_FS_ENABLED)")
-    elif outcome.status == "nothing" and action == "save":
-        logger.warning("compile cache: there is nothing to save in %s", ", ".join(job.directories.values()))
+    outcome = run_drop_in(action, ENGINE, _key)
     return statuses.get(outcome.status, OperationStatus.ERROR)
 
 
@@ -238,7 +226,20 @@ def _name_inductor_directory() -> None:
 
 def _settings() -> CompileCacheSettings:
     _name_inductor_directory()
-    return load_settings().settings.compile_cache
+    return drop_in_settings()
+
+
+def _floor(target: Path) -> Floor:
+    """What must stay free where ``target`` is: the store has a floor of its own."""
+    settings = _settings()
+    if target.absolute().is_relative_to(os.path.abspath(os.path.expanduser(settings.directory))):
+        return Floor(target.parent, int(settings.min_store_free_bytes), "compile_cache.min_store_free_bytes")
+    return Floor(target.parent, int(settings.min_local_free_bytes), "compile_cache.min_local_free_bytes")
+
+
+def _short(key_prefix: str) -> str:
+    """An environment in the form that b10_transfer's users know: 16 hexadecimal digits."""
+    return hashlib.sha256(key_prefix.partition("/")[0].encode()).hexdigest()[:_ENVIRONMENT_CHARS]
 
 
 def _key(settings: CompileCacheSettings) -> CacheKey:
@@ -246,6 +247,9 @@ def _key(settings: CompileCacheSettings) -> CacheKey:
 
 
 def _stored(settings: CompileCacheSettings) -> list[Any]:
-    with suppress(CacheError, OSError):
-        return list(open_store(settings)[0].list())
-    return []
+    """The packs in the store.
+
+    Raises:
+        CacheError, OSError: it cannot be read.
+    """
+    return list(open_store(settings)[0].list())

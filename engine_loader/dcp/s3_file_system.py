@@ -21,7 +21,8 @@ from ..sources.object_store.object_source import ObjectStoreSource
 from ..sources.object_store.redirects import request_failure
 from ..sources.object_store.request_failures import is_request_failure
 from ..sources.object_store.url import ObjectUrl, parse_object_url
-from .s3_config import S3ClientConfig, S3Setup
+from .s3_config import AnyClientConfig, S3Setup
+from .s3_given_client import GivenClient, S3Client
 from .s3_upload import MAX_PARTS, ObjectUpload
 
 if TYPE_CHECKING:
@@ -40,24 +41,37 @@ class S3FileSystem(FileSystemBase):
 
     Args:
         region: of the buckets; "": the region of the environment.
-        s3_client: an obstore ``ObjectStore`` for every path; None: a client is made for each bucket.
-        s3client_config: options of the clients; None: the loader's settings.
+        s3_client: an obstore ``ObjectStore`` for every path, or s3torchconnector's ``S3Client``, which then makes the
+            requests (all but those of ``ls`` and ``times``) and whose exceptions are passed on; None: a client is made
+            for each bucket.
+        s3client_config: options of the clients, this package's or s3torchconnector's; None: the loader's settings.
+        reader_constructor: s3torchconnector's way of reading an object; only an ``S3Client`` needs one.
         options: settings of the loader by name, e.g. ``object_store_requests=32``.
 
     Raises:
         CheckpointError: obstore is not installed; from each method: a path is no such URL, access is denied, or the
             server cannot be reached or fails.
         SettingsError: an option is unknown or has a bad value.
+        TypeError: the config is of another kind.
     """
 
     def __init__(
         self,
         region: str,
-        s3_client: ObjectStore | None = None,
-        s3client_config: S3ClientConfig | None = None,
+        s3_client: ObjectStore | S3Client | None = None,
+        s3client_config: AnyClientConfig | None = None,
+        reader_constructor: Any | None = None,
         **options: Any,
     ) -> None:
         require_obstore()
+        self._given: GivenClient | None = None
+        if isinstance(s3_client, S3Client):
+            self._given = GivenClient(s3_client, reader_constructor)
+            region = getattr(s3_client, "region", region)
+            s3client_config = getattr(s3_client, "s3client_config", s3client_config)
+            s3_client = None
+        else:
+            pass_over(reader_constructor)
         self.setup = S3Setup.of(region, s3client_config, options)
         self.stores = ObjectStores(self.setup.client, client=s3_client)
         self.parts_at_once = int(self.setup.settings.object_store_requests)
@@ -81,6 +95,11 @@ class S3FileSystem(FileSystemBase):
         if mode not in ("rb", "wb"):
             raise ValueError(f"mode is {mode!r}; objects are opened by 'rb' (to read) or 'wb' (to write)")
         text = os.fspath(path)
+        if self._given is not None:
+            url = self._url(text)
+            with self._given.reading(url) if mode == "rb" else self._given.writing(url) as stream:
+                yield stream
+            return
         if mode == "rb":
             with open_stream(self.source(), text, self.setup.part_bytes) as stream:
                 yield stream
@@ -112,17 +131,20 @@ class S3FileSystem(FileSystemBase):
         """
         import obstore
 
-        url, store = self._object(path)
-        new_url, _ = self._object(new_path)
+        url, new_url = self._url(path), self._url(new_path)
         if (url.scheme, url.bucket) != (new_url.scheme, new_url.bucket):
             raise ValueError(f"{os.fspath(path)} cannot be renamed to {os.fspath(new_path)}: the buckets differ")
-        with _clear_errors(store, url.key, "copy the object", path):
-            obstore.copy(store, url.key, new_url.key)
+        if self._given is not None:
+            self._given.copy(url, new_url)
+        else:
+            _, store = self._object(path)
+            with _clear_errors(store, url.key, "copy the object", path):
+                obstore.copy(store, url.key, new_url.key)
         for tried in range(1, _DELETE_TRIES + 1):
             try:
                 self.rm_file(path)
                 return
-            except CheckpointError as error:
+            except Exception as error:
                 if tried == _DELETE_TRIES:
                     raise
                 logger.warning("trying again: %s", error)
@@ -148,6 +170,8 @@ class S3FileSystem(FileSystemBase):
         """
         import obstore
 
+        if self._given is not None:
+            return self._given.exists(self._url(path))
         url, store = self._object(path)
         with _clear_errors(store, url.key, "look for the object", path):
             try:
@@ -164,6 +188,9 @@ class S3FileSystem(FileSystemBase):
         """
         import obstore
 
+        if self._given is not None:
+            self._given.delete(self._url(path))
+            return
         url, store = self._object(path)
         with _clear_errors(store, url.key, "delete the object", path):
             obstore.delete(store, url.key)
@@ -211,13 +238,24 @@ class S3FileSystem(FileSystemBase):
         """A source for reading objects; it lists each prefix once and keeps the listing."""
         return ObjectStoreSource(stores=self.stores)
 
-    def _object(self, path: str | os.PathLike[str]) -> tuple[ObjectUrl, ObjectStore]:
+    def _url(self, path: str | os.PathLike[str]) -> ObjectUrl:
         text = os.fspath(path)
         url = parse_object_url(text)
         if not url.key:
             raise CheckpointError("this is a bucket where an object is meant", file=text)
-        check_process(text)
+        return url
+
+    def _object(self, path: str | os.PathLike[str]) -> tuple[ObjectUrl, ObjectStore]:
+        url = self._url(path)
+        check_process(os.fspath(path))
         return url, self.stores.client(url)
+
+
+def pass_over(reader_constructor: Any | None) -> None:
+    """Say, for who debugs, that s3torchconnector's way of reading is not needed."""
+    if reader_constructor is not None:
+        kind = getattr(reader_constructor, "func", None) or type(reader_constructor)
+        logger.debug("reader_constructor (%s) is passed over: reads are planned here", kind.__name__)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from .broken_saves import DATA_FILE
 from .file_layout import is_tensor, tensor_nbytes
 from .prefixes import DefaultPrefixStrategy, S3PrefixStrategyBase
 from .reader import FileSystemReader
-from .s3_config import S3ClientConfig
+from .s3_config import AnyClientConfig
 from .s3_file_system import S3FileSystem
 from .writer import FileSystemWriter
 
@@ -55,7 +55,8 @@ class S3StorageReader(_ObjectStorage, FileSystemReader):
     Args:
         region: of the bucket; "": the region of the environment.
         path: URL of the checkpoint: ``s3://bucket/prefix``, also ``gs://`` and ``az://``.
-        s3client_config: options of the client; None: the loader's settings.
+        s3client_config: options of the client, this package's or s3torchconnector's; None: the loader's settings.
+        reader_constructor: s3torchconnector's way of reading; passed over, since the plan says what is read.
         _extension_registry: has the transforms with which the items were written.
         trust_pickles: also unpickle items that ``weights_only`` refuses: the author of the checkpoint can then run code
             here.
@@ -70,16 +71,18 @@ class S3StorageReader(_ObjectStorage, FileSystemReader):
         self,
         region: str,
         path: str | os.PathLike[str],
-        s3client_config: S3ClientConfig | None = None,
-        _extension_registry: ExtensionRegistry | None = None,
+        s3client_config: AnyClientConfig | None = None,
+        reader_constructor: Any | None = None,
         *,
+        _extension_registry: ExtensionRegistry | None = None,
         trust_pickles: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(path, _extension_registry, trust_pickles=trust_pickles, **options)
-        fs = S3FileSystem(region, s3client_config=s3client_config, **options)
+        fs = S3FileSystem(region, s3client_config=s3client_config, reader_constructor=reader_constructor, **options)
         self.fs: S3FileSystem = fs  # type: ignore[assignment]  # torch's is its local file system
         self.path = fs.init_path(path)
+        self.sync_files = False
         self._settings = fs.setup.settings
 
     def _source(self) -> ObjectStoreSource:
@@ -98,8 +101,9 @@ class S3StorageWriter(_ObjectStorage, FileSystemWriter):
     Args:
         region: of the bucket; "": the region of the environment.
         path: URL of the checkpoint: ``s3://bucket/prefix``, also ``gs://`` and ``az://``.
-        s3client_config: options of the client; None: the loader's settings.
+        s3client_config: options of the client, this package's or s3torchconnector's; None: the loader's settings.
         prefix_strategy: chooses the names of each rank's objects; None: DefaultPrefixStrategy.
+        thread_count: how many threads write.
         kwargs: of FileSystemWriter, without ``sync_files``: an object that was uploaded is on permanent storage.
 
     Raises:
@@ -111,11 +115,12 @@ class S3StorageWriter(_ObjectStorage, FileSystemWriter):
         self,
         region: str,
         path: str | os.PathLike[str],
-        s3client_config: S3ClientConfig | None = None,
+        s3client_config: AnyClientConfig | None = None,
         prefix_strategy: S3PrefixStrategyBase | None = None,
+        thread_count: int = 1,
         **kwargs: Any,
     ) -> None:
-        super().__init__(path, sync_files=False, **kwargs)
+        super().__init__(path, sync_files=False, thread_count=thread_count, **kwargs)
         fs = S3FileSystem(region, s3client_config=s3client_config)
         fs.parts_at_once = max(1, fs.parts_at_once // self.thread_count)
         self.fs: S3FileSystem = fs  # type: ignore[assignment]  # torch's is its local file system

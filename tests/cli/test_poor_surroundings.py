@@ -234,6 +234,7 @@ def answers(request: pytest.FixtureRequest, volume: Path, tmp_path_factory: pyte
             "HOME": str(place / "home"),
             "XDG_CACHE_HOME": "",
             "TORCHINDUCTOR_CACHE_DIR": str(place / "inductor"),
+            "BASETEN_FS_ENABLED": "1",
         }
         os.chdir(place)  # where a home that is not known is taken to be
         SITUATIONS[request.param](place)

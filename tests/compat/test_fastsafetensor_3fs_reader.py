@@ -1,19 +1,24 @@
 """The drop-in for fastsafetensor_3fs_reader, by its name engine_loader.threefs: its names, none of its faults."""
 
+import ctypes
+import importlib
 import inspect
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
-from engine_loader import CheckpointError, SettingsError, threefs
+from engine_loader import CheckpointError, SettingsError, open_checkpoint, threefs
 from engine_loader.errors import TransferError
 from tests.support.checkpoints import checkpoint, encode, entry
 from tests.support.resources import left_open, open_resources
@@ -299,6 +304,86 @@ def test_auto_falls_back_to_the_mock_and_says_so(
     monkeypatch.delenv("HF3FS_LIB_DIR")
     assert isinstance(threefs.create_reader(mount_point=str(emulator.mount)), threefs.MockFileReader)
     assert "ordinary reads stand in for it" in caplog.text
+
+
+def test_without_3fs_the_reader_reads_ordinary_files_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, emulator: Emulator, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("HF3FS_LIB_DIR")
+    with threefs.ThreeFSFileReader("/no/such/mount") as reader:
+        assert reader.mount_point == "/no/such/mount"
+        assert read_all(reader, model) == model.read_bytes()
+    assert "ordinary reads stand in for it" in caplog.text
+    caplog.clear()
+    monkeypatch.setenv("FASTSAFETENSORS_BACKEND", "mock")
+    with threefs.ThreeFSFileReader(str(model.parent), 64, 4, 1 << 20, mount_name="name", token="secret") as reader:
+        assert read_all(reader, model) == model.read_bytes()
+    assert caplog.text == "", "the variable says so already"
+
+
+@pytest.mark.parametrize("backend", ["cpp", "python"])
+def test_files_outside_the_mount_are_read_through_the_kernel(
+    emulator: Emulator, model: Path, tmp_path: Path, backend: str
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_bytes(model.read_bytes())
+    with threefs.ThreeFSFileReader(str(emulator.mount), backend=backend, token="passed over") as reader:
+        assert read_all(reader, elsewhere) == model.read_bytes()
+        by_usrbio = emulator.count("bytes")
+        assert read_all(reader, model) == model.read_bytes()
+        assert emulator.count("bytes") - by_usrbio > model.stat().st_size * 0.9
+        assert emulator.count("bytes") > by_usrbio
+
+
+def test_a_reader_has_a_buffer_to_read_into(emulator: Emulator, model: Path) -> None:
+    with threefs.ThreeFSFileReader(str(emulator.mount), buffer_size=8 * MIB) as reader:
+        assert reader.iov_length == 8 * MIB
+        assert reader.read_chunked(str(model), reader.iov_base, 0, 100_000) == 100_000
+        assert ctypes.string_at(reader.iov_base, 100_000) == model.read_bytes()[:100_000]
+
+
+def test_it_says_which_files_are_open(reader: threefs.FileReaderInterface, model: Path) -> None:
+    assert isinstance(reader, threefs.ThreeFSFileReader | threefs.MockFileReader)
+    assert not reader.has_fd(str(model))
+    reader.read_headers_batch([str(model)])
+    assert reader.has_fd(str(model))
+    reader.close()
+    assert not reader.has_fd(str(model))
+
+
+def test_the_package_s_public_modules_are_found(monkeypatch: pytest.MonkeyPatch, emulator: Emulator) -> None:
+    names = ["", ".interface", ".mock", ".reader_cpp", ".reader_py"]
+    for name in names:
+        monkeypatch.setitem(sys.modules, f"fastsafetensor_3fs_reader{name}", None)
+    threefs.install()
+    modules = [importlib.import_module(f"fastsafetensor_3fs_reader{name}") for name in names]
+    assert modules[0].ThreeFSFileReader is threefs.ThreeFSFileReader
+    assert modules[1].FileReaderInterface is threefs.FileReaderInterface
+    assert modules[2].MockFileReader is threefs.MockFileReader
+    for module, kind in ((modules[3], "ThreeFSFileReaderCpp"), (modules[4], "ThreeFSFileReaderPy")):
+        assert module.check_library()
+        with getattr(module, kind)(str(emulator.mount)) as reader:
+            assert isinstance(reader, threefs.ThreeFSFileReader)
+    monkeypatch.delenv("HF3FS_LIB_DIR")
+    assert not modules[3].check_library()
+
+
+def empty_stand_in() -> types.ModuleType:
+    return types.ModuleType("hf3fs_py_usrbio")  # find_spec raises ValueError for it
+
+
+@pytest.mark.parametrize("stand_in", [empty_stand_in, mock.MagicMock])
+def test_a_stand_in_for_the_binding_does_no_harm(
+    stand_in: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, emulator: Emulator, model: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "hf3fs_py_usrbio", stand_in())
+    monkeypatch.delenv("HF3FS_LIB_DIR")
+    with open_checkpoint(model) as checkpoint:
+        assert checkpoint.get_tensor("t1").shape == (1001, 257)
+    with threefs.create_reader(mount_point=str(emulator.mount)) as reader:
+        assert read_all(reader, model) == model.read_bytes()
+    if stand_in is empty_stand_in:
+        assert threefs.get_backend() == "mock"
 
 
 def test_mount_points(emulator: Emulator, model: Path, tmp_path: Path) -> None:

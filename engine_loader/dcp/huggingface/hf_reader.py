@@ -17,7 +17,7 @@ from ...loading.training.parts import metadata_of_parts
 from ...machine import usable_cpus
 from ...sources.source import Source
 from ..reader import FileSystemReader
-from ..s3_config import S3ClientConfig
+from ..s3_config import AnyClientConfig
 from .hf_storage import HuggingFaceStorage, file_system_of
 
 _SCALES = ("_scale_inv", "_scale")
@@ -48,7 +48,7 @@ class HuggingFaceStorageReader(HuggingFaceStorage, FileSystemReader):  # type: i
         thread_count: int = 1,
         *,
         region: str = "",
-        s3client_config: S3ClientConfig | None = None,
+        s3client_config: AnyClientConfig | None = None,
         **options: Any,
     ) -> None:
         super().__init__(path, **options)

@@ -8,7 +8,7 @@ from typing import Any
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from ...sources.registry import is_remote
-from ..s3_config import S3ClientConfig
+from ..s3_config import AnyClientConfig
 from ..s3_file_system import S3FileSystem
 
 
@@ -26,7 +26,7 @@ class HuggingFaceStorage:
 
 
 def file_system_of(
-    path: str | os.PathLike[str], region: str, config: S3ClientConfig | None, options: dict[str, Any]
+    path: str | os.PathLike[str], region: str, config: AnyClientConfig | None, options: dict[str, Any]
 ) -> S3FileSystem | None:
     """The file system of objects where ``path`` is a URL; None: it is a directory.
 

@@ -25,7 +25,7 @@ from ...machine import sync_directory
 from ...sources.registry import make_source
 from ...sources.source import Source
 from ..file_layout import file_contents, is_tensor, tensor_nbytes
-from ..s3_config import S3ClientConfig
+from ..s3_config import AnyClientConfig
 from ..s3_file_system import S3FileSystem
 from ..writer import FileSystemWriter
 from .consolidation import Destination, consolidate
@@ -69,7 +69,7 @@ class HuggingFaceStorageWriter(HuggingFaceStorage, FileSystemWriter):  # type: i
         thread_count_consolidation: int = 1,
         *,
         region: str = "",
-        s3client_config: S3ClientConfig | None = None,
+        s3client_config: AnyClientConfig | None = None,
     ) -> None:
         if thread_count_consolidation < 1:
             raise ValueError(f"thread_count_consolidation is {thread_count_consolidation}; it must be at least 1")

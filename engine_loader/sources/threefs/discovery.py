@@ -19,6 +19,8 @@ from .shared_library import (
     mounts,
 )
 
+_BINDING_CALLS = ("extract_mount_point", "register_fd", "deregister_fd")
+
 
 class Client(Protocol):
     """The way to 3FS in this process: its library, or its Python binding where there is no library.
@@ -58,13 +60,16 @@ class BindingClient:
         self.library: str | None = None
         limit_descriptors()
         self.binding: Any = import_module(BINDING)
+        missing = [name for name in _BINDING_CALLS if not callable(getattr(self.binding, name, None))]
+        if missing:
+            raise ThreeFsError(f"{BINDING}, as it is here, has no {missing[0]}")
         self.name = BINDING
 
     def mount_of(self, path: str, fd: int) -> str | None:
         if os.fstat(fd).st_nlink == 0:  # removed: the library would end the process
             return None
-        mount: str | None = self.binding.extract_mount_point(f"/proc/self/fd/{fd}")
-        return mount if mount and (is_threefs_by_ioctl(fd) or self._registers(fd)) else None
+        mount = self.binding.extract_mount_point(f"/proc/self/fd/{fd}")
+        return mount if mount and isinstance(mount, str) and (is_threefs_by_ioctl(fd) or self._registers(fd)) else None
 
     def _registers(self, fd: int) -> bool:
         try:
@@ -90,7 +95,7 @@ def find_client(lib_dir: str | None = None) -> Client:
             problem = str(error)
     try:
         return BindingClient()
-    except ImportError as error:
+    except (ImportError, ThreeFsError) as error:
         raise ThreeFsError(f"{problem}; {BINDING}: {error}") from None
 
 

@@ -210,7 +210,10 @@ def _directories(lib_dir: str | None, environ: Mapping[str, str]) -> Iterator[tu
 
 def _binding_directories() -> list[str]:
     """Where wheels of the binding put the library: a repaired one, one beside the extension, one in a package."""
-    spec = find_spec(BINDING)
+    try:
+        spec = find_spec(BINDING)
+    except ValueError:  # a module of that name without a spec, as a stand-in in sys.modules
+        return []
     if spec is None:
         return []
     beside = Path(spec.origin).parent if spec.origin else Path(sysconfig.get_paths()["platlib"])

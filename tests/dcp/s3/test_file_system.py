@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 from obstore.store import S3Store
+from s3torchconnector import S3ClientConfig as TheirConfig
+from s3torchconnector import S3Exception, S3ReaderConstructor
+from s3torchconnector._s3client import MockS3Client, S3Client
 from torch.distributed.checkpoint.filesystem import FileSystemBase
 
 from engine_loader import CheckpointError, SettingsError
@@ -80,6 +83,36 @@ def test_torch_and_pickle_read_and_write_it(files: S3FileSystem) -> None:
         assert torch.equal(torch.load(stream), tensor)
     with files.create_stream("s3://files/p", "rb") as stream:
         assert pickle.load(stream) == value
+
+
+@pytest.mark.parametrize("reading", [None, S3ReaderConstructor.sequential(), S3ReaderConstructor.range_based(0)])
+def test_s3torchconnector_s_client_makes_the_requests(reading: Any) -> None:
+    client = MockS3Client(REGION, "files")
+    files = S3FileSystem(REGION, client, reader_constructor=reading)
+    with files.create_stream("s3://files/run/a", "wb") as stream:
+        stream.write(b"0123456789")
+    files.rename("s3://files/run/a", "s3://files/run/c")
+    assert (files.exists("s3://files/run/a"), files.exists("s3://files/run/c")) == (False, True)
+    with files.create_stream("s3://files/run/c", "rb") as stream:
+        assert (stream.seek(3), stream.read(4)) == (3, b"3456")
+    files.rm_file("s3://files/run/c")
+    assert not files.exists("s3://files/run/c")
+    client.delete_object = lambda *_: (_ for _ in ()).throw(S3Exception("not now"))  # type: ignore[method-assign]
+    with pytest.raises(S3Exception, match="not now"):
+        files.rm_file("s3://files/run/c")
+
+
+def test_s3torchconnector_s_client_on_a_server(files: S3FileSystem, on_s3: S3Server) -> None:
+    config = TheirConfig(force_path_style=True, part_size=6 * MIB)
+    theirs = S3FileSystem("", S3Client(REGION, endpoint=on_s3.url, s3client_config=config))
+    assert theirs.setup.part_bytes == 6 * MIB
+    with theirs.create_stream("s3://files/theirs", "wb") as stream:
+        stream.write(b"theirs")
+    theirs.rename("s3://files/theirs", "s3://files/the irs")
+    with files.create_stream("s3://files/the irs", "rb") as stream:
+        assert stream.read() == b"theirs"
+    assert theirs.exists("s3://files/the irs")
+    assert not theirs.exists("s3://files/ours")
 
 
 @pytest.mark.parametrize("mode", ["r", "w", "ab", "r+b", ""])
@@ -213,22 +246,38 @@ class TestConfig:
             S3FileSystem(REGION, object_store_request=3)
 
     @pytest.mark.parametrize(
-        ("options", "told"),
+        ("options", "part_bytes", "tries"),
         [
-            ({"part_size": 5 * MIB - 1}, "part_size is 5242879; it must be 5 MiB to 5 GiB"),
-            ({"part_size": (5 << 30) + 1}, "part_size is"),
-            ({"throughput_target_gbps": 0}, "throughput_target_gbps is 0"),
-            ({"max_attempts": 0}, "max_attempts is 0"),
+            ({"part_size": 8000}, 5 * MIB, 10),
+            ({"part_size": 6 << 30}, 5 << 30, 10),
+            ({"max_attempts": 0}, 8 * MIB, 1),
+            ({"max_attempts": 1000}, 8 * MIB, 100),
         ],
     )
-    def test_values_out_of_range_are_refused(self, options: dict[str, Any], told: str) -> None:
-        with pytest.raises(ValueError, match=told):
-            S3ClientConfig(**options)
+    @pytest.mark.parametrize("kind", [S3ClientConfig, TheirConfig])
+    def test_values_out_of_range_become_the_nearest_within(
+        self, kind: Any, options: dict[str, Any], part_bytes: int, tries: int, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("DEBUG", "engine_loader.dcp.s3_config")
+        setup = S3Setup.of(REGION, kind(**options), {})
+        assert (setup.part_bytes, setup.settings.max_tries) == (part_bytes, tries)
+        ((name, value),) = options.items()
+        assert f"{name} is {value}; S3 and this package take" in caplog.text
+
+    def test_a_throughput_of_nothing_is_refused_where_a_client_is_made(self) -> None:
+        with pytest.raises(ValueError, match="throughput_target_gbps is 0; it must be positive"):
+            S3FileSystem(REGION, s3client_config=S3ClientConfig(throughput_target_gbps=0))
+
+    def test_s3torchconnector_s_config_is_taken(self) -> None:
+        config = TheirConfig(20.0, 16 * MIB, unsigned=True, max_attempts=3, profile="someone")
+        setup = S3Setup.of(REGION, config, {})
+        assert (setup.settings.object_store_requests, setup.part_bytes, setup.client.max_tries) == (32, 16 * MIB, 3)
+        assert (setup.client.anonymous, setup.client.profile) == (True, "someone")
+        with pytest.raises(TypeError, match="s3client_config is dict, neither"):
+            S3FileSystem(REGION, s3client_config={"part_size": 1})  # type: ignore[arg-type]
 
     def test_its_defaults_are_those_of_s3torchconnector(self) -> None:
-        from s3torchconnector import S3ClientConfig as Theirs
-
-        assert {**vars(Theirs()), "endpoint_url": None} == vars(S3ClientConfig())
+        assert {**vars(TheirConfig()), "endpoint_url": None} == vars(S3ClientConfig())
 
     def test_google(self, server: FaultServer, monkeypatch: pytest.MonkeyPatch) -> None:
         account = {"disable_oauth": True, "client_email": "", "private_key": "", "private_key_id": ""}

@@ -12,6 +12,8 @@ import pytest
 import s3torchconnector.dcp as theirs
 import torch
 import torch.distributed.checkpoint as torch_dcp
+from s3torchconnector import S3ClientConfig as TheirConfig
+from s3torchconnector import S3ReaderConstructor
 from torch.distributed.checkpoint._extension import ZStandard
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -89,6 +91,31 @@ def test_what_s3torchconnector_saved_is_loaded_and_replaced(url: str, options: d
     save(other, url)
     assert same(other, load(blank(other), url))
     assert len(keys(url)) == 2
+
+
+def test_a_program_written_for_s3torchconnector(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Its own config, its ways of reading, and arguments by their places there."""
+    caplog.set_level("DEBUG", "engine_loader.dcp.s3_file_system")
+    config = TheirConfig(part_size=1 << 20, max_attempts=0, force_path_style=True)
+    writer = S3StorageWriter(REGION, url, config, dcp.HexPrefixStrategy(prefix_count=4), 2)
+    assert writer.thread_count == 2
+    state = {"a": torch.arange(1000.0), "b": torch.ones(5, 7)}
+    torch_dcp.save(state, storage_writer=writer, no_dist=True)
+    for constructor in (
+        S3ReaderConstructor.sequential(),
+        S3ReaderConstructor.range_based(buffer_size=1 << 20),
+        S3ReaderConstructor.dcp_optimized(max_gap_size=0),
+    ):
+        loaded = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+        reader = S3StorageReader(REGION, url, config, constructor)
+        torch_dcp.load(loaded, storage_reader=reader, no_dist=True)
+        assert all(torch.equal(loaded[name], state[name]) for name in state)
+    passed_over = [line for line in caplog.messages if "is passed over" in line]
+    assert [line.partition("(")[2].partition(")")[0] for line in passed_over] == [
+        "SequentialS3Reader",
+        "RangedS3Reader",
+        "DCPOptimizedConstructor",
+    ]
 
 
 def test_what_torch_saved_is_loaded_after_an_upload(url: str, tmp_path: Path) -> None:
