@@ -21,6 +21,7 @@ from .workload import Parameters, Workload
 # Above this, a "cold" read was partly warm.
 _RESIDENT_SHARE = 0.01
 _MUCH_OF_THE_MACHINE = 0.1
+_FEWEST_BYTES = 256 << 20
 _LOOK_S = 0.5
 Progress = Callable[[str], None]
 """A function that is called before every run, with the name of the run."""
@@ -260,6 +261,16 @@ def _turns(contenders: Sequence[Contender], rounds: int) -> Iterator[Contender]:
 def _difference(expected: Mapping[str, int], got: Mapping[str, int]) -> str | None:
     wrong = [name for name, checksum in expected.items() if got[name] != checksum]
     return f"wrong bytes in {len(wrong)} of {len(expected)} tensors, e.g. {wrong[0]}" if wrong else None
+
+
+def check_size(workload: Workload) -> str | None:
+    """A warning if reading the files takes no longer than opening them and starting threads; None if it does."""
+    if workload.nbytes >= _FEWEST_BYTES:
+        return None
+    return (
+        f"{human_bytes(workload.nbytes)} are too few to measure: opening the files and starting threads takes about as "
+        f"long as reading; measure a checkpoint of {human_bytes(_FEWEST_BYTES)} or more"
+    )
 
 
 def count_runs(contenders: Sequence[Contender], rounds: int) -> int:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from ..bench.rounds import Measurement, Scenario
     from ..bench.workload import Workload
 
+_COLUMNS = ("reads with", "GB/s", "range", "of the limit", "")
+"""Those of ``tables.rows``, and the bar: together less than 80 characters."""
 _STYLES = {"plain": "", "ours": "bold", "peer": ""}
 
 app = typer.Typer(no_args_is_help=True, help="Measure this machine.", rich_markup_mode="markdown")
@@ -82,6 +84,7 @@ def read(
     chosen += [contenders.ours_with_huge_pages()] if fresh else []
     chosen += contenders.installed_peers() if peers else []
     measurement = _measure(workload, chosen, measuring.Scenario(fresh=fresh, cold=cold), rounds)
+    measurement.warnings += filter(None, [measuring.check_size(workload)])
     if as_json:
         checkpoint = {
             "path": path,
@@ -128,9 +131,12 @@ def _print(measurement: Measurement, workload: str, machine: str) -> None:
 
     out = console()
     out.print(Text(f"{workload}; {measurement.scenario.title}; medians of {measurement.rounds} rounds"), soft_wrap=True)
-    shown = table(tables.COLUMNS, [], right=range(1, len(tables.COLUMNS)))
-    for result, row in zip(measurement.results, tables.rows(measurement), strict=True):
-        shown.add_row(*map(printable, row), style=_STYLES[result.contender.kind] if result.error is None else "red")
+    shown = table(_COLUMNS, [], right=range(1, len(_COLUMNS) - 1))
+    measured = zip(measurement.results, tables.rows(measurement), tables.bars(measurement), strict=True)
+    for result, row, bar in measured:
+        shown.add_row(
+            *map(printable, row), bar, style=_STYLES[result.contender.kind] if result.error is None else "red"
+        )
     out.print(shown)
     for line in tables.ways(measurement):
         out.print(Text(line, "dim"), soft_wrap=True)

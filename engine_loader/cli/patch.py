@@ -11,7 +11,7 @@ import typer
 
 from ..errors import EngineLoaderError
 from ..patching import BACKUP_SUFFIX, Patch, all_patches, patch_named
-from .console.output import console, printable
+from .console.output import console, print_json, printable
 
 app = typer.Typer(
     no_args_is_help=True, help="Patch installed engines that cannot load plugins, or that have a known fault."
@@ -22,8 +22,23 @@ _FITS = ("can be applied", "applied", "differs")
 
 
 @app.command("list")
-def list_patches() -> None:
+def list_patches(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """List the patches: purpose, versions, and whether each is applied to the installed engine."""
+    if as_json:
+        print_json(
+            [
+                {
+                    "name": patch.name,
+                    "title": patch.title,
+                    "distribution": patch.distribution,
+                    "versions": str(patch.versions),
+                    "installed": patch.installed,
+                    "state": patch.state(),
+                }
+                for patch in all_patches()
+            ]
+        )
+        return
     out = console()
     for patch in all_patches():
         out.print(f"{patch.name}: {patch.title}", soft_wrap=True)

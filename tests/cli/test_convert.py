@@ -33,6 +33,18 @@ def test_a_training_becomes_a_model_and_a_training_again(training: Path, tmp_pat
     assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
 
 
+def test_a_program_is_told_what_was_written(training: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    done = invoke("convert", training, out, "--json")
+    assert json.loads(done.stdout) == {
+        "destination": str(out),
+        "files": [str(out / "model.safetensors")],
+        "tensors": 2,
+        "bytes": (40 * 30 + 9) * 4,
+        "left_out": "optimizer state (2 tensors, 4.72 KiB)",
+    }
+
+
 def test_shards_have_the_size_that_is_asked_for(tmp_path: Path) -> None:
     save_file({f"t{number}": torch.zeros(1000) for number in range(10)}, tmp_path / "model.safetensors")
     out = tmp_path / "out"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 __all__ = [
     "byte_progress_bar",
     "console",
+    "count",
     "print_error",
     "print_json",
+    "print_plain_table",
     "print_warning",
     "printable",
     "progress_bar",
@@ -100,11 +102,26 @@ def byte_progress_bar() -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def plain_table(columns: list[str], rows: list[list[str]]) -> Table:
-    """A table of texts from outside, each as ``printable`` has it, all aligned to the left."""
-    from rich.table import Table
+def print_plain_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table of texts from outside, each as ``printable`` has it.
 
-    made = Table(*columns, box=None, pad_edge=False, header_style="bold")
-    for row in rows:
-        made.add_row(*map(printable, row))
-    return made
+    Every text is whole, in a narrow terminal, too: a digest that is cut or broken cannot be given to another command.
+    Where the output is no terminal, a tab stands between two columns, as ``cut`` takes it.
+    """
+    from rich.text import Text
+
+    out = console()
+    lines = [list(columns), *([printable(cell) for cell in row] for row in rows)]
+    if not out.is_terminal:
+        for line in lines:
+            print("\t".join(line))  # rich would put blanks in place of tabs
+        return
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for number, line in enumerate(lines):
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        out.print(Text("  ".join(cells).rstrip(), "" if number else "bold"), soft_wrap=True)
+
+
+def count(number: int, noun: str) -> str:
+    """``1 pack``, ``1,200 packs``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
