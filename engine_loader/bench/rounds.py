@@ -34,15 +34,18 @@ class Scenario:
     Attributes:
         fresh: the parameters were not touched before, so that the kernel makes their pages during the read.
         cold: the page cache does not hold the files.
+        remote: they are objects of an object store.
     """
 
     fresh: bool = False
     cold: bool = False
+    remote: bool = False
 
     @property
     def title(self) -> str:
         """E.g. "warm page cache, into touched parameters"."""
-        return f"{'cold' if self.cold else 'warm'} page cache, into {'fresh' if self.fresh else 'touched'} parameters"
+        where = "an object store" if self.remote else f"{'cold' if self.cold else 'warm'} page cache"
+        return f"{where}, into {'fresh' if self.fresh else 'touched'} parameters"
 
 
 @dataclass
@@ -172,7 +175,8 @@ class Benchmark:
         contenders = self._contenders if contenders is None else contenders
         results = {contender.name: self._blank(contender) for contender in contenders}
         measurement = Measurement(scenario, rounds, list(results.values()))
-        page_cache.warm(self._workload.files)
+        if not scenario.remote:
+            page_cache.warm(self._workload.files)
         touched = None if scenario.fresh else Parameters(self._workload.tensors)
         if touched is not None:
             touched.poison()

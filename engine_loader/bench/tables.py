@@ -21,14 +21,14 @@ _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 def describe_machine(workload: Workload) -> dict[str, Any]:
     """The properties of the machine and its software on which figures depend."""
-    mount, total = mount_of(workload.files[0]), memory().total
+    mount, total = None if workload.remote else mount_of(workload.files[0]), memory().total
     return {
         "cpu": cpu_model(),
         "cpus": usable_cpus(),
         "cpu_quota": cgroup_cpus(),
         "memory_bytes": total,
         "kernel": platform.release(),
-        "file_system": mount.kind if mount else "unknown",
+        "file_system": "object store" if workload.remote else mount.kind if mount else "unknown",
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "engine_loader": __version__,

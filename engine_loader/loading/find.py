@@ -19,6 +19,8 @@ PathLike: TypeAlias = str | os.PathLike[str]
 
 
 _FOLDERS_LOOKED_INTO = 20
+_TRAINING_STATE = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
+"""What engines do not take for weights either."""
 
 
 class NoCheckpointError(CheckpointError):
@@ -143,6 +145,11 @@ def is_shard_name(name: str) -> bool:
     return name.endswith(".safetensors") and not name.startswith(".")
 
 
+def is_pytorch_file(name: str) -> bool:
+    """Whether a file holds weights as ``torch.save`` wrote them; not the state of a training."""
+    return name.endswith((".bin", ".pt", ".pth")) and not name.startswith(".") and name not in _TRAINING_STATE
+
+
 def without_end(directory: str) -> str:
     """A URL without slashes at its end: the keys below it would begin with empty parts. Other paths as they are."""
     return directory.rstrip("/") if "://" in directory else directory
@@ -163,8 +170,8 @@ def _what_is_there(source: Source, directory: str, names: Sequence[str]) -> str:
     if with_weights:
         named = ", ".join(map(repr, with_weights[:5])) + (", …" if len(with_weights) > 5 else "")
         return f"there are weights below it, in {named}: give that directory"
-    if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
-        return "it has PyTorch files; this loader reads safetensors only: convert them with safetensors or transformers"
+    if any(map(is_pytorch_file, names)):
+        return f"it has PyTorch files; write them as safetensors: engine-loader convert {directory} OUTPUT"
     if folders and not names:
         named = ", ".join(map(repr, folders[:5])) + (", …" if len(folders) > 5 else "")
         return f"it has no files, but the directories {named}: is the checkpoint in one of them?"

@@ -7,7 +7,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,17 @@ def run(
 
 
 def on_terminal(
-    arguments: list[str], interrupt_at: str | None = None, timeout_s: float = 240, columns: int = 200
+    arguments: list[str],
+    interrupt_at: str | None = None,
+    timeout_s: float = 240,
+    columns: int = 200,
+    command: Sequence[str] = COMMAND,
 ) -> tuple[int, str]:
     """Run the command on a terminal of its own and press Ctrl-C when a text appears; its status and what it showed."""
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ |= {"COLUMNS": str(columns), "TERM": "xterm-256color"}
-        os.execv(COMMAND[0], [*COMMAND, *arguments])
+        os.execv(command[0], [*command, *arguments])
     output, interrupted, end = "", False, time.monotonic() + timeout_s
     try:
         while time.monotonic() < end:
@@ -74,7 +78,12 @@ def shown_at(columns: int, *arguments: str | Path) -> list[str]:
     """The lines that a successful command shows on a terminal of this width, without colours."""
     status, output = on_terminal(list(map(str, arguments)), columns=columns)
     assert status == 0, output
-    return _CODES.sub("", output).splitlines()
+    return without_codes(output).splitlines()
+
+
+def without_codes(output: str) -> str:
+    """What a terminal shows: without colours, and with the line ends of a file."""
+    return _CODES.sub("", output).replace("\r\n", "\n")
 
 
 def _clean(env: Mapping[str, str | None] | None) -> dict[str, str | None]:

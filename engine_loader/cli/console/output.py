@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ __all__ = [
     "print_json",
     "print_plain_table",
     "print_warning",
+    "print_wrapped",
     "printable",
     "progress_bar",
     "table",
@@ -42,16 +44,45 @@ def console(*, stderr: bool = False) -> Console:
 
 def print_error(message: str) -> None:
     """Print a message in red on stderr; its line breaks stay."""
-    from rich.text import Text
-
-    console(stderr=True).print(Text(f"error: {printable(message, lines=True)}", "red"), soft_wrap=True)
+    print_wrapped(f"error: {printable(message, lines=True)}", "red", stderr=True)
 
 
 def print_warning(message: str) -> None:
     """Print a message in yellow on stderr."""
+    print_wrapped(f"warning: {printable(message)}", "yellow", stderr=True)
+
+
+def print_wrapped(
+    text: str, style: str = "", *, stderr: bool = False, indent: str = "", parts: Mapping[str, str] | None = None
+) -> None:
+    """Print a text; on a terminal, lines end between words.
+
+    A word that is longer than a line, as a path can be, stays whole: the terminal goes on with it in the next line, and
+    whoever copies it gets no blanks.
+
+    Args:
+        text: whose line breaks stay.
+        style: of rich.
+        stderr: print it there.
+        indent: of all lines but the first of each of the text's lines.
+        parts: words of the text -> their own style, where they first stand.
+    """
     from rich.text import Text
 
-    console(stderr=True).print(Text(f"warning: {printable(message)}", "yellow"), soft_wrap=True)
+    out = console(stderr=stderr)
+    if out.is_terminal:
+        text = "\n".join(_wrapped(line, out.width, indent) for line in text.split("\n"))
+    shown = Text(text, style)
+    for part, own in (parts or {}).items():
+        begin = text.find(part)
+        if begin >= 0:
+            shown.stylize(own, begin, begin + len(part))
+    out.print(shown, soft_wrap=True)
+
+
+def _wrapped(line: str, width: int, indent: str) -> str:
+    lines = textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines)
 
 
 def print_json(value: Any) -> None:
