@@ -27,7 +27,8 @@ FLAGS = ("-O3", f"-I{SOURCES}", "-std=c++17", "-fPIC", "-shared", "-pthread", "-
 LIBRARIES = ("-ldl",)  # dlopen lived in a library of its own before glibc 2.34
 WITHOUT_NATIVE = (
     "engine_loader works without it, in pure Python and more slowly; "
-    "install a C++17 compiler and install engine_loader again to have it."
+    "install a C++17 compiler to have it, then: "
+    "ENGINE_LOADER_NATIVE_BUILD=require pip install --no-cache-dir --force-reinstall --no-deps engine-loader"
 )
 BUILD_MODES = ("auto", "require", "0")
 

@@ -1,6 +1,7 @@
 """Patches of installed packages: applied where every line fits, taken back, refused where anything differs."""
 
 import importlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -148,6 +149,20 @@ def test_the_command_lists_checks_applies_and_reverts(installed: Installation) -
 
     status, output = run("list")
     assert (status, "1.2.7 is installed: can be applied" in output) == (0, True)
+    status, output = run("list", "--json")
+    assert (status, json.loads(output)) == (
+        0,
+        [
+            {
+                "name": name,
+                "title": "Number the lines otherwise.".rstrip("."),
+                "distribution": "fake-engine",
+                "versions": "<1.3,>=1.2",
+                "installed": "1.2.7",
+                "state": "can be applied",
+            }
+        ],
+    )
     assert run("check") == (0, f"{name}: can be applied\n")
     status, output = run("apply", name)
     assert (status, f"changed {installed.first}" in output) == (0, True)

@@ -64,15 +64,18 @@ class Contender:
     fills: bool = True
 
 
-def plain(threads: int, *, huge_pages: bool = False) -> Contender:
-    """``preadv`` on this many threads; ``huge_pages``: huge pages are requested for the targets first."""
+def plain(threads: int, *, huge_pages: bool = False, remote: bool = False) -> Contender:
+    """``preadv`` on this many threads, or (``remote``) requests for ranges; ``huge_pages``: huge pages are asked for
+    under the targets first.
+    """
 
     def load(workload: Workload, targets: Targets) -> None:
         if huge_pages:
             advise_huge_pages(targets.values())
         read_plainly(workload, targets, threads)
 
-    name = f"preadv, {threads} thread{'' if threads == 1 else 's'}{', huge pages' if huge_pages else ''}"
+    how = "plain requests" if remote else "preadv"
+    name = f"{how}, {threads} thread{'' if threads == 1 else 's'}{', huge pages' if huge_pages else ''}"
     return Contender(name, "plain", load)
 
 

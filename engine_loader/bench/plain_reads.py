@@ -1,9 +1,8 @@
-"""Plain reads, which are the limit: the kernel copies the bytes directly into the parameters."""
+"""Plain reads, which are the limit: the kernel copies the bytes directly into the parameters, or plain requests do."""
 
 from __future__ import annotations
 
 import ctypes
-import os
 import subprocess
 import threading
 from collections import deque
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..failures import end_of_file
+from ..sources.source import SourceFile
 from .workload import Workload
 
 # Large enough that the time of Python code is negligible, small enough that the threads end at about one time.
@@ -30,9 +30,11 @@ class _Read:
 
 
 def read_plainly(workload: Workload, targets: Mapping[str, torch.Tensor], threads: int) -> None:
-    """Fill the targets by ``preadv`` on this many threads, each taking the next 8 MiB of the files."""
+    """Fill the targets by ``preadv``, or by requests to an object store, on this many threads, each taking the next
+    8 MiB of the files.
+    """
     reads = deque(_reads(workload, targets))
-    files = {path: os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in workload.files}
+    files = workload.open_files()
     failures: list[BaseException] = []
     workers = [threading.Thread(target=_work, args=(reads, files, failures), daemon=True) for _ in range(threads)]
     try:
@@ -45,8 +47,8 @@ def read_plainly(workload: Workload, targets: Mapping[str, torch.Tensor], thread
         reads.clear()
         for worker in workers:
             worker.join()
-        for fd in files.values():
-            os.close(fd)
+        for file in files.values():
+            file.close()
     if failures:
         raise failures[0]
 
@@ -60,7 +62,7 @@ def read_with_dd(workload: Workload) -> None:
             raise OSError(f"dd: {done.stderr.strip()}")
 
 
-def _work(reads: deque[_Read], files: Mapping[str, int], failures: list[BaseException]) -> None:
+def _work(reads: deque[_Read], files: Mapping[str, SourceFile], failures: list[BaseException]) -> None:
     try:
         while True:
             try:
@@ -73,12 +75,12 @@ def _work(reads: deque[_Read], files: Mapping[str, int], failures: list[BaseExce
         reads.clear()
 
 
-def _fill(fd: int, read: _Read) -> None:
+def _fill(file: SourceFile, read: _Read) -> None:
     buffers, offset = read.buffers, read.offset
     while buffers:
-        got = os.preadv(fd, buffers, offset)
+        got = file.read_into(offset, buffers)
         if not got:
-            raise end_of_file(read.path, offset, os.fstat(fd).st_size)
+            raise end_of_file(read.path, offset, file.size)
         offset += got
         while buffers and got >= len(buffers[0]):
             got -= len(buffers.pop(0))

@@ -21,6 +21,7 @@ from .workload import Parameters, Workload
 # Above this, a "cold" read was partly warm.
 _RESIDENT_SHARE = 0.01
 _MUCH_OF_THE_MACHINE = 0.1
+_FEWEST_BYTES = 256 << 20
 _LOOK_S = 0.5
 Progress = Callable[[str], None]
 """A function that is called before every run, with the name of the run."""
@@ -33,15 +34,18 @@ class Scenario:
     Attributes:
         fresh: the parameters were not touched before, so that the kernel makes their pages during the read.
         cold: the page cache does not hold the files.
+        remote: they are objects of an object store.
     """
 
     fresh: bool = False
     cold: bool = False
+    remote: bool = False
 
     @property
     def title(self) -> str:
         """E.g. "warm page cache, into touched parameters"."""
-        return f"{'cold' if self.cold else 'warm'} page cache, into {'fresh' if self.fresh else 'touched'} parameters"
+        where = "an object store" if self.remote else f"{'cold' if self.cold else 'warm'} page cache"
+        return f"{where}, into {'fresh' if self.fresh else 'touched'} parameters"
 
 
 @dataclass
@@ -171,7 +175,8 @@ class Benchmark:
         contenders = self._contenders if contenders is None else contenders
         results = {contender.name: self._blank(contender) for contender in contenders}
         measurement = Measurement(scenario, rounds, list(results.values()))
-        page_cache.warm(self._workload.files)
+        if not scenario.remote:
+            page_cache.warm(self._workload.files)
         touched = None if scenario.fresh else Parameters(self._workload.tensors)
         if touched is not None:
             touched.poison()
@@ -260,6 +265,16 @@ def _turns(contenders: Sequence[Contender], rounds: int) -> Iterator[Contender]:
 def _difference(expected: Mapping[str, int], got: Mapping[str, int]) -> str | None:
     wrong = [name for name, checksum in expected.items() if got[name] != checksum]
     return f"wrong bytes in {len(wrong)} of {len(expected)} tensors, e.g. {wrong[0]}" if wrong else None
+
+
+def check_size(workload: Workload) -> str | None:
+    """A warning if reading the files takes no longer than opening them and starting threads; None if it does."""
+    if workload.nbytes >= _FEWEST_BYTES:
+        return None
+    return (
+        f"{human_bytes(workload.nbytes)} are too few to measure: opening the files and starting threads takes about as "
+        f"long as reading; measure a checkpoint of {human_bytes(_FEWEST_BYTES)} or more"
+    )
 
 
 def count_runs(contenders: Sequence[Contender], rounds: int) -> int:

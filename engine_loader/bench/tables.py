@@ -15,18 +15,20 @@ from .workload import Workload
 
 _PACKAGES = ("torch", "safetensors", "fastsafetensors", "runai-model-streamer")
 COLUMNS = ("reads with", "GB/s, median", "slowest - fastest", "of the limit")
+_BAR_CHARS = 10
+_EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
 def describe_machine(workload: Workload) -> dict[str, Any]:
     """The properties of the machine and its software on which figures depend."""
-    mount, total = mount_of(workload.files[0]), memory().total
+    mount, total = None if workload.remote else mount_of(workload.files[0]), memory().total
     return {
         "cpu": cpu_model(),
         "cpus": usable_cpus(),
         "cpu_quota": cgroup_cpus(),
         "memory_bytes": total,
         "kernel": platform.release(),
-        "file_system": mount.kind if mount else "unknown",
+        "file_system": "object store" if workload.remote else mount.kind if mount else "unknown",
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "engine_loader": __version__,
@@ -54,6 +56,17 @@ def workload_line(workload: Workload) -> str:
 def rows(measurement: Measurement) -> list[tuple[str, str, str, str]]:
     """A row for every contender: name, median GB/s, range, share of the limit."""
     return [(result.contender.name, *_figures(measurement, result)) for result in measurement.results]
+
+
+def bars(measurement: Measurement) -> list[str]:
+    """A bar for every contender; that of the fastest is full, and one that failed has none."""
+    most = max((result.median for result in measurement.results), default=0.0)
+    return [_bar(result.median / most if most else 0.0) for result in measurement.results]
+
+
+def _bar(share: float) -> str:
+    eighths = round(share * _BAR_CHARS * 8)
+    return ("█" * (eighths // 8) + _EIGHTHS[eighths % 8]).rstrip()
 
 
 def ways(measurement: Measurement) -> list[str]:

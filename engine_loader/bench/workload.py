@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import os
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,14 +11,20 @@ from dataclasses import dataclass
 import torch
 
 from .. import open_checkpoint
+from ..failures import end_of_file
 from ..formats.dtypes import torch_dtype, torch_shape
 from ..formats.safetensors import TensorInfo
 from ..loading.find import PathLike
 from ..machine import usable_cpus
+from ..settings import load_settings
+from ..sources.registry import is_remote, make_source
+from ..sources.source import SourceFile
 
 # torch's CPU allocator hands out large tensors 64 bytes into a page: parameters are not page-aligned.
 _INTO_PAGE_BYTES = 64
 _POISON = b"\xa5" * (1 << 20)
+_REMOTE_BYTES = 8 << 20
+_REMOTE_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -52,15 +57,38 @@ class Workload:
         return cls(files, tuple(files), tuple(info for info in tensors if info.file in files))
 
     @property
+    def remote(self) -> bool:
+        """Whether these are objects of an object store, which no page cache holds."""
+        return is_remote(self.files[0])
+
+    def open_files(self) -> dict[str, SourceFile]:
+        """The files by path, open for plain reads; the caller closes them."""
+        source = make_source("auto" if self.remote else "posix", settings=load_settings().settings.loader)
+        opened: dict[str, SourceFile] = {}
+        try:
+            for path in self.files:
+                opened[path] = source.open(path)
+        except BaseException:
+            for file in opened.values():
+                file.close()
+            raise
+        return opened
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors together."""
         return sum(info.nbytes for info in self.tensors)
 
     def checksums(self) -> dict[str, int]:
-        """The CRC of every tensor's bytes, by name, read from the files by pread."""
-        with ThreadPoolExecutor(usable_cpus()) as threads:
-            sums = threads.map(_file_checksum, self.tensors)
-            return {info.name: checksum for info, checksum in zip(self.tensors, sums, strict=True)}
+        """The CRC of every tensor's bytes, by name, read from the files by plain reads."""
+        files = self.open_files()
+        try:
+            with ThreadPoolExecutor(_REMOTE_THREADS if self.remote else usable_cpus()) as threads:
+                sums = threads.map(lambda info: _file_checksum(files[info.file], info), self.tensors)
+                return {info.name: checksum for info, checksum in zip(self.tensors, sums, strict=True)}
+        finally:
+            for file in files.values():
+                file.close()
 
 
 class Parameters:
@@ -101,13 +129,15 @@ class Parameters:
         return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=offset).view(shape)
 
 
-def _file_checksum(info: TensorInfo) -> int:
+def _file_checksum(file: SourceFile, info: TensorInfo) -> int:
     checksum = 0
-    fd = os.open(info.file, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        end = info.offset + info.nbytes
-        for offset in range(info.offset, end, len(_POISON)):
-            checksum = zlib.crc32(os.pread(fd, min(len(_POISON), end - offset), offset), checksum)
-    finally:
-        os.close(fd)
+    buffer = memoryview(bytearray(min(_REMOTE_BYTES if file.remote else len(_POISON), max(info.nbytes, 1))))
+    offset, end = info.offset, info.offset + info.nbytes
+    while offset < end:
+        piece = buffer[: end - offset]
+        got = file.read_into(offset, [piece])
+        if not got:
+            raise end_of_file(file.path, offset, file.size)
+        checksum = zlib.crc32(piece[:got], checksum)
+        offset += got
     return checksum

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from ..bench.rounds import Measurement, Scenario
     from ..bench.workload import Workload
 
+_COLUMNS = ("reads with", "GB/s", "range", "of the limit", "")
+"""Those of ``tables.rows``, and the bar: together less than 80 characters."""
 _STYLES = {"plain": "", "ours": "bold", "peer": ""}
 
 app = typer.Typer(no_args_is_help=True, help="Measure this machine.", rich_markup_mode="markdown")
@@ -27,7 +29,13 @@ def bench() -> None:
 
 @app.command()
 def read(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A model's directory, or one .safetensors file.")],
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH",
+            help="A model's directory, one .safetensors file, or s3://…; OWNER/NAME of the hub's local cache.",
+        ),
+    ],
     *,
     rounds: Annotated[int, typer.Option(min=1, max=10_000, help="How often each way of reading is measured.")] = 5,
     cold: Annotated[
@@ -68,7 +76,12 @@ def read(
     from ..bench import rounds as measuring
     from ..bench.workload import Workload
     from ..machine import memory
+    from ..sources.registry import is_remote
+    from .console.models import model_here
 
+    path = model_here(path)
+    if cold and is_remote(path):
+        raise typer.BadParameter("no page cache holds objects of an object store", param_hint="--cold")
     workload = Workload.of(path, files)
     if not workload.nbytes:
         raise EngineLoaderError(f"{path}: there are no bytes to read: all tensors are empty")
@@ -76,12 +89,16 @@ def read(
     if warning:
         print_warning(warning)
     machine = tables.describe_machine(workload)
-    chosen = [contenders.plain(number) for number in _thread_counts(threads)]
-    chosen += [contenders.plain(number, huge_pages=True) for number in _thread_counts(threads) if fresh]
+    counts = _thread_counts(threads, remote=workload.remote)
+    chosen = [contenders.plain(number, remote=workload.remote) for number in counts]
+    chosen += [contenders.plain(number, huge_pages=True, remote=workload.remote) for number in counts if fresh]
     chosen += contenders.ours()
     chosen += [contenders.ours_with_huge_pages()] if fresh else []
-    chosen += contenders.installed_peers() if peers else []
-    measurement = _measure(workload, chosen, measuring.Scenario(fresh=fresh, cold=cold), rounds)
+    # What other loaders read of object stores, and how, differs too much from one to the next.
+    chosen += contenders.installed_peers() if peers and not workload.remote else []
+    scenario = measuring.Scenario(fresh=fresh, cold=cold, remote=workload.remote)
+    measurement = _measure(workload, chosen, scenario, rounds)
+    measurement.warnings += filter(None, [measuring.check_size(workload)])
     if as_json:
         checkpoint = {
             "path": path,
@@ -104,7 +121,9 @@ def _measure(workload: Workload, chosen: list[Contender], scenario: Scenario, ro
         return benchmark.measure(scenario, rounds)
 
 
-def _thread_counts(given: str | None) -> list[int]:
+def _thread_counts(given: str | None, *, remote: bool) -> list[int]:
+    if given is None and remote:
+        return [4, 16]
     if given is None:
         from ..machine import usable_cpus
 
@@ -128,9 +147,12 @@ def _print(measurement: Measurement, workload: str, machine: str) -> None:
 
     out = console()
     out.print(Text(f"{workload}; {measurement.scenario.title}; medians of {measurement.rounds} rounds"), soft_wrap=True)
-    shown = table(tables.COLUMNS, [], right=range(1, len(tables.COLUMNS)))
-    for result, row in zip(measurement.results, tables.rows(measurement), strict=True):
-        shown.add_row(*map(printable, row), style=_STYLES[result.contender.kind] if result.error is None else "red")
+    shown = table(_COLUMNS, [], right=range(1, len(_COLUMNS) - 1))
+    measured = zip(measurement.results, tables.rows(measurement), tables.bars(measurement), strict=True)
+    for result, row, bar in measured:
+        shown.add_row(
+            *map(printable, row), bar, style=_STYLES[result.contender.kind] if result.error is None else "red"
+        )
     out.print(shown)
     for line in tables.ways(measurement):
         out.print(Text(line, "dim"), soft_wrap=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import compile_cache_trust, compile_cache_upkeep
-from .console.output import console, plain_table, print_json, print_warning, printable
+from .console.output import console, count, print_json, print_plain_table, print_warning, printable
 
 if TYPE_CHECKING:
     from ..compile_cache.key import CacheKey
@@ -103,7 +103,7 @@ def info(engine: EngineOption = "vllm", as_json: JsonOption = False) -> None:
     rows = [
         [item["cache"], item["directory"], item["variable"], str(item["files"]), mib(item["bytes"])] for item in local
     ]
-    out.print(plain_table(["cache", "directory", "variable", "files", "size"], rows))
+    print_plain_table(["cache", "directory", "variable", "files", "size"], rows)
 
 
 @app.command("list")
@@ -139,12 +139,17 @@ def list_caches(as_json: JsonOption = False) -> None:
         [row["scope"], str(row["packs"]), mib(row["bytes"]), _age(row["last_used"]), row["environment"]] for row in rows
     ]
     columns = ["scope", "packs", "size", "used", "environment"]
-    console().print(plain_table(columns, shown) if rows else f"{settings.directory} is empty")
+    if not rows:
+        console().print(f"{settings.directory} is empty")
+        return
+    print_plain_table(columns, shown)
+    packs, nbytes = (sum(row[what] for row in rows) for what in ("packs", "bytes"))
+    console().print(f"{count(len(rows), 'key')}, {count(packs, 'pack')}, {mib(nbytes)}")
 
 
 @app.command()
 def clear(
-    engine: EngineOption = "torch",
+    engine: EngineOption = "vllm",
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -186,7 +191,10 @@ def explain(engine: EngineOption = "vllm", as_json: JsonOption = False) -> None:
     """Say what the cache was good for when an engine last started here, and why it was no hit."""
     from ..compile_cache.verdict.explain import account
 
-    value = account(engine, _settings(), _key(engine, ""))
+    key = _key(engine, "")
+    if (engine, "none") in key.parts:
+        raise typer.BadParameter(f"{engine} is not installed here: there is nothing to compare", param_hint="--engine")
+    value = account(engine, _settings(), key)
     if as_json:
         print_json(value)
         return

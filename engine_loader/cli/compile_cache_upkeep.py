@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated
 
 import typer
 
-from .console.output import console, plain_table, print_json, print_warning, printable
+from .console.output import console, count, print_json, print_plain_table, print_warning, printable
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -64,7 +65,7 @@ def prune(
     else:
         if done.deleted:
             rows = [[reason, mib(size), name] for name, size, reason in done.deleted]
-            console().print(plain_table(["reason", "size", "pack"], rows))
+            print_plain_table(["reason", "size", "pack"], rows)
         console().print(f"{'would delete' if dry_run else 'deleted'} {len(done.deleted)} files, {mib(done.bytes)}")
     for message in done.messages:
         print_warning(message)
@@ -120,9 +121,14 @@ def verify(
             ]
             for one in found
         ]
-        console().print(
-            plain_table(["state", "files", "size", "pack"], rows) if rows else f"{store.description} is empty"
-        )
+        if rows:
+            print_plain_table(["state", "files", "size", "pack"], rows)
+            states = Counter(row[0] for row in rows)
+            told = ", ".join(f"{number:,} {state}" for state, number in sorted(states.items(), reverse=True))
+            nbytes = mib(sum(one.stored.size for one in found))
+            console().print(f"{count(len(found), 'pack')}, {nbytes}: {told}")
+        else:
+            console().print(f"{store.description} is empty")
         for name, what in repaired.items():
             console().print(printable(f"{name}: {what}"))
         for one in bad:

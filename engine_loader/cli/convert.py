@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console.output import byte_progress_bar, console, printable
+from .console.output import byte_progress_bar, console, count, print_json, printable
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +68,7 @@ def convert(
         ),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint that is in DST.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Convert between training checkpoints (torch.distributed.checkpoint) and Hugging Face safetensors.
 
@@ -94,6 +95,9 @@ def convert(
             "a sharded_state checkpoint is written by the engine itself, for one parallel layout",
             hint=f"engine-loader reshard {source} {destination} --tensor-parallel-size N",
         )
+    from .console.models import model_here
+
+    source = model_here(source)
     max_shard_bytes, mapping = _bytes(max_shard_size), _mapping(key_mapping)
     from ..conversion import convert_checkpoint
 
@@ -110,10 +114,14 @@ def convert(
             overwrite=overwrite,
             progress=progress,
         )
+    if as_json:
+        written = {"files": [str(file) for file in done.files], "tensors": done.tensors, "bytes": done.nbytes}
+        print_json({"destination": destination, **written, "left_out": done.left_out.removeprefix("left out: ")})
+        return
     left_out = f"; {done.left_out}" if done.left_out else ""
-    files = f"{len(done.files)} file{'' if len(done.files) == 1 else 's'}"
     console().print(
-        f"{printable(destination)}: {files}, {done.tensors} tensors, {human_bytes(done.nbytes)}{left_out}",
+        f"{printable(destination)}: {count(len(done.files), 'file')}, {done.tensors} tensors, "
+        f"{human_bytes(done.nbytes)}{left_out}",
         soft_wrap=True,
     )
 
@@ -128,12 +136,13 @@ def _mapping(text: str | None) -> Any:
 
 
 def _bytes(text: str) -> int:
-    from pydantic import ByteSize, TypeAdapter, ValidationError
+    from pydantic import TypeAdapter, ValidationError
 
     from ..errors import SettingsError
+    from ..settings.schema import Size
 
     try:
-        nbytes = int(TypeAdapter(ByteSize).validate_python(text))
+        nbytes = int(TypeAdapter(Size).validate_python(text))
     except ValidationError as error:
         raise SettingsError(f"--max-shard-size: {text!r} is not a size like 5GB or 512MiB") from error
     if nbytes < 1:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .console.output import console, print_json, printable
+from .console.output import console, print_json, print_wrapped, printable
 
 if TYPE_CHECKING:
     from .diagnosis.finding import Finding
 
-_MARKS = {"ok": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "bold red")}
+_MARKS = {"ok": ("✓", "green"), "absent": ("-", "dim"), "warn": ("!", "yellow"), "fail": ("✗", "bold red")}
 
 
 def doctor(
@@ -30,11 +30,15 @@ def doctor(
     strict: Annotated[
         bool, typer.Option("--strict", help="The exit status is 1 if there is a !, too; for init containers.")
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Show details: where was searched, what each fix-up changes and why.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check versions, engines, plugins, sources, cache directories and the machine, and say how to repair each problem.
 
-    ✓: no problem; !: may be slow or fail; ✗: will not work. The exit status is 1 if there is a ✗.
+    ✓: no problem; -: absent, and not needed; !: may be slow or fail; ✗: will not work. The exit status is 1 if there is
+    a ✗.
 
     **Examples**
 
@@ -52,7 +56,7 @@ def doctor(
             if finding.area != shown_area:
                 console().print(("\n" if shown_area else "") + finding.area, style="bold")
                 shown_area = finding.area
-            _print(finding)
+            _print(finding, verbose=verbose)
     counts = Counter[str](finding.status for finding in findings)
     if as_json:
         summary = {status: counts[status] for status in _MARKS}
@@ -96,13 +100,11 @@ def _checked(what: str, check: Callable[[], Iterator[Finding]]) -> list[Finding]
         return [Finding("software", what, "warn", "not checked: the settings cannot be read", "repair the settings")]
 
 
-def _print(finding: Finding) -> None:
-    from rich.text import Text
-
+def _print(finding: Finding, *, verbose: bool) -> None:
     mark, style = _MARKS[finding.status]
-    text = Text.assemble((f"  {mark} ", style), (printable(finding.name), "bold"), f": {printable(finding.value)}")
-    console().print(text, soft_wrap=True)
+    name = printable(finding.name)
+    print_wrapped(f"  {mark} {name}: {printable(finding.value)}", indent="    ", parts={mark: style, name: "bold"})
+    if verbose and finding.detail:
+        print_wrapped(f"      {printable(finding.detail)}", "dim", indent="      ")
     if finding.repair:
-        console().print(
-            Text(f"    → {printable(finding.repair)}", style if finding.status != "ok" else "dim"), soft_wrap=True
-        )
+        print_wrapped(f"    → {printable(finding.repair)}", style if mark in "!✗" else "dim", indent="      ")

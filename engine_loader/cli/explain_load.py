@@ -17,7 +17,9 @@ _SHOWN = 12
 
 
 def explain_load(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="The model's directory.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="The model's directory, s3://…, or OWNER/NAME of the hub's cache.")
+    ],
     *,
     tensor_parallel_size: Annotated[int, typer.Option("--tensor-parallel-size", "-tp", min=1)] = 1,
     pipeline_parallel_size: Annotated[int, typer.Option("--pipeline-parallel-size", "-pp", min=1)] = 1,
@@ -43,7 +45,9 @@ def explain_load(
     ```
     """
     from ..engines.vllm.rank import Rank
+    from .console.models import model_here
 
+    model = model_here(model)
     which = Rank(tensor_parallel_size, pipeline_parallel_size, rank, expert_parallel)
     with quiet_engine():
         explanation = _explain(model, which)

@@ -23,7 +23,9 @@ def inspect(
     path: Annotated[
         str,
         typer.Argument(
-            metavar="PATH", help="A model's or a training checkpoint's directory, or one .safetensors file; also s3://…"
+            metavar="PATH",
+            help="A model's or a training checkpoint's directory, or one .safetensors file; also s3://…, and "
+            "OWNER/NAME of the hub's local cache.",
         ),
     ],
     *,
@@ -50,8 +52,10 @@ def inspect(
     engine-loader inspect --tensors --json model.safetensors | jq '.tensors[].name'
     ```
     """
+    from .console.models import model_here
     from .inspection import survey
 
+    path = model_here(path)
     found = survey.check(path) if check else survey.read(path)
     if as_json:
         print_json(_as_dict(path, found, check=check, tensors=tensors))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import EngineLoaderError
-from .console.output import console, printable
+from .console.output import console, print_json, printable
 
 if TYPE_CHECKING:
     from ..patching import Patch
@@ -24,10 +24,25 @@ _FITS = ("can be applied", "applied", "differs")
 
 
 @app.command("list")
-def list_patches() -> None:
+def list_patches(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """List the patches: purpose, versions, and whether each is applied to the installed engine."""
     from ..patching import all_patches
 
+    if as_json:
+        print_json(
+            [
+                {
+                    "name": patch.name,
+                    "title": patch.title,
+                    "distribution": patch.distribution,
+                    "versions": str(patch.versions),
+                    "installed": patch.installed,
+                    "state": patch.state(),
+                }
+                for patch in all_patches()
+            ]
+        )
+        return
     out = console()
     for patch in all_patches():
         out.print(f"{patch.name}: {patch.title}", soft_wrap=True)

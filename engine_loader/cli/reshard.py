@@ -40,7 +40,9 @@ def reshard(
     """
     from ..engines.vllm.rank import Rank
     from ..report.load_report import human_bytes
+    from .console.models import model_here
 
+    model = model_here(model)
     layout = Rank(tensor_parallel_size, pipeline_parallel_size, 0, expert_parallel)
     with progress_bar(layout.world_size + 1) as step, quiet_engine():
         from ..engines.vllm.sharded import reshard as write

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated, Any
 
 import typer
@@ -10,6 +11,11 @@ from .console.output import console, print_json, printable
 
 
 def settings(
+    *,
+    changed: Annotated[bool, typer.Option("--changed", help="Only settings that do not have their default.")] = False,
+    env: Annotated[
+        bool, typer.Option("--env", help="Name each setting by its variable, as a file of variables has them.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show every setting: its value, default, origin and meaning.
@@ -24,9 +30,10 @@ def settings(
     engine-loader settings
     ENGINE_LOADER_CONFIG=engine-loader.yaml engine-loader settings
     ENGINE_LOADER_LOADER__THREADS=8 engine-loader settings --json
+    engine-loader settings --changed --env > engine-loader.env
     ```
     """
-    rows = _rows()
+    rows = [row for row in _rows() if not changed or row["shown"] != row["default"]]
     if as_json:
         print_json(rows)
         return
@@ -34,6 +41,14 @@ def settings(
     from rich.text import Text
 
     out = console()
+    if env:
+        for row in rows:
+            if not changed:
+                out.print(Text(f"# {row['description']}", "dim"), soft_wrap=True)
+            out.print(f"{row['variable']}={shlex.quote(row['shown'])}", soft_wrap=True)
+        return
+    if not rows:
+        out.print("all settings have their defaults")
     for row in rows:
         line = Text.assemble((row["name"], "bold"), f" = {printable(row['shown'])}")
         if row["origin"] != "default":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,17 +16,19 @@ from torch.distributed.checkpoint.filesystem import SerializationFormat
 from ..errors import CheckpointError
 from ..loading.checkpoint import Checkpoint
 from ..loading.companions import companions_in, copy_companions
-from ..loading.find import ShardedState, TrainingCheckpoint, find_checkpoint
+from ..loading.find import NoCheckpointError, ShardedState, TrainingCheckpoint, find_checkpoint, is_pytorch_file
 from ..loading.mapping.named_layouts import misread_layout, rules_of
 from ..loading.open_store import map_store, open_store
 from ..loading.training.key_mapping import KeyMapping, make_renamer
 from ..settings import load_settings
-from ..sources.registry import make_source
+from ..sources.registry import is_remote, make_source
+from ..sources.source import Source
 from .dcp_output import write_dcp
 from .destination import check_destination, unfinished_directory
 from .output_check import check_output
+from .pytorch_files import PyTorchFiles
 from .safetensors_output import write_safetensors
-from .written_tensors import floating_point_type, outgoing
+from .written_tensors import Outgoing, Tensors, floating_point_type, outgoing
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +74,8 @@ def convert_checkpoint(
     setting ``buffer_bytes``) and the tensor that is being written.
 
     Args:
-        source: a directory or a prefix (s3://…) with a training checkpoint or safetensors, or one safetensors file.
+        source: a directory or a prefix (s3://…) with a training checkpoint or safetensors, one safetensors file, or a
+            directory with PyTorch files (pytorch_model.bin), of which no code is run.
         destination: a directory, new or empty.
         to: "safetensors" (a Hugging Face checkpoint) or "dcp" (torch.distributed.checkpoint).
         items: how dcp stores tensors: as ``torch.save`` does, or in safetensors files.
@@ -92,7 +96,20 @@ def convert_checkpoint(
     check_destination(source, destination, overwrite=overwrite)
     settings = load_settings(options, extra_origin="the arguments of convert_checkpoint").settings.loader
     files = make_source(settings.backend, settings=settings)
-    found = find_checkpoint(files, source, sharded_pattern=settings.sharded_pattern)
+    try:
+        found = find_checkpoint(files, source, sharded_pattern=settings.sharded_pattern)
+    except NoCheckpointError:
+        if is_remote(source) or not any(map(is_pytorch_file, files.list(source))):
+            raise
+        if to == "dcp" or rules_of(key_mapping) is not None:
+            raise CheckpointError(
+                "PyTorch files are written as safetensors, at most under other names",
+                file=source,
+                hint="convert them, and then what was written",
+            ) from None
+        writing = _Writing(files, source, destination, wanted, max_shard_bytes, progress)
+        pickled = PyTorchFiles(source)
+        return writing.safetensors(pickled, outgoing(pickled, make_renamer(key_mapping), wanted))
     if isinstance(found, ShardedState):
         raise CheckpointError(
             "this is a sharded_state checkpoint: an engine's own tensors, fused and cut for one parallel layout, which "
@@ -114,38 +131,67 @@ def convert_checkpoint(
             logger.warning("%s", warning)
         if not tensors:
             raise CheckpointError("there are no tensors to convert", file=source)
-        total = sum(tensor.nbytes for tensor in tensors)
-        companions = [] if found.directory is None else companions_in(files, found.directory)
+        writing = _Writing(files, found.directory, destination, wanted, max_shard_bytes, progress)
+        if to == "safetensors":
+            return writing.safetensors(checkpoint, tensors, store.left_out)
+        kind = SerializationFormat.SAFETENSORS if items == "safetensors" else SerializationFormat.TORCH_SAVE
+        others = store.other_items() if optimizer_state else {}
+        with writing.directory(tensors) as (unfinished, written):
+            write_dcp(
+                unfinished, checkpoint, tensors, items=kind, others=others, paths=store.state_paths(), written=written
+            )
+        return writing.conversion(tensors, store.left_out)
+
+
+@dataclass
+class _Writing:
+    """A directory that is written: the tensors, and what lies beside them in the source."""
+
+    source: Source
+    beside: str | None
+    destination: str
+    dtype: torch.dtype | None
+    max_shard_bytes: int
+    progress: Callable[[int, int], object]
+    weights: Sequence[str] = ()
+
+    def safetensors(self, tensors: Tensors, going: Sequence[Outgoing], left_out: str = "") -> Conversion:
+        """Write a Hugging Face checkpoint."""
+        with self.directory(going) as (unfinished, written):
+            write_safetensors(unfinished, tensors, going, max_shard_bytes=self.max_shard_bytes, written=written)
+        return self.conversion(going, left_out)
+
+    @contextmanager
+    def directory(self, going: Sequence[Outgoing]) -> Iterator[tuple[Path, Callable[[int], None]]]:
+        """A directory for the weights, and a function to call with the bytes that were written.
+
+        When the block ends, it is checked, completed, and put in its place.
+        """
+        total = sum(tensor.nbytes for tensor in going)
+        companions = [] if self.beside is None else companions_in(self.source, self.beside)
         done = 0
 
         def written(nbytes: int) -> None:
             nonlocal done
             done += nbytes
-            progress(done, total)
+            self.progress(done, total)
 
-        progress(0, total)
+        self.progress(0, total)
         needed = total + sum(companion.nbytes for companion in companions)
-        with unfinished_directory(destination, needed) as unfinished:
-            if to == "dcp":
-                kind = SerializationFormat.SAFETENSORS if items == "safetensors" else SerializationFormat.TORCH_SAVE
-                others = store.other_items() if optimizer_state else {}
-                write_dcp(
-                    unfinished,
-                    checkpoint,
-                    tensors,
-                    items=kind,
-                    others=others,
-                    paths=store.state_paths(),
-                    written=written,
-                )
-            else:
-                write_safetensors(unfinished, checkpoint, tensors, max_shard_bytes=max_shard_bytes, written=written)
-            check_output(unfinished, tensors)
-            weights = sorted(path.name for path in unfinished.iterdir() if path.suffix in (".safetensors", ".distcp"))
-            if found.directory is not None:
-                copy_companions(files, found.directory, companions, unfinished)
-            _set_dtype(unfinished / _CONFIG, wanted)
-    return Conversion([Path(destination) / name for name in weights], len(tensors), total, store.left_out)
+        with unfinished_directory(self.destination, needed) as unfinished:
+            yield unfinished, written
+            check_output(unfinished, going)
+            self.weights = sorted(
+                path.name for path in unfinished.iterdir() if path.suffix in (".safetensors", ".distcp")
+            )
+            if self.beside is not None:
+                copy_companions(self.source, self.beside, companions, unfinished)
+            _set_dtype(unfinished / _CONFIG, self.dtype)
+
+    def conversion(self, going: Sequence[Outgoing], left_out: str) -> Conversion:
+        """What was written."""
+        files = [Path(self.destination) / name for name in self.weights]
+        return Conversion(files, len(going), sum(tensor.nbytes for tensor in going), left_out)
 
 
 def _set_dtype(config: Path, dtype: torch.dtype | None) -> None:

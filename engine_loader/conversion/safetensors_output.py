@@ -13,15 +13,14 @@ from ..errors import CheckpointError
 from ..formats.dtypes import DTYPE_BITS
 from ..formats.hf_index import INDEX_NAME
 from ..formats.safetensors import LENGTH_BYTES, MAX_HEADER_BYTES
-from ..loading.checkpoint import Checkpoint
-from .written_tensors import Outgoing, in_writing_order, read_in_order
+from .written_tensors import Outgoing, Tensors, in_writing_order, read_in_order
 
 _PADDING = 8
 
 
 def write_safetensors(
     directory: Path,
-    checkpoint: Checkpoint,
+    checkpoint: Tensors,
     tensors: Sequence[Outgoing],
     *,
     max_shard_bytes: int,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from ..errors import CheckpointError, SettingsError
 from ..formats.dtypes import DTYPE_BITS, torch_dtype
 from ..formats.safetensors import TensorInfo
-from ..loading.checkpoint import Checkpoint
 from ..loading.training.items import dtype_name
 from ..loading.training.key_mapping import Renamer
 from ..loading.training.torch_load import check_not_quantised
@@ -42,7 +42,23 @@ class Outgoing:
         return None if self.dtype == self.info.dtype else torch_dtype(self.dtype)
 
 
-def outgoing(checkpoint: Checkpoint, rename: Renamer, dtype: torch.dtype | None) -> list[Outgoing]:
+class Tensors(Protocol):
+    """What is converted: an open ``Checkpoint``, or something that answers as one."""
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of all tensors."""
+        ...
+
+    def info(self, name: str) -> TensorInfo:
+        """Element type, shape and file of a tensor."""
+        ...
+
+    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of these."""
+        ...
+
+
+def outgoing(checkpoint: Tensors, rename: Renamer, dtype: torch.dtype | None) -> list[Outgoing]:
     """All tensors of a checkpoint, in file order.
 
     Args:
@@ -96,7 +112,7 @@ def in_writing_order(tensors: Iterable[Outgoing]) -> list[Outgoing]:
     return sorted(tensors, key=_width)
 
 
-def read_in_order(checkpoint: Checkpoint, tensors: Sequence[Outgoing]) -> Iterator[tuple[Outgoing, torch.Tensor]]:
+def read_in_order(checkpoint: Tensors, tensors: Sequence[Outgoing]) -> Iterator[tuple[Outgoing, torch.Tensor]]:
     """Yield tensors, which are in writing order, while the next ones are read."""
     for _, group in itertools.groupby(tensors, _width):
         by_name: Mapping[str, Outgoing] = {tensor.info.name: tensor for tensor in group}

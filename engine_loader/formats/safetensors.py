@@ -309,7 +309,15 @@ def _what_it_is(prefix: bytes) -> tuple[str, str] | None:
         return "this is a zip file, perhaps a .pt checkpoint", "convert it to safetensors"
     if prefix.startswith(b"GGUF"):
         return "this is a GGUF file, not a safetensors file", "give the model's safetensors files"
+    text = prefix.lstrip()
     # The length of a valid header has zero bytes in it; text has none.
-    if prefix.lstrip().startswith((b"<", b"{")) and 0 not in prefix[:LENGTH_BYTES]:
-        return "this is a text file, perhaps an error page of a download", "download it again"
-    return None
+    if 0 in prefix[:LENGTH_BYTES] or not text.startswith((b"<", b"{")):
+        return None
+    if text.startswith(b"{"):
+        return (
+            "this is JSON, as a config.json or a server's error is, and no weights",
+            "give the model's directory, or download the file again",
+        )
+    if text[:LENGTH_BYTES].lower().startswith((b"<!doctyp", b"<html")):
+        return "this is an HTML page, perhaps the error page of a download", "download it again"
+    return "this is XML or another text, perhaps the error of a download", "download it again"

@@ -14,6 +14,7 @@ from ..report.load_report import LoadReport
 from ..settings import load_settings
 from ..sources.registry import make_source
 from ..transfer.plan import ExtentRow, extent
+from .devices.chosen import usable_device
 from .find import Found, PathLike, SafetensorsFiles, ShardedState, TrainingCheckpoint, find_checkpoint
 from .geometry import contiguous_strides, view_extents
 from .open_store import open_store
@@ -59,7 +60,7 @@ def open_checkpoint(
 
     Raises:
         CheckpointError: there is no checkpoint, or a header or the index is wrong; the message says which file and why.
-        SettingsError: an option is unknown or has a bad value.
+        SettingsError: an option is unknown or has a bad value, or torch has no such device here.
 
     Example:
         >>> with open_checkpoint("model/") as checkpoint:
@@ -67,7 +68,7 @@ def open_checkpoint(
         ...         print(name, tensor.shape)
     """
     settings = load_settings(options, extra_origin="the arguments of open_checkpoint").settings.loader
-    put_on = torch.device(device)
+    put_on = usable_device(device)
     if backend == "auto":
         backend = settings.backend if files is None else "memory"
     source = make_source(backend, files, settings)

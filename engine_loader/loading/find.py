@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -15,6 +16,11 @@ from ..formats.sharded_state import ShardRank, shards_by_rank, shards_of
 from ..sources.source import Source
 
 PathLike: TypeAlias = str | os.PathLike[str]
+
+
+_FOLDERS_LOOKED_INTO = 20
+_TRAINING_STATE = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
+"""What engines do not take for weights either."""
 
 
 class NoCheckpointError(CheckpointError):
@@ -125,7 +131,7 @@ def find_checkpoint(
         raise NoCheckpointError(
             "no .safetensors file in this directory",
             file=directory,
-            hint=_what_is_there(names, source.folders(directory)),
+            hint=_what_is_there(source, directory, names),
         )
     return files
 
@@ -137,6 +143,11 @@ def is_shard_name(name: str) -> bool:
     with a dot, too.
     """
     return name.endswith(".safetensors") and not name.startswith(".")
+
+
+def is_pytorch_file(name: str) -> bool:
+    """Whether a file holds weights as ``torch.save`` wrote them; not the state of a training."""
+    return name.endswith((".bin", ".pt", ".pth")) and not name.startswith(".") and name not in _TRAINING_STATE
 
 
 def without_end(directory: str) -> str:
@@ -153,12 +164,29 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
     ]
 
 
-def _what_is_there(names: Sequence[str], folders: Sequence[str]) -> str:
-    if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
-        return "it has PyTorch files; this loader reads safetensors only: convert them with safetensors or transformers"
-    if not names and folders:
+def _what_is_there(source: Source, directory: str, names: Sequence[str]) -> str:
+    folders = source.folders(directory)
+    with_weights = _with_weights(source, directory, folders[:_FOLDERS_LOOKED_INTO])
+    if with_weights:
+        named = ", ".join(map(repr, with_weights[:5])) + (", …" if len(with_weights) > 5 else "")
+        return f"there are weights below it, in {named}: give that directory"
+    if any(map(is_pytorch_file, names)):
+        return f"it has PyTorch files; write them as safetensors: engine-loader convert {directory} OUTPUT"
+    if folders and not names:
         named = ", ".join(map(repr, folders[:5])) + (", …" if len(folders) > 5 else "")
         return f"it has no files, but the directories {named}: is the checkpoint in one of them?"
     if not names:
         return "it is empty"
     return f"it has {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
+
+
+def _with_weights(source: Source, directory: str, folders: Sequence[str]) -> list[str]:
+    """Those of the ``folders`` that hold weights, as paths; one that cannot be listed does not."""
+    found = []
+    for folder in folders:
+        path = os.path.join(directory, folder)
+        with suppress(CheckpointError):
+            names = source.list(path)
+            if METADATA_NAME in names or any(map(is_shard_name, names)):
+                found.append(path)
+    return found

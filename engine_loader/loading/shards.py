@@ -143,7 +143,7 @@ def open_files(source: Source, found: SafetensorsFiles | ShardedState) -> OpenFi
             if "/" not in shard and shard not in present:
                 count = sum(name == shard for name in index.weight_map.values())
                 raise CheckpointError(
-                    f"the index puts {count} tensors into {shard!r}, which is not there",
+                    f"the index puts {count} tensor{'' if count == 1 else 's'} into {shard!r}, which is not there",
                     file=index.file,
                     hint="the download is not complete: fetch the missing shard",
                 )

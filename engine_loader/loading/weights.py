@@ -43,6 +43,7 @@ def stream_weights(
     direct: DirectLoad | None = None,
     device: TargetDevice = None,
     ranks: NodeRanks | None = None,
+    report: LoadReport | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor) of all ``weights``: the files in natural order, each in file order.
 
@@ -58,6 +59,7 @@ def stream_weights(
         device: where streamed tensors are put; None: into the CPU's memory, as is what a load in direct mode streams in
             the end, and a training checkpoint.
         ranks: of this machine, that load the same files; None: this process alone.
+        report: the account that is kept; None: a new one.
 
     Raises:
         CheckpointError: a file, a header or the index is wrong, or bytes could not be read.
@@ -66,7 +68,7 @@ def stream_weights(
     with ExitStack() as stack:
         store = stack.enter_context(open_weights(weights, settings, ranks))
         infos = [info for info in store.infos if skip is None or not skip(info.name)]
-        report = LoadReport()
+        report = report or LoadReport()
         if note:
             report.add_note(note)
         if settings.key_mapping and not store.key_mapping_applies:

@@ -67,6 +67,6 @@ def show_value(value: object) -> str:
         return str(int(value))
     if isinstance(value, float):
         return f"{value:g}"
-    if isinstance(value, dict):
+    if isinstance(value, dict | list):
         return json.dumps(value)
     return "auto" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ import yaml
 from .catalogue import fields, groups, variable_name
 
 _SHOWN_CHARS = 100
+_ALIKE = 0.8
+_NO_SIZE = "this is no size like 536870912, 512MiB, 512Mi or 1GB"
 
 
 def explain_problem(problem: Any, origins: Mapping[str, str], prefix: str) -> str:
@@ -37,12 +40,22 @@ def explain_problem(problem: Any, origins: Mapping[str, str], prefix: str) -> st
         return f"{origin}: {shown} is a group of settings, not a setting: put them below it"
     given = repr(problem["input"])
     given = given if len(given) <= _SHOWN_CHARS else f"{given[:_SHOWN_CHARS]}…"
-    return f"{origin}: {shown} = {given}: {str(problem['msg']).removeprefix('Value error, ')}"
+    what = _NO_SIZE if problem["type"].startswith("byte_size") else str(problem["msg"]).removeprefix("Value error, ")
+    return f"{origin}: {shown} = {given}: {what}"
 
 
 def explain_unknown_variable(variable: str, dotted: str) -> str:
     """One line about a variable that begins as ours do and sets nothing; ``dotted``: the setting that it would set."""
+    names = {_with_single_underscores(name): name for name in fields()}
+    near = difflib.get_close_matches(_with_single_underscores(dotted), names, n=1, cutoff=_ALIKE)
+    if near:
+        meant = variable_name(names[near[0]])
+        return f"{variable}: there is no such setting; did you mean {meant}? (engine-loader settings --env lists all)"
     return f"{variable}: there is no such setting{_suggestions(dotted, dotted.rpartition('.')[0], variable_name)}"
+
+
+def _with_single_underscores(dotted: str) -> str:
+    return re.sub(r"[._]+", "_", dotted)
 
 
 def explain_yaml_error(path: str, error: yaml.YAMLError) -> str:

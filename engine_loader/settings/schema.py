@@ -15,6 +15,7 @@ from ..formats.sharded_state import check_pattern
 
 _FUNCTION = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
 _LAYOUT = re.compile(r"(torchtitan|meta)-llama(:[0-9]{1,5})?|torchtitan-(llama4|qwen3|deepseek_v3)")
+_KUBERNETES_SIZE = re.compile(r"[0-9.]+\s*[KMGTP]i")
 _KIB, _MIB, _GIB = 1 << 10, 1 << 20, 1 << 30
 _MOST_BYTES = 1 << 50
 
@@ -30,6 +31,14 @@ Auto = Annotated[_T | None, BeforeValidator(_auto_is_none)]
 
 Limits belong to the value: ``Auto[Annotated[int, Field(ge=1)]]``, for None has no order.
 """
+
+
+def _as_kubernetes_writes(value: Any) -> Any:
+    return f"{value.strip()}B" if isinstance(value, str) and _KUBERNETES_SIZE.fullmatch(value.strip()) else value
+
+
+Size = Annotated[ByteSize, BeforeValidator(_as_kubernetes_writes)]
+"""Bytes, also as ``512MiB``, ``1GB``, and as in a pod's limits, ``512Mi``."""
 _Threads = Annotated[int, Field(ge=1, le=256)]
 
 
@@ -104,7 +113,7 @@ class LoaderSettings(_Group):
         "they share: auto where an engine has several ranks here and files are read past the page cache; off: each "
         "reads for itself.",
     )
-    share_bytes: ByteSize = Field(
+    share_bytes: Size = Field(
         default=ByteSize(2 * _GIB),
         ge=16 * _MIB,
         le=64 * _GIB,
@@ -117,19 +126,19 @@ class LoaderSettings(_Group):
         description="Seconds after which a rank reads by itself what another one was to read for it.",
     )
 
-    buffer_bytes: ByteSize = Field(
+    buffer_bytes: Size = Field(
         default=ByteSize(512 * _MIB),
         ge=_MIB,
         le=_MOST_BYTES,
         description="Memory for tensors on their way; a tensor that is larger gets its own.",
     )
-    block_bytes: ByteSize = Field(
+    block_bytes: Size = Field(
         default=ByteSize(16 * _MIB),
         ge=64 * _KIB,
         le=_MOST_BYTES,
         description="Consecutive tensors are streamed in blocks of up to this size.",
     )
-    io_bytes: Auto[Annotated[ByteSize, Field(ge=4 * _KIB, le=_GIB)]] = Field(
+    io_bytes: Auto[Annotated[Size, Field(ge=4 * _KIB, le=_GIB)]] = Field(
         default=None,
         description="The largest single read; auto: 4 MiB, 1.5 MiB by O_DIRECT from a disk of this machine.",
     )
@@ -140,13 +149,13 @@ class LoaderSettings(_Group):
         default=120.0, gt=0, allow_inf_nan=False, description="Seconds without a single byte after which a load fails."
     )
 
-    device_pinned_bytes: ByteSize = Field(
+    device_pinned_bytes: Size = Field(
         default=ByteSize(256 * _MIB),
         ge=_MIB,
         le=_MOST_BYTES,
         description="Page-locked memory for what is on its way to a GPU, for each one that is read to.",
     )
-    device_buffer_bytes: ByteSize = Field(
+    device_buffer_bytes: Size = Field(
         default=ByteSize(_GIB),
         ge=_MIB,
         le=_MOST_BYTES,
@@ -197,7 +206,7 @@ class LoaderSettings(_Group):
     object_store_requests: int = Field(
         default=16, ge=1, le=256, description="Requests to an object store in flight at once, each on a thread."
     )
-    object_store_range_bytes: ByteSize = Field(
+    object_store_range_bytes: Size = Field(
         default=ByteSize(8 * _MIB),
         ge=64 * _KIB,
         le=_GIB,
@@ -321,13 +330,13 @@ class CompileCacheSettings(_Group):
         default=None, description="Threads that compress and decompress; auto: one for each CPU."
     )
     compression_level: int = Field(default=3, ge=1, le=19, description="Of zstd, for packs.")
-    max_pack_bytes: ByteSize = Field(
+    max_pack_bytes: Size = Field(
         default=ByteSize(4 * _GIB), ge=_MIB, le=_MOST_BYTES, description="A save that would be larger is given up."
     )
-    min_local_free_bytes: ByteSize = Field(
+    min_local_free_bytes: Size = Field(
         default=ByteSize(512 * _MIB), ge=0, le=_MOST_BYTES, description="What a restore leaves free on the local disk."
     )
-    min_store_free_bytes: ByteSize = Field(
+    min_store_free_bytes: Size = Field(
         default=ByteSize(512 * _MIB), ge=0, le=_MOST_BYTES, description="What a save leaves free in the store."
     )
     work_directory: Auto[str] = Field(
@@ -345,7 +354,7 @@ class CompileCacheSettings(_Group):
         default=30.0, gt=0, description="Keys that were neither made nor used for longer are pruned."
     )
     keep_keys: int = Field(default=200, ge=1, description="The most keys that pruning leaves.")
-    keep_bytes: ByteSize = Field(
+    keep_bytes: Size = Field(
         default=ByteSize(100 * _GIB), ge=_MIB, le=_MOST_BYTES, description="The most bytes that pruning leaves."
     )
 

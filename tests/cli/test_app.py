@@ -1,17 +1,13 @@
 """The command as a whole: help, version, errors, exit statuses, Ctrl-C."""
 
-import os
-import pty
-import select
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from engine_loader import __version__
-from tests.cli.running import COMMAND, invoke, run
+from tests.cli.running import COMMAND, invoke, on_terminal, run
 from tests.support.checkpoints import checkpoint, entry
 
 HEAVY = ("torch", "numpy", "yaml", "vllm", "safetensors", "engine_loader.settings", "engine_loader.patching")
@@ -130,31 +126,3 @@ def test_ctrl_c_ends_the_doctor_while_an_engine_starts() -> None:
     status, output = on_terminal(["doctor"], interrupt_at="checking engines")
     assert status == 130
     assert "Traceback" not in output
-
-
-def on_terminal(arguments: list[str], interrupt_at: str | None = None, timeout_s: float = 240) -> tuple[int, str]:
-    """Run the command on a terminal of its own and press Ctrl-C when a text appears; its status and what it showed."""
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.environ |= {"COLUMNS": "200", "TERM": "xterm-256color"}
-        os.execv(COMMAND[0], [*COMMAND, *arguments])
-    output, interrupted, end = "", False, time.monotonic() + timeout_s
-    try:
-        while time.monotonic() < end:
-            try:
-                if not select.select([terminal], [], [], 0.5)[0]:
-                    continue
-                piece = os.read(terminal, 65536)
-            except OSError:  # the terminal of a process that has ended
-                break
-            output += piece.decode(errors="replace")
-            if interrupt_at is not None and not interrupted and interrupt_at in output:
-                interrupted = True
-                os.write(terminal, b"\x03")
-        else:
-            os.kill(pid, 9)
-    finally:
-        os.close(terminal)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert interrupt_at is None or interrupted, f"{interrupt_at!r} did not appear in {output!r}"
-    return status, output

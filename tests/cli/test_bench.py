@@ -81,8 +81,15 @@ def test_a_person_sees_a_table_with_the_conditions(model: Path) -> None:
     lines = done.stdout.splitlines()
     assert lines[0] == ("2.00 MiB in 5 tensors, 2 files; warm page cache, into touched parameters; medians of 1 rounds")
     (limit,) = (line for line in lines if line.startswith("preadv, 1 thread"))
-    assert limit.rstrip().endswith("100% (the limit)")
+    assert "100% (the limit)" in limit
+    bars = [line.rstrip().rpartition("  ")[2] for line in lines[2:5]]
+    assert "█" * 10 in bars  # that of the fastest
+    assert all(set(bar) <= set("█▏▎▍▌▋▊▉") and len(bar) <= 10 for bar in bars)
     assert any(line.startswith("engine_loader load_into") and "%" in line for line in lines)
+    assert (
+        "warning: 2.00 MiB are too few to measure: opening the files and starting threads takes about as long as "
+        "reading; measure a checkpoint of 256.0 MiB or more"
+    ) in done.stderr.splitlines()
     assert "Traceback" not in done.stderr
 
 

@@ -31,6 +31,8 @@ from tests.cli.running import invoke, run
 from tests.support.checkpoints import checkpoint, entry
 from tests.support.moto_server import MotoServer
 
+STATUSES = ("ok", "absent", "warn", "fail")
+
 
 def diagnose(*arguments: str | Path, env: dict[str, str | None] | None = None) -> dict[str, dict[str, Any]]:
     """The findings of ``doctor --quick --json`` by name."""
@@ -50,12 +52,12 @@ class TestReport:
     def test_as_json_every_finding_has_all_its_fields_and_what_is_not_well_says_how_to_mend_it(self) -> None:
         found = json.loads(invoke("doctor", "--quick", "--json").stdout)
         for finding in found["findings"]:
-            assert set(finding) == {"area", "name", "status", "value", "repair"}
-            assert finding["status"] in ("ok", "warn", "fail")
+            assert set(finding) == {"area", "name", "status", "value", "repair", "detail"}
+            assert finding["status"] in STATUSES
             assert finding["value"]
-            assert finding["status"] == "ok" or finding["repair"]
+            assert finding["status"] in ("ok", "absent") or finding["repair"]
         statuses = [finding["status"] for finding in found["findings"]]
-        assert found["summary"] == {status: statuses.count(status) for status in ("ok", "warn", "fail")}
+        assert found["summary"] == {status: statuses.count(status) for status in STATUSES}
         areas = {finding["area"] for finding in found["findings"]}
         assert areas >= {"software", "engines", "sources", "caches", "machine"}
 
@@ -65,6 +67,16 @@ class TestReport:
         assert "✗ settings: ENGINE_LOADER_LOADER__THREADS: loader.threads = '0'" in output
         assert "    → engine-loader settings shows them all" in output
         assert " 1 to repair" in output.splitlines()[-1]
+
+    def test_what_is_absent_and_not_needed_has_no_tick_and_code_is_shown_when_asked_for(self) -> None:
+        lines = invoke("doctor", "--quick").output.splitlines()
+        assert "  - usrbio: no 3FS mount here" in lines
+        assert "  - file systems: no path was given" in lines
+        assert "  ✓ fix-up inductor-header-on-hit: applied when an engine starts" in lines
+        assert not any("_precompile_header" in line for line in lines)
+        detailed = invoke("doctor", "--quick", "--verbose").output
+        assert "_precompile_header" in detailed
+        assert "HF3FS_LIB_DIR is not set" in detailed
 
     def test_the_status_is_1_when_anything_fails(self) -> None:
         assert run("doctor", "--quick", env={"VLLM_PLUGINS": ""}).returncode == 1

@@ -1,9 +1,10 @@
 """``engine-loader settings``."""
 
 import json
+import shlex
 from pathlib import Path
 
-from engine_loader.settings import describe_settings
+from engine_loader.settings import describe_settings, load_settings
 from tests.cli.running import invoke, run
 
 
@@ -60,3 +61,35 @@ def test_several_problems_are_a_line_each(tmp_path: Path) -> None:
     lines = run("settings", env=env).stderr.splitlines()
     assert len(lines) == 2
     assert any(line.removeprefix("error: ").startswith("ENGINE_LOADER_DEBUG: ") for line in lines)
+
+
+def test_only_what_is_changed(tmp_path: Path) -> None:
+    env = {"ENGINE_LOADER_LOADER__THREADS": "8", "ENGINE_LOADER_LOADER__MODE": "auto"}
+    lines = invoke("settings", "--changed", env=env).stdout.splitlines()
+    assert [line for line in lines if not line.startswith(" ")] == [
+        "loader.threads = 8  ← ENGINE_LOADER_LOADER__THREADS (default: auto)"
+    ]
+    assert invoke("settings", "--changed").stdout == "all settings have their defaults\n"
+    assert [row["name"] for row in json.loads(invoke("settings", "--changed", "--json", env=env).stdout)] == [
+        "loader.threads"
+    ]
+
+
+def test_as_variables_settings_can_be_given_back(tmp_path: Path) -> None:
+    config = tmp_path / "settings.yaml"
+    config.write_text(
+        "loader:\n  buffer_bytes: 1GiB\n  threads: 8\n"
+        "  key_mapping: {'^model[.]': '', '^it.s[.]': null}\ncompile_cache:\n  scope: it's mine\n"
+    )
+    env = {"ENGINE_LOADER_CONFIG": str(config)}
+    output = invoke("settings", "--changed", "--env", env=env).stdout
+    assert "ENGINE_LOADER_LOADER__THREADS=8" in output.splitlines()
+    given = dict(line.partition("=")[::2] for line in shlex.split(output))
+    expected = load_settings(environ=env).settings
+    assert load_settings(environ=given).settings == expected
+    # All of them, each with its meaning above it.
+    output = invoke("settings", "--env", env=env).stdout
+    given = dict(line.partition("=")[::2] for line in shlex.split(output, comments=True))
+    assert len(given) == len(list(describe_settings()))
+    assert load_settings(environ=given).settings == expected
+    assert "# Reader threads; auto: as many as the CPUs and the source can use." in output.splitlines()

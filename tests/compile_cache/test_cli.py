@@ -10,8 +10,10 @@ from typer.testing import CliRunner
 from engine_loader.cli import app
 from engine_loader.compile_cache.directories import STATE
 from engine_loader.compile_cache.key import environment_key
+from engine_loader.compile_cache.space import mib
 from engine_loader.compile_cache.verdict.explain import note_verdict
 from engine_loader.compile_cache.verdict.judge import Verdict
+from tests.cli.running import shown_at
 from tests.compile_cache.support import some_bytes
 
 
@@ -71,6 +73,45 @@ def test_list_shows_a_line_for_each_key(local: Path) -> None:
     run("save", "--engine", "torch", "--scope", "two")
     assert {row["scope"] for row in run_json("list")} == {"one", "two"}
     assert "one" in run("list")
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_hashes_are_whole_and_lines_are_added_up(columns: int, local: Path) -> None:
+    run("save", "--engine", "torch", "--scope", "one")
+    run("save", "--engine", "torch", "--scope", "two")
+    (environment,) = {row["environment"] for row in run_json("list")}
+    found = run_json("verify")
+    packs = {one["name"] for one in found}
+    total = mib(sum(one["bytes"] for one in found))
+
+    # To a program: a tab between columns, no blanks at the end.
+    listed = [line.split("\t") for line in run("list").splitlines()]
+    assert listed[0] == ["scope", "packs", "size", "used", "environment"]
+    assert {(row[0], row[1], row[2], row[4]) for row in listed[1:-1]} == {
+        ("one", "1", "100.1 KiB", environment),
+        ("two", "1", "100.1 KiB", environment),
+    }
+    assert listed[-1] == [f"2 keys, 2 packs, {total}"]
+    verified = [line.split("\t") for line in run("verify").splitlines()]
+    assert {row[-1] for row in verified[1:-1]} == packs
+    assert verified[-1] == [f"2 packs, {total}: 2 ok"]
+
+    # To a person: in columns, and whole in a narrow terminal, too.
+    shown = shown_at(columns, "compile-cache", "verify")
+    assert shown[0] == "state  files  size       pack"
+    assert {line.removeprefix("ok     1      100.1 KiB  ") for line in shown[1:-1]} == packs
+    assert shown[-1] == f"2 packs, {total}: 2 ok"
+
+
+def test_clear_and_load_are_of_the_same_engine_where_none_is_named(local: Path) -> None:
+    vllm = local / "vllm" / "torch_compile_cache" / "ab" / "artifact.bin"
+    vllm.parent.mkdir(parents=True)
+    vllm.write_bytes(some_bytes(1000))
+    run("save", "--scope", "one")
+    run("clear", "--yes")
+    assert not vllm.exists()
+    assert run_json("load", "--scope", "one")["status"] == "restored"
+    assert vllm.read_bytes() == some_bytes(1000)
 
 
 def test_verify_ends_with_1_when_a_pack_is_damaged(local: Path) -> None:

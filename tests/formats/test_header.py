@@ -115,11 +115,12 @@ def test_an_absurd_header_length_is_refused_before_anything_is_read(length):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git lfs pull"),
         (b"PK\x03\x04\x00\x00\x08\x08\x00\x00\x00\x00data.pkl", "zip file"),
         (b"PK\x03\x04\x00\x00\x00\x00\x00\x00\x00\x00data.pkl", "zip file"),
-        (b"<!DOCTYPE html><html><body>404</body></html>", "text file, perhaps an error page"),
-        (b'{"error": "Repository not found"}', "text file, perhaps an error page"),
+        (b"<!DOCTYPE html><html><body>404</body></html>", "this is an HTML page, perhaps the error page"),
+        (b'<?xml version="1.0"?><Error><Code>NoSuchKey</Code></Error>', "this is XML or another text"),
+        (b'{"error": "Repository not found"}', "this is JSON, as a config.json or a server's error is"),
         (b"\x93NUMPY\x01\x00v\x00{'descr'", "not a safetensors file"),
     ],
-    ids=["git-lfs", "zip", "zip-version-0", "html", "json", "numpy"],
+    ids=["git-lfs", "zip", "zip-version-0", "html", "xml", "json", "numpy"],
 )
 def test_what_is_no_safetensors_file_is_called_what_it_is(content, hint):
     assert hint in str(refusal(content))

@@ -94,8 +94,8 @@ def test_a_device(path):
     ("names", "hint"),
     [
         ([], "it is empty"),
-        (["pytorch_model.bin", "config.json"], "reads safetensors only"),
-        (["model.pt"], "reads safetensors only"),
+        (["pytorch_model.bin", "config.json"], "write them as safetensors: engine-loader convert"),
+        (["model.pt"], "write them as safetensors: engine-loader convert"),
         (["config.json", "tokenizer.json"], "it has config.json, tokenizer.json"),
         ([f"{number}.txt" for number in range(9)], "it has 0.txt, 1.txt, 2.txt, 3.txt, 4.txt, …"),
     ],

@@ -23,7 +23,9 @@ def quiet_engine() -> Iterator[None]:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     except ImportError as error:
-        raise EngineLoaderError(f"vLLM cannot be imported here: {error}") from error
+        vllm = (error.name or "").partition(".")[0] == "vllm"
+        what = "vLLM cannot be imported here" if vllm else "vLLM needs what cannot be imported here"
+        raise EngineLoaderError(f"{what}: {error}") from error
     except EngineLoaderError:
         raise
     except Exception as error:  # an engine raises exceptions of any class

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,12 @@ if TYPE_CHECKING:
 __all__ = [
     "byte_progress_bar",
     "console",
+    "count",
     "print_error",
     "print_json",
+    "print_plain_table",
     "print_warning",
+    "print_wrapped",
     "printable",
     "progress_bar",
     "table",
@@ -40,16 +44,45 @@ def console(*, stderr: bool = False) -> Console:
 
 def print_error(message: str) -> None:
     """Print a message in red on stderr; its line breaks stay."""
-    from rich.text import Text
-
-    console(stderr=True).print(Text(f"error: {printable(message, lines=True)}", "red"), soft_wrap=True)
+    print_wrapped(f"error: {printable(message, lines=True)}", "red", stderr=True)
 
 
 def print_warning(message: str) -> None:
     """Print a message in yellow on stderr."""
+    print_wrapped(f"warning: {printable(message)}", "yellow", stderr=True)
+
+
+def print_wrapped(
+    text: str, style: str = "", *, stderr: bool = False, indent: str = "", parts: Mapping[str, str] | None = None
+) -> None:
+    """Print a text; on a terminal, lines end between words.
+
+    A word that is longer than a line, as a path can be, stays whole: the terminal goes on with it in the next line, and
+    whoever copies it gets no blanks.
+
+    Args:
+        text: whose line breaks stay.
+        style: of rich.
+        stderr: print it there.
+        indent: of all lines but the first of each of the text's lines.
+        parts: words of the text -> their own style, where they first stand.
+    """
     from rich.text import Text
 
-    console(stderr=True).print(Text(f"warning: {printable(message)}", "yellow"), soft_wrap=True)
+    out = console(stderr=stderr)
+    if out.is_terminal:
+        text = "\n".join(_wrapped(line, out.width, indent) for line in text.split("\n"))
+    shown = Text(text, style)
+    for part, own in (parts or {}).items():
+        begin = text.find(part)
+        if begin >= 0:
+            shown.stylize(own, begin, begin + len(part))
+    out.print(shown, soft_wrap=True)
+
+
+def _wrapped(line: str, width: int, indent: str) -> str:
+    lines = textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines)
 
 
 def print_json(value: Any) -> None:
@@ -100,11 +133,26 @@ def byte_progress_bar() -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def plain_table(columns: list[str], rows: list[list[str]]) -> Table:
-    """A table of texts from outside, each as ``printable`` has it, all aligned to the left."""
-    from rich.table import Table
+def print_plain_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table of texts from outside, each as ``printable`` has it.
 
-    made = Table(*columns, box=None, pad_edge=False, header_style="bold")
-    for row in rows:
-        made.add_row(*map(printable, row))
-    return made
+    Every text is whole, in a narrow terminal, too: a digest that is cut or broken cannot be given to another command.
+    Where the output is no terminal, a tab stands between two columns, as ``cut`` takes it.
+    """
+    from rich.text import Text
+
+    out = console()
+    lines = [list(columns), *([printable(cell) for cell in row] for row in rows)]
+    if not out.is_terminal:
+        for line in lines:
+            print("\t".join(line))  # rich would put blanks in place of tabs
+        return
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for number, line in enumerate(lines):
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        out.print(Text("  ".join(cells).rstrip(), "" if number else "bold"), soft_wrap=True)
+
+
+def count(number: int, noun: str) -> str:
+    """``1 pack``, ``1,200 packs``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -71,11 +71,11 @@ def check_compile_cache() -> Iterator[Finding]:
         state = fixup.state()
         if state == "needed" and not settings.fixups:
             repair = f"set compile_cache.fixups: true, or apply patches/{fixup.patch}"
-            yield Finding(_AREA, fixup.name, "warn", f"needed, and switched off: {fixup.why}", repair)
+            yield Finding(_AREA, f"fix-up {fixup.name}", "warn", f"needed, and switched off: {fixup.why}", repair)
         elif state == "needed":
             replaced, unread = " ".join(fixup.upstream.split()), fixup.unread()
             remark = f" ({unread})" if unread else ""
-            what = f"applied in {fixup.module} instead of `{replaced}`: {fixup.why}{remark}"
-            yield Finding(_AREA, fixup.name, "ok", what)
+            detail = f"in {fixup.module} instead of `{replaced}`: {fixup.why}{remark}"
+            yield Finding(_AREA, f"fix-up {fixup.name}", "ok", "applied when an engine starts", detail=detail)
         else:
-            yield Finding(_AREA, fixup.name, "ok", f"not applied: {state}")
+            yield Finding(_AREA, f"fix-up {fixup.name}", "absent", f"not needed: {state}")

@@ -7,7 +7,6 @@ import mmap
 import os
 import resource
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 from ...errors import CheckpointError, SettingsError
 from ...formats.hf_index import INDEX_NAME
@@ -30,6 +29,7 @@ from ...sources.threefs.shared_library import (
     load_library,
 )
 from ...transfer.modes import choose_mode
+from ..console.models import model_here
 from .finding import Finding
 
 _AREA = "sources"
@@ -40,9 +40,12 @@ _NETWORK = ("nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "lustre", "gpfs", "beeg
 def check_paths(paths: Sequence[str]) -> Iterator[Finding]:
     """The file system of every path, whether the weights can be opened, and whether O_DIRECT works."""
     if not paths:
-        yield Finding(_AREA, "file systems", "ok", "no path was given", _GIVE_PATH)
+        yield Finding(_AREA, "file systems", "absent", "no path was given", _GIVE_PATH)
     for path in paths:
-        yield from _check(path)
+        try:
+            yield from _check(model_here(path))
+        except CheckpointError as error:
+            yield Finding(_AREA, path, "fail", str(error), "give a model's directory or URL")
 
 
 def check_3fs() -> Iterator[Finding]:
@@ -62,8 +65,10 @@ def check_3fs() -> Iterator[Finding]:
             f"set {LIB_DIR_VARIABLE} to the directory of {LIBRARY_NAME}; until then, files are read through the mount"
         )
         explained = f"{mounted}; {search.explain()}"
-        status: Literal["ok", "warn", "fail"] = "fail" if is_wanted else "warn" if at else "ok"
-        yield Finding(_AREA, "usrbio", status, explained, repair if at else "")
+        if not at and not is_wanted:
+            yield Finding(_AREA, "usrbio", "absent", mounted, detail=search.explain())
+            return
+        yield Finding(_AREA, "usrbio", "fail" if is_wanted else "warn", explained, repair)
         return
     yield from _descriptor_limit()
     try:
@@ -75,7 +80,7 @@ def check_3fs() -> Iterator[Finding]:
     found = f"{mounted}; {search.path}, found by {search.origin}"
     problem = why_not(lib_dir=_lib_dir()) if at else None
     if problem is None:
-        yield Finding(_AREA, "usrbio", "ok", found)
+        yield Finding(_AREA, "usrbio", "ok" if at else "absent", found)
     else:
         yield Finding(_AREA, "usrbio", "warn", f"{found}; {problem}", "until then, files are read through the mount")
 
@@ -218,7 +223,7 @@ def _direct(path: str, file: str, mount: Mount | None) -> Finding:
     reason = errno.errorcode.get(refused, str(refused))
     repair = "files are read through the page cache: leave memory for it, and set loader.read_mode to auto or buffered"
     if mount is not None and mount.kind in ("tmpfs", "ramfs"):
-        return Finding(_AREA, name, "ok", f"not needed: a {mount.kind} is memory")
+        return Finding(_AREA, name, "absent", f"not needed: a {mount.kind} is memory")
     return Finding(_AREA, name, "warn", f"refused with {reason}", repair)
 
 

@@ -15,16 +15,18 @@ class Finding:
         area: the group of findings, e.g. "caches".
         name: the thing that was checked, e.g. "VLLM_CACHE_ROOT".
         status: "fail": an engine will not start, or will not load through this package; "warn": an engine will be
-            slower, or may fail.
+            slower, or may fail; "absent": it is not there, or not switched on, and nothing needs it.
         value: the result of the check.
         repair: what a person can do about a problem; empty if there is no problem.
+        detail: what only --verbose shows.
     """
 
     area: str
     name: str
-    status: Literal["ok", "warn", "fail"]
+    status: Literal["ok", "absent", "warn", "fail"]
     value: str
     repair: str = ""
+    detail: str = ""
 
 
 def installed_version(*distributions: str) -> str | None:

@@ -27,7 +27,7 @@ def _copies(settings: LoaderSettings) -> Iterator[Finding]:
     from ...loading.devices.cuda import CudaDevices
 
     if not torch.cuda.is_available():
-        yield Finding(_AREA, "copies", "ok", "torch can use no GPU here")
+        yield Finding(_AREA, "copies", "absent", "torch can use no GPU here")
         return
     devices = CudaDevices(settings)
     for number in range(torch.cuda.device_count()):
@@ -49,4 +49,4 @@ def _gds(settings: LoaderSettings) -> Finding:
         return Finding(_AREA, name, "ok", "can be used on device 0; a file system may still refuse it")
     if settings.transport == "gds":
         return Finding(_AREA, name, "fail", f"transport is gds, and {obstacle}", HINT)
-    return Finding(_AREA, name, "ok", f"cannot be used, and is not requested: {obstacle}")
+    return Finding(_AREA, name, "absent", f"cannot be used, and is not requested: {obstacle}")

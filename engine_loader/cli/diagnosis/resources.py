@@ -87,7 +87,7 @@ def _window() -> Finding:
     name = "what ranks share"
     settings = load_settings().settings.loader
     if settings.share == "off":
-        return Finding(_AREA, name, "ok", "nothing: loader.share is off")
+        return Finding(_AREA, name, "absent", "nothing: loader.share is off")
     directory, why_not = meeting_directory()
     if directory is None:
         repair = "remove it, or set XDG_RUNTIME_DIR to a directory of this user's: else each rank reads for itself"

@@ -34,7 +34,10 @@ def check_versions() -> Iterator[Finding]:
     else:
         yield Finding(_AREA, "torch", "ok", torch)
     safetensors = installed_version("safetensors")
-    yield Finding(_AREA, "safetensors", "ok", safetensors or "not installed; only benchmarks use it")
+    if safetensors is None:
+        yield Finding(_AREA, "safetensors", "absent", "not installed; only benchmarks use it")
+    else:
+        yield Finding(_AREA, "safetensors", "ok", safetensors)
 
 
 def check_settings() -> Iterator[Finding]:
@@ -120,8 +123,7 @@ def _tiny_checkpoint() -> tuple[bytes, list[int]]:
 
 
 def _native_repair() -> str:
+    from ...transfer.native.library import INSTALL_AGAIN
+
     compiler = "" if any(map(shutil.which, _COMPILERS)) else "install a C++17 compiler (apt-get install g++), then "
-    again = (
-        "install engine-loader again with ENGINE_LOADER_NATIVE_BUILD=require, which says why when it cannot be built"
-    )
-    return f"the native engine stays fast while Python code is busy: {compiler}{again}"
+    return f"the native engine stays fast while Python code is busy: {compiler}{INSTALL_AGAIN}"

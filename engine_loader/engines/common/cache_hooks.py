@@ -39,6 +39,7 @@ workers on all nodes (vllm/v1/executor/ray_executor_v2.py, get_driver_env_vars),
 """
 _SAVES_IN_FOREGROUND = "_ENGINE_LOADER_SAVES_IN_FOREGROUND"
 _SLACK_S = 5.0
+_WORTH_A_LINE_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -266,3 +267,12 @@ def quietly(log: logging.Logger, action: Callable[..., Any], *args: Any) -> Any:
 def _time_left(settings: CompileCacheSettings, began_ns: int) -> float:
     """Seconds that are left of the time for a restore."""
     return max(0.0, settings.restore_timeout_s + _SLACK_S - (time.time_ns() - began_ns) / 1e9)
+
+
+def tell_wait(log: logging.Logger, wait: Callable[[], object]) -> None:
+    """Call ``wait``, which waits for a restore, and log for how long it did, if that was worth a line."""
+    began = time.monotonic()
+    wait()
+    seconds = time.monotonic() - began
+    if seconds >= _WORTH_A_LINE_S:
+        log.info("compile cache: this start waited %.1f s for the restore", seconds)

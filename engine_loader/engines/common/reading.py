@@ -13,9 +13,10 @@ from ...loading.devices.per_tensor import TargetDevice
 from ...loading.direct.load import DirectLoad
 from ...loading.sharing import NodeRanks
 from ...loading.weights import WeightFiles, stream_weights
-from ...plugin import LOAD_FORMAT
+from ...report.load_report import LoadReport
 from ...settings import LoaderSettings
 from ...transfer.memory.huge_pages import ask_for_huge_pages
+from .accounts import is_first_rank, tell_load
 
 Weights = Iterator[tuple[str, torch.Tensor]]
 
@@ -39,7 +40,7 @@ def read_weights(
 ) -> Weights:
     """Yield (name, tensor) as ``loading.weights.stream_weights``, and log its account of the load.
 
-    The first rank logs it at level INFO, the others at level DEBUG; only the first shows progress.
+    How, ``tell_load`` says; only the first rank shows progress.
 
     Args:
         weights: the paths of safetensors files, or a training checkpoint.
@@ -56,20 +57,16 @@ def read_weights(
         CheckpointError: a file, a header or the index is wrong, or bytes could not be read.
         SettingsError: GPUDirect Storage was asked for and cannot be used.
     """
-    first = _is_first_rank()
+    report = LoadReport()
     return stream_weights(
         weights,
         settings,
         skip=skip,
-        show_progress=show_progress and first,
-        tell=functools.partial(log.log, logging.INFO if first else logging.DEBUG, "%s: %s", LOAD_FORMAT),
+        show_progress=show_progress and is_first_rank(),
+        tell=functools.partial(tell_load, log, report),
+        report=report,
         note=note,
         direct=direct,
         device=device,
         ranks=ranks,
     )
-
-
-def _is_first_rank() -> bool:
-    """True for rank 0 of torch.distributed, and where torch.distributed is not initialised."""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

@@ -8,16 +8,20 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from ...errors import CheckpointError, SettingsError
-from ...loading.find import Found, NoCheckpointError, SafetensorsFiles, TrainingCheckpoint, find_checkpoint
+from ...loading.find import (
+    Found,
+    NoCheckpointError,
+    SafetensorsFiles,
+    TrainingCheckpoint,
+    find_checkpoint,
+    is_pytorch_file,
+)
 from ...loading.shards import listed_files
 from ...loading.weights import check_weights, open_weights
 from ...settings import LoaderSettings
 from ...sources.posix import PosixSource
 from ...sources.registry import is_remote, make_source, remote_backend
 from ...sources.source import Source
-
-_TRAINING_STATE = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
-"""What engines do not take for weights either."""
 
 
 def weights_at(
@@ -131,17 +135,12 @@ def _surely_read(model: str, settings: LoaderSettings) -> list[str] | TrainingCh
     return [path for path in listed_files(source, found)[0] if path in found.paths]
 
 
-def _is_pytorch_file(name: str) -> bool:
-    """Whether a file holds weights as ``torch.save`` wrote them; not the state of a training."""
-    return name.endswith((".bin", ".pt", ".pth")) and not name.startswith(".") and name not in _TRAINING_STATE
-
-
 def has_weights(model: str) -> bool:
     """Whether the directory ``model`` holds weights of any kind, or ``model`` is the name of a model on the hub."""
     try:
         find_checkpoint(PosixSource(), model)
     except NoCheckpointError:
-        return any(map(_is_pytorch_file, PosixSource().list(model)))
+        return any(map(is_pytorch_file, PosixSource().list(model)))
     except CheckpointError:  # it cannot be listed: whoever loads it says why
         return True
     return True

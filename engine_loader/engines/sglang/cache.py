@@ -38,6 +38,7 @@ from ..common.cache_hooks import (
     scope_of,
     start_save,
     start_save_of_node,
+    tell_wait,
     use_private_directories,
     wait_for_node,
     watched,
@@ -182,11 +183,11 @@ def _wait(server_args: Any) -> bool:
         return False
     begun = restore_begun(_ENGINE)
     if begun is not None:
-        wait_for_node(_ENGINE, settings, begun.since_ns)
+        tell_wait(logger, functools.partial(wait_for_node, _ENGINE, settings, begun.since_ns))
         return False
     session = _start(server_args)
     if session is not None:
-        session.wait()
+        tell_wait(logger, session.wait)
     return session is not None
 
 

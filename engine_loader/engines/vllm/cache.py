@@ -44,6 +44,7 @@ from ..common.cache_hooks import (
     save_in_foreground,
     scope_of,
     start_save_of_node,
+    tell_wait,
     use_private_directories,
     wait_for_node,
     watched,
@@ -116,7 +117,7 @@ def register_engine_core() -> None:
         if session is None:  # an executor of another kind
             session = _quietly(_start, self.vllm_config)
         if session is not None:
-            _quietly(session.wait)
+            _quietly(tell_wait, logger, session.wait)
         with watched(session, logger):
             result = original(self, *args, **options)
         if session is not None and not _warms_up_later():
@@ -217,7 +218,7 @@ def _watch(worker: Any, vllm_config: Any, session: NodeSession | None) -> None:
     ranks = getattr(vllm_config.parallel_config, "local_world_size", 1)
 
     def around(name: str, original: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        _quietly(wait)
+        _quietly(tell_wait, logger, wait)
         result = original(*args, **options)
         if name == _WORKER_METHODS[-1]:
             _quietly(_note_use, vllm_config, settings, began_ns)

@@ -14,16 +14,27 @@ from dataclasses import dataclass
 from ...errors import TransferError
 from ...escaping import printable, redacted
 from .aws_credentials import NOT_FOUND
+from .url import scheme_of
 
 _REGION = "does the bucket lie in this region? set AWS_REGION or object_store_region"
-_DENIED = (
-    "check the credentials (AWS_ACCESS_KEY_ID …, AWS_PROFILE), and that they allow s3:GetObject (to write, "
-    "s3:PutObject and s3:DeleteObject), and s3:ListBucket for a prefix; a public bucket may need object_store_anonymous"
-)
+_PUBLIC = "a public bucket may need object_store_anonymous"
+_DENIED = {
+    "s3": "check the credentials (AWS_ACCESS_KEY_ID …, AWS_PROFILE), and that they allow s3:GetObject (to write, "
+    f"s3:PutObject and s3:DeleteObject), and s3:ListBucket for a prefix; {_PUBLIC}",
+    "gs": "check the credentials (GOOGLE_APPLICATION_CREDENTIALS, GOOGLE_SERVICE_ACCOUNT, or the instance's account), "
+    "and that they allow storage.objects.get and storage.objects.list (to write, storage.objects.create and "
+    f"storage.objects.delete); {_PUBLIC}",
+    "az": "check the credentials (AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY, a SAS token, a client "
+    "secret or a managed identity), and that they allow reading and listing blobs (Storage Blob Data Reader; to write, "
+    f"Contributor); {_PUBLIC}",
+}
 _SLOW = "the server is overloaded or down: try again, or lower object_store_requests"
-_ENDPOINT = "check the network, AWS_ENDPOINT_URL or object_store_endpoint_url, and its http or https"
+_ENDPOINTS = {
+    "s3": "check the network, AWS_ENDPOINT_URL or object_store_endpoint_url, and its http or https",
+    "gs": "check the network, and object_store_endpoint_url with its http or https, if it is set",
+    "az": "check the network, the account's name, and object_store_endpoint_url with its http or https, if it is set",
+}
 _HINTS = {
-    "NoSuchBucket": "check the bucket's name, and AWS_ENDPOINT_URL or object_store_endpoint_url",
     "ContainerNotFound": "check the container's name and the account",
     "ExpiredToken": "the credentials have expired: fetch new ones",
     "InvalidAccessKeyId": "this endpoint does not know the access key: check AWS_ACCESS_KEY_ID and the endpoint",
@@ -158,7 +169,8 @@ def object_failure(
     answer = Answer.of(error)
     if isinstance(error, exceptions.PreconditionError) or answer.status == 416:
         return object_changed(path, offset)
-    code, what, hint = _explain(error, answer)
+    scheme = scheme_of(path)
+    code, what, hint = _explain(error, answer, scheme)
     if elsewhere is not None:
         code, what, hint = errno.EREMOTEIO, f"the server sends elsewhere: to {elsewhere}", _REGION
     hint = hint if elsewhere else _HINTS.get(answer.code or "", hint)
@@ -170,22 +182,24 @@ def object_failure(
     return failure
 
 
-def _explain(error: BaseException, answer: Answer) -> tuple[int | None, str, str | None]:
-    """errno, what happened, and what to do."""
+def _explain(error: BaseException, answer: Answer, scheme: str) -> tuple[int | None, str, str | None]:
+    """errno, what happened, and what to do with a store of this kind."""
+    denied, endpoint = _DENIED[scheme], _ENDPOINTS[scheme]
     if is_panic(error):
-        return errno.EINVAL, f"the client failed ({answer.text})", _ENDPOINT
+        return errno.EINVAL, f"the client failed ({answer.text})", endpoint
     if NOT_FOUND in answer.text:
-        return errno.EACCES, "no credentials were found: " + answer.text.partition(NOT_FOUND)[2].strip(), _DENIED
+        return errno.EACCES, "no credentials were found: " + answer.text.partition(NOT_FOUND)[2].strip(), denied
     if any(service in answer.text for service in _METADATA_SERVICES):
-        return errno.EACCES, "no credentials were found", _DENIED
+        return errno.EACCES, "no credentials were found", denied
     if answer.code in ("NoSuchBucket", "ContainerNotFound"):
-        return errno.ENOENT, "there is no such bucket", None
+        named = "check the bucket's name, and AWS_ENDPOINT_URL or object_store_endpoint_url"
+        return errno.ENOENT, "there is no such bucket", named if scheme == "s3" else "check the bucket's name"
     if isinstance(error, FileNotFoundError):
         return errno.ENOENT, "there is no such object", "check the URL; was the object deleted meanwhile?"
     if answer.code == "InvalidObjectState":
         return errno.EACCES, f"the object is archived ({answer})", None
     if answer.status in (401, 403):
-        return errno.EACCES, f"access was denied ({answer})", _DENIED
+        return errno.EACCES, f"access was denied ({answer})", denied
     if "non-partial response" in answer.text:
         return (
             errno.EOPNOTSUPP,
@@ -206,11 +220,11 @@ def _explain(error: BaseException, answer: Answer) -> tuple[int | None, str, str
         overloaded = answer.status >= 500 or answer.status == 429
         return errno.EREMOTEIO, f"the server answered {answer}", _SLOW if overloaded else None
     if "kind: Timeout" in str(error) or "TimedOut" in str(error):
-        return errno.ETIMEDOUT, "the server did not answer in time", _ENDPOINT
+        return errno.ETIMEDOUT, "the server did not answer in time", endpoint
     untrusted = re.search(r"invalid peer certificate: ([^\n\"]*)|InvalidCertificate\(\s*(\w+)", str(error))
     if untrusted is not None:
         why = (untrusted[1] or untrusted[2]).strip()
         return errno.EPROTO, f"the server cannot be reached: its certificate is not trusted ({why})", _TLS
     if "error sending request" in answer.text:
-        return errno.ECONNREFUSED, "the server cannot be reached", _ENDPOINT
+        return errno.ECONNREFUSED, "the server cannot be reached", endpoint
     return errno.EREMOTEIO, answer.text, None

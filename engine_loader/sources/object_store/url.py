@@ -55,3 +55,9 @@ def parse_object_url(path: str) -> ObjectUrl:
             "a key with an empty part, '.' or '..' cannot be read", file=path, hint="copy the object to a plain key"
         )
     return ObjectUrl(scheme, bucket, key)
+
+
+def scheme_of(path: str) -> str:
+    """The scheme of a URL, or of what names a store of another kind, S3's."""
+    scheme = path.partition("://")[0]
+    return scheme if scheme in SCHEMES else "s3"

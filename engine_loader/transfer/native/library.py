@@ -130,6 +130,14 @@ def library_path() -> Path:
     return Path(__file__).with_name("libengine_loader_native.so")
 
 
+INSTALL_AGAIN = (
+    "ENGINE_LOADER_NATIVE_BUILD=require pip install --no-cache-dir --force-reinstall --no-deps engine-loader"
+)
+"""pip keeps the wheel that it built, also one without the native library: without all of this line it is installed
+again from its cache, and nothing is said.
+"""
+
+
 @cache
 def load_library() -> ctypes.CDLL:
     """The library, with its functions declared.
@@ -138,7 +146,7 @@ def load_library() -> ctypes.CDLL:
         TransferError: it is not there or cannot be used; the message says why.
     """
     path = library_path()
-    hint = "install a C++17 compiler (g++ or clang) and install engine-loader again"
+    hint = f"install a C++17 compiler (apt-get install g++), then: {INSTALL_AGAIN}"
     if not path.exists():
         raise TransferError("the native library was not built when this package was installed", file=path, hint=hint)
     try:
@@ -150,7 +158,7 @@ def load_library() -> ctypes.CDLL:
         raise TransferError(
             f"the native library is of another build of this package (interface {version}, not {_ABI_VERSION})",
             file=path,
-            hint="install engine-loader again",
+            hint=INSTALL_AGAIN,
         )
     _declare(library)
     return library
