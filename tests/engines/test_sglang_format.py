@@ -30,6 +30,19 @@ def test_what_has_a_loader_of_its_own_is_refused(option: str, value: str, told: 
         check(arguments(**{option: value}))
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ('{"threads": 3', "--model-loader-extra-config is no JSON"),
+        ("[3]", "must be a JSON object, not list"),
+        ('{"num_threads": 3}', "num_threads is for SGLang's own reader; here, set threads"),
+    ],
+)
+def test_options_that_cannot_be_are_told_before_a_process_is_started(given: str, told: str) -> None:
+    with pytest.raises(SettingsError, match=told):
+        check(arguments(model_loader_extra_config=given))
+
+
 def test_with_another_load_format_nothing_is_refused() -> None:
     check(arguments(load_format="auto", quantization="gguf", modelopt_quant="fp8", weight_cache_mode="client"))
 
