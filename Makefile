@@ -152,7 +152,7 @@ $(TORCHVISION): $(ENGINE_STAMP)
 	touch $@
 
 .venv-sglang-%/.package-installed: .venv-sglang-%/.engine-installed pyproject.toml setup.py $(NATIVE_SOURCES)
-	.venv-sglang-$*/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable .
+	.venv-sglang-$*/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[s3]'
 	touch $@
 
 $(TORCH_VENV)/.package-installed: pyproject.toml setup.py $(NATIVE_SOURCES) | tools
