@@ -36,7 +36,8 @@ def register_choice() -> None:
 
 
 def _from_cli_args(original: Any, kind: Any, arguments: Any, *args: Any, **options: Any) -> Any:
-    if getattr(arguments, "load_format", None) == LOAD_FORMAT and is_remote(arguments.model_path or ""):
+    # SGLang knows schemes in capitals, too, and would read such a model past this package; here they are an error.
+    if getattr(arguments, "load_format", None) == LOAD_FORMAT and is_remote((arguments.model_path or "").lower()):
         take_from_bucket(arguments)
     return original(kind, arguments, *args, **options)
 

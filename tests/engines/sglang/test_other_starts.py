@@ -1,4 +1,4 @@
-"""SGLang's processes that load no plugins, models in a bucket, and files that only SGLang's own reader reads."""
+"""SGLang's processes without plugins, models in a bucket, files that SGLang's own reader reads, Mistral's own files."""
 
 import json
 import subprocess
@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.engines.sglang.conftest import NEWEST, model_for_sglang
 from tests.engines.sglang.test_offline import answer
+from tests.engines.sglang.test_serve import FORMAT, PROMPT, digests, loaded_lines, running, served
+from tests.support.moto_server import MotoServer
 from tests.support.sglang_server import python_of
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(1800)]
@@ -35,3 +37,37 @@ def test_files_of_pytorch_are_read_by_sglangs_own_reader(tmp_path: Path) -> None
     torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
     (model / "model.safetensors").unlink()
     assert answer(model, "b10_3fs")[0] == expected
+
+
+def test_a_server_of_a_model_in_a_bucket_answers_as_with_the_model_on_disk(tmp_path: Path) -> None:
+    model = model_for_sglang("llama", tmp_path / "llama", shards=2)
+    expected = served(NEWEST, model, tmp_path / "auto", "--load-format", "auto")
+    url = "s3://models/whole"
+    with MotoServer() as moto:
+        moto.put("models", {f"whole/{path.name}": path.read_bytes() for path in model.iterdir()})
+        environment = {
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_ENDPOINT_URL": moto.url,
+            "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        }
+        with running(NEWEST, url, tmp_path / "b10", *FORMAT, env=environment) as server:
+            assert server.complete(PROMPT, max_tokens=24) == expected.text
+            (name,) = [model["id"] for model in server.get("/v1/models")["data"]]
+        assert digests(tmp_path / "b10") == expected.parameters
+    assert name == (url if NEWEST != "0.5.9" else "whole")
+    (line,) = loaded_lines(server.log)
+    assert "21 tensors, 2 files" in line
+    assert "from object_store" in line
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_mistrals_own_files_are_taken_where_sglang_takes_them(tmp_path: Path) -> None:
+    model = model_for_sglang("llama", tmp_path / "llama")
+    (model / "model.safetensors").rename(model / "consolidated.safetensors")
+    save_file({"model.norm.weight": torch.zeros(128)}, model / "adapter.safetensors", metadata={"format": "pt"})
+    expected = served(NEWEST, model, tmp_path / "auto", "--load-format", "auto")
+    found = served(NEWEST, model, tmp_path / "b10", *FORMAT)
+    assert found.parameters == expected.parameters
+    assert found.text == expected.text
+    assert "21 tensors, 1 file" in loaded_lines(found.log)[0]

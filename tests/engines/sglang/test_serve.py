@@ -31,7 +31,7 @@ class Served:
 
 
 @contextmanager
-def running(version: str, model: Path, probe: Path, *args: str, env: dict[str, str]) -> Iterator[SglangServer]:
+def running(version: str, model: str | Path, probe: Path, *args: str, env: dict[str, str]) -> Iterator[SglangServer]:
     probe.mkdir(parents=True, exist_ok=True)
     env = {"SGLANG_PROBE": str(probe), "PYTHONPATH": str(PROBE), **env}
     with patched(version), SglangServer(version, model, *args, env=env) as server:
@@ -177,10 +177,16 @@ def test_draft_layers_and_adapters_are_read_as_by_sglangs_own_loader(llama: Path
     checkpoint = tmp_path / "draft"
     checkpoint.mkdir()
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "model.safetensors")}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"model.layers.2.norm.weight": torch.ones(3)}, checkpoint / "mtp.safetensors", metadata={"format": "pt"})
     probe = tmp_path / "probe"
     with running(NEWEST, llama, probe, *FORMAT, env={"SGLANG_PROBE_BESIDE": str(checkpoint)}):
         pass
     found = json.loads((probe / "beside.json").read_text())
+    assert found["model b10_3fs"] == found["model auto"]
+    assert set(found["model auto"]) - {"model.layers.2.norm.weight"} == set(tensors)
+    assert "model.layers.2.norm.weight" in found["model auto"] or NEWEST == "0.5.9"
     assert found["draft b10_3fs"] == found["draft auto"]
     assert found["draft b10_3fs"] == {
         "model.mtp.layers.0.norm.weight": 32.0,
