@@ -73,7 +73,7 @@ check: lint  ## Lint, then the quick tests, without engines, servers and sanitiz
 
 test: lint $(WITH_SGLANG:%=.venv-sglang-%/.package-installed)  ## Lint, then all tests, those that start vLLM included; WITH_SGLANG=0.5.23: SGLang, too
 	$(PYTEST) $(ARGS)
-	$(if $(WITH_SGLANG),SGLANG_VERSIONS="$(WITH_SGLANG)" $(PY) -m pytest -m sglang -k what_one_server_compiled tests/engines/sglang)
+	$(if $(WITH_SGLANG),SGLANG_VERSION="$(WITH_SGLANG)" $(PY) -m pytest -m sglang -k what_one_server_compiled tests/engines/sglang)
 
 test-fast: venv  ## The tests that start no engine
 	$(PYTEST) -m "not engine and not sglang and not ranks" $(ARGS)
@@ -82,10 +82,10 @@ test-fast: venv  ## The tests that start no engine
 test-sglang: venv venv-sglang $(SGLANG_VERSIONS:%=test-sglang-%)  ## The tests that start SGLang, on each of SGLANG_VERSIONS; test-sglang-0.5.23: on one
 
 test-sglang-%: venv .venv-sglang-%/.package-installed
-	SGLANG_VERSIONS="$*" $(PY) -m pytest -m sglang tests/engines/sglang $(ARGS)
+	SGLANG_VERSION="$*" $(PY) -m pytest -m sglang tests/engines/sglang $(ARGS)
 
 test-ranks: venv $(RAY_STAMP) $(firstword $(SGLANG_STAMPS))  ## Several ranks and nodes of vLLM and SGLang: layouts, Ray, a rank that is killed
-	SGLANG_VERSIONS="$(firstword $(SGLANG_VERSIONS))" RAY_PACKAGES="$(dir $(RAY_STAMP))" $(PY) -m pytest -m ranks tests/engines/ranks $(ARGS)
+	SGLANG_VERSION="$(firstword $(SGLANG_VERSIONS))" RAY_PACKAGES="$(dir $(RAY_STAMP))" $(PY) -m pytest -m ranks tests/engines/ranks $(ARGS)
 
 test-architectures: venv $(TORCHVISION)  ## vLLM's architectures in tiny: our loader against its own; ARGS="LlamaForCausalLM"
 	EXTENDED_TESTS=1 $(PY) -m pytest tests/engines/architectures tests/engines/vllm/test_parameters.py
@@ -152,7 +152,7 @@ $(TORCHVISION): $(ENGINE_STAMP)
 	touch $@
 
 .venv-sglang-%/.package-installed: .venv-sglang-%/.engine-installed pyproject.toml setup.py $(NATIVE_SOURCES)
-	.venv-sglang-$*/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable .
+	.venv-sglang-$*/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[s3]'
 	touch $@
 
 $(TORCH_VENV)/.package-installed: pyproject.toml setup.py $(NATIVE_SOURCES) | tools

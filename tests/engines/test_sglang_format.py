@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from engine_loader.engines.sglang.format import check
+from engine_loader.engines.sglang.format import _from_cli_args, check
 from engine_loader.engines.sglang.masks import mask_of
-from engine_loader.errors import SettingsError
+from engine_loader.errors import CheckpointError, SettingsError
 
 
 def arguments(**changes: Any) -> SimpleNamespace:
@@ -28,6 +28,26 @@ def arguments(**changes: Any) -> SimpleNamespace:
 def test_what_has_a_loader_of_its_own_is_refused(option: str, value: str, told: str) -> None:
     with pytest.raises(SettingsError, match=told):
         check(arguments(**{option: value}))
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ('{"threads": 3', "--model-loader-extra-config is no JSON"),
+        ("[3]", "must be a JSON object, not list"),
+        ('{"num_threads": 3}', "num_threads is for SGLang's own reader; here, set threads"),
+    ],
+)
+def test_options_that_cannot_be_are_told_before_a_process_is_started(given: str, told: str) -> None:
+    with pytest.raises(SettingsError, match=told):
+        check(arguments(model_loader_extra_config=given))
+
+
+def test_a_url_in_capitals_is_an_error() -> None:
+    """SGLang takes it for a URL."""
+    given = arguments(model_path="S3://models/llama", model_loader_extra_config="{}")
+    with pytest.raises(CheckpointError, match=r"S3://models/llama.*write s3://bucket/key"):
+        _from_cli_args(lambda *_: None, None, given)
 
 
 def test_with_another_load_format_nothing_is_refused() -> None:

@@ -141,6 +141,10 @@ class VllmServer:
         answer = self.post("/v1/completions", prompt=prompt, max_tokens=max_tokens, temperature=0, ignore_eos=True)
         return str(answer["choices"][0]["text"])
 
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(f"{self.url}{path}", timeout=REQUEST_TIMEOUT_S) as response:
+            return json.load(response)
+
     def post(self, path: str, **body: Any) -> Any:
         request = urllib.request.Request(
             f"{self.url}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}

@@ -26,6 +26,7 @@ from ...loading.shards import read_small_file
 from ...settings import LoaderSettings
 from ...sources.object_store.client import ObjectStoreOptions
 from ...sources.object_store.object_source import ObjectStoreSource
+from ...sources.registry import is_remote
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,19 @@ def local_copy(url: str, settings: LoaderSettings) -> str:
     for old in _copies(home)[_KEPT:]:
         shutil.rmtree(old, ignore_errors=True)
     return str(copy)
+
+
+def local_paths(model: str, tokenizer: str | None, settings: LoaderSettings) -> tuple[str, str | None]:
+    """Directories in the place of a model's URL and of its tokenizer's; another tokenizer than a URL as it is given.
+
+    Raises:
+        CheckpointError: as of ``local_copy``.
+    """
+    directory = local_copy(model, settings)
+    if tokenizer is None or not is_remote(tokenizer):
+        return directory, tokenizer
+    same = tokenizer.rstrip("/") == model.rstrip("/")
+    return directory, directory if same else local_copy(tokenizer, settings)
 
 
 def _companions(source: ObjectStoreSource, url: str) -> Iterator[tuple[str, str]]:

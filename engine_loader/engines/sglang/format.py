@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-import re
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,11 +16,11 @@ from ...compile_cache.host.versions import module_version
 from ...errors import SettingsError
 from ...plugin import LOAD_FORMAT, failures
 from ...replacing import wrap
-from ...settings import load_settings
+from ...sources.registry import is_remote
 from ..common.children import register_in_receivers
+from .options import settings_of
 from .refusals import refuse_overlap, refuse_quantization, refuse_weight_cache
 
-_URL = re.compile(r"(s3|gs|az)://", re.IGNORECASE)
 logger = logging.getLogger(__name__)
 
 
@@ -37,7 +36,8 @@ def register_choice() -> None:
 
 
 def _from_cli_args(original: Any, kind: Any, arguments: Any, *args: Any, **options: Any) -> Any:
-    if getattr(arguments, "load_format", None) == LOAD_FORMAT and _URL.match(arguments.model_path or ""):
+    # SGLang knows schemes in capitals, too, and would read such a model past this package; here they are an error.
+    if getattr(arguments, "load_format", None) == LOAD_FORMAT and is_remote((arguments.model_path or "").lower()):
         take_from_bucket(arguments)
     return original(kind, arguments, *args, **options)
 
@@ -54,20 +54,12 @@ def take_from_bucket(arguments: Any) -> None:
         SettingsError: --model-loader-extra-config is no JSON, or has a bad value.
         CheckpointError: there is no model, or the store cannot be reached.
     """
-    from ..common.model_files import local_copy
+    from ..common.model_files import local_paths
 
     url = arguments.model_path.rstrip("/")
-    given = arguments.model_loader_extra_config or "{}"
-    try:
-        extra = json.loads(given) if isinstance(given, str) else dict(given)
-    except ValueError as error:
-        raise SettingsError(f"--model-loader-extra-config is no JSON: {error}") from error
-    settings = load_settings(extra).settings.loader
-    arguments.model_path = local_copy(url, settings)
+    settings, extra = settings_of(arguments.model_loader_extra_config)
     tokenizer = getattr(arguments, "tokenizer_path", None)
-    if tokenizer and _URL.match(tokenizer):
-        same = tokenizer.rstrip("/") == url
-        arguments.tokenizer_path = arguments.model_path if same else local_copy(tokenizer, settings)
+    arguments.model_path, arguments.tokenizer_path = local_paths(url, tokenizer, settings)
     if settings.weights_uri is None:
         arguments.model_loader_extra_config = json.dumps({**extra, "weights_uri": url})
     if not getattr(arguments, "served_model_name", None):
@@ -123,10 +115,9 @@ def _check_weights(server_args: Any) -> None:
     """Check options and headers in the process that a user looks at."""
     from ..common.weights_uri import check_early
 
-    extra = getattr(server_args, "model_loader_extra_config", None) or "{}"
+    settings, _ = settings_of(getattr(server_args, "model_loader_extra_config", None))
     model = getattr(server_args, "model_path", None)
     if model:
-        settings = load_settings(json.loads(extra) if isinstance(extra, str) else extra).settings.loader
         check_early(model, settings)
 
 

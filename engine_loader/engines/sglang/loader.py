@@ -31,16 +31,16 @@ from ...loading.direct.load import DirectLoad
 from ...loading.find import TrainingCheckpoint
 from ...loading.weights import check_weights
 from ...replacing import wrap, wrapped_in_thread
-from ...settings import LoaderSettings, load_settings
+from ...settings import LoaderSettings
 from ...sources.registry import make_source
 from ..common.mode import plan_mode
 from ..common.names import explaining_misfits
-from ..common.options import split_options
 from ..common.reading import Weights, prepare_memory, read_weights
 from ..common.sharded import files_of_rank, fill_state, refuse_in_place
 from ..common.weights_uri import training_checkpoint_at, weights_at
 from .masks import mask_of, patterns_of
 from .node_ranks import node_ranks
+from .options import settings_of
 from .refusals import bypassed, refuse_model
 
 logger = logging.getLogger(__name__)
@@ -86,10 +86,7 @@ class B10ModelLoader(DefaultModelLoader):
     """
 
     def __init__(self, load_config: LoadConfig) -> None:
-        options = load_config.model_loader_extra_config or _first.options
-        own, _ = split_options(options, engine="SGLang", refused=("enable_multithread_load", "num_threads"))
-        self._reader_settings = load_settings(own).settings.loader
-        _first.options = own
+        self._reader_settings, _first.options = settings_of(load_config.model_loader_extra_config or _first.options)
         super().__init__(_masked(load_config))
         self._starting = False
         self._shards: list[str] | None = None

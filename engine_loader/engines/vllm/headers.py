@@ -21,7 +21,7 @@ from ...plugin import LOAD_FORMAT
 from ...replacing import wrap
 from ...settings import LoaderSettings
 from ...sources.registry import is_remote
-from ..common.model_files import local_copy
+from ..common.model_files import local_paths
 from ..common.weights_uri import check_early, headers_of, training_checkpoint_at, weights_at
 from .options import settings_of
 
@@ -112,11 +112,7 @@ def _take_from_bucket(arguments: Any, settings: LoaderSettings) -> LoaderSetting
     vLLM would take it for a model of another loader's, and refuse the load format. Clients know the model by its URL.
     """
     url = arguments.model.rstrip("/")
-    tokenizer = arguments.tokenizer
-    arguments.model = local_copy(url, settings)
-    if tokenizer is not None and is_remote(tokenizer):
-        same = tokenizer.rstrip("/") == url
-        arguments.tokenizer = arguments.model if same else local_copy(tokenizer, settings)
+    arguments.model, arguments.tokenizer = local_paths(url, arguments.tokenizer, settings)
     if not arguments.served_model_name:
         arguments.served_model_name = [url]
     if settings.weights_uri is None:

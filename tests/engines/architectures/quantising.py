@@ -94,8 +94,18 @@ def any_kernel() -> Iterator[None]:
     """Have vLLM build layers for whose kernels this machine lacks what it takes; none runs here."""
     from vllm.model_executor.kernels import linear
     from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUFp8BlockScaledMMKernel
+    from vllm.model_executor.layers.fused_moe.experts.marlin_moe import MarlinExperts
+    from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+    from vllm.model_executor.layers.fused_moe.oracle.int8 import Int8MoeBackend
+    from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBackend
     from vllm.model_executor.layers.fused_moe.oracle.mxfp4 import Mxfp4MoeBackend
-    from vllm.model_executor.layers.quantization import mxfp4
+    from vllm.model_executor.layers.quantization import auto_awq, auto_gptq, mxfp4
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+        compressed_tensors_moe_w8a8_int8 as int8,
+    )
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+        compressed_tensors_moe_wna16 as wna16,
+    )
     from vllm.platforms import PlatformEnum
 
     def yes(*_: Any) -> tuple[bool, None]:
@@ -107,8 +117,12 @@ def any_kernel() -> Iterator[None]:
             for question in ("is_supported", "can_implement"):
                 stack.enter_context(mock.patch.object(kernel, question, yes))
         stack.enter_context(mock.patch.dict(linear._POSSIBLE_NVFP4_KERNELS, {PlatformEnum.CPU: [nvfp4]}))
-        chosen = (Mxfp4MoeBackend.MARLIN, None)
-        stack.enter_context(mock.patch.object(mxfp4, "select_mxfp4_moe_backend", lambda *_: chosen))
+        marlin = (WNA16MoEBackend.MARLIN, MarlinExperts)
+        choices = [(module, "select_wna16_moe_backend", marlin) for module in (auto_awq, auto_gptq, wna16)]
+        choices.append((int8, "select_int8_moe_backend", (Int8MoeBackend.TRITON, TritonExperts)))
+        choices.append((mxfp4, "select_mxfp4_moe_backend", (Mxfp4MoeBackend.MARLIN, None)))
+        for module, choice, chosen in choices:
+            stack.enter_context(mock.patch.object(module, choice, lambda *_, _chosen=chosen, **__: _chosen))
         yield
 
 

@@ -195,6 +195,7 @@ class SglangMachines(Machines):
         return {
             "SGLANG_CACHE_DIR": None,
             "SGLANG_HOST_IP": f"127.0.0.{number + 1}",
+            "SGLANG_CPU_OMP_THREADS_BIND": str(number),  # schedulers poll: each node has a core of its own
             "PYTHONPATH": str(PROBE),
             "SGLANG_PROBE": str(machine / "probe"),
             "SGLANG_PROBE_COMPILES": "silu",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.sglang.conftest import NEWEST, model_for_sglang
+from tests.engines.sglang.conftest import VERSION, model_for_sglang
 from tests.support.sglang_server import SglangServer, patched
 
 from .checks import cold_and_restored
@@ -24,8 +24,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one_rank(model: Path) -> str:
     """What one rank answers, with SGLang's own loader."""
     with (
-        patched(NEWEST),
-        SglangServer(NEWEST, model, "--load-format", "auto", "--dtype", "float32") as server,
+        patched(VERSION),
+        SglangServer(VERSION, model, "--load-format", "auto", "--dtype", "float32") as server,
     ):
         return server.complete(PROMPT, max_tokens=TOKENS)
 
@@ -34,8 +34,8 @@ def one_rank(model: Path) -> str:
 def test_a_layout_answers_as_one_rank_and_its_cache_is_restored_on_each_node(
     layout: Layout, model: Path, one_rank: str, tmp_path: Path
 ) -> None:
-    machines = SglangMachines(NEWEST, tmp_path, model)
-    with patched(NEWEST):
+    machines = SglangMachines(VERSION, tmp_path, model)
+    with patched(VERSION):
         cold_and_restored(machines, layout, one_rank)
     for start, found in ((1, {"hit": 0, "miss": 1}), (2, {"hit": 1, "miss": 0})):
         for machine in (tmp_path / f"start-{start}").iterdir():

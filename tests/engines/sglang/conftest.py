@@ -1,4 +1,6 @@
-"""What the tests of SGLang share: the versions that they start, and models that these can read."""
+"""What the tests of SGLang share: the version that they start, models that it can read, and what one is like by its own
+loader.
+"""
 
 import json
 import os
@@ -10,20 +12,31 @@ import pytest
 from tests.support.sglang_server import python_of
 from tests.support.tiny_models import make_model
 
-VERSIONS = os.environ.get("SGLANG_VERSIONS", "0.5.23").split()
-NEWEST = VERSIONS[0]
+from .serving import Served, served
+
+VERSION = os.environ.get("SGLANG_VERSION", "0.5.23")
 
 
 def model_for_sglang(kind: str, directory: Path, **options: Any) -> Path:
-    """A tiny model whose tokenizer every version that is started can read."""
+    """A tiny model whose tokenizer every version can read."""
     model = make_model(kind, directory, **options)
-    if "0.5.9" in VERSIONS:  # its transformers is older than the one that made the tokenizer
+    if VERSION == "0.5.9":  # its transformers is older than the one that made the tokenizer
         path = model / "tokenizer_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}))
     return model
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _environments() -> None:
-    missing = [version for version in VERSIONS if not python_of(version).exists()]
-    assert not missing, f"SGLang {', '.join(missing)} is not installed: make venv-sglang"
+def _environment() -> None:
+    assert python_of(VERSION).exists(), f"SGLang {VERSION} is not installed: make venv-sglang"
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_for_sglang("llama", tmp_path_factory.mktemp("llama"), shards=3)
+
+
+@pytest.fixture(scope="session")
+def expected(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    """What SGLang's own loader makes of ``llama``."""
+    return served(VERSION, llama, tmp_path_factory.mktemp("expected"), "--load-format", "auto")

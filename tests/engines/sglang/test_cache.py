@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.sglang.conftest import NEWEST, VERSIONS, model_for_sglang
+from tests.engines.sglang.conftest import VERSION, model_for_sglang
 from tests.support.sglang_server import PROBE, SglangServer, patched
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(1800)]
 
 SAVED = ("compile cache: saved", "compile cache: nothing new to save", "nothing was saved")
-OLDEST = VERSIONS[-1]
 
 
 @dataclass
@@ -36,8 +35,7 @@ def verdict_of(start: Start) -> str:
 class Fleet:
     """Machines that share a model and a store, and nothing else."""
 
-    def __init__(self, version: str, directory: Path) -> None:
-        self.version = version
+    def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.store = directory / "store"
         self.model = model_for_sglang("llama", directory / "llama", shards=2)
@@ -63,7 +61,7 @@ class Fleet:
         }
         arguments = ("--load-format", "b10_3fs", *args)
         options = {"env": env, "eager": False, "log_path": machine / "log"}
-        with patched(self.version), SglangServer(self.version, self.model, *arguments, **options) as server:
+        with patched(VERSION), SglangServer(VERSION, self.model, *arguments, **options) as server:
             deadline = time.monotonic() + (300 if save else 0)
             while time.monotonic() < deadline and not any(words in server.log for words in SAVED):
                 time.sleep(0.2)
@@ -71,9 +69,9 @@ class Fleet:
         return Start(server.log, graphs, machine / "home")
 
 
-@pytest.fixture(scope="module", params=dict.fromkeys((NEWEST, OLDEST)))
-def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Fleet:
-    return Fleet(str(request.param), tmp_path_factory.mktemp("fleet"))
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Fleet:
+    return Fleet(tmp_path_factory.mktemp("fleet"))
 
 
 def test_what_one_server_compiled_the_next_one_finds(fleet: Fleet) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.sglang.conftest import NEWEST, model_for_sglang
+from tests.engines.sglang.conftest import VERSION, model_for_sglang
 from tests.support.sglang_server import SglangServer, patched, python_of
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(1800)]
@@ -19,10 +19,10 @@ TOKENS = "[5, 17, 100, 42]"
 
 def answer(model: Path, load_format: str, *args: str, **variables: str) -> tuple[str, str]:
     """What an engine answers, and all that it printed."""
-    command = [str(python_of(NEWEST)), str(OFFLINE), str(model), load_format, TOKENS, *args]
+    command = [str(python_of(VERSION)), str(OFFLINE), str(model), load_format, TOKENS, *args]
     environment = {**os.environ, **SglangServer.ENVIRONMENT, **variables}
     given = {name: value for name, value in environment.items() if value is not None}
-    with patched(NEWEST):
+    with patched(VERSION):
         done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=900, check=False)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-6000:]
@@ -51,7 +51,7 @@ def test_a_sharded_checkpoint_of_another_layout_is_refused(tmp_path: Path) -> No
     model = model_for_sglang("llama", tmp_path / "llama")
     (model / "model.safetensors").rename(model / "model-rank-0-part-0.safetensors")
     shutil.copy(model / "model-rank-0-part-0.safetensors", model / "model-rank-1-part-0.safetensors")
-    server = SglangServer(NEWEST, model, "--load-format", "b10_3fs")
-    with patched(NEWEST), pytest.raises(RuntimeError, match=r"ended with status -?[1-9]"), server:
+    server = SglangServer(VERSION, model, "--load-format", "b10_3fs")
+    with patched(VERSION), pytest.raises(RuntimeError, match=r"ended with status -?[1-9]"), server:
         pass
     assert "there are files of 2 ranks, and rank 0 of 1 is asked for" in server.log

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from tests.engines.architectures.inverting import checkpoint_of
 from tests.support.tiny_models import make_model
 from tests.support.training_checkpoints import copy_bare
 from tests.support.vllm_inprocess import State, differences, load_model, state_of
+
+from .test_reload import unpacked
 
 pytestmark = pytest.mark.engine
 
@@ -78,3 +81,34 @@ def test_a_draft_that_is_a_part_of_its_target(mode: str, deepseek: Path, tmp_pat
     stale = {name: torch.zeros_like(t) for name, t in load_file(deepseek / "model.safetensors").items()}
     save_file(stale, bare / "model.safetensors", {"format": "pt"})
     assert differences(expected, state_of_draft(bare, PART, mode, weights_uri=str(deepseek))) == []
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_draft_takes_weights_from_memory_as_one_that_vllm_loaded(mode: str, llama: Path, eagle: Path) -> None:
+    """vLLM reloads no draft from disk: a trainer may hand it new weights (start_draft_weight_update)."""
+    draft = {"model": str(eagle), **OWN}
+    handed_over = {
+        name: tensor.neg() if tensor.is_floating_point() else tensor
+        for name, tensor in load_file(eagle / "model.safetensors").items()
+    }
+    with unpacked():
+        expected = handed(load_draft(llama, draft, "auto"), handed_over)
+        assert differences(expected, state_of(load_draft(llama, draft, "auto"))) != []
+        found = handed(load_draft(llama, draft, "b10_3fs", {"mode": mode}), handed_over)
+    assert differences(expected, found) == []
+
+
+def handed(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> State:
+    """What a draft holds when vLLM has laid ``tensors`` over its weights, layer by layer."""
+    from vllm.config import ModelConfig
+    from vllm.model_executor.model_loader.reload.layerwise import (
+        finalize_layerwise_reload,
+        initialize_layerwise_reload,
+    )
+
+    config = mock.Mock(spec=ModelConfig, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        initialize_layerwise_reload(model)
+        model.load_weights(iter(tensors.items()))
+        finalize_layerwise_reload(model, config)
+    return state_of(model)

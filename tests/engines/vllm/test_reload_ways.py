@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from engine_loader.engines.vllm.rank import Rank, RankModel
 from tests.support.tiny_models import make_model
@@ -102,6 +103,27 @@ def test_reload(way: tuple[str, State], kind: str, mode: str, llama: Path, new: 
         model.load()
         again(model, places.path)
         assert differences(way[1], state_of(model.module)) == []
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_back_to_the_weights_on_disk_after_others_from_memory(
+    kind: str, mode: str, llama: Path, new: Path, tmp_path: Path
+) -> None:
+    """As a trainer hands weights over (vLLM's weight transfer): these ask no loader, the reload behind them does."""
+    from vllm.model_executor.model_loader.reload.inplace import reload_weights
+
+    expected = by_vllms_own("sleep", llama, new)
+    places = Places(kind, llama, new, tmp_path)
+    with built(places.start, "b10_3fs", {"mode": mode, **places.options}) as model:
+        model.load()
+        before = state_of(model.module)
+        handed_over = [item for path in sorted(new.glob("*.safetensors")) for item in load_file(path).items()]
+        with torch.inference_mode():
+            reload_weights(model.config, model.module, handed_over, None, True)
+        assert differences(expected, state_of(model.module)) == []
+        reload(model)
+        assert differences(before, state_of(model.module)) == []
 
 
 def test_weights_uri_set_anew_before_a_reload(llama: Path, new: Path, tmp_path: Path) -> None:

@@ -53,17 +53,25 @@ def compile_something(scheduler: Any) -> None:
 
 
 def read_beside(directory: str) -> None:
-    """What is read of a checkpoint for a draft model of one multi-token-prediction layer, and for a LoRA adapter."""
+    """What is read of a checkpoint for a model with a file of multi-token prediction, for a draft model of one layer of
+    such, and for a LoRA adapter.
+    """
+    from types import SimpleNamespace
+
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.model_loader.loader import DefaultModelLoader, get_model_loader
 
-    source = DefaultModelLoader.Source(directory, revision=None)
+    source = whole = DefaultModelLoader.Source(directory, revision=None)
+    if "model_config" in DefaultModelLoader.Source.__dataclass_fields__:  # of newer versions
+        config = SimpleNamespace(architectures=["Glm4MoeForCausalLM"], num_nextn_predict_layers=1)
+        whole = DefaultModelLoader.Source(directory, revision=None, model_config=SimpleNamespace(hf_config=config))
     found = {}
     for load_format in ("auto", "b10_3fs"):
         draft = get_model_loader(LoadConfig(load_format=load_format, draft_model_idx=1))
         adapter = DefaultModelLoader(LoadConfig(load_format=load_format, model_loader_extra_config={}))
-        for kind, loader in (("draft", draft), ("adapter", adapter)):
-            weights = loader._get_weights_iterator(source)
+        model = get_model_loader(LoadConfig(load_format=load_format))
+        for kind, loader, wanted in (("draft", draft, source), ("adapter", adapter, source), ("model", model, whole)):
+            weights = loader._get_weights_iterator(wanted)
             found[f"{kind} {load_format}"] = {name: tensor.float().sum().item() for name, tensor in weights}
     with open(os.path.join(os.environ["SGLANG_PROBE"], "beside.json"), "w") as file:
         json.dump(found, file)

@@ -1,0 +1,43 @@
+"""A server of a tiny model, what it answers, and the parameters that each of its ranks has loaded."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support.sglang_server import PROBE, SglangServer, patched
+
+PROMPT = "the quick brown fox"
+FORMAT = ("--load-format", "b10_3fs")
+
+
+@dataclass
+class Served:
+    """What a server answered, and by rank the digests of its parameters as it had loaded them."""
+
+    text: str
+    log: str
+    parameters: dict[str, dict[str, str]]
+
+
+@contextmanager
+def running(version: str, model: str | Path, probe: Path, *args: str, env: dict[str, str]) -> Iterator[SglangServer]:
+    probe.mkdir(parents=True, exist_ok=True)
+    env = {"SGLANG_PROBE": str(probe), "PYTHONPATH": str(PROBE), **env}
+    with patched(version), SglangServer(version, model, *args, env=env) as server:
+        yield server
+
+
+def served(version: str, model: Path, probe: Path, *args: str, **env: str) -> Served:
+    with running(version, model, probe, *args, env=env) as server:
+        text = server.complete(PROMPT, max_tokens=24)
+    return Served(text, server.log, digests(probe))
+
+
+def digests(probe: Path) -> dict[str, dict[str, str]]:
+    return {path.stem: json.loads(path.read_text()) for path in sorted(probe.glob("rank-*.json"))}
+
+
+def loaded_lines(log: str) -> list[str]:
+    return [line for line in log.splitlines() if "b10_3fs: loaded" in line]
