@@ -9,6 +9,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemBase, 
 
 from .huggingface.hf_reader import HuggingFaceStorageReader
 from .huggingface.hf_writer import HuggingFaceStorageWriter
+from .huggingface.quantised_reader import QuantizedHuggingFaceStorageReader
 from .prefixes import (
     BinaryPrefixStrategy,
     DefaultPrefixStrategy,
@@ -34,6 +35,7 @@ __all__ = [
     "HuggingFaceStorageReader",
     "HuggingFaceStorageWriter",
     "NumericPrefixStrategy",
+    "QuantizedHuggingFaceStorageReader",
     "RoundRobinPrefixStrategy",
     "S3ClientConfig",
     "S3FileSystem",

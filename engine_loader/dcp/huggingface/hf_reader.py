@@ -123,7 +123,7 @@ class HuggingFaceStorageReader(HuggingFaceStorage, FileSystemReader):  # type: i
                 f"{name!r} is quantised: {stored.dtype} with scales in {scale!r}, and the state dict wants {wanted}",
                 file=os.path.join(os.fspath(self.path), stored.relative_path),
                 hint="load it with its own element type and the scales beside it, or dequantise the checkpoint first "
-                "(torch's QuantizedHuggingFaceStorageReader does both)",
+                "(QuantizedHuggingFaceStorageReader does both)",
             )
 
     def _source(self) -> Source:

@@ -232,6 +232,7 @@ def test_what_the_server_says_is_kept(
 def test_an_archived_object_is_not_a_matter_of_credentials(server: FaultServer) -> None:
     server.fault = always(Answer(status=403, code="InvalidObjectState"))
     message = failure()
+    assert "the object is archived (" in message
     assert "restore it (aws s3api restore-object)" in message
     assert "check the credentials" not in message
 

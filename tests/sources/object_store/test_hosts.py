@@ -46,7 +46,9 @@ class TestAnEndpointThatIsNoAddress:
     def test_is_named_by_its_variable(self, address: str, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("AWS_ENDPOINT_URL")
         monkeypatch.setenv(variable, address)
-        assert f"{variable} is '{address}': " in failure()
+        told = failure()
+        assert f"{variable} is '{address}': " in told
+        assert "write http:// or https:// before the server's name" in told
 
     def test_says_what_to_write(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost:9000")
