@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         save_vllm_compile_cache,
         transfer,
     )
+    from .compat.safetensors_files import replacing_safetensors, safe_open
     from .loading.checkpoint import Checkpoint, open_checkpoint
     from .transfer.memory.huge_pages import ask_for_huge_pages
 
@@ -48,6 +49,8 @@ __all__ = [
     "list_available_caches",
     "load_compile_cache",
     "open_checkpoint",
+    "replacing_safetensors",
+    "safe_open",
     "save_compile_cache",
     "save_vllm_compile_cache",
     "transfer",
@@ -56,6 +59,8 @@ __all__ = [
 _LAZY = {
     "Checkpoint": ".loading.checkpoint",
     "open_checkpoint": ".loading.checkpoint",
+    "replacing_safetensors": ".compat.safetensors_files",
+    "safe_open": ".compat.safetensors_files",
     "ask_for_huge_pages": ".transfer.memory.huge_pages",
     # `import engine_loader as b10_transfer` serves programs that were written for b10_transfer.
     **dict.fromkeys(

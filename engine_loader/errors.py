@@ -6,6 +6,7 @@ Every error says what happened, to which file and byte, and what to do.
 from __future__ import annotations
 
 import difflib
+import errno
 import heapq
 import os
 from collections.abc import Iterable
@@ -63,6 +64,51 @@ class TransferError(CheckpointError):
     """Bytes could not be read: an I/O error, a deadline, a file that changed. ``errno`` is the cause, or None."""
 
     errno: int | None = None
+
+
+class TransferSystemError(TransferError, OSError):
+    """The system refused or failed: an ``OSError`` as well, with ``errno``, ``strerror`` and ``filename``."""
+
+    # Of OSError, these are filled by its constructor; here they follow from what CheckpointError knows.
+    __str__ = TransferError._text
+
+    @property
+    def strerror(self) -> str | None:  # type: ignore[override]
+        return None if self.errno is None else os.strerror(self.errno)
+
+    @property
+    def filename(self) -> str | None:
+        return self.file
+
+
+class MissingFileError(TransferSystemError, FileNotFoundError):
+    """There is no such file, or no such object: a ``FileNotFoundError`` as well."""
+
+
+class DeniedFileError(TransferSystemError, PermissionError):
+    """This user may not read the file: a ``PermissionError`` as well."""
+
+
+class NoDirectoryError(TransferSystemError, NotADirectoryError):
+    """A part of the path is a file: a ``NotADirectoryError`` as well."""
+
+
+_KINDS: dict[int, type[TransferSystemError]] = {
+    errno.ENOENT: MissingFileError,
+    errno.EACCES: DeniedFileError,
+    errno.EPERM: DeniedFileError,
+    errno.ENOTDIR: NoDirectoryError,
+}
+
+
+def system_failure(
+    code: int | None, message: str, *, file: str | None = None, offset: int | None = None, hint: str | None = None
+) -> TransferError:
+    """The error for what the system refused with errno ``code``; None or 0: it is not known."""
+    kind = _KINDS.get(code, TransferSystemError) if code else TransferError
+    error = kind(message, file=file, offset=offset, hint=hint)
+    error.errno = code
+    return error
 
 
 class TransferCancelled(TransferError):

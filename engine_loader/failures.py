@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 
-from .errors import TransferError
+from .errors import TransferError, system_failure
 
 RETRYABLE = frozenset({errno.EINTR, errno.EAGAIN, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO})
 """Errors that can be temporary. EIO and ESTALE are on network file systems (a server that fails over)."""
@@ -42,9 +42,8 @@ def io_error(path: str, offset: int | None, code: int | None, *, tries: int = 1,
     name = errno.errorcode.get(code, str(code)) if code else "unknown error"
     text = os.strerror(code) if code else "unknown error"
     after = f" after {tries} tries" if tries > 1 else ""
-    error = TransferError(f"could not {doing}: {text} [{name}]{after}", file=path, offset=offset, hint=errno_hint(code))
-    error.errno = code
-    return error
+    message = f"could not {doing}: {text} [{name}]{after}"
+    return system_failure(code, message, file=path, offset=offset, hint=errno_hint(code))
 
 
 def end_of_file(path: str, offset: int, size: int) -> TransferError:

@@ -128,6 +128,8 @@ def unfinished_directory(destination: str, nbytes: int) -> Iterator[Path]:
                 _move_in(unfinished, target)
             else:
                 _take_place(unfinished, target)
+    except CheckpointError:  # of what is read; it may be an OSError, too
+        raise
     except OSError as error:
         # An engine that runs within has failures of its own.
         if error.filename is not None and not str(error.filename).startswith((str(target), str(home / prefix))):

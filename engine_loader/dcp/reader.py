@@ -20,6 +20,7 @@ from ..errors import CheckpointError
 from ..formats.item_expansion import check_expansion
 from ..loading.training.boxes import BoxRead, StoredTensor
 from ..loading.training.files import DcpFiles
+from ..loading.training.inert_items import NotInertError, check_inert
 from ..loading.training.items import Items
 from ..loading.training.torch_load import check_not_quantised, load_item, torch_load_words
 from ..settings import LoaderSettings, load_settings
@@ -46,7 +47,8 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
     Other tensors (CUDA, another element type, transforms) are read into separate memory and copied.
 
     ``.metadata`` is read without running what it names. The planner unpickles items that are not tensors only after
-    ``torch.load(weights_only=True)`` has accepted them.
+    ``torch.load(weights_only=True)`` has accepted them, or where they are found to hold plain data: numpy's arrays and
+    scalars, dates, paths, deques and the like.
 
     Args:
         path: the checkpoint's directory.
@@ -172,8 +174,14 @@ def _check_pickle(content: bytes, item: ReadItem, files: DcpFiles, info: _Storag
         check_expansion(content)
         torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:
+        try:
+            check_inert(content)
+            return
+        except NotInertError as found:
+            named = str(found)
         raise CheckpointError(
-            f"{name!r} is not a tensor, and torch.load(weights_only=True) refuses it: {torch_load_words(error)}",
+            f"{name!r} is not a tensor, and torch.load(weights_only=True) refuses it: {torch_load_words(error)}; "
+            f"not known to be plain data: {named}",
             file=_path(files, info),
             offset=info.offset,
             hint="nothing was run; if you trust the checkpoint: give the reader trust_pickles=True, "

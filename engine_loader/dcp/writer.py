@@ -98,7 +98,7 @@ class FileSystemWriter(torch_filesystem.FileSystemWriter):
         self.fs.mkdir(self.path)
         if not self.overwrite and self._metadata_exists():
             raise CheckpointError(
-                "there is a checkpoint already",
+                "Checkpoint already exists and self.overwrite=False",  # torch's words, which callers look for
                 file=os.fspath(self.path),
                 hint="write to another directory, or give overwrite=True",
             )

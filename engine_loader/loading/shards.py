@@ -348,6 +348,8 @@ def _read(file: SourceFile, offset: int, nbytes: int) -> bytes:
     while done < nbytes:
         try:
             got = file.read_into(offset + done, [buffer[done:]])
+        except CheckpointError:  # told already; it may be an OSError, too
+            raise
         except OSError as error:
             tries += 1
             if error.errno not in RETRYABLE or tries >= _TRIES:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from ..errors import CheckpointError
 from ..failures import RETRYABLE, io_error
 from .source import Source, SourceFile
 
@@ -56,6 +57,8 @@ class _Raw(io.RawIOBase):
         for tried in range(1, _TRIES + 1):
             try:
                 got = self._file.read_into(self._position, [memoryview(buffer).cast("B")])
+            except CheckpointError:  # told already; it may be an OSError, too
+                raise
             except OSError as error:
                 if error.errno not in RETRYABLE or tried == _TRIES:
                     raise io_error(self._file.path, self._position, error.errno, tries=tried) from error

@@ -10,7 +10,7 @@ import stat
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Self
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, system_failure
 from ..failures import end_of_file, errno_hint
 from .source import UsrbioAccess
 
@@ -125,4 +125,4 @@ def _cannot(doing: str, path: str, error: OSError | ValueError) -> CheckpointErr
         return CheckpointError(f"could not {doing}: {error}", file=path)
     code = error.errno
     name = f" [{errno.errorcode[code]}]" if code is not None and code in errno.errorcode else ""
-    return CheckpointError(f"could not {doing}: {error.strerror}{name}", file=path, hint=errno_hint(code))
+    return system_failure(code, f"could not {doing}: {error.strerror}{name}", file=path, hint=errno_hint(code))

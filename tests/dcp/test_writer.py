@@ -149,7 +149,7 @@ def test_more_threads_than_tensors_leave_no_empty_files(tmp_path):
 
 def test_a_checkpoint_is_not_replaced_where_that_is_not_wanted(tmp_path):
     save({"a": torch.zeros(3)}, tmp_path / "c")
-    with pytest.raises(CheckpointException, match="there is a checkpoint already"):
+    with pytest.raises(CheckpointException, match="Checkpoint already exists"):
         save({"a": torch.ones(3)}, tmp_path / "c", overwrite=False)
     assert same({"a": torch.zeros(3)}, load({"a": torch.ones(3)}, tmp_path / "c"))
     save({"a": torch.ones(3)}, tmp_path / "new", overwrite=False)

@@ -11,7 +11,7 @@ import html
 import re
 from dataclasses import dataclass
 
-from ...errors import TransferError
+from ...errors import TransferError, system_failure
 from ...escaping import printable, redacted
 from .aws_credentials import NOT_FOUND
 from .url import scheme_of
@@ -177,9 +177,7 @@ def object_failure(
     if answer.message and code != errno.ENOENT:
         hint = "; ".join(filter(None, (hint, f"the server says: {answer.message}")))
     after = f" after {answer.tries} tries" if answer.tries > 1 else ""
-    failure = TransferError(f"could not {doing}: {what}{after}", file=path, offset=offset, hint=hint)
-    failure.errno = code
-    return failure
+    return system_failure(code, f"could not {doing}: {what}{after}", file=path, offset=offset, hint=hint)
 
 
 def _explain(error: BaseException, answer: Answer, scheme: str) -> tuple[int | None, str, str | None]:

@@ -196,6 +196,8 @@ class PythonReaders:
             began = time.perf_counter()
             try:
                 got = file.read_into(offset, buffers)
+            except CheckpointError:  # told already; it may be an OSError, too
+                raise
             except OSError as error:
                 tries += 1
                 self._times.add(file.path, time.perf_counter() - began, 0)

@@ -152,7 +152,7 @@ def test_a_checkpoint_is_replaced_and_its_objects_go(url: str) -> None:
 
 def test_a_checkpoint_is_not_replaced_where_that_is_not_wanted(url: str) -> None:
     save({"a": torch.zeros(3)}, url, overwrite=False)
-    with pytest.raises(CheckpointException, match="there is a checkpoint already"):
+    with pytest.raises(CheckpointException, match="Checkpoint already exists"):
         save({"a": torch.ones(3)}, url, overwrite=False)
     assert same({"a": torch.zeros(3)}, load({"a": torch.ones(3)}, url))
 
