@@ -233,7 +233,7 @@ class ObjectStoreSource:
             return None
         place = f"{endpoint_of(url, self.options) or ''} {url.scheme}://{url.bucket}/{url.key}"
         kept = self._cache.version(place, condition_of(meta["e_tag"]), meta["size"])
-        if kept is not None and kept.kept_bytes:
+        if kept is not None and 2 * kept.kept_bytes >= meta["size"]:
             self.name = _WITH_CACHE
         return kept
 
