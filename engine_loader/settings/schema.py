@@ -228,6 +228,16 @@ class LoaderSettings(_Group):
     object_store_anonymous: bool = Field(
         default=False, description="Send requests unsigned, without looking for credentials: for public buckets."
     )
+    cache_directory: Auto[Annotated[str, Field(min_length=1, max_length=2000)]] = Field(
+        default=None,
+        description="A directory on a disk of this node where what is read of object stores is kept for the next "
+        "start, by ETag and size; auto: nothing is kept.",
+    )
+    cache_bytes: Auto[Annotated[Size, Field(ge=_MIB, le=_MOST_BYTES)]] = Field(
+        default=None,
+        description="How many bytes are kept there, about; the object that was used least recently goes first. auto: "
+        "what the disk has room for, but for a twentieth of it.",
+    )
     object_store_virtual_host: bool = Field(
         default=False, description="Address buckets as https://bucket.host/key instead of https://host/bucket/key."
     )

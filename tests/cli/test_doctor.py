@@ -235,6 +235,26 @@ class TestSources:
         assert (finding.status, finding.name) == ("fail", "usrbio")
         assert "there is no 3FS mount here" in finding.value
 
+    def test_what_settings_name_is_looked_at(self, tmp_path: Path) -> None:
+        (tmp_path / "weights").mkdir()
+        (tmp_path / "weights" / "model.safetensors").write_bytes(checkpoint({"a": entry("U8", [16])}))
+        env: dict[str, str | None] = {
+            "ENGINE_LOADER_LOADER__WEIGHTS_URI": str(tmp_path / "weights"),
+            "ENGINE_LOADER_LOADER__CACHE_DIRECTORY": str(tmp_path / "cache"),
+            "ENGINE_LOADER_LOADER__CACHE_BYTES": "1GiB",
+        }
+        found = diagnose(env=env)
+        assert found["loader.weights_uri"]["status"] == "ok"
+        assert found["loader.weights_uri"]["value"].startswith(f"{tmp_path}/weights: ")
+        kept = found["loader.cache_directory"]
+        assert (kept["status"], kept["value"].rpartition(") ")[2]) == ("ok", "keeps up to 1.00 GiB")
+        (tmp_path / "file").touch()
+        env["ENGINE_LOADER_LOADER__WEIGHTS_URI"] = str(tmp_path / "nothing")
+        env["ENGINE_LOADER_LOADER__CACHE_DIRECTORY"] = str(tmp_path / "file" / "cache")
+        found = diagnose(env=env)
+        assert found["loader.weights_uri"]["status"] == "fail"
+        assert found["loader.cache_directory"]["status"] == "fail"
+
     @pytest.mark.servers
     def test_objects_are_looked_at_where_they_are(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with MotoServer() as moto:
@@ -421,6 +441,22 @@ class TestTheStore:
         found = self.finding(tmp_path / "file" / "store", monkeypatch)
         assert found.status == "fail"
         assert "Not a directory" in found.value or "is not a directory" in found.value
+
+    @pytest.mark.servers
+    def test_one_in_a_bucket_is_written_read_and_left_as_it_was(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with MotoServer() as moto:
+            moto.make_bucket("bucket")
+            values = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_ENDPOINT_URL": moto.url}
+            for name, value in values.items():
+                monkeypatch.setenv(name, value)
+            for bucket, status in (("bucket", "ok"), ("no-bucket", "fail")):
+                monkeypatch.setenv("ENGINE_LOADER_COMPILE_CACHE__DIRECTORY", f"s3://{bucket}/caches")
+                monkeypatch.setenv("ENGINE_LOADER_COMPILE_CACHE__TRUST", "anyone")
+                found = next(found for found in cache_sharing.check_compile_cache() if found.name == "store")
+                assert found.status == status, found
+                if status == "ok":
+                    assert " ms to write, read and delete, " in found.value
+                    assert b"<Key>" not in moto.request("GET", "/bucket?list-type=2")
 
     def test_strict_counts_warnings(self) -> None:
         with few_descriptors():

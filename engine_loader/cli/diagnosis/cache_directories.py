@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,7 +13,7 @@ from ...machine import mount_of
 from ...report.load_report import human_bytes
 from ...settings import load_settings
 from .file_systems import is_network
-from .finding import Finding
+from .finding import Finding, write_refused
 
 _AREA = "caches"
 _FEW_BYTES = 2 << 30
@@ -123,12 +122,3 @@ def nearest_parent(path: str) -> str:
     while not os.path.lexists(path) and path != os.path.dirname(path):
         path = os.path.dirname(path)
     return path
-
-
-def write_refused(directory: str) -> str | None:
-    """Why nothing can be written in a directory, or None. It tries with a temporary file that has no name."""
-    try:
-        with tempfile.TemporaryFile(dir=directory):
-            return None
-    except OSError as error:
-        return f"cannot write ({error.strerror})"

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from ...compile_cache.cache_errors import CacheError
 from ...compile_cache.space import free_bytes, mib
+from ...compile_cache.stores.interface import Store
+from ...compile_cache.stores.object_names import SAVING
 from ...compile_cache.stores.opening import open_store
 from ...engines.common import torch_fixups
 from ...engines.vllm import fixups as vllm_fixups
 from ...settings import CompileCacheSettings, load_settings
 from ...sources.registry import is_remote
-from .cache_directories import nearest_parent, write_refused
-from .finding import Finding
+from .cache_directories import nearest_parent
+from .finding import Finding, write_refused
 
 _AREA = "compile cache"
 _WITHOUT = "engines start without a compile cache until this is repaired"
@@ -32,18 +36,41 @@ def _store(settings: CompileCacheSettings) -> Iterator[Finding]:
         place = Path(store.description)
         if place.exists():
             trust.check_store(place)
-        problem = None if settings.read_only or is_remote(settings.directory) else _not_writable(place, settings)
+        if settings.read_only:
+            problem, tried = None, ""
+        elif is_remote(settings.directory):
+            problem, tried = None, f", {_round_trip(store):.0f} ms to write, read and delete"
+        else:
+            problem, tried = _not_writable(place, settings), ", writable"
     except (OSError, CacheError) as error:
         yield Finding(_AREA, "store", "fail", str(error), _WITHOUT)
         return
     size = mib(sum(pack.size for pack in packs))
-    value = f"{store.description} ({len(packs)} packs, {size}, listed in {took_ms:.0f} ms, {trust.describe()})"
+    value = f"{store.description} ({len(packs)} packs, {size}, listed in {took_ms:.0f} ms{tried}, {trust.describe()})"
     if problem is not None:
         yield Finding(_AREA, "store", "fail", f"{value}: nothing can be saved: {problem}", _SAVES)
     else:
         yield Finding(_AREA, "store", "ok", value)
     for warning in trust.warnings:
         yield Finding(_AREA, "trust", "warn", warning, "see docs/security.md")
+
+
+def _round_trip(store: Store) -> float:
+    """Milliseconds in which a small object was written, read and deleted in a store of objects.
+
+    Raises:
+        OSError: one of these failed.
+    """
+    name = f"{SAVING}/{uuid.uuid4().hex}"  # as a save that is under way notes it; a left one is pruned
+    began = time.monotonic()
+    content = str(began).encode()
+    store.create(name, content)
+    try:
+        if store.read(name, len(content)).content != content:
+            raise OSError(errno.EIO, "other bytes were read than had been written", f"{store.description}/{name}")
+    finally:
+        store.delete(name)
+    return (time.monotonic() - began) * 1000
 
 
 def _not_writable(place: Path, settings: CompileCacheSettings) -> str | None:

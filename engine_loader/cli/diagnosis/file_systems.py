@@ -7,6 +7,7 @@ import mmap
 import os
 import resource
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from ...errors import CheckpointError, SettingsError
 from ...formats.hf_index import INDEX_NAME
@@ -14,7 +15,8 @@ from ...loading.find import SafetensorsFiles, TrainingCheckpoint, find_checkpoin
 from ...loading.shards import listed_files, open_files
 from ...machine import Mount, mount_of
 from ...report.load_report import human_bytes
-from ...settings import load_settings
+from ...settings import LoaderSettings, load_settings
+from ...sources.kept.node_cache import NodeCache
 from ...sources.posix import PosixSource
 from ...sources.registry import is_remote, make_source
 from ...sources.threefs.daemon import find_daemon
@@ -30,7 +32,7 @@ from ...sources.threefs.shared_library import (
 )
 from ...transfer.modes import choose_mode
 from ..console.models import model_here
-from .finding import Finding
+from .finding import Finding, write_refused
 
 _AREA = "sources"
 _GIVE_PATH = "engine-loader doctor /path/to/model checks the file system of a model's weights"
@@ -39,6 +41,11 @@ _NETWORK = ("nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "lustre", "gpfs", "beeg
 
 def check_paths(paths: Sequence[str]) -> Iterator[Finding]:
     """The file system of every path, whether the weights can be opened, and whether O_DIRECT works."""
+    settings = load_settings().settings.loader
+    if settings.weights_uri is not None:
+        yield from _check_named("loader.weights_uri", settings.weights_uri)
+    if settings.cache_directory is not None:
+        yield _check_node_cache(settings)
     if not paths:
         yield Finding(_AREA, "file systems", "absent", "no path was given", _GIVE_PATH)
     for path in paths:
@@ -46,6 +53,29 @@ def check_paths(paths: Sequence[str]) -> Iterator[Finding]:
             yield from _check(model_here(path))
         except CheckpointError as error:
             yield Finding(_AREA, path, "fail", str(error), "give a model's directory or URL")
+
+
+def _check_named(name: str, path: str) -> Iterator[Finding]:
+    """As for a path that was given, under the name of the setting that names it."""
+    for number, finding in enumerate(_check(path)):
+        yield finding if number else replace(finding, name=name, value=f"{path}: {finding.value}")
+
+
+def _check_node_cache(settings: LoaderSettings) -> Finding:
+    """Whether what is read of object stores can be kept on this node."""
+    name = "loader.cache_directory"
+    repair = "name a directory that this user can write; until then, nothing is kept, and loads are as without it"
+    cache = NodeCache.from_settings(settings)
+    if cache is None:
+        return Finding(
+            _AREA, name, "fail", f"{settings.cache_directory}: it cannot be made, or others may write it", repair
+        )
+    if refused := write_refused(str(cache.directory)):
+        return Finding(_AREA, name, "fail", f"{refused} in {cache.directory}", repair)
+    facts = os.statvfs(cache.directory)
+    limit = "what there is room for" if cache.limit_bytes is None else f"up to {human_bytes(cache.limit_bytes)}"
+    free = human_bytes(facts.f_bavail * facts.f_frsize)
+    return Finding(_AREA, name, "ok", f"{cache.directory} (writable, {free} free) keeps {limit}")
 
 
 def check_3fs() -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
@@ -43,3 +44,12 @@ def last_line(text: str) -> str:
     """The last line that is not blank: the exception, if the text ends with a traceback."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "it printed nothing"
+
+
+def write_refused(directory: str) -> str | None:
+    """Why nothing can be written in a directory, or None. It tries with a temporary file that has no name."""
+    try:
+        with tempfile.TemporaryFile(dir=directory):
+            return None
+    except OSError as error:
+        return f"cannot write ({error.strerror})"

@@ -19,9 +19,12 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 import numpy as np
 
 from ...errors import CheckpointError
+from ..kept.kept_version import KeptVersion
+from ..kept.node_cache import NodeCache
 from ..source import UsrbioAccess
 from . import ranges
 from .client import ObjectStoreOptions, ObjectStores, check_process, condition_of
+from .endpoints import endpoint_of
 from .ranges import Connections, DirectRanges, Wanted
 from .redirects import request_failure
 from .request_failures import Answer, is_failure, object_changed, retryable_errno
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from ...settings import LoaderSettings
 
 _T = TypeVar("_T")
+_WITH_CACHE = "object_store, kept on this node"
 
 
 class ObjectFile:
@@ -45,7 +49,13 @@ class ObjectFile:
     native_access: UsrbioAccess | None = None
 
     def __init__(
-        self, path: str, url: ObjectUrl, stores: ObjectStores, meta: ObjectMeta, connections: Connections
+        self,
+        path: str,
+        url: ObjectUrl,
+        stores: ObjectStores,
+        meta: ObjectMeta,
+        connections: Connections,
+        kept: KeptVersion | None = None,
     ) -> None:
         self.path = path
         self.size = meta["size"]
@@ -58,15 +68,20 @@ class ObjectFile:
         self._identity = _identity(meta)
         # None: the identity of each answer is compared instead.
         self._if_match = condition_of(meta["e_tag"])
+        self._kept = kept
 
     def read_into(self, offset: int, buffers: Sequence[memoryview]) -> int:
         wanted = min(sum(map(len, buffers)), self._range_bytes, self.size - offset)
         if wanted <= 0:
             return 0
-        if wanted >= ranges.MIN_BYTES and self._receive(offset, offset + wanted, buffers):
-            return wanted
-        content = self._get(offset, offset + wanted)
-        return _scatter(content, buffers, wanted)
+        if self._kept is None:
+            return self._ask(offset, buffers, wanted)
+        done, wanted = self._kept.read(offset, buffers, wanted)
+        if done:
+            return done
+        done = self._ask(offset, buffers, wanted)
+        self._kept.keep(offset, buffers, done)
+        return done
 
     def fileno(self) -> int | None:
         return None
@@ -82,6 +97,15 @@ class ObjectFile:
         if self._store is not None:
             self._store = self._direct = None
             self._connections.unused()
+            if self._kept is not None:
+                self._kept.close()
+
+    def _ask(self, offset: int, buffers: Sequence[memoryview], wanted: int) -> int:
+        """Read from the store."""
+        if wanted >= ranges.MIN_BYTES and self._receive(offset, offset + wanted, buffers):
+            return wanted
+        content = self._get(offset, offset + wanted)
+        return _scatter(content, buffers, wanted)
 
     def _receive(self, begin: int, end: int, buffers: Sequence[memoryview]) -> bool:
         direct = self._direct
@@ -159,6 +183,7 @@ class ObjectStoreSource:
     Args:
         options: how the stores are reached and read.
         stores: existing clients, instead of clients made from ``options``.
+        cache: where ranges are kept on this node; None: nowhere.
 
     Raises:
         CheckpointError: from each method: obstore is not installed, the path is no URL of an object store, access is
@@ -167,7 +192,14 @@ class ObjectStoreSource:
 
     name = "object_store"
 
-    def __init__(self, options: ObjectStoreOptions | None = None, *, stores: ObjectStores | None = None) -> None:
+    def __init__(
+        self,
+        options: ObjectStoreOptions | None = None,
+        *,
+        stores: ObjectStores | None = None,
+        cache: NodeCache | None = None,
+    ) -> None:
+        self._cache = cache
         self._stores = stores or ObjectStores(options or ObjectStoreOptions())
         self.options = self._stores.options
         self._listings: dict[ObjectUrl, _Listing] = {}
@@ -177,7 +209,7 @@ class ObjectStoreSource:
     @classmethod
     def from_settings(cls, settings: LoaderSettings) -> Self:
         """A source that reaches and reads the stores as the settings say."""
-        return cls(ObjectStoreOptions.from_settings(settings))
+        return cls(ObjectStoreOptions.from_settings(settings), cache=NodeCache.from_settings(settings))
 
     def open(self, path: str) -> ObjectFile:
         url = parse_object_url(path)
@@ -195,7 +227,16 @@ class ObjectStoreSource:
             raise request_failure(
                 store, url.key, _with_its_code(store, url.key, error), "open the object", path
             ) from error
-        return ObjectFile(path, url, self._stores, meta, self._connections)
+        return ObjectFile(path, url, self._stores, meta, self._connections, self._kept(url, meta))
+
+    def _kept(self, url: ObjectUrl, meta: ObjectMeta) -> KeptVersion | None:
+        if self._cache is None:
+            return None
+        place = f"{endpoint_of(url, self.options) or ''} {url.scheme}://{url.bucket}/{url.key}"
+        kept = self._cache.version(place, condition_of(meta["e_tag"]), meta["size"])
+        if kept is not None and 2 * kept.kept_bytes >= meta["size"]:
+            self.name = _WITH_CACHE
+        return kept
 
     def is_dir(self, path: str) -> bool:
         # Credentials that may read an object may not always list its bucket.
