@@ -23,6 +23,8 @@ SAVE_TIMEOUT_S = 300.0
 END_TIMEOUT_S = 120.0
 PROMPT = "the quick brown fox"
 TOKENS = 24
+# What is no part of a restore: notes of this package, locks, and the headers that inductor compiles for each machine.
+NOT_SHARED = re.compile(r"/(\.engine_loader|locks|precompiled_headers)/")
 THEIRS = re.compile(r"psm_|sem\.|vllm_dist_|torch_|sglang_|sgl_|.*-cpushm_\d+")
 DONE = ("compile cache: saved", "compile cache: nothing new to save", "nothing was saved")
 
@@ -150,7 +152,7 @@ class Machines(ABC):
         found = {}
         for path in machine.rglob("*"):
             name = str(path.relative_to(machine))
-            if path.is_file() and re.match(self.caches, name) and not re.search(r"/\.engine_loader/|/locks/", name):
+            if path.is_file() and re.match(self.caches, name) and not NOT_SHARED.search(name):
                 found[name] = path.stat().st_mtime_ns
         return found
 
