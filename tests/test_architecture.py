@@ -28,10 +28,10 @@ STEPS: dict[str, set[str]] = {
     "transfer": BASE | {"formats", "sources"},
     "report": BASE | {"formats"},
     "loading": BASE | {"formats", "sources", "transfer", "report"},
-    "compile_cache": BASE | {"sources"},
+    "compile_cache": BASE | {"sources", "report"},
     "dcp": BASE | {"formats", "sources", "transfer", "report", "loading"},
     "conversion": BASE | {"formats", "sources", "transfer", "report", "loading", "dcp"},
-    "plugin": {"errors"},
+    "plugin": {"errors", "report"},
 }
 """What each room may import beside itself. Every other room is a door, or stands on top: it may import all of these."""
 
