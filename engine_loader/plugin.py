@@ -69,7 +69,7 @@ PHASES = {
     "sglang.srt.managers.scheduler": f"{_SGLANG_PHASES}:register_scheduler",
     "sglang.srt.model_executor.model_runner": f"{_SGLANG_PHASES}:register_model_runner",
     "sglang.srt.model_loader.loader": f"{_SGLANG_PHASES}:register_loader",
-    "torch._dynamo.callback": "engine_loader.engines.common.start_phases:register_compilation",
+    "torch._dynamo.callback": "engine_loader.engines.common.start.phase_wrappers:register_compilation",
 }
 """As ``ADAPTERS``, of the hooks that note when the phases of a start begin and end; they change nothing."""
 failures: dict[str, str] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable
 
 from .starts import Identity, Summary
@@ -20,6 +19,8 @@ def prediction(identity: Identity, summaries: Iterable[Summary]) -> str | None:
     alike = [summary.seconds for summary in summaries if summary.identity.key == identity.key][-_MOST:]
     if not alike:
         return None
-    fastest, slowest = min(alike), max(alike)
+    fastest, *_, slowest = in_order = sorted([*alike, *alike])  # twice, so that one is enough
+    # The module statistics takes longer to import than a start may spend on this.
+    median = (in_order[len(alike) - 1] + in_order[len(alike)]) / 2
     span = f"{fastest:.0f} s" if f"{fastest:.0f}" == f"{slowest:.0f}" else f"{fastest:.0f}-{slowest:.0f} s"
-    return f"expected ready in {statistics.median(alike):.0f} s (last {len(alike)}: {span})"
+    return f"expected ready in {median:.0f} s (last {len(alike)}: {span})"

@@ -11,15 +11,13 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import EngineLoaderError
 from ..machine import mounts
 from . import phases
 from .events import LOCK, PLACE, PROGRESS, Details, Recorder
-from .load_report import human_bytes
-from .reading.timeline import Phase, Process, Timeline, read_timeline
-from .starts import ReportError
+from .stalls import Stall
 
 _LOOKS_PER_STALL = 4
 _SLOWEST_LOOK_S = 5.0
@@ -40,15 +38,6 @@ _HINTS = {
     phases.DEVICE: "; do all ranks run, and reach each other?",
     phases.COMPILE: "; a restored compile cache saves it in later starts",
 }
-_RANKED = ((phases.WEIGHTS, "load weights", "loading weights"), (phases.WARM_UP, "warm up", "warming up"))
-
-
-@dataclass(frozen=True)
-class Stall:
-    """Something that hangs; ``cause`` is the same for each message about it."""
-
-    cause: str
-    text: str
 
 
 class Watchdog:
@@ -97,7 +86,7 @@ class Watchdog:
         while not self._ended.wait(min(_SLOWEST_LOOK_S, self._stall_s / _LOOKS_PER_STALL)):
             try:
                 self.check()
-            except (OSError, ValueError, KeyError, ReportError):  # files that other processes write and remove
+            except (OSError, ValueError, KeyError, EngineLoaderError):  # files that other processes write and remove
                 continue
 
     def _stalls(self) -> Iterator[Stall]:
@@ -117,6 +106,8 @@ class Watchdog:
                 yield Stall(phase, _said_of(phase, now - began, details))
 
     def _of_bytes(self, number: int, details: Details, now: float) -> Iterator[Stall]:
+        from .load_report import human_bytes
+
         done, whole = details[PROGRESS]()
         before, since = self._progress.get(number, (-1, now))
         if done != before:
@@ -129,50 +120,13 @@ class Watchdog:
             )
 
     def _of_ranks(self) -> Iterator[Stall]:
+        from .reading.timeline import read_timeline
+        from .slow_ranks import slow_ranks
+
         directory = self._recorder.directory
         if directory is not None:
             timeline = read_timeline(Path(directory))
             yield from slow_ranks(timeline, time.time() - timeline.began_wall, self._stall_s)
-
-
-def slow_ranks(timeline: Timeline, now: float, stall_s: float) -> Iterator[Stall]:
-    """The ranks that lag behind all others by ``stall_s`` seconds.
-
-    Args:
-        timeline: the start so far.
-        now: seconds since it began.
-        stall_s: how far behind counts.
-    """
-    ranks = [process for process in timeline.processes if process.rank is not None]
-    for name, infinitive, gerund in _RANKED:
-        found = {id(rank): [phase for phase in rank.phases if phase.name == name] for rank in ranks}
-        for rank in ranks:
-            others = [found[id(other)] for other in ranks if other is not rank]
-            own = found[id(rank)]
-            if not others or not all(others):
-                continue
-            if not own:
-                since = now - max(phases_of[0].began for phases_of in others)
-                if since >= stall_s:
-                    yield Stall(
-                        f"{name} of rank {rank.rank}",
-                        f"rank {rank.rank} has not begun to {infinitive}, and the others did {since:.0f} s ago: "
-                        f"{_whereabouts(rank)}",
-                    )
-            elif own[-1].ended is None:
-                ends = [phase.ended for phases_of in others for phase in phases_of]
-                if None not in ends and (since := now - max(end for end in ends if end is not None)) >= stall_s:
-                    yield Stall(
-                        f"end of {name} of rank {rank.rank}",
-                        f"rank {rank.rank} is still {gerund}, and the others ended {since:.0f} s ago: "
-                        f"{_whereabouts(rank)}",
-                    )
-
-
-def _whereabouts(process: Process) -> str:
-    open_phases: list[Phase] = [phase for phase in process.phases if phase.ended is None and not phase.beside]
-    where = f'in the phase "{open_phases[-1].name}"' if open_phases else "in no phase that is known"
-    return f"it is {where} (pid {process.pid} on {process.node})"
 
 
 def _said_of(phase: str, seconds: float, details: Details) -> str:

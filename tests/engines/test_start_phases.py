@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine_loader.engines.common import start_phases
+from engine_loader.engines.common.start import phase_wrappers, start_account
 from engine_loader.report.events import START, Recorder
 from engine_loader.report.reading.timeline import read_timeline
 from engine_loader.report.starts import Summary, identity_of, read_summaries, starts_in, write_summary
@@ -24,23 +24,24 @@ def starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv(START, "")
     recorder = Recorder()
     recorder.note_process()
-    for module in ("engines.common.start_phases", "report.starts"):
+    for module in ("engines.common.start.phase_wrappers", "engines.common.start.start_account", "report.starts"):
         monkeypatch.setattr(f"engine_loader.{module}.recorder", recorder)
-    monkeypatch.setattr(start_phases, "_start", start_phases._Start())
-    monkeypatch.setattr(start_phases, "_watchdogs", [])
+    monkeypatch.setattr(start_account, "_start", start_account._Start())
+    phase_wrappers.watchdogs.clear()
     yield tmp_path
-    for watchdog in start_phases._watchdogs:
+    for watchdog in phase_wrappers.watchdogs:
         watchdog.stop()
+    phase_wrappers.watchdogs.clear()
     recorder.switch_off()
 
 
 def begin() -> None:
-    start_phases.begin("vllm", "/models/llama", "b10_3fs", SIZES, LOG)
+    start_account.begin("vllm", "/models/llama", "b10_3fs", SIZES, LOG)
 
 
 def ready() -> None:
     """Returns when what is made of the events has been made."""
-    start_phases.ready(LOG)
+    start_account.ready(LOG)
     for thread in threading.enumerate():
         if thread.name == "start-report":
             thread.join()

@@ -15,13 +15,14 @@ from safetensors.torch import save_file
 
 from engine_loader.compile_cache.process.locks import NodeLock
 from engine_loader.engines.common import cache_hooks
-from engine_loader.engines.common.start_phases import record
+from engine_loader.engines.common.start.phase_wrappers import record
 from engine_loader.loading import weights as loading_weights
 from engine_loader.report import phases
 from engine_loader.report.events import LOCK, PLACE, PROGRESS, START, Recorder
 from engine_loader.report.reading.account import account_of
 from engine_loader.report.reading.timeline import read_timeline
-from engine_loader.report.watchdog import Watchdog, slow_ranks
+from engine_loader.report.slow_ranks import slow_ranks
+from engine_loader.report.watchdog import Watchdog
 from engine_loader.settings import CompileCacheSettings, LoaderSettings
 
 from .made_starts import WALL, MadeStart

@@ -13,7 +13,7 @@ from typing import Any
 
 from ...report import phases
 from ...report.events import recorder
-from ..common.start_phases import around_function, begin, never_raising, ready, record, watch
+from ..common.start.phase_wrappers import around_function, never_raising, record, watch
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def register_engine() -> None:
 
     def make(original: Callable[..., Any], self: Any, *args: Any, **options: Any) -> None:
         original(self, *args, **options)
-        ready(logger)
+        _ready()
 
     # Up to 0.5.9 it was a function of the module.
     around_function(
@@ -42,9 +42,18 @@ def register_engine() -> None:
 
 @never_raising
 def _begin(server_args: Any) -> None:
+    from ..common.start.start_account import begin
+
     sizes = {short: getattr(server_args, name, 1) for short, name in _SIZES.items()}
     begin("sglang", server_args.model_path, server_args.load_format, sizes, logger)
     recorder.name_process("server")
+
+
+@never_raising
+def _ready() -> None:
+    from ..common.start.start_account import ready
+
+    ready(logger)
 
 
 def register_http_server() -> None:
@@ -54,7 +63,7 @@ def register_http_server() -> None:
     def around(original: Callable[..., Any], *args: Any, **options: Any) -> Any:
         with recorder.span(phases.WARM_UP):
             result = original(*args, **options)
-        ready(logger)
+        _ready()
         return result
 
     around_function(http_server, "_wait_and_warmup", around)

@@ -15,7 +15,7 @@ from typing import Any
 
 from ...report import phases
 from ...report.events import recorder
-from ..common.start_phases import around_function, begin, never_raising, ready, record, watch
+from ..common.start.phase_wrappers import around_function, never_raising, record, watch
 
 logger = logging.getLogger("vllm.engine_loader")
 
@@ -46,9 +46,18 @@ def _begin(arguments: Any) -> None:
         short: getattr(arguments, f"{name}_parallel_size", 1)
         for short, name in (("tp", "tensor"), ("pp", "pipeline"), ("dp", "data"))
     }
+    from ..common.start.start_account import begin
+
     recorder.since_registered(phases.CONFIGURATION)
     begin("vllm", arguments.model, arguments.load_format, sizes, logger)
     recorder.name_process("API server")
+
+
+@never_raising
+def _ready() -> None:
+    from ..common.start.start_account import ready
+
+    ready(logger)
 
 
 def register_registry() -> None:
@@ -79,7 +88,7 @@ def register_llm() -> None:
     def around(original: Callable[..., Any], *args: Any, **options: Any) -> Any:
         with recorder.span(phases.SERVER):
             result = original(*args, **options)
-        ready(logger)
+        _ready()
         return result
 
     around_function(LLM, "__init__", around)
@@ -93,7 +102,7 @@ def register_server() -> None:
         with recorder.span(phases.SERVER):
             result = await original(*args, **options)
         if _SGLANG_SERVER not in sys.modules:  # it warms up behind that
-            ready(logger)
+            _ready()
         return result
 
     around_function(Server, "startup", around)
