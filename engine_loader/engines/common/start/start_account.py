@@ -18,6 +18,7 @@ from ....report.metrics import set_gauges, write_textfile
 from ....report.prediction import prediction
 from ....report.reading.advice import restore_status
 from ....report.reading.timeline import read_timeline
+from ....report.spans import send_spans
 from ....report.starts import Identity, Summary, begin_start, identity_of, read_summaries, write_summary
 from ....settings import load_settings
 from .phase_wrappers import never_raising, watch, watchdogs
@@ -80,6 +81,7 @@ def _sum_up(directory: Path, identity: Identity, seconds: float, log: logging.Lo
     timeline = read_timeline(directory)
     write_summary(directory, Summary(seconds, time.time(), identity, restore_status(timeline)))
     set_gauges(timeline)
+    send_spans(timeline)
     path = load_settings().settings.report.metrics_file
     if path is not None:
         try:
