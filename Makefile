@@ -48,7 +48,7 @@ SGLANG := tests/support/sglang
 SGLANG_STAMPS := $(SGLANG_VERSIONS:%=.venv-sglang-%/.package-installed)
 
 .PHONY: help venv venv-sglang tools demo lint check test test-fast test-sglang test-ranks test-sharing test-architectures test-torch \
-	test-object-stores test-radosgw test-chaos contract fuzz bench clean
+	test-object-stores test-radosgw test-chaos contract fuzz bench screenshots clean
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv-sglang-%/.engine-installed
 
@@ -114,6 +114,9 @@ fuzz: venv  ## Mutate checkpoints, indexes and manifests for a minute, each in a
 
 bench: venv $(BENCH_STAMP)  ## Compare with other loaders on this machine
 	$(PY) -m benchmarks $(ARGS)
+
+screenshots: venv  ## Pictures for docs/report.md, with Chromium: make screenshots START=DIR (of a recorded start)
+	$(PY) -m scripts.screenshots $(START) docs/images
 
 clean:  ## Remove what was built here, but not the environments
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

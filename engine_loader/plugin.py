@@ -1,5 +1,5 @@
-"""What engines call when they start: it registers the load format and the hooks of the compile cache, and does
-nothing else.
+"""What engines call when they start: it registers the load format, the hooks of the compile cache and those that note
+the phases of a start, and does nothing else.
 
 vLLM calls ``register`` in every process, before arguments are parsed, and dies when it raises; SGLang does, too, and
 only logs it. So it imports no engine and no torch: an engine's adapter is imported when the engine itself imports the
@@ -13,9 +13,11 @@ import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+
+from .report.events import recorder
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,31 @@ ADAPTERS = {
 """Module of an engine or of torch -> the adapter whose ``register()``, or the function behind the colon, is called once
 that module is imported.
 """
+_VLLM_PHASES = "engine_loader.engines.vllm.start_phases"
+_SGLANG_PHASES = "engine_loader.engines.sglang.start_phases"
+PHASES = {
+    "vllm.engine.arg_utils": f"{_VLLM_PHASES}:register_arguments",
+    "vllm.model_executor.models.registry": f"{_VLLM_PHASES}:register_registry",
+    "vllm.v1.engine.core_client": f"{_VLLM_PHASES}:register_client",
+    "vllm.v1.engine.async_llm": f"{_VLLM_PHASES}:register_async_llm",
+    "vllm.entrypoints.llm": f"{_VLLM_PHASES}:register_llm",
+    "vllm.v1.executor.abstract": f"{_VLLM_PHASES}:register_executor",
+    "vllm.v1.engine.core": f"{_VLLM_PHASES}:register_engine_core",
+    "vllm.v1.worker.worker_base": f"{_VLLM_PHASES}:register_worker",
+    "vllm.model_executor.model_loader.base_loader": f"{_VLLM_PHASES}:register_base_loader",
+    "vllm.v1.worker.gpu_model_runner": f"{_VLLM_PHASES}:register_model_runner",
+    "vllm.v1.worker.gpu.model_runner": f"{_VLLM_PHASES}:register_new_model_runner",
+    "vllm.compilation.decorators": f"{_VLLM_PHASES}:register_compilation",
+    "vllm.compilation.wrapper": f"{_VLLM_PHASES}:register_compiler",
+    "uvicorn.server": f"{_VLLM_PHASES}:register_server",
+    "sglang.srt.entrypoints.engine": f"{_SGLANG_PHASES}:register_engine",
+    "sglang.srt.entrypoints.http_server": f"{_SGLANG_PHASES}:register_http_server",
+    "sglang.srt.managers.scheduler": f"{_SGLANG_PHASES}:register_scheduler",
+    "sglang.srt.model_executor.model_runner": f"{_SGLANG_PHASES}:register_model_runner",
+    "sglang.srt.model_loader.loader": f"{_SGLANG_PHASES}:register_loader",
+    "torch._dynamo.callback": "engine_loader.engines.common.start.phase_wrappers:register_compilation",
+}
+"""As ``ADAPTERS``, of the hooks that note when the phases of a start begin and end; they change nothing."""
 failures: dict[str, str] = {}
 """Adapter -> the error with which its registration failed in this process."""
 
@@ -53,8 +80,12 @@ def register() -> None:
     """Make the load format and the compile cache known to the engine of this process. Costs milliseconds, may be
     called again, never raises.
     """
+    known = recorder.knows_process
+    recorder.note_process()
+    if not known:
+        recorder.note_imports()
     _name_cache_directories()
-    for module, adapter in ADAPTERS.items():
+    for module, adapter in (*ADAPTERS.items(), *PHASES.items()):
         try:
             _when_imported(module, adapter)
         except Exception:
@@ -85,8 +116,12 @@ def _can_be_made(path: str) -> bool:
 def _when_imported(module: str, adapter: str) -> None:
     if module in sys.modules:
         _run(adapter)
-    elif not any(isinstance(finder, _AfterImport) and finder.module == module for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport(module, lambda: _run(adapter)))
+        return
+    if _after_import not in sys.meta_path:
+        sys.meta_path.insert(0, _after_import)
+    adapters = _after_import.waiting.setdefault(module, [])
+    if adapter not in adapters:
+        adapters.append(adapter)
 
 
 def _run(adapter: str) -> None:
@@ -95,6 +130,9 @@ def _run(adapter: str) -> None:
         getattr(importlib.import_module(module), function or "register")()
     except Exception as error:
         failures[adapter] = f"{type(error).__name__}: {error}"
+        if adapter in PHASES.values():
+            logger.debug("engine_loader could not note phases of the start: %s", adapter, exc_info=True)
+            return
         # An engine that is used with another load format must start all the same.
         logger.exception(
             "engine_loader could not register the load format %s or its compile cache: %s; "
@@ -105,30 +143,36 @@ def _run(adapter: str) -> None:
 
 
 class _AfterImport:
-    """A finder of ``sys.meta_path`` that calls ``then`` once, after ``module`` was imported.
+    """A finder of ``sys.meta_path`` that runs adapters once, after the module that they extend was imported.
 
-    wrapt has such hooks, but importing it takes longer than all of ``register``; importlib.abc, which has the base
-    class of finders, a third as long.
+    One for all modules, since every import of the engine asks it. wrapt has such hooks, but importing it takes longer
+    than all of ``register``; importlib.abc, which has the base class of finders, a third as long.
+
+    Attributes:
+        waiting: module -> its adapters.
     """
 
-    def __init__(self, module: str, then: Callable[[], None]) -> None:
-        self.module = module
-        self._then = then
+    def __init__(self) -> None:
+        self.waiting: dict[str, list[str]] = {}
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None, /
     ) -> ModuleSpec | None:
-        if fullname != self.module:
+        adapters = self.waiting.pop(fullname, None)
+        if adapters is None:
             return None
-        sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is None or spec.loader is None:
             return spec
-        execute, then = spec.loader.exec_module, self._then
+        execute = spec.loader.exec_module
 
         def execute_and_call(module: ModuleType) -> None:
             execute(module)
-            then()
+            for adapter in adapters:
+                _run(adapter)
 
         spec.loader.exec_module = execute_and_call  # type: ignore[method-assign]
         return spec
+
+
+_after_import = _AfterImport()

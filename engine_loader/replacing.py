@@ -21,35 +21,36 @@ _lock = threading.RLock()
 _in_force: list[_Replacement] = []
 
 
-def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
+def wrap(owner: Any, name: str, around: Callable[..., Any], *, purpose: str = "") -> None:
     """Have calls of a function reach ``around(original, *args, **options)``, for good.
 
-    A second call for the same function does nothing. The ``around`` of a classmethod gets the class behind the
-    original.
+    A second call for the same function and purpose does nothing. The ``around`` of a classmethod gets the class behind
+    the original.
 
     Args:
         owner: the module, class or instance that has the function.
         name: of the function.
         around: returns what the caller gets.
+        purpose: of several wrappers of one function, each has its own.
 
     Raises:
         AttributeError: ``owner`` has no such function.
     """
     original = _function(owner, name)
-    if is_wrapped(owner, name):
+    if is_wrapped(owner, name, purpose):
         return
 
     @functools.wraps(original)
     def wrapper(*args: Any, **options: Any) -> Any:
         return around(original, *args, **options)
 
-    setattr(wrapper, _MARK, True)
+    setattr(wrapper, _MARK + purpose, True)
     setattr(owner, name, _of_same_kind(owner, name, wrapper))
 
 
-def is_wrapped(owner: Any, name: str) -> bool:
+def is_wrapped(owner: Any, name: str, purpose: str = "") -> bool:
     """True if this function carries the mark of ``wrap``; functools.wraps copies the mark to later wrappers."""
-    return hasattr(getattr(owner, name, None), _MARK)
+    return hasattr(getattr(owner, name, None), _MARK + purpose)
 
 
 @contextmanager

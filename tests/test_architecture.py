@@ -28,10 +28,10 @@ STEPS: dict[str, set[str]] = {
     "transfer": BASE | {"formats", "sources"},
     "report": BASE | {"formats"},
     "loading": BASE | {"formats", "sources", "transfer", "report"},
-    "compile_cache": BASE | {"sources"},
+    "compile_cache": BASE | {"sources", "report"},
     "dcp": BASE | {"formats", "sources", "transfer", "report", "loading"},
     "conversion": BASE | {"formats", "sources", "transfer", "report", "loading", "dcp"},
-    "plugin": {"errors"},
+    "plugin": {"errors", "report"},
 }
 """What each room may import beside itself. Every other room is a door, or stands on top: it may import all of these."""
 
@@ -45,6 +45,21 @@ SOURCE_SUFFIXES = {".py", ".c", ".cpp", ".h"}
 INSIDE_FUNCTIONS = {
     ("compat/callable_package.py", "compat.b10_transfer"): "importing this package must not import the compile cache",
     ("compile_cache/stores/opening.py", "compile_cache.stores.objects"): "obstore is an extra: only a URL needs it",
+    (
+        "engines/common/start/phase_wrappers.py",
+        "report.watchdog",
+    ): "only processes of a start that is recorded have one",
+    (
+        "engines/sglang/start_phases.py",
+        "engines.common.start.start_account",
+    ): "only the first process of a start needs it",
+    (
+        "engines/vllm/start_phases.py",
+        "engines.common.start.start_account",
+    ): "only the first process of a start needs it",
+    ("report/watchdog.py", "report.load_report"): "every process of an engine imports it, and few have a stall",
+    ("report/watchdog.py", "report.reading.timeline"): "every process of an engine imports it, and few wait for ranks",
+    ("report/watchdog.py", "report.slow_ranks"): "every process of an engine imports it, and few wait for ranks",
     ("engines/sglang/format.py", "engines.common.model_files"): "arguments are read before torch is imported",
     ("engines/sglang/format.py", "engines.common.weights_uri"): "arguments are read before torch is imported",
     ("engines/sglang/format.py", "engines.sglang.loader"): "SGLang's loader, which it extends, is imported later",

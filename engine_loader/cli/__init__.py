@@ -10,8 +10,20 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import EngineLoaderError, SettingsError
-from . import bench, compile_cache, convert, doctor, emulate_3fs, explain_load, inspect, patch, reshard, settings
+from . import (
+    bench,
+    compile_cache,
+    convert,
+    doctor,
+    emulate_3fs,
+    explain_load,
+    inspect,
+    patch,
+    reshard,
+    settings,
+)
 from .console.output import print_error
+from .starts import report
 
 _BAD_SETTINGS_STATUS = 2
 
@@ -66,6 +78,7 @@ def main(
     engine-loader doctor                 # check this machine and its software
     engine-loader inspect --check MODEL  # check a checkpoint
     engine-loader bench read MODEL       # measure how fast it loads on this machine
+    engine-loader report                 # where the time of the last start went
     engine-loader settings               # each setting, and where it was set
     ```
     """
@@ -79,5 +92,6 @@ app.command()(settings.settings)
 app.command()(doctor.doctor)
 app.command("emulate-3fs")(emulate_3fs.emulate_3fs)
 app.add_typer(bench.app, name="bench")
+app.add_typer(report.app, name="report")
 app.add_typer(patch.app, name="patch")
 app.add_typer(compile_cache.app, name="compile-cache")

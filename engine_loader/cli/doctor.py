@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -34,6 +35,14 @@ def doctor(
         bool, typer.Option("--verbose", help="Show details: where was searched, what each fix-up changes and why.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(
+            "--bundle",
+            metavar="FILE",
+            help="Also write a .tar.gz for a report of a problem: findings, settings, versions, the last starts.",
+        ),
+    ] = None,
 ) -> None:
     """Check versions, engines, plugins, sources, cache directories and the machine, and say how to repair each problem.
 
@@ -46,6 +55,7 @@ def doctor(
     engine-loader doctor
     engine-loader doctor --quick /mnt/3fs/models/llama
     engine-loader doctor --json | jq '.findings[] | select(.status != "ok")'
+    engine-loader doctor --bundle bundle.tar.gz
     ```
     """
     findings = []
@@ -63,6 +73,12 @@ def doctor(
         print_json({"findings": [asdict(finding) for finding in findings], "summary": summary})
     else:
         console().print(f"\n{counts['ok']} ok, {counts['warn']} to check, {counts['fail']} to repair")
+    if bundle is not None:
+        from .diagnosis.bundle import write_bundle
+
+        names = write_bundle(bundle, [asdict(finding) for finding in findings])
+        if not as_json:
+            console().print(f"{bundle}: {len(names)} files, without secrets; look at it before you send it")
     if counts["fail"] or (strict and counts["warn"]):
         raise typer.Exit(1)
 

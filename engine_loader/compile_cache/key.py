@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..report.events import recorder
+from ..report.phases import RESTORE_KEY
 from .gpu import Gpu, visible_gpus
 from .host.groups import HostGroups, native_parts, this_host
 from .host.hashes import short_hash
@@ -89,11 +91,12 @@ def environment_key(engine: Mapping[str, str], scope: str, *, devices: int | Non
         scope: of the cache.
         devices: how many GPUs of this node the engine uses; None: all that are visible.
     """
-    gpus = visible_gpus()
-    torch = torch_versions()
-    parts = {**engine, "torch": torch["torch"], "python": python_version()}
-    parts |= _gpu_parts(gpus, torch, devices) if gpus and (torch["cuda"] or torch["hip"]) else _cpu_parts()
-    parts["triton"] = distribution_version("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-rocm")
+    with recorder.span(RESTORE_KEY):
+        gpus = visible_gpus()
+        torch = torch_versions()
+        parts = {**engine, "torch": torch["torch"], "python": python_version()}
+        parts |= _gpu_parts(gpus, torch, devices) if gpus and (torch["cuda"] or torch["hip"]) else _cpu_parts()
+        parts["triton"] = distribution_version("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-rocm")
     return CacheKey(tuple(parts.items()), scope)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, TypeAlias
@@ -9,7 +10,9 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from ..formats.safetensors import TensorInfo
+from ..report.events import PLACE, PROGRESS, recorder
 from ..report.load_report import LoadReport
+from ..report.phases import HEADERS, WEIGHT_READING
 from ..report.progress import byte_progress
 from ..sources.registry import make_source
 from .devices.per_tensor import TargetDevice
@@ -66,8 +69,11 @@ def stream_weights(
         SettingsError: GPUDirect Storage was asked for and cannot be used.
     """
     with ExitStack() as stack:
-        store = stack.enter_context(open_weights(weights, settings, ranks))
-        infos = [info for info in store.infos if skip is None or not skip(info.name)]
+        if not isinstance(weights, TrainingCheckpoint):
+            weights = list(weights)
+        with recorder.span(HEADERS, watched={PLACE: _place_of(weights)}):
+            store = stack.enter_context(open_weights(weights, settings, ranks))
+            infos = [info for info in store.infos if skip is None or not skip(info.name)]
         report = report or LoadReport()
         if note:
             report.add_note(note)
@@ -77,6 +83,8 @@ def stream_weights(
             report.add_note(store.left_out)
         progress = byte_progress(sum(info.nbytes for info in infos), "Loading weights (b10_3fs)", shown=show_progress)
         stack.callback(progress.close)
+        watched = {PLACE: _place_of(weights), PROGRESS: progress.counts}
+        tell = _ending_phase(recorder.begin(WEIGHT_READING, watched=watched), report, tell)
         if direct is not None and settings.mode == "auto":
             recorded = [info for info in infos if info.nbytes > SMALL_BYTES]
             if _cost_more_to_record_than_to_read(recorded):
@@ -90,11 +98,38 @@ def stream_weights(
             device = None
         if device is not None:
             report.add_note(f"handed over on {device}")
-        for info, pair in zip(infos, store.stream(infos, report, device), strict=True):
+        for info, pair in zip(infos, _timed(store.stream(infos, report, device), report), strict=True):
             yield pair
             progress.update(info.nbytes)
         store.finish(report)
     tell(report.line())
+
+
+def _place_of(weights: list[str] | TrainingCheckpoint) -> str:
+    if isinstance(weights, TrainingCheckpoint):
+        return weights.directory
+    return weights[0] if weights else ""
+
+
+def _ending_phase(number: int, report: LoadReport, tell: Callable[[str], object]) -> Callable[[str], object]:
+    """``tell``, which also ends a phase of the start."""
+
+    def end_and_tell(line: str) -> None:
+        recorder.end(number, **report.to_details())
+        tell(line)
+
+    return end_and_tell
+
+
+def _timed(pairs: Iterable[tuple[str, torch.Tensor]], report: LoadReport) -> Iterator[tuple[str, torch.Tensor]]:
+    """``pairs``, with the time that each took to come, and to be used, in the account."""
+    asked = time.perf_counter()
+    for pair in pairs:
+        came = time.perf_counter()
+        report.add_wait("source", came - asked)
+        yield pair
+        asked = time.perf_counter()
+        report.add_wait("engine", asked - came)
 
 
 def check_weights(weights: WeightFiles, settings: LoaderSettings) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..formats.safetensors import TensorInfo
 
@@ -21,6 +22,8 @@ class LoadReport:
         bytes_offered: bytes of those tensors.
         bytes_kept: direct mode: of these, those that were read because this rank keeps them; None in other modes.
         bytes_read: bytes that were read from the source, with those thrown away (gaps, alignment); filled at the end.
+        read_seconds: time spent in reads, summed over the reader threads; filled at the end.
+        waited: seconds for which the engine's thread waited, by what it waited for.
         retries: reads that failed and were tried again; filled at the end.
         first_retry: the file and the error of the first one; filled at the end.
         slowest_file: the file whose reads took much longer than those of others, and how much; filled at the end.
@@ -35,6 +38,8 @@ class LoadReport:
     bytes_offered: int = 0
     bytes_kept: int | None = None
     bytes_read: int = 0
+    read_seconds: float = 0.0
+    waited: dict[str, float] = field(default_factory=dict)
     retries: int = 0
     first_retry: str = ""
     slowest_file: str = ""
@@ -84,6 +89,27 @@ class LoadReport:
     def count_bytes_by_gds(self, nbytes: int) -> None:
         """Count bytes that went to a device by GPUDirect Storage."""
         self.modes["gds"] = self.modes.get("gds", 0) + nbytes
+
+    def add_wait(self, cause: str, seconds: float) -> None:
+        """Count seconds for which the engine's thread waited."""
+        self.waited[cause] = self.waited.get(cause, 0.0) + seconds
+
+    def to_details(self) -> dict[str, Any]:
+        """The counts, for the events of a start."""
+        return {
+            "bytes": self.bytes_offered if self.bytes_kept is None else self.bytes_kept,
+            "bytes_offered": self.bytes_offered,
+            "bytes_read": self.bytes_read,
+            "tensors": self.tensors,
+            "files": self.files,
+            "seconds": round(self.seconds, 4),
+            "read_seconds": round(self.read_seconds, 4),
+            "waited": {cause: round(seconds, 4) for cause, seconds in self.waited.items()},
+            "retries": self.retries,
+            "source": self.source,
+            "engine": self.engine,
+            "modes": sorted(self.modes),
+        }
 
     def add_note(self, text: str) -> None:
         """Add a remark to the end of the line."""

@@ -23,9 +23,36 @@ class Progress(Protocol):
         ...
 
 
-def byte_progress(total_bytes: int, description: str, *, shown: bool) -> Progress:
+class CountedProgress:
+    """A progress whose bytes can be asked for while it goes on.
+
+    Args:
+        progress: is updated and closed with it.
+        total_bytes: that are expected.
+    """
+
+    def __init__(self, progress: Progress, total_bytes: int) -> None:
+        self._progress = progress
+        self._total = total_bytes
+        self._done = 0
+
+    def update(self, nbytes: float, /) -> None:
+        """Add ``nbytes`` to the bytes that are done."""
+        self._done += int(nbytes)
+        self._progress.update(nbytes)
+
+    def close(self) -> None:
+        """End the progress."""
+        self._progress.close()
+
+    def counts(self) -> tuple[int, int]:
+        """Bytes that are done, and bytes in all."""
+        return self._done, self._total
+
+
+def byte_progress(total_bytes: int, description: str, *, shown: bool) -> CountedProgress:
     """A progress bar of ``total_bytes`` bytes; it prints nothing if ``shown`` is False."""
-    return tqdm(
+    bar = tqdm(
         total=total_bytes,
         desc=description,
         disable=not shown,
@@ -34,3 +61,4 @@ def byte_progress(total_bytes: int, description: str, *, shown: bool) -> Progres
         unit="B",
         unit_scale=True,
     )
+    return CountedProgress(bar, total_bytes)

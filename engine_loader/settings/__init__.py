@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .catalogue import describe_settings, setting_value, show_value, variable_name
     from .layers import KNOWN_NAMES, ResolvedSettings
-    from .schema import CompileCacheSettings, LoaderSettings, Settings
+    from .schema import CompileCacheSettings, LoaderSettings, ReportSettings, Settings
 
 __all__ = [
     "KNOWN_NAMES",
     "CompileCacheSettings",
     "LoaderSettings",
+    "ReportSettings",
     "ResolvedSettings",
     "Settings",
     "describe_settings",
@@ -32,7 +33,7 @@ __all__ = [
 _MODULES = {
     "catalogue": ("describe_settings", "setting_value", "show_value", "variable_name"),
     "layers": ("KNOWN_NAMES", "ResolvedSettings"),
-    "schema": ("CompileCacheSettings", "LoaderSettings", "Settings"),
+    "schema": ("CompileCacheSettings", "LoaderSettings", "ReportSettings", "Settings"),
 }
 
 

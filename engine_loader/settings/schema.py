@@ -376,9 +376,33 @@ class CompileCacheSettings(_Group):
         return value
 
 
+class ReportSettings(_Group):
+    """What is told of an engine's start (``report:`` in the YAML file)."""
+
+    events: bool = Field(
+        default=True, description="Write down when the phases of a start begin and end, for `engine-loader report`."
+    )
+    directory: str = Field(
+        default="~/.cache/engine_loader/starts", min_length=1, description="Where, a directory for each start."
+    )
+    keep_starts: int = Field(default=10, ge=1, le=1000, description="How many starts are kept there.")
+    stall_s: float = Field(
+        default=20.0,
+        ge=0,
+        le=86400,
+        description="Seconds without progress after which a start that hangs is told of; 0: never.",
+    )
+    metrics_file: Auto[str] = Field(
+        default=None,
+        description="A file (*.prom) for the textfile collector of Prometheus' node exporter, written when an engine "
+        "is ready; auto: none.",
+    )
+
+
 class Settings(_Group):
     """Everything that can be set."""
 
     debug: bool = Field(default=False, description="Log what a developer of this package wants to see.")
     loader: LoaderSettings = Field(default_factory=LoaderSettings)
     compile_cache: CompileCacheSettings = Field(default_factory=CompileCacheSettings)
+    report: ReportSettings = Field(default_factory=ReportSettings)

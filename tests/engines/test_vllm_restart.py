@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +16,10 @@ import pytest
 from engine_loader.compile_cache.process.job import Job
 from engine_loader.compile_cache.process.operations import perform
 from engine_loader.compile_cache.verdict.explain import last_key
+from engine_loader.report.reading.account import Account, account_of
+from engine_loader.report.reading.advice import restore_status
+from engine_loader.report.reading.comparison import compare
+from engine_loader.report.starts import find_start
 from engine_loader.settings import CompileCacheSettings
 from tests.support.moto_server import MotoServer
 from tests.support.tiny_models import make_model
@@ -37,6 +42,8 @@ class Start:
     log: str
     files: dict[str, int]
     seconds_to_ready: float
+    account: Account
+    metrics: str
 
     @property
     def init_s(self) -> float:
@@ -94,6 +101,8 @@ class Fleet:
             self.model, *args, env=env, eager=eager, start_timeout_s=START_TIMEOUT_S, log_path=self.log
         ) as server:
             text = server.complete(PROMPT, max_tokens=12)
+            with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as response:
+                metrics = response.read().decode()
             deadline = time.monotonic() + 120
             while time.monotonic() < deadline and not any(words in server.log for words in DONE):
                 time.sleep(0.2)
@@ -107,7 +116,8 @@ class Fleet:
             file: mtime for file, mtime in files.items() if re.match("vllm/|tmp/torchinductor|home/.triton", file)
         }
         assert server.seconds_to_ready is not None
-        return Start(text, server.log, compiled, server.seconds_to_ready)
+        account = account_of(find_start("latest", machine / "home" / ".cache" / "engine_loader" / "starts"))
+        return Start(text, server.log, compiled, server.seconds_to_ready, account, metrics)
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +161,29 @@ def test_a_restored_start_is_several_times_faster(cold: Start, restored: Start) 
     print(f"engine initialisation {cold.init_s:.1f} -> {restored.init_s:.1f} s ({restored.init_s / cold.init_s:.2f})")
     print(f"ready after {cold.seconds_to_ready:.1f} -> {restored.seconds_to_ready:.1f} s")
     assert restored.init_s < cold.init_s / 2
+
+
+@pytest.mark.parametrize("which", ["cold", "restored"])
+def test_the_report_knows_where_the_time_of_a_start_went(which: str, request: pytest.FixtureRequest) -> None:
+    start: Start = request.getfixturevalue(which)
+    timeline = start.account.timeline
+    assert timeline.ready is not None
+    assert abs(timeline.ready - start.seconds_to_ready) < 2  # what the test saw from outside, by asking now and then
+    assert start.account.coverage > 0.95
+    assert [process.role for process in timeline.processes if process.rank == 0] == ["worker"]
+    (load,) = [phase.details for _, phase in timeline.phases("weight reading")]
+    assert (load["tensors"], load["files"], load["source"]) == (21, 2, "posix")
+    assert f"engine_loader_start_seconds {timeline.ready:.1f}" in start.metrics
+    said = "ready in [0-9.]+ s; `engine-loader report` says where the time went"
+    assert len(re.findall(said, start.log)) == 1
+    print(f"{which}: {timeline.ready:.1f} s, {start.account.coverage:.1%} in known phases")
+
+
+def test_the_report_tells_a_cold_start_from_a_restored_one(cold: Start, restored: Start) -> None:
+    assert (restore_status(cold.account.timeline), restore_status(restored.account.timeline)) == ("nothing", "restored")
+    changes = {change.phase: change for change in compare(cold.account.path, restored.account.path).phases}
+    assert changes["compile"].after < changes["compile"].before / 2
+    assert "compile" in cold.account.advice[0].text or any("compile" in one.text for one in cold.account.advice)
 
 
 def test_without_the_fix_up_the_kernels_still_come_from_the_cache(fleet: Fleet, cold: Start, restored: Start) -> None:

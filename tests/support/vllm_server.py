@@ -62,8 +62,11 @@ class VllmServer:
         self.start_timeout_s = start_timeout_s
         self.seconds_to_ready: float | None = None
         self._command = self._make_command(model_dir, args, eager=eager)
-        self._environment = _environment({**self.ENVIRONMENT, **(env or {})})
         self._scratch = tempfile.TemporaryDirectory(prefix="engine-server-")
+        changes = {"ENGINE_LOADER_REPORT__DIRECTORY": f"{self._scratch.name}/starts", **self.ENVIRONMENT, **(env or {})}
+        if "HOME" in changes:  # a machine of its own: the default is below that
+            del changes["ENGINE_LOADER_REPORT__DIRECTORY"]
+        self._environment = _environment(changes)
         self.log_path = Path(log_path) if log_path is not None else Path(self._scratch.name) / "log"
         self._process: subprocess.Popen[bytes] | None = None
         self._final_log = ""

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
+from ...report.events import recorder
+from ...report.phases import RESTORE_LIST, RESTORE_UNPACK
 from ..cache_errors import CacheOperationInterrupted, CacheValidationError
 from ..key import CacheKey
 from ..ownership import Access
@@ -91,14 +93,16 @@ class Restore:
         """
         began = time.monotonic()
         outcome = self._outcome
-        outcome.messages += self._read()
+        with recorder.span(RESTORE_LIST):
+            outcome.messages += self._read()
         if not self.packs:
             outcome.status = "refused" if outcome.messages else "nothing"
             return outcome
         self._note_other_hosts()
         missing = self._missing()
         while missing.count:
-            refused = self._unpack(missing)
+            with recorder.span(RESTORE_UNPACK, files=missing.count, bytes=missing.bytes):
+                refused = self._unpack(missing)
             self.refused.add(refused)
             if not refused:
                 break

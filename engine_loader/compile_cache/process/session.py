@@ -20,6 +20,8 @@ from pathlib import Path
 
 from ...escaping import printable
 from ...home import first_writable, temporary_directory_name
+from ...report.events import PLACE, recorder
+from ...report.phases import RESTORE, SAVE
 from ...settings import CompileCacheSettings
 from ..directories import STATE
 from ..space import mib
@@ -70,6 +72,15 @@ class Running:
         return None if self._thread.is_alive() else self._outcome
 
     def _run(self) -> None:
+        watched = {PLACE: self._job.settings.get("directory", "")}
+        with recorder.span(RESTORE if self._job.action == "restore" else SAVE, beside=True, watched=watched) as details:
+            self._perform(details)
+        try:
+            self._then(self._outcome)
+        except Exception:
+            logger.exception("compile cache: after a %s", self._job.action)
+
+    def _perform(self, details: dict[str, object]) -> None:
         began = time.monotonic()
         try:
             if self._lock is not None and not self._has_lock:
@@ -80,10 +91,8 @@ class Running:
         finally:
             if self._lock is not None:
                 self._lock.release()
-        try:
-            self._then(self._outcome)
-        except Exception:
-            logger.exception("compile cache: after a %s", self._job.action)
+        outcome = self._outcome
+        details.update(status=outcome.status, files=outcome.files, bytes=outcome.bytes, verdict=outcome.verdict)
 
 
 def run_job(job: Job, timeout_s: float) -> Outcome:

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from ...report.events import recorder
 from ...settings import CompileCacheSettings
 from .job import Job
 from .operations import perform
@@ -30,6 +31,8 @@ def run(text: str) -> dict[str, Any]:
     """A job as JSON -> an outcome as JSON."""
     value = json.loads(text)
     job = Job.from_json(value)
+    recorder.note_process(f"compile cache {job.action}")
+    recorder.note_imports()
     if job.background:
         _lower_priority()
     parent = os.getppid()

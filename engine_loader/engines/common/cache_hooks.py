@@ -27,6 +27,8 @@ from ...compile_cache.process.session import Running, log_restore, log_save
 from ...compile_cache.process.trials import end_trial, engine_lock
 from ...compile_cache.process.use import NOTES, noted_uses
 from ...escaping import printable
+from ...report.events import LOCK, recorder
+from ...report.phases import RESTORE_WAIT
 from ...settings import CompileCacheSettings, load_settings
 
 RESTORE_LOCK = "restore"
@@ -92,6 +94,7 @@ class NodeSession:
             self._starting.acquire(0)
         # Taken before there are workers, so that they find it taken. Another engine of this node may have it already.
         lock = NodeLock(job.home(), RESTORE_LOCK)
+        self._lock_path = str(lock.path)
         self._running = Running(
             job,
             settings,
@@ -108,7 +111,9 @@ class NodeSession:
 
     def wait(self) -> None:
         """Return when the restore has ended, or when the time for it is over, which is logged as a warning."""
-        if self._running.result(_time_left(self.settings, self.since_ns)) is None:
+        with recorder.span(RESTORE_WAIT, watched={LOCK: self._lock_path}):
+            outcome = self._running.result(_time_left(self.settings, self.since_ns))
+        if outcome is None:
             self._log.warning("compile cache: the restore does not end; this engine starts without it")
 
     def stopped(self) -> None:
@@ -186,8 +191,9 @@ def start_save_of_node(
 def wait_for_node(engine: str, settings: CompileCacheSettings, began_ns: int) -> None:
     """Return when no process of this node restores, or when the time for the restore is over."""
     lock = NodeLock(next(iter(directories_of(engine).values())), RESTORE_LOCK)
-    if lock.acquire(_time_left(settings, began_ns), shared=True):
-        lock.release()
+    with recorder.span(RESTORE_WAIT, watched={LOCK: str(lock.path)}):
+        if lock.acquire(_time_left(settings, began_ns), shared=True):
+            lock.release()
 
 
 def restore_begun(engine: str) -> Begun | None:

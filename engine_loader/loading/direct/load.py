@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -64,13 +65,13 @@ class _FileSet:
     shown_bytes: int = 0
 
     def read(self, extents: Sequence[ExtentRow], owner: object) -> None:
-        self._naming_tensor(lambda: self.reader.read(extents, owner))
+        self._naming_tensor(lambda: self.reader.read(extents, owner), waiting=True)
 
     def submit(self, extents: Sequence[ExtentRow], owner: object, device: int | None = None) -> Transfer:
         return self._naming_tensor(lambda: self.reader.submit(extents, owner, device))
 
     def wait(self, transfer: Transfer, timeout_s: float | None = None) -> bool:
-        return self._naming_tensor(lambda: transfer.wait(timeout_s=timeout_s))
+        return self._naming_tensor(lambda: transfer.wait(timeout_s=timeout_s), waiting=True)
 
     def show_in_flight(self, nbytes: int) -> None:
         # Of what was offered this rank may keep only a part; the progress counts what was offered.
@@ -86,8 +87,9 @@ class _FileSet:
         self.reader.finish(self.report)
         self.log(self.report.line())
 
-    def _naming_tensor(self, work: Callable[[], _T]) -> _T:
-        """Do ``work``; an error of a read names the tensor."""
+    def _naming_tensor(self, work: Callable[[], _T], *, waiting: bool = False) -> _T:
+        """Do ``work``; an error of a read names the tensor. ``waiting``: for the source, which is counted."""
+        began = time.perf_counter()
         try:
             return work()
         except TransferError as error:
@@ -96,6 +98,9 @@ class _FileSet:
             if named is error:
                 raise
             raise named from error
+        finally:
+            if waiting:
+                self.report.add_wait("source", time.perf_counter() - began)
 
 
 class DirectLoad:

@@ -1,0 +1,1 @@
+"""The account of a start, the part that all engines share."""
