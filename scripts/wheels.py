@@ -4,8 +4,8 @@ python -m scripts.wheels [DIRECTORY]        (make wheels: into dist/)
 
 Wheels are built from the sdist, so that what it lacks is noticed. Zig is the compiler (the package `ziglang`): it
 brings the headers of an old glibc for both platforms, and links C++'s own library into ours, so that a wheel needs
-nothing of the system but glibc. Each wheel is then looked at: its tag, which libraries it asks for, and from which glibc
-on.
+nothing of the system but glibc. Each wheel is then looked at: its tag, which libraries it asks for, and from which
+glibc on.
 """
 
 from __future__ import annotations
