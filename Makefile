@@ -47,8 +47,12 @@ SGLANG_VERSIONS ?= 0.5.23 0.5.11 0.5.10 0.5.9
 SGLANG := tests/support/sglang
 SGLANG_STAMPS := $(SGLANG_VERSIONS:%=.venv-sglang-%/.package-installed)
 
+# Zig, which builds the wheels, has 480 MB: an environment of its own.
+RELEASE_VENV := .venv-release
+RELEASE_STAMP := $(RELEASE_VENV)/.installed
+
 .PHONY: help venv venv-sglang tools demo lint check test test-fast test-sglang test-ranks test-sharing test-architectures test-torch \
-	test-object-stores test-radosgw test-chaos contract fuzz bench screenshots clean
+	test-object-stores test-radosgw test-chaos contract fuzz bench screenshots clean docs wheels test-wheel
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv-sglang-%/.engine-installed
 
@@ -112,6 +116,16 @@ test-chaos: venv  ## The compile cache at length: 3,200 operations that are kill
 fuzz: venv  ## Mutate checkpoints, indexes and manifests for a minute, each in a child with limits; ARGS="--seconds 600"
 	$(PY) -m tests.fuzzing $(ARGS)
 
+docs: venv  ## Build the documentation site into ./site; any warning is an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+wheels: $(RELEASE_STAMP)  ## Build sdist and wheels (x86_64, aarch64) into ./dist, and check them with auditwheel
+	$(RELEASE_VENV)/bin/python -m scripts.wheels dist
+
+# In an environment that is made for it, with nothing but this package and what it depends on; some minutes.
+test-wheel:  ## Try the wheel of this machine in ./dist as its users will; after make wheels
+	$(PYTHON) -m scripts.try_wheel dist/engine_loader-*_$$(uname -m).whl $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH)
+
 bench: venv $(BENCH_STAMP)  ## Compare with other loaders on this machine
 	$(PY) -m benchmarks $(ARGS)
 
@@ -119,7 +133,7 @@ screenshots: venv  ## Pictures for docs/report.md, with Chromium: make screensho
 	$(PY) -m scripts.screenshots $(START) docs/images
 
 clean:  ## Remove what was built here, but not the environments
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -f $(NATIVE)/*.so $(NATIVE)/*.tmp $(PACKAGE_STAMP) $(BENCH_STAMP)
 	find engine_loader tests benchmarks scripts examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -142,7 +156,7 @@ $(ENGINE_STAMP): $(ALIAS)/pyproject.toml | tools
 	touch $@
 
 $(PACKAGE_STAMP): $(ENGINE_STAMP) pyproject.toml setup.py $(NATIVE_SOURCES)
-	$(PIP_INSTALL) --editable '.[test]'
+	$(PIP_INSTALL) --editable '.[test,docs]'
 	touch $@
 
 $(TORCHVISION): $(ENGINE_STAMP)
@@ -163,6 +177,11 @@ $(TORCH_VENV)/.package-installed: pyproject.toml setup.py $(NATIVE_SOURCES) | to
 	test -x $(TORCH_VENV)/bin/python || $(PYTHON) -m venv $(TORCH_VENV)
 	$(TORCH_VENV)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==$(TORCH_VERSION)
 	$(TORCH_VENV)/bin/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+$(RELEASE_STAMP): pyproject.toml
+	test -x $(RELEASE_VENV)/bin/python || $(PYTHON) -m venv $(RELEASE_VENV)
+	$(RELEASE_VENV)/bin/python -m pip install --quiet $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["release"])')
 	touch $@
 
 $(RAY_STAMP): $(ENGINE_STAMP)

