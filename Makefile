@@ -52,7 +52,7 @@ RELEASE_VENV := .venv-release
 RELEASE_STAMP := $(RELEASE_VENV)/.installed
 
 .PHONY: help venv venv-sglang tools demo lint check test test-fast test-sglang test-ranks test-sharing test-architectures test-torch \
-	test-object-stores test-radosgw test-chaos contract fuzz bench screenshots clean docs wheels test-wheel
+	test-object-stores test-radosgw test-chaos contract fuzz bench screenshots clean docs wheels test-wheel test-surroundings
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv-sglang-%/.engine-installed
 
@@ -106,6 +106,9 @@ test-object-stores: venv  ## Object stores at length: objects of 1 GiB, four pro
 
 test-sharing: venv  ## Ranks that share what they read: 500 rounds of killed, stopped and late ones, and bad reads
 	EXTENDED_TESTS=1 $(PY) -m pytest tests/loading/sharing $(ARGS)
+
+test-surroundings: venv  ## Every command without a home, a name, room, descriptors or a compiler: each by itself
+	EXTENDED_TESTS=1 $(PY) -m pytest tests/cli/test_poor_surroundings.py $(ARGS)
 
 test-radosgw: venv  ## The tests of object stores on Ceph's S3 server (radosgw, ceph-mon, ceph-osd from the system)
 	S3_SERVER=radosgw $(PY) -m pytest tests/sources/object_store tests/dcp/s3 $(ARGS)

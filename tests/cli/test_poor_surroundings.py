@@ -1,9 +1,12 @@
 """Every command and function where a user has no name or home, nothing is writable, or little is allowed.
 
-A traceback is never the answer; what can be done is done, and what cannot be done is told in one message.
+A traceback is never the answer; what can be done is done, and what cannot be done is told in one message. In short,
+several at once; each by itself, and the commands that build an engine's model, with EXTENDED_TESTS=1
+(``make test-surroundings``).
 """
 
 import ctypes
+import logging
 import os
 import resource
 import struct
@@ -27,6 +30,7 @@ from tests.cli.running import invoke
 from tests.support.children import ChildDied, in_child
 from tests.support.mounts import make_read_only, make_writable, mount_tmpfs, own_mounts
 
+EXTENDED = "EXTENDED_TESTS" in os.environ
 UNNAMED = 54321
 TENSORS = {"a": torch.arange(100_000, dtype=torch.float32), "b": torch.ones(3)}
 STORE = "ENGINE_LOADER_COMPILE_CACHE__DIRECTORY"
@@ -97,6 +101,13 @@ def without_a_compiler(_: Path) -> None:
     os.environ.pop("CXX", None)
 
 
+def several_at_once(place: Path) -> None:
+    home_is_the_root(place)
+    few_descriptors(place)
+    without_io_uring(place)
+    without_a_compiler(place)
+
+
 def _become_unnamed() -> None:
     """Another number for this user: its files are still its own."""
     user, group = os.geteuid(), os.getegid()
@@ -132,8 +143,10 @@ SITUATIONS: dict[str, Callable[[Path], None]] = {
         small_files,
         without_io_uring,
         without_a_compiler,
+        several_at_once,
     )
 }
+SHORT = ("without_a_name", "small_files", "several_at_once")
 
 
 @pytest.fixture(scope="module")
@@ -148,11 +161,17 @@ def volume(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for arguments in (("doctor", "--quick"), ("compile-cache", "info", "--engine", "torch"), ("settings",)):
         invoke(*arguments, env={"ENGINE_LOADER_COMPILE_CACHE__DIRECTORY": str(place / "none")})
     convert_checkpoint(str(place / "model"), str(place / "warm"), to="dcp")
+    if EXTENDED:
+        from tests.support.tiny_models import make_model
+
+        make_model("llama", place / "llama")
+        assert invoke("explain-load", place / "llama").exit_code == 0
     return place
 
 
 def commands(place: Path) -> dict[str, tuple[str | Path, ...]]:
     model, training = place / "model", place / "training"
+    resharded = ("reshard", place / "llama", place / "resharded", "-tp", "2")
     return {
         "version": ("--version",),
         "settings": ("settings",),
@@ -172,6 +191,8 @@ def commands(place: Path) -> dict[str, tuple[str | Path, ...]]:
         "clear": ("compile-cache", "clear", "--engine", "torch", "--yes"),
         "keygen": ("compile-cache", "keygen", place / "key"),
         "keys": ("compile-cache", "keys", place / "key"),
+        "bench": ("bench", "read", "--no-peers", "--rounds", "1", "--threads", "1", "--json", model),
+        **({"explain-load": ("explain-load", place / "llama", "-tp", "2"), "reshard": resharded} if EXTENDED else {}),
     }
 
 
@@ -219,15 +240,16 @@ def call_functions(place: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.fixture(params=SITUATIONS, scope="module")
+@pytest.fixture(params=SITUATIONS if EXTENDED else SHORT, scope="module")
 def answers(request: pytest.FixtureRequest, volume: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What each command and function says in a situation."""
     place = tmp_path_factory.mktemp("place")
     (place / "home").mkdir()
-    for name in ("model", "training"):
+    for name in ("model", "training", "llama"):
         (place / name).symlink_to(volume / name)
 
     def work() -> dict[str, Any]:
+        logging.raiseExceptions = False  # vLLM's handlers write to the output of the first command, which is closed
         for name in [name for name in os.environ if name.startswith("ENGINE_LOADER_")] + list(CACHES):
             os.environ.pop(name, None)
         os.environ |= {
@@ -241,14 +263,14 @@ def answers(request: pytest.FixtureRequest, volume: Path, tmp_path_factory: pyte
         return {**run_commands(place), **call_functions(place), "situation": request.param}
 
     try:
-        return in_child(work)
+        return in_child(work, timeout_s=300 if EXTENDED else 120)
     except ChildDied as death:
         if "namespace" in str(death) or "own_mounts" in str(death) or "Operation not permitted" in str(death):
             pytest.skip(f"this machine does not let a process be in this situation: {str(death).splitlines()[-1]}")
         raise
 
 
-NO_STORE = ("without_a_name", "home_is_the_root", "home_is_read_only")
+NO_STORE = ("without_a_name", "home_is_the_root", "home_is_read_only", "several_at_once")
 """Situations in which the default store, or a cache, cannot be written."""
 
 
@@ -261,7 +283,8 @@ def test_no_command_and_no_function_ends_in_a_traceback(answers: dict[str, Any])
     for name in ("version", "settings", "inspect", "inspect training", "patch list"):
         assert answers[name][0] == 0, (name, answers[name])
     assert answers["read"] is True
-    written = "convert", "convert to dcp"
+    assert answers["bench"][0] == 0, answers["bench"]
+    written = ("convert", "convert to dcp", "reshard") if EXTENDED else ("convert", "convert to dcp")
     for name in written:
         status, text = answers[name]
         if situation == "small_files":
@@ -273,6 +296,9 @@ def test_no_command_and_no_function_ends_in_a_traceback(answers: dict[str, Any])
     if situation != "without_a_name":  # in a user namespace, root's own directories are somebody else's
         assert answers["keys"][0] == 0, answers["keys"]
     assert answers["transfer"] == "SUCCESS"
+    if situation == "without_a_name":
+        nowhere = "there is no home directory (HOME is not set, and this user has no name)"
+        assert any(nowhere in str(answers[name]) for name in ("load", "save", "info", "doctor"))
     if situation in NO_STORE:
         assert answers["load_compile_cache"] in (OperationStatus.ERROR.name, OperationStatus.DOES_NOT_EXIST.name)
         assert answers["load"][1].strip()
@@ -288,6 +314,7 @@ def test_doctor_tells_of_what_is_missing(answers: dict[str, Any]) -> None:
     assert status in (0, 1)
     told = {
         "home_is_the_root": "/.cache",
+        "several_at_once": "64 at once",
         "home_is_read_only": "Read-only file system",
         "without_a_temporary_directory": "set TMPDIR to one that can be written",
         "without_shared_memory": "/dev/shm",
@@ -300,7 +327,7 @@ def test_doctor_tells_of_what_is_missing(answers: dict[str, Any]) -> None:
 def test_commands_are_all_here() -> None:
     """A new command is tried, too."""
     tried = {arguments[0] for arguments in commands(Path("x")).values()}
-    slow = {"explain-load", "reshard", "bench", "emulate-3fs"}  # they start engines, measure or compile
+    slow = {"emulate-3fs"} if EXTENDED else {"explain-load", "reshard", "emulate-3fs"}  # they compile, or build models
     named = {command.name or command.callback.__name__ for command in app.registered_commands}  # type: ignore[union-attr]
     groups = {group.name for group in app.registered_groups}
     assert (named | groups) - slow <= tried

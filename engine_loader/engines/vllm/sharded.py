@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from ...errors import CheckpointError
 from ...formats.sharded_state import PIPELINE_PATTERN, TENSOR_PATTERN, ShardRank, shards_by_rank
@@ -28,6 +31,7 @@ from .rank import Rank, rank_model
 
 logger = logging.getLogger("vllm.engine_loader")
 
+_SYSTEM_ERROR = re.compile(r"I/O error: .*\(os error (\d+)\)")
 _MISFIT_HINT = "it was saved from another model, layout, or version of vLLM: engine-loader reshard writes it again"
 
 
@@ -109,7 +113,7 @@ def reshard(
         engine_args: further fields of vLLM's EngineArgs.
 
     Raises:
-        CheckpointError: ``out`` is not empty, or the model is itself a sharded_state checkpoint.
+        CheckpointError: ``out`` is not empty or cannot be written, or the model is itself a sharded_state checkpoint.
     """
     from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
 
@@ -127,13 +131,30 @@ def reshard(
             step(f"rank {number} of {layout.world_size}")
             with rank_model(model, replace(layout, rank=number), **engine_args) as built, torch.no_grad():
                 built.load()
-                ShardedStateLoader.save_model(built.module, str(unfinished), pattern=pattern, max_size=max_file_bytes)
+                with _write_errors(out):
+                    ShardedStateLoader.save_model(
+                        built.module, str(unfinished), pattern=pattern, max_size=max_file_bytes
+                    )
                 modules = modules or modules_told_by_headers(built.config)
             del built
         step("the other files")
         _copy_other_files(Path(model), others, unfinished)
         write_modules(unfinished, modules)
     return sorted(Path(out).glob("*.safetensors"))
+
+
+@contextmanager
+def _write_errors(out: str) -> Iterator[None]:
+    """Tell what the system said to a write of safetensors, which passes it on as a text."""
+    try:
+        yield
+    except SafetensorError as error:
+        said = _SYSTEM_ERROR.search(str(error))
+        if said is None:
+            raise
+        raise CheckpointError(
+            f"it could not be written: {os.strerror(int(said[1]))}", file=out, hint="nothing of it is left there"
+        ) from error
 
 
 def _check_model(model: str) -> None:
