@@ -48,7 +48,7 @@ SGLANG := tests/support/sglang
 SGLANG_STAMPS := $(SGLANG_VERSIONS:%=.venv-sglang-%/.package-installed)
 
 .PHONY: help venv venv-sglang tools demo lint check test test-fast test-sglang test-ranks test-sharing test-architectures test-torch \
-	test-object-stores test-radosgw test-chaos contract fuzz bench clean
+	test-object-stores test-radosgw test-chaos test-peers contract fuzz bench clean
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv-sglang-%/.engine-installed
 
@@ -93,6 +93,9 @@ test-architectures: venv $(TORCHVISION)  ## vLLM's architectures in tiny: our lo
 
 test-torch: $(TORCH_VENV)/.package-installed  ## The library's tests with another torch; TORCH_VERSION=2.15.0
 	$(TORCH_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "$(UNIT)" $(LIBRARY_TESTS) $(ARGS)
+
+test-peers: venv  ## The published test suites of what this package stands in for, run against it
+	$(PY) -m tests.peers
 
 contract: venv  ## What moved in the installed engines, and in SGLang's environments; ARGS="--download vllm sglang"
 	$(PY) -m tests.engines.contract $(if $(ARGS),$(ARGS),$(patsubst %,--site %,$(wildcard .venv*/lib/python3*/site-packages)))
