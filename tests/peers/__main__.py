@@ -45,35 +45,41 @@ def fetch(suite: Suite) -> Path:
     return HOME / stem
 
 
-def run(suite: Suite, directory: Path, path: str, environment: dict[str, str]) -> Result:
-    """Run one file of tests in a process of its own, and sort what fails."""
+def run(suite: Suite, directory: Path, environment: dict[str, str]) -> dict[str, Result]:
+    """Run a suite in a process of its own, and sort what fails; by file."""
     report = HOME / "report.xml"
     report.unlink(missing_ok=True)
-    tests = directory / path
-    command = [sys.executable, "-m", "pytest", "-q", "-p", suite.plugin, "-p", "no:cacheprovider", "--timeout=120"]
-    command += ["--import-mode=importlib", "-c", os.devnull, f"--rootdir={tests.parent}", f"--junitxml={report}"]
-    command.append(str(tests))
+    paths = [directory / path for path in suite.tests]
+    # -P: some distributions have a package `tests`, too.
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", suite.plugin, "-p", "no:cacheprovider"]
+    command.append("--continue-on-collection-errors")
+    command += ["--import-mode=importlib", "-c", os.devnull, f"--rootdir={paths[0].parent}", "--timeout=120"]
+    command += [f"--junitxml={report}", *map(str, paths)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     # Tests write below the directory that has tests/, as their authors run them.
-    subprocess.run(command, check=False, env=environment, cwd=tests.parents[1], stdout=subprocess.DEVNULL)
-    result = Result()
+    subprocess.run(command, check=False, env=environment, cwd=paths[0].parents[1], stdout=subprocess.DEVNULL)
+    results = {path.stem: Result() for path in paths}
     for case in ElementTree.parse(report).iter("testcase"):
         name = f"{case.get('classname')}.{case.get('name')}"
-        failed = next((found for kind in ("failure", "error") if (found := case.find(kind)) is not None), None)
-        if failed is None:
-            result.skipped += case.find("skipped") is not None
-            result.passed += case.find("skipped") is None
-            continue
-        text = f"{failed.get('message')}\n{failed.text}"
-        private = _PRIVATE.search(text)
-        reason = next((why for part, why in suite.on_purpose.items() if part in name), None)
-        if private is not None:
-            result.private[private[1] or private[2]] += 1
-        elif reason is not None:
-            result.on_purpose[reason] += 1
-        else:
-            result.other[name] = (failed.get("message") or "").partition("\n")[0]
-    return result
+        count(case, name, results[next(stem for stem in results if stem in name.split("."))], suite)
+    return results
+
+
+def count(case: ElementTree.Element, name: str, result: Result, suite: Suite) -> None:
+    """Add what became of one test."""
+    failed = next((found for kind in ("failure", "error") if (found := case.find(kind)) is not None), None)
+    if failed is None:
+        result.skipped += case.find("skipped") is not None
+        result.passed += case.find("skipped") is None
+        return
+    private = _PRIVATE.search(f"{failed.get('message')}\n{failed.text}")
+    reason = next((why for part, why in suite.on_purpose.items() if part in name), None)
+    if private is not None:
+        result.private[private[1] or private[2]] += 1
+    elif reason is not None:
+        result.on_purpose[reason] += 1
+    else:
+        result.other[name] = (failed.get("message") or "").partition("\n")[0]
 
 
 def main() -> int:
@@ -84,13 +90,10 @@ def main() -> int:
     with clean_emulator() as emulator:
         mount = {**emulator.environment(), "THREEFS_MOUNT_POINT": str(emulator.mount)}
         for suite in SUITES:
-            directory = fetch(suite)
-            for path in suite.tests:
-                environment = mount if path.endswith("test_threefs.py") else {}
-                result = run(suite, directory, path, environment)
-                private = "; ".join(f"{count} `{name}`" for name, count in result.private.items()) or "0"
-                purpose = "; ".join(f"{count}: {why}" for why, count in result.on_purpose.items()) or "0"
-                label = f"{suite.distribution} {suite.version}, {Path(path).name}"
+            for stem, result in run(suite, fetch(suite), mount).items():
+                private = "; ".join(f"{number} `{name}`" for name, number in result.private.items()) or "0"
+                purpose = "; ".join(f"{number}: {why}" for why, number in result.on_purpose.items()) or "0"
+                label = f"{suite.distribution} {suite.version}, {stem}"
                 print(f"| {label} | {result.passed} | {result.skipped} | {private} | {purpose} | {len(result.other)} |")
                 for name, message in result.other.items():
                     print(f"{name}: {message}", file=sys.stderr)
