@@ -52,7 +52,7 @@ RELEASE_VENV := .venv-release
 RELEASE_STAMP := $(RELEASE_VENV)/.installed
 
 .PHONY: help venv venv-sglang tools demo lint check test test-fast test-sglang test-ranks test-sharing test-architectures test-torch \
-	test-object-stores test-radosgw test-chaos contract fuzz bench screenshots clean docs wheels test-wheel test-surroundings
+	test-object-stores test-radosgw test-chaos contract fuzz bench screenshots clean docs wheels test-wheel test-surroundings test-peers
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv-sglang-%/.engine-installed
 
@@ -97,6 +97,9 @@ test-architectures: venv $(TORCHVISION)  ## vLLM's architectures in tiny: our lo
 
 test-torch: $(TORCH_VENV)/.package-installed  ## The library's tests with another torch; TORCH_VERSION=2.15.0
 	$(TORCH_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "$(UNIT)" $(LIBRARY_TESTS) $(ARGS)
+
+test-peers: venv  ## The published test suites of what this package stands in for, run against it
+	$(PY) -m tests.peers
 
 contract: venv  ## What moved in the installed engines, and in SGLang's environments; ARGS="--download vllm sglang"
 	$(PY) -m tests.engines.contract $(if $(ARGS),$(ARGS),$(patsubst %,--site %,$(wildcard .venv*/lib/python3*/site-packages)))

@@ -21,6 +21,7 @@ from ..loading.slices import TensorSlice
 __all__ = ["load_file", "replacing_safetensors", "safe_open"]
 
 _FRAMEWORKS = ("pt", "torch", "pytorch")
+_BACKENDS = ("mmap", "pread")
 _LATE = {"transformers": ("modeling_utils", "modeling_layers", "integrations.accelerate")}
 """Modules that have one of the functions and that a library imports only when something of it is used."""
 
@@ -37,7 +38,7 @@ class safe_open:
     Raises:
         FileNotFoundError: there is no such file (a CheckpointError, too).
         CheckpointError: it is no safetensors file, or (from each method) it was closed.
-        ValueError: another framework.
+        ValueError: another framework, or a backend that safetensors has not.
     """
 
     def __init__(
@@ -50,6 +51,8 @@ class safe_open:
     ) -> None:
         if framework not in _FRAMEWORKS:
             raise ValueError(f"framework is {framework!r}; it must be 'pt': tensors are torch's")
+        if backend not in _BACKENDS:
+            raise ValueError(f"backend is {backend!r}; safetensors has {' and '.join(_BACKENDS)}")
         self._filename = os.fspath(filename)
         on = torch.device("cuda", device) if isinstance(device, int) else device
         self._checkpoint: Checkpoint | None = open_checkpoint([self._filename], device=on)

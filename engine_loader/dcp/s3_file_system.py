@@ -123,7 +123,7 @@ class S3FileSystem(FileSystemBase):
         parse_object_url(text)
         return text.rstrip("/")
 
-    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+    def rename(self, old_path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
         """Copy an object within its bucket, on the server, and delete the old object, with up to three tries.
 
         Raises:
@@ -131,18 +131,18 @@ class S3FileSystem(FileSystemBase):
         """
         import obstore
 
-        url, new_url = self._url(path), self._url(new_path)
+        url, new_url = self._url(old_path), self._url(new_path)
         if (url.scheme, url.bucket) != (new_url.scheme, new_url.bucket):
-            raise ValueError(f"{os.fspath(path)} cannot be renamed to {os.fspath(new_path)}: the buckets differ")
+            raise ValueError(f"{os.fspath(old_path)} cannot be renamed to {os.fspath(new_path)}: the buckets differ")
         if self._given is not None:
             self._given.copy(url, new_url)
         else:
-            _, store = self._object(path)
-            with _clear_errors(store, url.key, "copy the object", path):
+            _, store = self._object(old_path)
+            with _clear_errors(store, url.key, "copy the object", old_path):
                 obstore.copy(store, url.key, new_url.key)
         for tried in range(1, _DELETE_TRIES + 1):
             try:
-                self.rm_file(path)
+                self.rm_file(old_path)
                 return
             except Exception as error:
                 if tried == _DELETE_TRIES:

@@ -78,6 +78,8 @@ def test_what_cannot_be_opened(tmp_path: Path, path: Path) -> None:
         engine_loader.safe_open(tmp_path / "none", "pt")
     with pytest.raises(ValueError, match="framework is 'numpy'"):
         engine_loader.safe_open(path, "numpy")
+    with pytest.raises(ValueError, match="backend is 'io_uring'"):
+        engine_loader.safe_open(path, "pt", backend="io_uring")
     (tmp_path / "bad").write_bytes(b"0123456789")
     with pytest.raises(CheckpointError):
         engine_loader.safe_open(tmp_path / "bad", "pt")
