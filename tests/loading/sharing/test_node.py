@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -83,6 +84,7 @@ def test_what_several_ranks_need_is_read_once(tmp_path: Path, place: Path) -> No
     size = path.stat().st_size
     assert sum(one["read"] for one in found) < 1.1 * size < 2 * size < sum(one["read"] for one in alone)
     assert all(one["why_not"] == "" for one in found)
+    assert any(re.search("of what 3 ranks share, read .* had [1-9].* from others$", one["notes"][0]) for one in found)
     assert [entry.name for entry in place.iterdir()] == ["lock"]
 
 
@@ -166,6 +168,7 @@ def test_a_full_window_gives_up_what_only_ranks_want_that_have_not_come(tmp_path
     assert found["sums"] == sums_of(path, 2)[1]
     assert found["evicted"] > 0
     assert found["left_bytes"] == 0
+    assert "1 of them met" in found["notes"][0]
     assert found["read"] < path.stat().st_size  # what is rank 0's alone was not
 
 
