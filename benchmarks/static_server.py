@@ -108,6 +108,10 @@ class Handler(BaseHTTPRequestHandler):
         """Nothing."""
 
 
+class Server(ThreadingHTTPServer):
+    request_queue_size = 1024  # else connections of many clients at once are made a second or more later
+
+
 @contextmanager
 def serving(root: Path, bytes_per_s: int = 0) -> Iterator[tuple[str, str]]:
     """(URL, name of the server) of what serves a directory until the block ends, over a link of that bandwidth."""
@@ -150,4 +154,4 @@ def _wait(server: "subprocess.Popen[bytes]", port: int) -> None:
 if __name__ == "__main__":
     os.chdir(sys.argv[1])
     LINK.bytes_per_s = float(sys.argv[3]) if len(sys.argv) > 3 else 0.0
-    ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()
+    Server(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()

@@ -151,16 +151,21 @@ class NodeSharing:
         if self._why_not:
             report.add_note(self._why_not)
         if self._member is None:
+            if not self._why_not and self._takes and not any(self._takes.values()):
+                report.add_note("nothing shared: reads do not wait for storage")
             return
         if self._reads is not None:
             report.bytes_read += self.bytes_read
         found = self._member.statistics()
         if not found.read_bytes and not found.shared_bytes:
             return
+        met = found.most_members
         text = (
             f"of what {self._ranks.count} ranks share, read {human_bytes(found.read_bytes)} for all, "
             f"had {human_bytes(found.shared_bytes)} from others"
         )
+        if met < self._ranks.count:
+            text += f", {met} of them met"
         if found.left_bytes:
             text += f", {human_bytes(found.left_bytes)} were read past the window"
         if found.taken_over:

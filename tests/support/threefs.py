@@ -64,7 +64,7 @@ class Emulator:
     @property
     def bytes_of_all(self) -> int:
         """Bytes that all processes together have read from this mount."""
-        return int.from_bytes((self.mount / "3fs-virt" / ".link").read_bytes()[8:16], "little")
+        return int.from_bytes((self.mount / "3fs-virt" / ".daemon" / ".link").read_bytes()[8:16], "little")
 
     def sweep(self) -> None:
         """What the daemon does when the kernel has closed the descriptors of processes that ended."""

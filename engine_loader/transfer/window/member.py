@@ -35,6 +35,8 @@ from .window_library import (
 SLOT_BYTES = 4 << 20
 _MOST_AHEAD = 64 << 20
 """What the ranks of a machine read into the window at once is of the order of this, each a part."""
+_MOST_REQUESTS = 64
+"""So many blocks the ranks of a machine ask an object store for at once."""
 _JOIN_S = 1.0
 
 
@@ -94,7 +96,10 @@ class WindowMember:
         self._last = WindowStats()
         self._threads: list[threading.Thread] = []
         native = isinstance(readers, NativeReaders)
-        ahead = max(4, _MOST_AHEAD // SLOT_BYTES // ranks) if native else readers.threads
+        if native:
+            ahead = max(4, _MOST_AHEAD // SLOT_BYTES // ranks)
+        else:
+            ahead = min(readers.threads, max(4, _MOST_REQUESTS // ranks))
         keys = np.array([key for key in map(self._key, files) if key is not None], np.uint64)
         config = WindowConfig(
             struct_bytes=ctypes.sizeof(WindowConfig),
@@ -115,7 +120,7 @@ class WindowMember:
             raise TransferError(f"this machine's ranks cannot share what they read: {text}", file=directory)
         self._handle = handle
         if not native:
-            self._start_threads(readers.threads)
+            self._start_threads(ahead)
 
     def submit(
         self,

@@ -1,5 +1,6 @@
 """The real `vllm serve` on CPU: the same completions as vLLM's own loader, and clean ends on bad checkpoints."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from tests.engines.ranks.checks import cold_and_restored
 from tests.engines.ranks.layouts import SHORT
 from tests.engines.ranks.machines import VllmMachines
+from tests.support.threefs import emulator
 from tests.support.tiny_models import make_model
 from tests.support.vllm_server import VllmServer
 
@@ -34,9 +36,16 @@ def test_a_llama_in_shards_answers_as_with_vllms_loader(llama: Path, llama_answe
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_two_ranks_answer_as_one_and_restore_what_they_compiled(llama: Path, llama_answer: str, tmp_path: Path) -> None:
-    """The short form of tests/engines/ranks, which has the other layouts."""
-    machines = VllmMachines(tmp_path, llama, dtype="bfloat16")
+    """The short form of tests/engines/ranks, which has the other layouts. On 3FS, where ranks read once for all."""
+    threefs = emulator()
+    model = Path(shutil.copytree(llama, threefs.mount / "two-ranks"))
+    before = threefs.bytes_of_all
+    machines = VllmMachines(tmp_path, model, dtype="bfloat16", **threefs.environment())
     cold, restored = cold_and_restored(machines, SHORT, llama_answer)
+    size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    starts = 2
+    assert threefs.bytes_of_all - before < starts * 1.05 * size
+    assert "from usrbio" in cold.nodes[0].log
     assert cold.nodes[0].log.count("b10_3fs: loaded") == 1
     assert "of what 2 ranks share" in cold.nodes[0].log
     assert "saved AOT compiled function to" in cold.nodes[0].log

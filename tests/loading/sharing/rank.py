@@ -27,6 +27,7 @@ from engine_loader.loading.find import SafetensorsFiles
 from engine_loader.loading.safetensors_store import SafetensorsStore
 from engine_loader.loading.shards import open_files
 from engine_loader.loading.sharing import NodeRanks
+from engine_loader.report.load_report import LoadReport
 from engine_loader.settings import LoaderSettings
 from engine_loader.sources.registry import make_source
 
@@ -133,6 +134,9 @@ def load(options: Options) -> dict[str, Any]:
         statistics = store._running_readers().statistics()
         found["from_disk"] = bytes_from_disk() - before
         found["read"] = statistics.bytes_read + statistics.overread_bytes + store._sharing.bytes_read
+        report = LoadReport()
+        store._sharing.complete_report(report)
+        found["notes"] = report.notes
         found["why_not"] = store._sharing._why_not
     found["sums"] = {info.name: checksum(target) for info, _, target in wanted}
     return found

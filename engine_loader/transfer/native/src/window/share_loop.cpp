@@ -184,7 +184,9 @@ bool Sharing::claim_more() {
 
 // Whether so much is under way that nothing more is begun now.
 bool Sharing::is_busy() const {
-    if (reading_bytes_ >= ahead_ * slot_bytes_ || reading_ >= ahead_ * kSmallPerLarge) return true;
+    // Whoever else carries out reads carries out so many at once; what waits behind them others can read as well.
+    const uint32_t most = reads_ == nullptr ? ahead_ : ahead_ * kSmallPerLarge;
+    if (reading_bytes_ >= ahead_ * slot_bytes_ || reading_ >= most) return true;
     return copying_ >= kMostCopying || active_.size() >= kMostWaiting;
 }
 
