@@ -49,7 +49,7 @@ SGLANG_STAMPS := $(SGLANG_VERSIONS:%=.venv-sglang-%/.package-installed)
 
 # For make test-matrix.
 PYTHONS ?= python3.11 python3.12 python3.13
-VLLM_VERSIONS ?= 0.32.0 0.31.0 0.30.0 0.28.0
+VLLM_VERSIONS ?= 0.31.0 0.30.0
 
 # Zig, which builds the wheels, has 480 MB: an environment of its own.
 RELEASE_VENV := .venv-release
