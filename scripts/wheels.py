@@ -26,7 +26,7 @@ from elftools.elf.gnuversions import GNUVerNeedSection
 
 ROOT = Path(__file__).resolve().parent.parent
 GLIBC = (2, 28)
-"""The oldest glibc that the wheels run on: torch's own wheels need it since 2.7, and statx() is in it."""
+"""The oldest glibc that the wheels run on: statx() is in it, and torch 2.13's own wheel needs it."""
 MACHINES = {"x86_64": "EM_X86_64", "aarch64": "EM_AARCH64"}
 LIBRARY = "engine_loader/transfer/native/libengine_loader_native.so"
 OF_GLIBC = {"libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0", "librt.so.1", "ld-linux-x86-64.so.2"} | {
