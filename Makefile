@@ -47,7 +47,7 @@ SGLANG_VERSIONS ?= 0.5.23 0.5.11 0.5.10 0.5.9
 SGLANG := tests/support/sglang
 SGLANG_STAMPS := $(SGLANG_VERSIONS:%=.venv-sglang-%/.package-installed)
 
-.PHONY: help venv venv-sglang tools demo lint check test test-fast test-sglang test-ranks test-sharing test-architectures test-torch \
+.PHONY: help venv venv-sglang tools demo lint check test test-fast test-sglang test-ranks test-sharing test-starts test-architectures test-torch \
 	test-object-stores test-radosgw test-chaos contract fuzz bench clean
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv-sglang-%/.engine-installed
@@ -102,6 +102,9 @@ test-object-stores: venv  ## Object stores at length: objects of 1 GiB, four pro
 
 test-sharing: venv  ## Ranks that share what they read: 500 rounds of killed, stopped and late ones, and bad reads
 	EXTENDED_TESTS=1 $(PY) -m pytest tests/loading/sharing $(ARGS)
+
+test-starts: venv  ## Starts by a template: 200 in a row of which a process is killed at a random moment
+	EXTENDED_TESTS=1 $(PY) -m pytest tests/start $(ARGS)
 
 test-radosgw: venv  ## The tests of object stores on Ceph's S3 server (radosgw, ceph-mon, ceph-osd from the system)
 	S3_SERVER=radosgw $(PY) -m pytest tests/sources/object_store tests/dcp/s3 $(ARGS)

@@ -40,8 +40,9 @@ class _Group(BaseModel):
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         annotation = cls.model_fields[info.field_name].annotation if info.field_name else bool
-        if value is False and "off" in get_args(annotation):
-            return "off"  # as YAML takes it
+        for flag, word in ((False, "off"), (True, "on")):
+            if value is flag and word in get_args(annotation):
+                return word  # as YAML takes it
         # pydantic takes true for 1: `threads: true` would be one thread.
         if isinstance(value, bool) and annotation is not bool:
             raise ValueError("this takes neither true nor false")
@@ -356,9 +357,21 @@ class CompileCacheSettings(_Group):
         return value
 
 
+class StartSettings(_Group):
+    """How an engine's start goes faster (``start:`` in the YAML file)."""
+
+    template: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="Whether the engine process and the workers of `vllm serve` are forked from a copy of its first "
+        "process, made before anything runs there, so that one import serves all: auto where that is proved (CPU), on "
+        "also beside accelerators, off: each imports for itself.",
+    )
+
+
 class Settings(_Group):
     """Everything that can be set."""
 
     debug: bool = Field(default=False, description="Log what a developer of this package wants to see.")
     loader: LoaderSettings = Field(default_factory=LoaderSettings)
     compile_cache: CompileCacheSettings = Field(default_factory=CompileCacheSettings)
+    start: StartSettings = Field(default_factory=StartSettings)
