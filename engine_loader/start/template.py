@@ -130,9 +130,12 @@ class _Kit:
     on_birth: Callable[[Template | None], None]
     timeout_s: float
 
-    def again(self) -> Template:
-        """A template for a child, which is as clean as this one."""
-        return Template.make(self.environ, mend=self.mend, on_birth=self.on_birth, timeout_s=self.timeout_s)
+    def again(self) -> Template | None:
+        """A template for a child, which is as clean as this one; None where there is no memory for it."""
+        try:
+            return Template.make(self.environ, mend=self.mend, on_birth=self.on_birth, timeout_s=self.timeout_s)
+        except OSError:
+            return None
 
 
 @dataclass(frozen=True)

@@ -240,6 +240,11 @@ def test_ctrl_c_reaches_the_children_and_the_template_outlives_it(tmp_path: Path
             "the template does not answer",
         ),
         (
+            "from engine_loader.start import template\ntemplate.IDLE_S = 0.1\nassert spawned.begin(plan()) is None\n"
+            "os.waitpid(spawned._Current.template.pid, 0)",
+            "the template does not answer",
+        ),
+        (
             "assert spawned.begin(plan(imports=('threaded',))) is None",
             "the process has 2 threads (",
         ),
@@ -249,7 +254,13 @@ def test_ctrl_c_reaches_the_children_and_the_template_outlives_it(tmp_path: Path
             "processes are to be started by ",
         ),
     ],
-    ids=["the engine's reason", "a template that was killed", "a thread in the template", "another executable"],
+    ids=[
+        "the engine's reason",
+        "a template that was killed",
+        "a template that ended by itself",
+        "a thread in the template",
+        "another executable",
+    ],
 )
 def test_what_is_not_forked_is_spawned_and_the_log_says_why(before: str, reason: str, tmp_path: Path) -> None:
     (tmp_path / "threaded.py").write_text(
