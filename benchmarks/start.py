@@ -4,7 +4,8 @@
 
 Two starts fill a compile cache (the first one that restores still adds to it); then each round restores it once in each
 way, into local caches that are empty, and asks for the same 24 tokens. Figures are medians; the ratio is that of the
-medians. With --eager nothing is compiled nor restored. Needs vLLM's CPU build.
+medians. With --eager nothing is compiled nor restored, and vLLM's own cache (~/.cache/vllm) is used. Needs vLLM's CPU
+build.
 """
 
 import os
@@ -31,10 +32,10 @@ def start(model: Path, scratch: Path, way: str, ranks: int, *, eager: bool, save
             "ENGINE_LOADER_COMPILE_CACHE__ENABLED": str(not eager).lower(),
             "ENGINE_LOADER_COMPILE_CACHE__DIRECTORY": str(scratch / "store"),
             "ENGINE_LOADER_START__TEMPLATE": way,
-            "VLLM_CACHE_ROOT": f"{local}/vllm",
-            "TORCHINDUCTOR_CACHE_DIR": f"{local}/inductor",
             "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(rank % (os.cpu_count() or 1)) for rank in range(ranks)),
         }
+        if not eager:
+            env |= {"VLLM_CACHE_ROOT": f"{local}/vllm", "TORCHINDUCTOR_CACHE_DIR": f"{local}/inductor"}
         options = ["--load-format", "b10_3fs", "--tensor-parallel-size", str(ranks)]
         with VllmServer(model, *options, env=env, eager=eager, start_timeout_s=900) as server:
             text = server.complete(PROMPT, max_tokens=24)

@@ -1,8 +1,11 @@
 """`vllm serve` whose engine and workers are forked from its template: what they are, beside spawned ones.
 
-The short form; make test-starts has many starts in a row. All other tests that start `vllm serve` have a template, too.
+All other tests that start `vllm serve` have a template, too; make test-starts has many starts in a row without vLLM.
 """
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +132,35 @@ def test_variables_that_were_changed_since_the_imports_are_a_reason(
     changes: dict[str, str], reason: str | None
 ) -> None:
     assert vllm_processes.why_not(BEFORE, {**BEFORE, **changes}) == reason
+
+
+CONFIGURATION = """
+import json, os, sys
+late = sys.argv[1] == "late"
+variables = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_CPP_DYNAMIC_THREADS": "1"}
+if not late:
+    os.environ |= variables
+import torch._inductor.config as config
+if late:
+    from engine_loader.engines.starting.vllm_processes import _mend_inductor
+    os.environ |= variables
+    _mend_inductor()
+portable = config.save_config_portable(ignore_private_configs=False)
+print(json.dumps({name: repr(value) for name, value in portable.items()}, sort_keys=True))
+"""
+
+
+@pytest.mark.slow
+def test_inductor_is_configured_as_if_it_had_been_imported_with_the_childs_variables() -> None:
+    """All of it: inductor's cache takes its configuration into its keys."""
+    found = {}
+    for when in ("early", "late"):
+        command = [sys.executable, "-c", CONFIGURATION, when]
+        found[when] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert len(found["early"]) > 100
+    assert found["early"]["compile_threads"] == "1"
+    assert found["early"]["cpp.dynamic_threads"] == "True"
+    assert found["late"] == found["early"]
 
 
 def test_a_program_that_is_not_vllm_serve_makes_no_template(monkeypatch: pytest.MonkeyPatch) -> None:
