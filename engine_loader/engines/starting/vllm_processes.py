@@ -58,7 +58,7 @@ def register() -> None:
     platform = _platform()
     reason = None
     if platform != "cpu" and setting == "auto":
-        reason = f"it has not been proved on {platform}: start.template: on has it anyway"
+        reason = f"it has not been tested on {platform}: start.template: on has it anyway"
     imports = (*_IMPORTS, *filter(None, [_WORKERS.get(platform)]))
     if reason is None:
         reason = begin(Plan(role_of, why_not, imports, mend, logger))

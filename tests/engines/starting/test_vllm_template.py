@@ -1,6 +1,6 @@
 """`vllm serve` whose engine and workers are forked from its template: what they are, beside spawned ones.
 
-All other tests that start `vllm serve` have a template, too; make test-starts has many starts in a row without vLLM.
+Many starts in a row, without vLLM: make test-starts.
 """
 
 import json
@@ -182,6 +182,6 @@ def test_beside_an_accelerator_there_is_a_template_only_where_it_is_asked_for(
     with caplog.at_level("INFO", vllm_processes.logger.name):
         vllm_processes.register()
     assert len(plans) == made
-    reason = "it has not been proved on cuda: start.template: on has it anyway"
+    reason = "it has not been tested on cuda: start.template: on has it anyway"
     said = [record.getMessage() for record in caplog.records]
     assert said == ([f"start.template: processes of this start are spawned: {reason}"] if setting == "auto" else [])
