@@ -55,8 +55,9 @@ VLLM_VERSIONS ?= 0.31.0 0.30.0
 RELEASE_VENV := .venv-release
 RELEASE_STAMP := $(RELEASE_VENV)/.installed
 
-.PHONY: help venv venv-sglang tools demo lint check test test-fast test-sglang test-ranks test-sharing test-architectures test-torch \
-	test-object-stores test-radosgw test-chaos contract fuzz bench screenshots clean docs wheels test-wheel test-surroundings test-peers test-matrix
+.PHONY: help venv venv-sglang tools demo lint check test test-fast test-sglang test-ranks test-sharing \
+	test-architectures test-torch test-object-stores test-radosgw test-chaos contract fuzz bench screenshots clean docs \
+	wheels test-wheel test-surroundings test-peers test-matrix test-starts
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv-sglang-%/.engine-installed
 
@@ -116,6 +117,9 @@ test-sharing: venv  ## Ranks that share what they read: 500 rounds of killed, st
 
 test-surroundings: venv  ## Every command without a home, a name, room, descriptors or a compiler: each by itself
 	EXTENDED_TESTS=1 $(PY) -m pytest tests/cli/test_poor_surroundings.py $(ARGS)
+
+test-starts: venv  ## Starts by a template: 200 in a row of which a process is killed at a random moment
+	EXTENDED_TESTS=1 $(PY) -m pytest tests/start $(ARGS)
 
 test-radosgw: venv  ## The tests of object stores on Ceph's S3 server (radosgw, ceph-mon, ceph-osd from the system)
 	S3_SERVER=radosgw $(PY) -m pytest tests/sources/object_store tests/dcp/s3 $(ARGS)

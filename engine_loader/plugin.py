@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 LOAD_FORMAT = "b10_3fs"
 _VLLM_CACHE = "engine_loader.engines.vllm.cache"
 _SGLANG_CACHE = "engine_loader.engines.sglang.cache"
+_STARTED_BY, _STARTING = "vllm.entrypoints.cli.serve", "engine_loader.engines.starting.vllm_processes"
 _SGLANG_FORMAT = "engine_loader.engines.sglang.format"
 ADAPTERS = {
     "vllm.model_executor.model_loader": "engine_loader.engines.vllm.loader",
@@ -90,6 +91,8 @@ def register() -> None:
             _when_imported(module, adapter)
         except Exception:
             logger.exception("engine_loader could not prepare %s", adapter)
+    if _STARTED_BY in sys.modules:
+        _run(_STARTING)
 
 
 def _name_cache_directories() -> None:

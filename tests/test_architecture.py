@@ -28,6 +28,7 @@ STEPS: dict[str, set[str]] = {
     "transfer": BASE | {"formats", "sources"},
     "report": BASE | {"formats"},
     "loading": BASE | {"formats", "sources", "transfer", "report"},
+    "start": {"errors"},
     "compile_cache": BASE | {"sources", "report"},
     "dcp": BASE | {"formats", "sources", "transfer", "report", "loading"},
     "conversion": BASE | {"formats", "sources", "transfer", "report", "loading", "dcp"},

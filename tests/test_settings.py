@@ -394,3 +394,12 @@ class TestKeyMapping:
     def test_a_bad_value_in_the_file_is_told_with_its_line(self, config: Path) -> None:
         assert refusal("loader:\n  key_mapping:\n    a: [b]\n", config).startswith(f"{config}:2: loader.key_mapping = ")
         assert refusal("loader:\n  key_mapping: true\n", config).startswith(f"{config}:2: loader.key_mapping = ")
+
+
+class TestTemplate:
+    @pytest.mark.parametrize(("written", "value"), [("on", "on"), ("off", "off"), ("auto", "auto"), ("no", "off")])
+    def test_the_words_of_yaml_for_true_and_false_are_on_and_off(self, written: str, value: str, config: Path) -> None:
+        assert resolve(f"start:\n  template: {written}\n", config).settings.start.template == value
+
+    def test_other_values_are_refused(self) -> None:
+        assert "'auto', 'on' or 'off'" in refusal(ENGINE_LOADER_START__TEMPLATE="always")

@@ -139,7 +139,7 @@ def _bytes(text: str) -> int:
     from pydantic import TypeAdapter, ValidationError
 
     from ..errors import SettingsError
-    from ..settings.schema import Size
+    from ..settings.kinds import Size
 
     try:
         nbytes = int(TypeAdapter(Size).validate_python(text))

@@ -7,57 +7,22 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import ByteSize, Field, field_validator
 
 from ..formats.sharded_state import check_pattern
+from .kinds import Auto, SettingsGroup, Size
 
 _FUNCTION = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
 _LAYOUT = re.compile(r"(torchtitan|meta)-llama(:[0-9]{1,5})?|torchtitan-(llama4|qwen3|deepseek_v3)")
-_KUBERNETES_SIZE = re.compile(r"[0-9.]+\s*[KMGTP]i")
 _KIB, _MIB, _GIB = 1 << 10, 1 << 20, 1 << 30
 _MOST_BYTES = 1 << 50
 
-_T = TypeVar("_T")
-
-
-def _auto_is_none(value: Any) -> Any:
-    return None if value == "auto" else value
-
-
-Auto = Annotated[_T | None, BeforeValidator(_auto_is_none)]
-"""A value that a user may leave to this package by writing ``auto``, which is None here.
-
-Limits belong to the value: ``Auto[Annotated[int, Field(ge=1)]]``, for None has no order.
-"""
-
-
-def _as_kubernetes_writes(value: Any) -> Any:
-    return f"{value.strip()}B" if isinstance(value, str) and _KUBERNETES_SIZE.fullmatch(value.strip()) else value
-
-
-Size = Annotated[ByteSize, BeforeValidator(_as_kubernetes_writes)]
-"""Bytes, also as ``512MiB``, ``1GB``, and as in a pod's limits, ``512Mi``."""
 _Threads = Annotated[int, Field(ge=1, le=256)]
 
 
-class _Group(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        annotation = cls.model_fields[info.field_name].annotation if info.field_name else bool
-        if value is False and "off" in get_args(annotation):
-            return "off"  # as YAML takes it
-        # pydantic takes true for 1: `threads: true` would be one thread.
-        if isinstance(value, bool) and annotation is not bool:
-            raise ValueError("this takes neither true nor false")
-        return value
-
-
-class LoaderSettings(_Group):
+class LoaderSettings(SettingsGroup):
     """How weights are read (``loader:`` in the YAML file; also the keys of ``--model-loader-extra-config``)."""
 
     backend: Literal["auto", "posix", "usrbio", "object_store"] = Field(
@@ -276,7 +241,7 @@ class LoaderSettings(_Group):
         return None if value is None else check_pattern(value)
 
 
-class CompileCacheSettings(_Group):
+class CompileCacheSettings(SettingsGroup):
     """How compile caches are shared (``compile_cache:`` in the YAML file)."""
 
     enabled: bool = Field(default=True, description="Restore compile caches before warm-up and save them after it.")
@@ -376,7 +341,7 @@ class CompileCacheSettings(_Group):
         return value
 
 
-class ReportSettings(_Group):
+class ReportSettings(SettingsGroup):
     """What is told of an engine's start (``report:`` in the YAML file)."""
 
     events: bool = Field(
@@ -399,10 +364,22 @@ class ReportSettings(_Group):
     )
 
 
-class Settings(_Group):
+class StartSettings(SettingsGroup):
+    """How an engine's start goes faster (``start:`` in the YAML file)."""
+
+    template: Literal["auto", "on", "off"] = Field(
+        default="off",
+        description="Whether the engine process and the workers of `vllm serve` are forked from a copy of its first "
+        "process, made before anything runs there, so that one import serves all: auto where that is tested (CPU), on "
+        "also beside accelerators, off: each imports for itself.",
+    )
+
+
+class Settings(SettingsGroup):
     """Everything that can be set."""
 
     debug: bool = Field(default=False, description="Log what a developer of this package wants to see.")
     loader: LoaderSettings = Field(default_factory=LoaderSettings)
     compile_cache: CompileCacheSettings = Field(default_factory=CompileCacheSettings)
     report: ReportSettings = Field(default_factory=ReportSettings)
+    start: StartSettings = Field(default_factory=StartSettings)

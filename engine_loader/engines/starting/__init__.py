@@ -1,0 +1,1 @@
+"""What the engines' starts are: which processes they make, and what these import. See docs/start.md."""
