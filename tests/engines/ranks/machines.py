@@ -74,6 +74,8 @@ class Machines(ABC):
     """In the title of the processes that hold a rank."""
     caches: str
     """Where compile caches are on a machine, as a pattern."""
+    followers_save_early = False
+    """Whether nodes behind the first one save before the warm-up, in which they may compile more."""
 
     def __init__(self, directory: Path, model: Path, **variables: str | None) -> None:
         self.directory = directory
@@ -181,6 +183,7 @@ class VllmMachines(Machines):
 
 class SglangMachines(Machines):
     worker = "sglang::scheduler"
+    followers_save_early = True
     caches = r"home/\.cache/sglang|tmp/torchinductor|home/\.triton"
 
     def __init__(self, version: str, directory: Path, model: Path, **variables: str | None) -> None:

@@ -1,12 +1,15 @@
 """A server of a tiny model, what it answers, and the parameters that each of its ranks has loaded."""
 
 import json
+import os
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from tests.support.sglang_server import PROBE, SglangServer, patched
+from tests.support.sglang_server import PROBE, SglangServer, patched, python_of
 
 PROMPT = "the quick brown fox"
 FORMAT = ("--load-format", "b10_3fs")
@@ -41,3 +44,14 @@ def digests(probe: Path) -> dict[str, dict[str, str]]:
 
 def loaded_lines(log: str) -> list[str]:
     return [line for line in log.splitlines() if "b10_3fs: loaded" in line]
+
+
+def said(version: str, program: str, *args: str | Path) -> Any:
+    """What one of the programs that the tests have for SGLang's environment prints."""
+    command = [str(python_of(version)), str(PROBE.parent / program), *map(str, args)]
+    given = {name: value for name, value in {**os.environ, **SglangServer.ENVIRONMENT}.items() if value is not None}
+    done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    start = Path(program).stem.upper() + " "
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith(start)]
+    return json.loads(line.removeprefix(start))

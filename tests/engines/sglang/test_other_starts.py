@@ -1,15 +1,13 @@
-"""SGLang's processes without plugins, models in a bucket, files that SGLang's own reader reads, Mistral's own files."""
+"""SGLang's processes that load no plugins, and models in a bucket."""
 
 import json
 import subprocess
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
-from tests.engines.sglang.conftest import VERSION, model_for_sglang
-from tests.engines.sglang.serving import FORMAT, PROMPT, Served, digests, loaded_lines, running, served
+from tests.engines.sglang.conftest import VERSION
+from tests.engines.sglang.serving import FORMAT, PROMPT, Served, digests, loaded_lines, running
 from tests.support.moto_server import MotoServer
 from tests.support.sglang_server import python_of
 
@@ -28,13 +26,6 @@ def test_a_process_without_plugins_knows_the_format_and_a_bucket_becomes_a_direc
     assert found["child"] == ["/models/llama", loader, True, {}]
     extra = '{"threads": 3, "weights_uri": "s3://models/llama"}'
     assert found["bucket"] == ["/local", "/local", extra, "s3://models/llama"]
-
-
-def test_files_of_pytorch_are_read_by_sglangs_own_reader(expected: Served, tmp_path: Path) -> None:
-    model = model_for_sglang("llama", tmp_path / "llama")
-    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
-    (model / "model.safetensors").unlink()
-    assert served(VERSION, model, tmp_path / "b10", *FORMAT).parameters == expected.parameters
 
 
 def test_a_server_of_a_model_in_a_bucket_answers_as_with_the_model_on_disk(
@@ -58,14 +49,3 @@ def test_a_server_of_a_model_in_a_bucket_answers_as_with_the_model_on_disk(
     assert "21 tensors, 3 files" in line
     assert "from object_store" in line
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
-
-
-def test_mistrals_own_files_are_taken_where_sglang_takes_them(expected: Served, tmp_path: Path) -> None:
-    model = model_for_sglang("llama", tmp_path / "llama")
-    (model / "model.safetensors").rename(model / "consolidated.safetensors")
-    save_file({"model.norm.weight": torch.zeros(128)}, model / "adapter.safetensors", metadata={"format": "pt"})
-    for load_format in (FORMAT, ("--load-format", "auto")):
-        found = served(VERSION, model, tmp_path / load_format[1], *load_format)
-        assert found.parameters == expected.parameters
-        assert found.text == expected.text
-        assert load_format != FORMAT or "21 tensors, 1 files" in loaded_lines(found.log)[0]

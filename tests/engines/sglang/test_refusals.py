@@ -1,21 +1,18 @@
 """What must not start, and what each says."""
 
 import json
-import os
 import shutil
-import subprocess
 import textwrap
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.engines.sglang.conftest import VERSION
-from tests.support.sglang_server import WITHOUT_PLUGINS, SglangServer, patched, python_of
+from tests.engines.sglang.serving import said
+from tests.support.sglang_server import WITHOUT_PLUGINS, SglangServer, patched
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(1800)]
 
-PROGRAMS = Path(__file__).parents[2] / "support" / "sglang"
 NEWER = ("0.5.23",)
 needs_plugins = pytest.mark.skipif(VERSION in WITHOUT_PLUGINS, reason="this version loads no plugins")
 
@@ -52,7 +49,7 @@ OF_NEWER_VERSIONS = ("weight cache", "overlap")
 
 def test_what_has_a_loader_of_its_own_is_refused_before_a_process_is_started(llama: Path) -> None:
     asked = [case for case in OPTIONS if VERSION in NEWER or case not in OF_NEWER_VERSIONS]
-    listed = said("refusals.py", llama, json.dumps([OPTIONS[case] for case in asked]))
+    listed = said(VERSION, "refusals.py", llama, json.dumps([OPTIONS[case] for case in asked]))
     errors = dict(zip(asked, listed, strict=True))
     assert all(error.startswith("SettingsError: ") for error in errors.values()), errors
     refused = "--load-format b10_3fs cannot serve here: SGLang "
@@ -69,27 +66,16 @@ def test_what_has_a_loader_of_its_own_is_refused_before_a_process_is_started(lla
 def test_modelopts_loader_is_never_taken_in_the_place_of_ours_in_silence(llama: Path, tmp_path: Path) -> None:
     """On SGLang's own classes: a server on a CPU refuses these before it looks for a loader."""
     modelopt = ("modelopt", "modelopt_fp8", "modelopt_fp4")
-    for error in said("loaders.py", llama, *modelopt, "gguf", "auto-round-int8").values():
+    for error in said(VERSION, "loaders.py", llama, *modelopt, "gguf", "auto-round-int8").values():
         assert error.startswith("SettingsError: --load-format b10_3fs cannot serve here: SGLang ")
     quantised = tmp_path / "quantised"
     shutil.copytree(llama, quantised)
     (quantised / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
-    for found in said("loaders.py", quantised, *modelopt).values():
+    for found in said(VERSION, "loaders.py", quantised, *modelopt).values():
         if VERSION in NEWER:
             assert found == "B10ModelLoader"
         else:
             assert "SGLang loads such models by its own ModelOptModelLoader" in found
-
-
-def said(program: str, *args: str | Path) -> Any:
-    """What one of the programs that the tests have for SGLang's environment prints."""
-    command = [str(python_of(VERSION)), str(PROGRAMS / program), *map(str, args)]
-    given = {name: value for name, value in {**os.environ, **SglangServer.ENVIRONMENT}.items() if value is not None}
-    done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    start = Path(program).stem.upper() + " "
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith(start)]
-    return json.loads(line.removeprefix(start))
 
 
 @needs_plugins

@@ -61,10 +61,9 @@ def read_beside(directory: str) -> None:
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.model_loader.loader import DefaultModelLoader, get_model_loader
 
-    source = whole = DefaultModelLoader.Source(directory, revision=None)
-    if "model_config" in DefaultModelLoader.Source.__dataclass_fields__:  # of newer versions
-        config = SimpleNamespace(architectures=["Glm4MoeForCausalLM"], num_nextn_predict_layers=1)
-        whole = DefaultModelLoader.Source(directory, revision=None, model_config=SimpleNamespace(hf_config=config))
+    source = DefaultModelLoader.Source(directory, revision=None)
+    config = SimpleNamespace(architectures=["Glm4MoeForCausalLM"], num_nextn_predict_layers=1)
+    whole = DefaultModelLoader.Source(directory, revision=None, model_config=SimpleNamespace(hf_config=config))
     found = {}
     for load_format in ("auto", "b10_3fs"):
         draft = get_model_loader(LoadConfig(load_format=load_format, draft_model_idx=1))
