@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -46,6 +47,9 @@ def read(
     ] = None,
     peers: Annotated[bool, typer.Option(help="Also measure the other loaders that are installed.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Also write the results as one page for a browser.")
+    ] = None,
 ) -> None:
     """Measure how fast a checkpoint is read into parameters in CPU memory.
 
@@ -82,6 +86,11 @@ def read(
     chosen += [contenders.ours_with_huge_pages()] if fresh else []
     chosen += contenders.installed_peers() if peers else []
     measurement = _measure(workload, chosen, measuring.Scenario(fresh=fresh, cold=cold), rounds)
+    if html is not None:
+        from ..bench.results_page import page_of_results
+
+        page = page_of_results(measurement, tables.workload_line(workload), tables.machine_line(machine))
+        html.write_text(page, encoding="utf-8")
     if as_json:
         checkpoint = {
             "path": path,
