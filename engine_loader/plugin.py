@@ -59,6 +59,7 @@ PHASES = {
     "vllm.v1.executor.abstract": f"{_VLLM_PHASES}:register_executor",
     "vllm.v1.engine.core": f"{_VLLM_PHASES}:register_engine_core",
     "vllm.v1.worker.worker_base": f"{_VLLM_PHASES}:register_worker",
+    "vllm.worker.worker_base": f"{_VLLM_PHASES}:register_worker",  # up to 0.11
     "vllm.model_executor.model_loader.base_loader": f"{_VLLM_PHASES}:register_base_loader",
     "vllm.v1.worker.gpu_model_runner": f"{_VLLM_PHASES}:register_model_runner",
     "vllm.v1.worker.gpu.model_runner": f"{_VLLM_PHASES}:register_new_model_runner",

@@ -15,6 +15,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tests that load a model in this process make vLLM quiet, for good: others read what its servers and hooks log.
 os.environ["VLLM_LOGGING_LEVEL"] = "INFO"
 
+# Engines that tests make in this process are no starts to look at; those of tests/support/vllm_server.py are.
+os.environ["_ENGINE_LOADER_START"] = "off"
+
 # The same cases in every run, so that a failure is the change's; HYPOTHESIS_PROFILE=explore looks further.
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=60, print_blob=True)
 settings.register_profile(

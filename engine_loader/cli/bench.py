@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -54,6 +55,9 @@ def read(
     ] = None,
     peers: Annotated[bool, typer.Option(help="Also measure the other loaders that are installed.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Also write the results as one page for a browser.")
+    ] = None,
 ) -> None:
     """Measure how fast a checkpoint is read into parameters in CPU memory.
 
@@ -99,6 +103,11 @@ def read(
     scenario = measuring.Scenario(fresh=fresh, cold=cold, remote=workload.remote)
     measurement = _measure(workload, chosen, scenario, rounds)
     measurement.warnings += filter(None, [measuring.check_size(workload)])
+    if html is not None:
+        from ..bench.results_page import page_of_results
+
+        page = page_of_results(measurement, tables.workload_line(workload), tables.machine_line(machine))
+        html.write_text(page, encoding="utf-8")
     if as_json:
         checkpoint = {
             "path": path,

@@ -83,7 +83,7 @@ def stream_weights(
             report.add_note(store.left_out)
         progress = byte_progress(sum(info.nbytes for info in infos), "Loading weights (b10_3fs)", shown=show_progress)
         stack.callback(progress.close)
-        watched = {PLACE: _place_of(weights), PROGRESS: progress.counts}
+        watched = {PLACE: _place_of(weights), PROGRESS: lambda: (*progress.counts(), report.waits_for)}
         tell = _ending_phase(recorder.begin(WEIGHT_READING, watched=watched), report, tell)
         if direct is not None and settings.mode == "auto":
             recorded = [info for info in infos if info.nbytes > SMALL_BYTES]
@@ -123,12 +123,12 @@ def _ending_phase(number: int, report: LoadReport, tell: Callable[[str], object]
 
 def _timed(pairs: Iterable[tuple[str, torch.Tensor]], report: LoadReport) -> Iterator[tuple[str, torch.Tensor]]:
     """``pairs``, with the time that each took to come, and to be used, in the account."""
-    asked = time.perf_counter()
+    asked, report.waits_for = time.perf_counter(), "source"
     for pair in pairs:
-        came = time.perf_counter()
+        came, report.waits_for = time.perf_counter(), "engine"
         report.add_wait("source", came - asked)
         yield pair
-        asked = time.perf_counter()
+        asked, report.waits_for = time.perf_counter(), "source"
         report.add_wait("engine", asked - came)
 
 

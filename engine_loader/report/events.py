@@ -34,7 +34,7 @@ Not a setting: those begin with ENGINE_LOADER_.
 OFF = "off"
 PLACE, PROGRESS, LOCK = "_place", "_progress", "_lock"
 """Details for the watchdog, which are not written: where bytes come from, a function that returns (bytes done, bytes in
-all), and the path of a lock that is waited for.
+all, LoadReport.waits_for), and the path of a lock that is waited for.
 """
 MOST_BYTES = 512 << 10
 """Of the events of one process; what comes later is left out."""

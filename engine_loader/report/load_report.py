@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from ..formats.safetensors import TensorInfo
 
@@ -24,6 +24,8 @@ class LoadReport:
         bytes_read: bytes that were read from the source, with those thrown away (gaps, alignment); filled at the end.
         read_seconds: time spent in reads, summed over the reader threads; filled at the end.
         waited: seconds for which the engine's thread waited, by what it waited for.
+        waits_for: what the load is at just now: "source", where the engine's thread waits for bytes, or "engine", where
+            that works on tensors.
         retries: reads that failed and were tried again; filled at the end.
         first_retry: the file and the error of the first one; filled at the end.
         slowest_file: the file whose reads took much longer than those of others, and how much; filled at the end.
@@ -40,6 +42,7 @@ class LoadReport:
     bytes_read: int = 0
     read_seconds: float = 0.0
     waited: dict[str, float] = field(default_factory=dict)
+    waits_for: Literal["source", "engine"] = "engine"
     retries: int = 0
     first_retry: str = ""
     slowest_file: str = ""

@@ -108,16 +108,20 @@ class Watchdog:
     def _of_bytes(self, number: int, details: Details, now: float) -> Iterator[Stall]:
         from .load_report import human_bytes
 
-        done, whole = details[PROGRESS]()
+        done, whole, waits_for = details[PROGRESS]()
         before, since = self._progress.get(number, (-1, now))
         if done != before:
             self._progress[number] = (done, now)
         elif now - since >= self._stall_s and done < whole:
-            yield Stall(
-                phases.WEIGHT_READING,
-                f"no byte of the weights for {now - since:.0f} s from {_place(details)}: {human_bytes(done)} of "
-                f"{human_bytes(whole)} are there{_blocked_threads()}",
-            )
+            counts = f"{human_bytes(done)} of {human_bytes(whole)} are there"
+            if waits_for == "source":
+                text = f"no byte of the weights for {now - since:.0f} s from {_place(details)}: {counts}"
+                yield Stall(phases.WEIGHT_READING, f"{text}{_blocked_threads()}")
+            else:
+                text = (
+                    f"the engine has taken no weights for {now - since:.0f} s, and the source is not what it waits for"
+                )
+                yield Stall(f"{phases.WEIGHT_READING}: engine", f"{text}: {counts}")
 
     def _of_ranks(self) -> Iterator[Stall]:
         from .reading.timeline import read_timeline

@@ -10,6 +10,7 @@ from engine_loader.bench import contenders
 from engine_loader.bench.contenders import Contender
 from tests.cli.running import invoke, run
 from tests.support.checkpoints import checkpoint, entry, index
+from tests.support.html_page import Page
 
 MODEL_BYTES = 2 * (1 << 20) + 2 * 64 * 32 + 4
 
@@ -75,8 +76,9 @@ def test_only_the_first_files_are_taken_when_asked(model: Path) -> None:
     assert [Path(file).name for file in found["checkpoint"]["files"]] == ["1.safetensors"]
 
 
-def test_a_person_sees_a_table_with_the_conditions(model: Path) -> None:
-    done = run("bench", "read", "--rounds", "1", "--threads", "1", "--no-peers", model)
+def test_a_person_sees_a_table_with_the_conditions_or_a_page(model: Path) -> None:
+    options = ("--rounds", "1", "--threads", "1", "--no-peers", "--html", model / "page.html")
+    done = run("bench", "read", *options, model)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == ("2.00 MiB in 5 tensors, 2 files; warm page cache, into touched parameters; medians of 1 rounds")
@@ -90,6 +92,10 @@ def test_a_person_sees_a_table_with_the_conditions(model: Path) -> None:
         "warning: 2.00 MiB are too few to measure: opening the files and starting threads takes about as long as "
         "reading; measure a checkpoint of 256.0 MiB or more"
     ) in done.stderr.splitlines()
+    page = Page((model / "page.html").read_text())
+    assert (page.open, page.wrong, page.loads) == ([], [], [])
+    for words in ("Warm page cache", lines[0].partition(";")[0], "preadv, 1 thread", limit.split()[3] + " GB/s"):
+        assert words in page.text
     assert "Traceback" not in done.stderr
 
 

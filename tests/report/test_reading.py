@@ -2,7 +2,6 @@
 
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from engine_loader.report.reading.rows import rows_of
 from engine_loader.report.reading.timeline import read_timeline
 from engine_loader.report.reading.trace import trace_of
 from engine_loader.report.starts import ReportError, Summary, find_start, identity_of, read_summaries, write_summary
+from tests.support.html_page import Page
 
 from .made_starts import MadeStart, usual_start
 
@@ -166,33 +166,6 @@ def test_a_trace_has_every_phase_of_every_process(tmp_path: Path) -> None:
     assert (compiling["ts"], compiling["dur"]) == (18_000_000, 20_000_000)
     names = [event["args"]["name"] for event in trace["traceEvents"] if event["name"] == "process_name"]
     assert names == ["API server (pid 1 on one)", "engine core (pid 2 on one)", "worker 0 (pid 3 on one)"]
-
-
-class Page(HTMLParser):
-    """The tags of a page that are open, those that were closed wrongly, what it loads, and its text."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.wrong: list[str] = []
-        self.loads: list[str] = []
-        self.text = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag != "meta":
-            self.open.append(tag)
-        self.loads += [f"{tag} {name}" for name, _ in attrs if name in ("src", "href", "srcset", "action")]
-        if tag in ("script", "link", "iframe", "img", "object"):
-            self.loads.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if self.open.pop() != tag:
-            self.wrong.append(tag)
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
-            self.text += data
 
 
 def test_the_page_is_whole_loads_nothing_and_says_what_the_terminal_says(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from engine_loader.compile_cache.process.locks import NodeLock
 from engine_loader.engines.common import cache_hooks
 from engine_loader.engines.common.start.phase_wrappers import record
 from engine_loader.loading import weights as loading_weights
+from engine_loader.loading.open_store import store_of_files
+from engine_loader.loading.shards import OpenFiles
 from engine_loader.report import phases
 from engine_loader.report.events import LOCK, PLACE, PROGRESS, START, Recorder
 from engine_loader.report.reading.account import account_of
@@ -24,6 +26,8 @@ from engine_loader.report.reading.timeline import read_timeline
 from engine_loader.report.slow_ranks import slow_ranks
 from engine_loader.report.watchdog import Watchdog
 from engine_loader.settings import CompileCacheSettings, LoaderSettings
+from tests.support.checkpoints import checkpoint, entry
+from tests.support.sources import FakeFile, FakeSource, Stuck
 
 from .made_starts import WALL, MadeStart
 
@@ -103,7 +107,7 @@ def test_a_phase_counts_from_the_last_thing_that_ended_within_it(watched: Watche
 
 def test_a_source_that_gives_no_byte_is_named_with_what_has_come(watched: Watched) -> None:
     counts = [3 << 30, 10 << 30]
-    details = {PLACE: "/proc/models/a.safetensors", PROGRESS: lambda: tuple(counts)}
+    details = {PLACE: "/proc/models/a.safetensors", PROGRESS: lambda: (*counts, "source")}
     with watched.recorder.span(phases.WEIGHT_READING, watched=details):
         assert watched.after(0, 19) == []
         counts[0] += 1 << 30  # it goes on
@@ -115,7 +119,7 @@ def test_a_source_that_gives_no_byte_is_named_with_what_has_come(watched: Watche
 
 
 def test_an_engine_that_works_on_after_the_last_byte_is_no_stall_of_the_source(watched: Watched) -> None:
-    details = {PLACE: "/models", PROGRESS: lambda: (10, 10)}
+    details = {PLACE: "/models", PROGRESS: lambda: (10, 10, "engine")}
     with watched.recorder.span(phases.WEIGHT_READING, watched=details):
         assert watched.after(0, 100) == []
 
@@ -125,17 +129,43 @@ def write_shard(path: Path) -> str:
     return str(path)
 
 
-def test_weights_that_are_not_read_on_are_named_with_their_file(
+def test_a_source_that_hangs_in_a_load_is_named_with_its_file(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real load, whose bytes do not come before they are released."""
+    monkeypatch.setattr(loading_weights, "recorder", watched.recorder)
+    file = FakeFile(checkpoint({"a": entry("U8", [1 << 20])}), "/proc/model.safetensors")
+    source, settings = FakeSource({file.path: file}), LoaderSettings(mode="stream", engine="python", threads=1)
+    store = store_of_files(source, OpenFiles(source, [file.path]), settings)
+    monkeypatch.setattr(loading_weights, "open_weights", lambda *_: store)
+    stuck = file.behave = Stuck()
+    names: list[str] = []
+    load = loading_weights.stream_weights([file.path], settings)
+    thread = threading.Thread(target=lambda: names.extend(name for name, _ in load))
+    thread.start()
+    while not stuck.reads:
+        time.sleep(0.01)
+    try:
+        (said,) = watched.after(0, 25)
+    finally:
+        stuck.release()
+        thread.join()
+    assert said.startswith("no byte of the weights for 25 s from /proc/model.safetensors (proc): 0 B of 1.00 MiB are")
+    assert names == ["a"]
+
+
+def test_an_engine_that_takes_no_weights_is_not_blamed_on_the_source(
     watched: Watched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A real load, whose second tensor never comes."""
+    """A real load, of which the engine does not take the second tensor."""
     monkeypatch.setattr(loading_weights, "recorder", watched.recorder)
     file = write_shard(tmp_path / "model.safetensors")
     tensors = loading_weights.stream_weights([file], LoaderSettings(mode="stream"))
     next(tensors)
     (said,) = watched.after(0, 25)
-    assert said.startswith(f"no byte of the weights for 25 s from {file} (")
-    assert "0 B of 1.00 MiB" in said
+    assert said == (
+        "the engine has taken no weights for 25 s, and the source is not what it waits for: 0 B of 1.00 MiB are there"
+    )
     assert len(list(tensors)) == 3
     assert watched.recorder.open == {}
 

@@ -63,7 +63,8 @@ class VllmServer:
         self.seconds_to_ready: float | None = None
         self._command = self._make_command(model_dir, args, eager=eager)
         self._scratch = tempfile.TemporaryDirectory(prefix="engine-server-")
-        changes = {"ENGINE_LOADER_REPORT__DIRECTORY": f"{self._scratch.name}/starts", **self.ENVIRONMENT, **(env or {})}
+        starts = {"_ENGINE_LOADER_START": None, "ENGINE_LOADER_REPORT__DIRECTORY": f"{self._scratch.name}/starts"}
+        changes = {**starts, **self.ENVIRONMENT, **(env or {})}
         if "HOME" in changes:  # a machine of its own: the default is below that
             del changes["ENGINE_LOADER_REPORT__DIRECTORY"]
         self._environment = _environment(changes)

@@ -44,6 +44,7 @@ def register_engine() -> None:
 def _begin(server_args: Any) -> None:
     from ..common.start.start_account import begin
 
+    recorder.since_registered(phases.CONFIGURATION)
     sizes = {short: getattr(server_args, name, 1) for short, name in _SIZES.items()}
     begin("sglang", server_args.model_path, server_args.load_format, sizes, logger)
     recorder.name_process("server")

@@ -152,7 +152,10 @@ def register_engine_core() -> None:
 
 def register_worker() -> None:
     """Note what a worker does."""
-    from vllm.v1.worker.worker_base import WorkerWrapperBase
+    try:
+        from vllm.v1.worker.worker_base import WorkerWrapperBase
+    except ImportError:  # up to 0.11
+        from vllm.worker.worker_base import WorkerWrapperBase
 
     def around(original: Callable[..., Any], self: Any, *args: Any, **options: Any) -> Any:
         _begin_worker(self)

@@ -90,6 +90,8 @@ class _FileSet:
     def _naming_tensor(self, work: Callable[[], _T], *, waiting: bool = False) -> _T:
         """Do ``work``; an error of a read names the tensor. ``waiting``: for the source, which is counted."""
         began = time.perf_counter()
+        if waiting:
+            self.report.waits_for = "source"
         try:
             return work()
         except TransferError as error:
@@ -100,6 +102,7 @@ class _FileSet:
             raise named from error
         finally:
             if waiting:
+                self.report.waits_for = "engine"
                 self.report.add_wait("source", time.perf_counter() - began)
 
 

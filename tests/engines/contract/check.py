@@ -46,7 +46,7 @@ def check(engine: str, tree: SourceTree) -> Report:
 
 def _modules(engine: str) -> Iterator[Expected]:
     """The modules whose import registers an adapter."""
-    for module, adapter in plugin.ADAPTERS.items():
+    for module, adapter in (*plugin.ADAPTERS.items(), *plugin.PHASES.items()):
         if module.split(".")[0] == engine:
             yield Expected(module, f"{adapter} is registered when it is imported", required=False)
 

@@ -18,7 +18,33 @@ _CACHE = "the compile cache is restored before warm-up and saved after it"
 _HEADERS = "headers of the weights answer before the model is built"
 _MASK = "the loader passes for a format of vLLM's"
 
+_PHASES = "a phase of a start is noted"
+_NOTED = (
+    "vllm.v1.engine.core_client:MPClient",
+    "vllm.v1.engine.core_client:MPClient.__init__",
+    "vllm.v1.engine.async_llm:AsyncLLM",
+    "vllm.v1.engine.async_llm:AsyncLLM.__init__",
+    "vllm.entrypoints.llm:LLM",
+    "vllm.entrypoints.llm:LLM.__init__",
+    "vllm.v1.engine.core:EngineCoreProc.run_busy_loop",
+    "vllm.v1.worker.gpu_worker:Worker.load_model",
+    "vllm.v1.worker.gpu_worker:Worker.initialize_from_config",
+    "vllm.model_executor.model_loader:base_loader",
+    "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_model",
+    "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_weights",
+    "vllm.model_executor.model_loader.base_loader:initialize_model",
+    "vllm.model_executor.model_loader.base_loader:process_weights_after_loading",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.capture_model",
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner",
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.capture_model",
+    "vllm.compilation:decorators",
+    "vllm.compilation.wrapper:TorchCompileWithNoGuardsWrapper",
+    "vllm.compilation.wrapper:TorchCompileWithNoGuardsWrapper.aot_compile",
+)
+
 PRESENT = (
+    *(Expected(path, _PHASES, required=False) for path in _NOTED),
     Expected("vllm.model_executor.model_loader:register_model_loader", "the format", takes=("load_format",)),
     Expected("vllm.model_executor.model_loader:get_model_loader", "the format", takes=("load_config",)),
     Expected(

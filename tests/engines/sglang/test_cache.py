@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from engine_loader.report.reading.account import account_of
+from engine_loader.report.starts import find_start
 from tests.engines.sglang.conftest import VERSION, model_for_sglang
 from tests.support.sglang_server import PROBE, SglangServer, patched
 
@@ -89,6 +91,12 @@ def test_what_one_server_compiled_the_next_one_finds(fleet: Fleet) -> None:
         for words in ("compile cache: restored", "b10_3fs: loaded", "The server is fired up", SAVED[1])
     ]
     assert order == sorted(order), "the restore comes before the model, the save after the warm-up"
+    for start in (cold, restored):
+        account = account_of(find_start("latest", start.home / ".cache" / "engine_loader" / "starts"))
+        assert account.timeline.ready is not None
+        assert account.coverage > 0.95
+        assert {"server", "scheduler"} <= {process.role for process in account.timeline.processes}
+        assert len(list(account.timeline.phases("weight reading"))) == 1
 
 
 def test_what_is_compiled_after_a_restore_is_told_with_the_option_that_differs(fleet: Fleet) -> None:
