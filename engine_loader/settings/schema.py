@@ -13,9 +13,9 @@ from pydantic import ByteSize, Field, field_validator
 
 from ..formats.sharded_state import check_pattern
 from .kinds import Auto, SettingsGroup, Size
+from .layout_names import LAYOUT_NAME
 
 _FUNCTION = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
-_LAYOUT = re.compile(r"(torchtitan|meta)-llama(:[0-9]{1,5})?|torchtitan-(llama4|qwen3|deepseek_v3)")
 _KIB, _MIB, _GIB = 1 << 10, 1 << 20, 1 << 30
 _MOST_BYTES = 1 << 50
 
@@ -217,7 +217,7 @@ class LoaderSettings(SettingsGroup):
                 value = json.loads(value)
             except ValueError as error:
                 raise ValueError(f"this is no valid JSON: {error}") from None
-        if isinstance(value, str) and (_FUNCTION.fullmatch(value) or _LAYOUT.fullmatch(value)):
+        if isinstance(value, str) and (_FUNCTION.fullmatch(value) or LAYOUT_NAME.fullmatch(value)):
             return value
         if isinstance(value, list):
             return value  # rules: loading.mapping reads them

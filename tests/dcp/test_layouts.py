@@ -19,6 +19,8 @@ from transformers import (
 
 from engine_loader import CheckpointError, open_checkpoint
 from engine_loader.conversion import convert_checkpoint
+from engine_loader.loading.mapping.named_layouts import is_layout
+from engine_loader.settings import LoaderSettings
 
 from .states import same, save
 
@@ -331,3 +333,13 @@ def test_llama4s_experts_are_turned_and_joined(tmp_path):
     assert found.keys() == {f"{layer}gate_up_proj", f"{layer}down_proj"}
     assert torch.equal(found[f"{layer}gate_up_proj"], torch.cat([gate, up], dim=-1))
     assert torch.equal(found[f"{layer}down_proj"], experts["layers.3.moe.experts.w2"].transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["torchtitan-llama:128", "meta-llama", "torchtune-llama:64", "torchtitan-llama4", "torchtitan-qwen3"]
+    + ["torchtitan-deepseek_v3"],
+)
+def test_a_layout_that_there_is_can_be_named_in_the_settings(name):
+    assert is_layout(name)
+    assert LoaderSettings(key_mapping=name).key_mapping == name

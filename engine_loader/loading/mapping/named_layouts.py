@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from ...errors import CheckpointError
+from ...settings.layout_names import LAYOUT_NAME
 from .rules import Rule, parse_rules
 
 _OUTER = (("tok_embeddings", "model.embed_tokens"), ("norm", "model.norm"), ("output", "lm_head"))
@@ -53,9 +54,6 @@ _TUNE = (
 _TUNE_ROTATED = (("attn.q_proj", "self_attn.q_proj"), ("attn.k_proj", "self_attn.k_proj"))
 _TUNE_NORMS = (("sa_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm"))
 _HALVED = ("torchtitan-llama", "meta-llama", "torchtune-llama")
-_SETTING = re.compile(
-    r"(torchtitan-llama|meta-llama|torchtune-llama)(?::(\d+))?|torchtitan-(?:llama4|qwen3|deepseek_v3)"
-)
 
 
 class _Misread(NamedTuple):
@@ -115,7 +113,7 @@ _WRAPPER = "model."
 
 def is_layout(mapping: object) -> bool:
     """Whether a ``key_mapping`` is the name of a built-in one."""
-    return isinstance(mapping, str) and _SETTING.fullmatch(mapping) is not None
+    return isinstance(mapping, str) and LAYOUT_NAME.fullmatch(mapping) is not None
 
 
 def rules_of(mapping: object, head_dim: Callable[[], int | None] = lambda: 2) -> list[Rule] | None:
@@ -131,7 +129,7 @@ def rules_of(mapping: object, head_dim: Callable[[], int | None] = lambda: 2) ->
     """
     if isinstance(mapping, Sequence) and not isinstance(mapping, str):
         return parse_rules(mapping)
-    found = _SETTING.fullmatch(mapping) if isinstance(mapping, str) else None
+    found = LAYOUT_NAME.fullmatch(mapping) if isinstance(mapping, str) else None
     if found is None:
         return None
     layout = found[1] or mapping
