@@ -222,7 +222,7 @@ def _take_place(unfinished: Path, target: Path) -> None:
 
 
 def _replace_in_steps(unfinished: Path, target: Path) -> None:
-    """Where names cannot be exchanged; between the two steps there is no destination, which ``_put_back`` mends."""
+    """Where names cannot be exchanged; between the two steps there is no destination, which ``_put_back`` repairs."""
     before = target.parent / f".{target.name}-{_REPLACED}{unfinished.name.rpartition('-')[2]}"
     target.rename(before)
     try:

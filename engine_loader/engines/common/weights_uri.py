@@ -16,7 +16,9 @@ from ...loading.find import (
     find_checkpoint,
     is_pytorch_file,
 )
+from ...loading.mapping.named_layouts import rules_of
 from ...loading.shards import listed_files
+from ...loading.training.key_mapping import make_renamer
 from ...loading.weights import check_weights, open_weights
 from ...settings import LoaderSettings
 from ...sources.posix import PosixSource
@@ -109,9 +111,13 @@ def check_early(model: str, settings: LoaderSettings) -> None:
         settings: how to read.
 
     Raises:
-        SettingsError: the setting ``backend`` is of another kind of source than ``weights_uri``.
+        SettingsError: the setting ``backend`` is of another kind of source than ``weights_uri``, or ``key_mapping``
+            makes no sense.
         CheckpointError: a file, a header, the index or the metadata is wrong.
     """
+    if settings.key_mapping is not None:
+        rules_of(settings.key_mapping)
+        make_renamer(settings.key_mapping)
     weights = _surely_read(model, settings)
     if weights:
         check_weights(weights, settings)

@@ -121,13 +121,15 @@ def check(server_args: Any) -> None:
 
 def _check_weights(server_args: Any) -> None:
     """Check options and headers in the process that a user looks at."""
+    from ...compile_cache.stores.opening import check_settings
     from ..common.weights_uri import check_early
 
     extra = getattr(server_args, "model_loader_extra_config", None) or "{}"
     model = getattr(server_args, "model_path", None)
+    settings = load_settings(json.loads(extra) if isinstance(extra, str) else extra).settings
     if model:
-        settings = load_settings(json.loads(extra) if isinstance(extra, str) else extra).settings.loader
-        check_early(model, settings)
+        check_early(model, settings.loader)
+    check_settings(settings.compile_cache)
 
 
 def _loader_class() -> Any:

@@ -16,11 +16,13 @@ from contextvars import ContextVar
 from functools import cached_property
 from typing import Any
 
+from ...compile_cache.stores.opening import check_settings
 from ...loading.find import NoCheckpointError
 from ...plugin import LOAD_FORMAT
 from ...replacing import wrap
 from ...settings import LoaderSettings
 from ...sources.registry import is_remote
+from ..common.cache_hooks import cache_settings
 from ..common.model_files import local_copy
 from ..common.weights_uri import check_early, headers_of, training_checkpoint_at, weights_at
 from .options import settings_of
@@ -102,6 +104,7 @@ def _create_engine_config(original: Callable[..., Any], arguments: Any, *args: A
     if is_remote(arguments.model):
         settings = _take_from_bucket(arguments, settings)
     check_early(arguments.model, settings)
+    check_settings(cache_settings())
     with answering(WeightHeaders(arguments.model, settings)):
         return original(arguments, *args, **options)
 
