@@ -155,9 +155,9 @@ def _no_checkpoint(directory: Path, names: list[str]) -> str | None:
         if not isinstance(found, ShardedState):
             open_store(source, found, LoaderSettings()).close()
     except NoCheckpointError:
-        return "it is no checkpoint"
+        return "it is not a checkpoint"
     except CheckpointError as error:
-        return f"it is no checkpoint that can be read: {error.message}"
+        return f"it is not a checkpoint that can be read: {error.message}"
     return None
 
 

@@ -250,7 +250,7 @@ class LoaderSettings(_Group):
             try:
                 value = json.loads(value)
             except ValueError as error:
-                raise ValueError(f"this is no valid JSON: {error}") from None
+                raise ValueError(f"this is not valid JSON: {error}") from None
         if isinstance(value, str) and (_FUNCTION.fullmatch(value) or _LAYOUT.fullmatch(value)):
             return value
         if isinstance(value, list):
@@ -266,7 +266,7 @@ class LoaderSettings(_Group):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
         return value
 
     @field_validator("sharded_pattern")

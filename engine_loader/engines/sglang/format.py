@@ -61,7 +61,7 @@ def take_from_bucket(arguments: Any) -> None:
     try:
         extra = json.loads(given) if isinstance(given, str) else dict(given)
     except ValueError as error:
-        raise SettingsError(f"--model-loader-extra-config is no JSON: {error}") from error
+        raise SettingsError(f"--model-loader-extra-config is not JSON: {error}") from error
     settings = load_settings(extra).settings.loader
     arguments.model_path = local_copy(url, settings)
     tokenizer = getattr(arguments, "tokenizer_path", None)
@@ -121,15 +121,13 @@ def check(server_args: Any) -> None:
 
 def _check_weights(server_args: Any) -> None:
     """Check options and headers in the process that a user looks at."""
-    from ...compile_cache.stores.opening import check_settings
     from ..common.weights_uri import check_early
 
     extra = getattr(server_args, "model_loader_extra_config", None) or "{}"
     model = getattr(server_args, "model_path", None)
     settings = load_settings(json.loads(extra) if isinstance(extra, str) else extra).settings
     if model:
-        check_early(model, settings.loader)
-    check_settings(settings.compile_cache)
+        check_early(model, settings.loader, settings.compile_cache)
 
 
 def _loader_class() -> Any:

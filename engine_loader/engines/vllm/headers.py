@@ -16,7 +16,6 @@ from contextvars import ContextVar
 from functools import cached_property
 from typing import Any
 
-from ...compile_cache.stores.opening import check_settings
 from ...loading.find import NoCheckpointError
 from ...plugin import LOAD_FORMAT
 from ...replacing import wrap
@@ -103,8 +102,7 @@ def _create_engine_config(original: Callable[..., Any], arguments: Any, *args: A
     settings, _ = settings_of(arguments.model_loader_extra_config)
     if is_remote(arguments.model):
         settings = _take_from_bucket(arguments, settings)
-    check_early(arguments.model, settings)
-    check_settings(cache_settings())
+    check_early(arguments.model, settings, cache_settings())
     with answering(WeightHeaders(arguments.model, settings)):
         return original(arguments, *args, **options)
 
