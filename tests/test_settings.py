@@ -379,9 +379,9 @@ class TestKeyMapping:
     @pytest.mark.parametrize(
         ("value", "told"),
         [
-            ('{"(": ""}', "'(' is no regular expression: missing )"),
+            ('{"(": ""}', "'(' is not a regular expression: missing )"),
             ('{"a": 1}', 'this takes regular expressions with their replacements ({"^model[.]": ""}), or "module:'),
-            ("{a}", "this is no valid JSON"),
+            ("{a}", "this is not valid JSON"),
             ("a module", "this takes regular expressions"),
             ("module:", "this takes regular expressions"),
         ],

@@ -186,7 +186,7 @@ def transfer(source: str | os.PathLike[str], dest: str | os.PathLike[str]) -> Op
     if target.is_dir():
         target = target / origin.name
     if not origin.is_file():
-        logger.error("transfer: %s is not there, or is no file", origin)
+        logger.error("transfer: %s is not there, or is not a file", origin)
         return OperationStatus.ERROR
     unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:

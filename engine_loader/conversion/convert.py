@@ -90,7 +90,7 @@ def convert_checkpoint(
 
     Raises:
         CheckpointError: the source cannot be read or is no such checkpoint, or the destination cannot be written.
-        SettingsError: an option is unknown or has a bad value, or ``dtype`` is no floating-point type.
+        SettingsError: an option is unknown or has a bad value, or ``dtype`` is not a floating-point type.
     """
     wanted = floating_point_type(dtype)
     check_destination(source, destination, overwrite=overwrite)
@@ -201,7 +201,7 @@ def _set_dtype(config: Path, dtype: torch.dtype | None) -> None:
     try:
         content = json.loads(config.read_text())
     except ValueError as error:
-        raise CheckpointError(f"this is no valid JSON: {error}", file=config) from None
+        raise CheckpointError(f"this is not valid JSON: {error}", file=config) from None
     known = [key for key in ("torch_dtype", "dtype") if isinstance(content, dict) and key in content]
     if known:
         content |= dict.fromkeys(known, str(dtype).removeprefix("torch."))

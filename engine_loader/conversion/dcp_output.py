@@ -50,7 +50,7 @@ def write_dcp(
     state: dict[str, Any] = {going.name: _blank(going) for going in ordered}
     for name in others:
         if name in state:
-            raise CheckpointError(f"{name!r} is also the name of what is no tensor", hint="correct key_mapping")
+            raise CheckpointError(f"{name!r} is also the name of what is not a tensor", hint="correct key_mapping")
     planner = _Planner(_read(checkpoint, ordered, written), others, paths)
     writer = FileSystemWriter(directory, serialization_format=items)
     planner.set_up_planner({**state, **dict.fromkeys(others)}, writer.storage_meta(), is_coordinator=True)

@@ -157,9 +157,9 @@ def _no_checkpoint(directory: Path, names: list[str]) -> str | None:
         if not isinstance(found, ShardedState):
             open_store(source, found, LoaderSettings()).close()
     except NoCheckpointError:
-        return "it is no checkpoint"
+        return "it is not a checkpoint"
     except CheckpointError as error:
-        return f"it is no checkpoint that can be read: {error.message}"
+        return f"it is not a checkpoint that can be read: {error.message}"
     return None
 
 
@@ -224,7 +224,7 @@ def _take_place(unfinished: Path, target: Path) -> None:
 
 
 def _replace_in_steps(unfinished: Path, target: Path) -> None:
-    """Where names cannot be exchanged; between the two steps there is no destination, which ``_put_back`` mends."""
+    """Where names cannot be exchanged; between the two steps there is no destination, which ``_put_back`` repairs."""
     before = target.parent / f".{target.name}-{_REPLACED}{unfinished.name.rpartition('-')[2]}"
     target.rename(before)
     try:

@@ -97,13 +97,13 @@ def floating_point_type(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """The type that ``dtype`` is, or names ("bfloat16", "torch.bfloat16").
 
     Raises:
-        SettingsError: it is no floating-point type of torch.
+        SettingsError: it is not a floating-point type of torch.
     """
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if found is None and dtype is None:
         return None
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise SettingsError(f"dtype: {dtype!r} is no floating-point type of torch, such as 'bfloat16'")
+        raise SettingsError(f"dtype: {dtype!r} is not a floating-point type of torch, such as 'bfloat16'")
     return found
 
 

@@ -41,7 +41,7 @@ def saved_offsets(header: Header) -> Mapping[str, tuple[int, ...]] | None:
     try:
         parsed: Any = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise _wrong(header, f"is no valid JSON: {str(error)[:_SHOWN]}") from None
+        raise _wrong(header, f"is not valid JSON: {str(error)[:_SHOWN]}") from None
     if not isinstance(parsed, dict):
         raise _wrong(header, "is not an object")
     found: dict[str, tuple[int, ...]] = {}

@@ -315,7 +315,7 @@ def _what_it_is(prefix: bytes) -> tuple[str, str] | None:
         return None
     if text.startswith(b"{"):
         return (
-            "this is JSON, as a config.json or a server's error is, and no weights",
+            "this is JSON, as a config.json or a server's error is, not weights",
             "give the model's directory, or download the file again",
         )
     if text[:LENGTH_BYTES].lower().startswith((b"<!doctyp", b"<html")):

@@ -95,7 +95,7 @@ def _of_rank(found: Found, rank: ShardRank | None, pipeline_rank: int) -> Safete
             )
         case SafetensorsFiles(directory=str(directory)) if rank is not None:
             raise CheckpointError(
-                "this is no sharded_state checkpoint, so there are no ranks to choose from", file=directory
+                "this is not a sharded_state checkpoint, so there are no ranks to choose from", file=directory
             )
     return found
 

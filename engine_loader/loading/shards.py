@@ -285,7 +285,7 @@ def read_small_file(source: Source, path: str) -> bytes:
     file = source.open(path)
     try:
         if file.size > MAX_INDEX_BYTES:
-            raise CheckpointError(f"the file has {file.size} bytes, too many for what is no weights", file=path)
+            raise CheckpointError(f"the file has {file.size} bytes, too many for a file that is not weights", file=path)
         return _read(file, 0, file.size)
     finally:
         file.close()

@@ -1,4 +1,4 @@
-"""Names of layouts of training that ``loader.key_mapping`` takes; loading/mapping/named_layouts.py knows what they mean."""
+"""Names of trainings' layouts that ``loader.key_mapping`` takes; loading/mapping/named_layouts.py has their meaning."""
 
 import re
 

@@ -13,7 +13,7 @@ from .catalogue import fields, groups, variable_name
 
 _SHOWN_CHARS = 100
 _ALIKE = 0.8
-_NO_SIZE = "this is no size like 536870912, 512MiB, 512Mi or 1GB"
+_NO_SIZE = "this is not a size like 536870912, 512MiB, 512Mi or 1GB"
 
 
 def explain_problem(problem: Any, origins: Mapping[str, str], prefix: str) -> str:

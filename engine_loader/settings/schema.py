@@ -216,7 +216,7 @@ class LoaderSettings(SettingsGroup):
             try:
                 value = json.loads(value)
             except ValueError as error:
-                raise ValueError(f"this is no valid JSON: {error}") from None
+                raise ValueError(f"this is not valid JSON: {error}") from None
         if isinstance(value, str) and (_FUNCTION.fullmatch(value) or LAYOUT_NAME.fullmatch(value)):
             return value
         if isinstance(value, list):
@@ -232,7 +232,7 @@ class LoaderSettings(SettingsGroup):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
         return value
 
     @field_validator("sharded_pattern")

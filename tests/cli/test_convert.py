@@ -63,9 +63,9 @@ def test_shards_have_the_size_that_is_asked_for(tmp_path: Path) -> None:
         (
             ["--key-mapping", '{"(": ""}'],
             2,
-            "--key-mapping: key_mapping = '{\"(\": \"\"}': '(' is no regular expression",
+            "--key-mapping: key_mapping = '{\"(\": \"\"}': '(' is not a regular expression",
         ),
-        (["--key-mapping", "{nothing}"], 2, "--key-mapping: key_mapping = '{nothing}': this is no valid JSON"),
+        (["--key-mapping", "{nothing}"], 2, "--key-mapping: key_mapping = '{nothing}': this is not valid JSON"),
         (["--key-mapping", "no:such"], 2, "key_mapping: the module 'no' of 'no:such' cannot be imported"),
         (["--max-shard-size", "many"], 2, "--max-shard-size: 'many' is not a size like 5GB"),
         (["--max-shard-size", "0"], 2, "--max-shard-size: '0' is less than one byte"),

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.running import invoke
+from tests.support.moto_server import MotoServer
 from tests.support.tiny_models import make_model
 
 
@@ -26,6 +27,18 @@ def test_explain_load_says_what_a_rank_reads_and_reshard_writes_just_that(tmp_pa
     machine = answer["machine"]
     assert machine["ranks"] == 2
     assert totals["all"]["file_bytes"] <= machine["read_bytes"] < machine["read_bytes_apart"]
+
+    with MotoServer() as moto:  # the same model in a bucket
+        moto.put("bucket", {f"model/{path.name}": path.read_bytes() for path in model.iterdir()})
+        env = {
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_ENDPOINT_URL": moto.url,
+            "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        }
+        done = invoke("explain-load", "s3://bucket/model", "-tp", "2", "--rank", "1", "--json", env=env)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["totals"]["all"]["file_bytes"] == totals["all"]["file_bytes"]
 
     done = invoke("reshard", model, tmp_path / "out", "-tp", "2", "--dtype", "bfloat16")
     assert done.exit_code == 0, done.output

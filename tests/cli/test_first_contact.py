@@ -76,7 +76,7 @@ USAGES = {
     ),
     "config.json as weights": Usage(
         f"inspect DIR/{WEIGHTS}",
-        "DIR/model.safetensors: this is JSON, as a config.json or a server's error is, and no weights (give the "
+        "DIR/model.safetensors: this is JSON, as a config.json or a server's error is, not weights (give the "
         "model's directory, or download the file again)",
         _file(WEIGHTS, b'{\n  "architectures": ["LlamaForCausalLM"]\n}\n'),
     ),
@@ -121,7 +121,7 @@ USAGES = {
     ),
     "a size as pods have it, mistyped": Usage(
         "settings",
-        "ENGINE_LOADER_LOADER__BUFFER_BYTES: loader.buffer_bytes = '512Mx': this is no size like 536870912, 512MiB, "
+        "ENGINE_LOADER_LOADER__BUFFER_BYTES: loader.buffer_bytes = '512Mx': this is not a size like 536870912, 512MiB, "
         "512Mi or 1GB",
         env={"ENGINE_LOADER_LOADER__BUFFER_BYTES": "512Mx"},
     ),

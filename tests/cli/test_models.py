@@ -46,8 +46,8 @@ def test_one_that_is_not_there_is_told_with_the_command_that_downloads_it(hub: P
         done = invoke(*command, "owner/other", env=env)
         assert done.exit_code == 1
         assert done.stderr == (
-            f"error: owner/other: this is no path here, and no model of this name is in the hub's local cache, {hub} "
-            "(check the path, or download the model: hf download owner/other)\n"
+            "error: owner/other: this is not a path here, and no model of this name is in the hub's local cache, "
+            f"{hub} (check the path, or download the model: hf download owner/other)\n"
         )
 
 

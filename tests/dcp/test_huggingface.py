@@ -198,8 +198,8 @@ LIES: dict[str, tuple[object, str]] = {
     "no tensor": ({"b": {"saved_offsets": [2, 0]}}, "no list of saved_offsets"),
     "no entry": ({"a": [2, 0]}, "no list of saved_offsets"),
     "a list": ([], "is not an object"),
-    "no JSON": ("{", "is no valid JSON"),
-    "nested": ("[" * 100_000, "is no valid JSON"),
+    "no JSON": ("{", "is not valid JSON"),
+    "nested": ("[" * 100_000, "is not valid JSON"),
 }
 
 

@@ -337,8 +337,14 @@ def test_llama4s_experts_are_turned_and_joined(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["torchtitan-llama:128", "meta-llama", "torchtune-llama:64", "torchtitan-llama4", "torchtitan-qwen3"]
-    + ["torchtitan-deepseek_v3"],
+    [
+        "torchtitan-llama:128",
+        "meta-llama",
+        "torchtune-llama:64",
+        "torchtitan-llama4",
+        "torchtitan-qwen3",
+        "torchtitan-deepseek_v3",
+    ],
 )
 def test_a_layout_that_there_is_can_be_named_in_the_settings(name):
     assert is_layout(name)

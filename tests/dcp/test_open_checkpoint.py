@@ -175,7 +175,11 @@ def test_names_are_mapped_as_transformers_does(tmp_path):
 
 @pytest.mark.parametrize(
     ("mapping", "told"),
-    [({".+": "same"}, "both become 'same'"), ({"(": ""}, "is no regular expression"), ({"a": r"\3"}, "no replacement")],
+    [
+        ({".+": "same"}, "both become 'same'"),
+        ({"(": ""}, "is not a regular expression"),
+        ({"a": r"\3"}, "not a replacement"),
+    ],
 )
 def test_a_wrong_mapping_is_told(tmp_path, mapping, told):
     save({"a": torch.zeros(2), "b": torch.zeros(2)}, tmp_path / "c")

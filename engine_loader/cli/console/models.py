@@ -29,7 +29,7 @@ def model_here(name: str) -> str:
     if "/" not in name:  # a file or a directory that is not there: whoever opens it says so
         return name
     raise CheckpointError(
-        f"this is no path here, and no model of this name is in the hub's local cache, {_hub_cache()}",
+        f"this is not a path here, and no model of this name is in the hub's local cache, {_hub_cache()}",
         file=name,
         hint=f"check the path, or download the model: hf download {name}",
     )

@@ -283,7 +283,7 @@ def unsafe_link(path: str, target: str) -> str | None:
     if target.startswith("/"):
         return "its target is absolute"
     if not _is_plain(target) or len(target) > MOST_PATH_CHARS:
-        return "its target is no path"
+        return "its target is not a path"
     if path.count("/") < 1 or ".." in target.split("/"):
         return "it leaves its directory"
     return None

@@ -227,7 +227,7 @@ def _read_text(
     if magic in _OTHER_FORMATS:
         raise CacheValidationError(f"{location}: refused: it has the format of another version, {magic.decode()}")
     if magic != _MAGIC or length > _MOST_TEXT_BYTES or block_size > MOST_BLOCK_BYTES or begin < 0:
-        raise CacheValidationError(f"{location}: refused: it is no pack, or is cut short")
+        raise CacheValidationError(f"{location}: refused: it is not a pack, or is cut short")
     block = end[-_TRAILER.size - block_size : -_TRAILER.size]
     trust.verify(_signed(store_name, pack_name, digest, length), block, location, store=store_name)
     seen.is_signed = trust.signed

@@ -130,7 +130,7 @@ class FilesystemStore(MarkedStore):
 
     def delete(self, name: str) -> None:
         if kind_of(name) == "foreign":
-            raise ValueError(f"{name}: is no name of a store's own objects")
+            raise ValueError(f"{name}: is not a name of a store's own objects")
         path = self.directory / name
         path.unlink(missing_ok=True)
         if is_key(name.rpartition("/")[0]):

@@ -158,7 +158,7 @@ class ObjectCacheStore(MarkedStore):
         import obstore
 
         if kind_of(name) == "foreign":
-            raise ValueError(f"{name}: is no name of a store's own objects")
+            raise ValueError(f"{name}: is not a name of a store's own objects")
         self._listed.pop(name, None)
         try:
             with _errors_of(f"{self.description}/{name}", "delete the object"):

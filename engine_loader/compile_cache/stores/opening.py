@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
+from ...errors import SettingsError
+from ...home import home_expanded
 from ...settings import CompileCacheSettings
 from ...sources.registry import is_remote
+from ..cache_errors import CacheError
 from ..trust import Trust, load_trust
 from .filesystem import FilesystemStore
 from .interface import Store
@@ -28,6 +33,37 @@ def open_store(settings: CompileCacheSettings, state: Path | None = None) -> tup
     )
     store = _store(settings, trust)
     return store, trust.with_denied(store, state)
+
+
+def check_settings(settings: CompileCacheSettings) -> None:
+    """Refuse settings with which the cache can never work: a key file that is missing or wrong, a store whose path
+    leads through a file, or whose packs would not be taken. Nothing is asked of the store: what may pass is no mistake.
+
+    Raises:
+        SettingsError: it names the setting, and how the cache is switched off.
+    """
+    if not settings.enabled:
+        return
+    try:
+        trust = load_trust(settings.key_file, settings.public_keys, anyone=settings.trust == "anyone")
+        if settings.directory == type(settings).model_fields["directory"].default:
+            return  # nobody chose it: without a home, engines start without a cache
+        _store(settings, trust)
+        if not is_remote(settings.directory):
+            _check_path(home_expanded(settings.directory))
+    except (CacheError, OSError) as error:
+        raise SettingsError(
+            f"the compile cache cannot work: {error}; repair that, or start without it: "
+            "ENGINE_LOADER_COMPILE_CACHE__ENABLED=false"
+        ) from error
+
+
+def _check_path(path: Path) -> None:
+    """Raise OSError where a directory of this path cannot be, whoever makes it."""
+    while not os.path.lexists(path) and path != path.parent:
+        path = path.parent
+    if not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), f"compile_cache.directory: {path}")
 
 
 def _store(settings: CompileCacheSettings, trust: Trust) -> Store:

@@ -62,7 +62,7 @@ def read_key_file(name: str) -> KeyFile:
     except OSError as error:
         raise CacheValidationError(f"{SETTING}: could not read {path}: {error.strerror or error}") from None
     if len(content) > _MOST_FILE_BYTES:
-        raise CacheValidationError(f"{where} is no key file: it has more than {_MOST_FILE_BYTES >> 10} KiB")
+        raise CacheValidationError(f"{where} is not a key file: it has more than {_MOST_FILE_BYTES >> 10} KiB")
     keys = parse_keys(content.splitlines(), where)
     if not keys:
         raise CacheValidationError(f"{where} holds no key; {_MAKE_ONE}")
@@ -138,7 +138,7 @@ def _decoded(text: bytes, where: str) -> bytes:
     except binascii.Error:
         raw = b""
     if len(raw) != ed25519.SIZE:
-        raise CacheValidationError(f"{where}: this is no Ed25519 key: {ed25519.SIZE} bytes in base64 are meant")
+        raise CacheValidationError(f"{where}: this is not an Ed25519 key: {ed25519.SIZE} bytes in base64 are meant")
     return raw
 
 

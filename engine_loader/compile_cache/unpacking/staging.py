@@ -157,7 +157,7 @@ def _move(source: int, target: int, where: str, cache: _Target, access: Access) 
                 else:
                     _move(origin, destination, place, cache, reached.below(facts))
         except NotADirectoryError:
-            cache.left[place] = "is left alone: it is no directory"
+            cache.left[place] = "is left alone: it is not a directory"
         except OSError as error:
             if error.errno not in (errno.ELOOP, errno.EACCES):
                 raise

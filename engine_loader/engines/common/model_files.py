@@ -59,7 +59,7 @@ def local_copy(url: str, settings: LoaderSettings) -> str:
         wanted = dict(_companions(source, url))
         if not any(name in wanted for name in _CONFIG):
             raise CheckpointError(
-                f"there is no {' or '.join(_CONFIG)}: this is no model", file=url, hint="check the URL"
+                f"there is no {' or '.join(_CONFIG)}: this is not a model", file=url, hint="check the URL"
             )
         copy = home / _revision(wanted)
         if not copy.is_dir():

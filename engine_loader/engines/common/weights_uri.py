@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+from ...compile_cache.stores.opening import check_settings
 from ...errors import CheckpointError, SettingsError
 from ...loading.find import (
     Found,
@@ -16,9 +17,11 @@ from ...loading.find import (
     find_checkpoint,
     is_pytorch_file,
 )
+from ...loading.mapping.named_layouts import rules_of
 from ...loading.shards import listed_files
+from ...loading.training.key_mapping import make_renamer
 from ...loading.weights import check_weights, open_weights
-from ...settings import LoaderSettings
+from ...settings import CompileCacheSettings, LoaderSettings
 from ...sources.posix import PosixSource
 from ...sources.registry import is_remote, make_source, remote_backend
 from ...sources.source import Source
@@ -97,7 +100,7 @@ def headers_of(weights: list[str] | TrainingCheckpoint, settings: LoaderSettings
         return {info.name: {"dtype": info.dtype, "shape": list(info.shape)} for info in store.infos}
 
 
-def check_early(model: str, settings: LoaderSettings) -> None:
+def check_early(model: str, settings: LoaderSettings, cache: CompileCacheSettings) -> None:
     """Look at the headers of the weights that a model will be loaded from, in the process that a user looks at.
 
     What is wrong there ends the start in a second or two, with the cause in the last line; from an engine's other
@@ -107,11 +110,17 @@ def check_early(model: str, settings: LoaderSettings) -> None:
     Args:
         model: the model's directory, or its name on a hub (then only ``weights_uri`` is checked).
         settings: how to read.
+        cache: those of the compile cache.
 
     Raises:
-        SettingsError: the setting ``backend`` is of another kind of source than ``weights_uri``.
+        SettingsError: the setting ``backend`` is of another kind of source than ``weights_uri``, ``key_mapping`` makes
+            no sense, or the compile cache can never work.
         CheckpointError: a file, a header, the index or the metadata is wrong.
     """
+    check_settings(cache)
+    if settings.key_mapping is not None:
+        rules_of(settings.key_mapping)
+        make_renamer(settings.key_mapping)
     weights = _surely_read(model, settings)
     if weights:
         check_weights(weights, settings)

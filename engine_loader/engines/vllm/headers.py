@@ -21,6 +21,7 @@ from ...plugin import LOAD_FORMAT
 from ...replacing import wrap
 from ...settings import LoaderSettings
 from ...sources.registry import is_remote
+from ..common.cache_hooks import cache_settings
 from ..common.model_files import local_paths
 from ..common.weights_uri import check_early, headers_of, training_checkpoint_at, weights_at
 from .options import settings_of
@@ -101,7 +102,7 @@ def _create_engine_config(original: Callable[..., Any], arguments: Any, *args: A
     settings, _ = settings_of(arguments.model_loader_extra_config)
     if is_remote(arguments.model):
         settings = _take_from_bucket(arguments, settings)
-    check_early(arguments.model, settings)
+    check_early(arguments.model, settings, cache_settings())
     with answering(WeightHeaders(arguments.model, settings)):
         return original(arguments, *args, **options)
 

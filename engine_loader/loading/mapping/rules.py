@@ -200,7 +200,7 @@ def _check(rule: Rule, what: str) -> None:
 def _names(value: Any, what: str) -> tuple[str, ...]:
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) and name for name in names):
-        raise SettingsError(f"{what}: {value!r} is no name, and no list of names")
+        raise SettingsError(f"{what}: {value!r} is neither a name nor a list of names")
     for name in names:
         found = _PLACE.findall(name)
         if len(found) != len(set(found)) or "{" in _PLACE.sub("", name) or "}" in _PLACE.sub("", name):

@@ -50,7 +50,7 @@ def make_renamer(mapping: KeyMapping | None) -> Renamer:
         except Exception as error:  # a function of one's own raises what it likes
             raise CheckpointError(f"key_mapping: {shown} failed for {name!r}: {_described(error)}") from error
         if renamed is not None and not isinstance(renamed, str):
-            raise CheckpointError(f"key_mapping: {shown} made {renamed!r} of {name!r}, which is no name")
+            raise CheckpointError(f"key_mapping: {shown} made {renamed!r} of {name!r}, which is not a name")
         return renamed if renamed is None else _checked(renamed, name)
 
     return rename
@@ -78,7 +78,7 @@ def _by_expressions(mapping: Mapping[str, str | None]) -> Renamer:
     try:
         patterns = [(re.compile(pattern), replacement) for pattern, replacement in mapping.items()]
     except re.error as error:
-        raise CheckpointError(f"{error.pattern!r} in key_mapping is no regular expression: {error.msg}") from None
+        raise CheckpointError(f"{error.pattern!r} in key_mapping is not a regular expression: {error.msg}") from None
 
     def rename(name: str) -> str | None:
         for pattern, replacement in patterns:
@@ -89,7 +89,7 @@ def _by_expressions(mapping: Mapping[str, str | None]) -> Renamer:
             try:
                 renamed, count = pattern.subn(replacement, name)
             except (re.error, IndexError) as error:
-                raise CheckpointError(f"{replacement!r} in key_mapping is no replacement: {error}") from None
+                raise CheckpointError(f"{replacement!r} in key_mapping is not a replacement: {error}") from None
             if count:
                 return _checked(renamed, name)
         return name

@@ -164,7 +164,7 @@ def _parsed(text: str, token: str) -> dict[str, Any]:
         answer = json.loads(text)
         return _credentials(answer, "AccessKeyId", "SecretAccessKey", token, answer.get("Expiration"))
     except (ValueError, KeyError, AttributeError, TypeError):
-        raise CredentialsError("what was answered are no credentials") from None
+        raise CredentialsError("the answer holds no credentials") from None
 
 
 def _credentials(found: Mapping[str, str], key: str, secret: str, token: str, expires: str | None) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def _request(method: str, url: str, headers: Mapping[str, str]) -> tuple[int, st
     """Status and body of an answer of a service of this machine. No proxy is asked."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{url} is no address")
+        raise ValueError(f"{url} is not an address")
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname, parts.port, timeout=_TIMEOUT_S)
     try:
@@ -222,7 +222,7 @@ def _request(method: str, url: str, headers: Mapping[str, str]) -> tuple[int, st
 def _posted(url: str, content: bytes) -> tuple[int, str]:
     """Status and body of the answer to a form, from anywhere: by a proxy where one is set."""
     if not url.startswith(("http://", "https://")):
-        raise ValueError(f"{url} is no address")
+        raise ValueError(f"{url} is not an address")
     opener = build_opener(HTTPSHandler(context=tls_context()))
     try:
         with opener.open(url, content, timeout=_STS_TIMEOUT_S) as answer:

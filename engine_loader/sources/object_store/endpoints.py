@@ -29,7 +29,7 @@ def endpoint_of(url: ObjectUrl, options: ObjectStoreOptions) -> str | None:
     """The endpoint that is configured for a URL's store; None for that of AWS, Google or Azure.
 
     Raises:
-        CheckpointError: it is no address of a server, as ``localhost:9000`` without ``http://``.
+        CheckpointError: it is not an address of a server, as ``localhost:9000`` without ``http://``.
     """
     origin, endpoint = "object_store_endpoint_url", options.endpoint_url
     if endpoint is None and url.scheme == "s3":

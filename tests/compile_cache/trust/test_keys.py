@@ -243,7 +243,7 @@ class TestKeyFiles:
 
     @pytest.mark.parametrize("line", ["ed25519-public:AAAA", "ed25519-private:not base64!", "ed25519-private:"])
     def test_a_key_that_is_cut_short_is_named_by_its_line(self, line: str, tmp_path: Path) -> None:
-        with pytest.raises(CacheValidationError, match="line 2: this is no Ed25519 key") as raised:
+        with pytest.raises(CacheValidationError, match="line 2: this is not an Ed25519 key") as raised:
             load_trust(key_file(tmp_path / "key", "a secret of some length", line))
         assert "not base64!" not in str(raised.value)
 

@@ -43,6 +43,34 @@ def test_so_are_those_of_weights_uri_and_bad_options(llama: Path, damaged: Path)
         configure(llama, thread=3)
 
 
+def test_so_are_settings_with_which_the_compile_cache_never_works(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = "ENGINE_LOADER_COMPILE_CACHE__"
+    off = f"; repair that, or start without it: {prefix}ENABLED=false"
+    monkeypatch.setenv(f"{prefix}KEY_FILE", str(tmp_path / "no.key"))
+    with pytest.raises(SettingsError) as caught:
+        configure(llama)
+    cause = f"compile_cache.key_file: could not read {tmp_path}/no.key: No such file or directory"
+    assert str(caught.value) == f"the compile cache cannot work: {cause}{off}"
+    monkeypatch.setenv(f"{prefix}ENABLED", "false")
+    assert configure(llama).load_config.load_format == "b10_3fs"
+    monkeypatch.delenv(f"{prefix}ENABLED")
+    monkeypatch.delenv(f"{prefix}KEY_FILE")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(f"{prefix}DIRECTORY", str(tmp_path / "file" / "store"))
+    with pytest.raises(SettingsError, match=r"the compile cache cannot work: .*Not a directory: .*/file'"):
+        configure(llama)
+    monkeypatch.setenv(f"{prefix}DIRECTORY", "s3://bucket/caches")
+    with pytest.raises(SettingsError, match=r"the compile cache cannot work: s3://bucket/caches"):
+        configure(llama)
+
+
+def test_a_key_mapping_that_cannot_be_imported(llama: Path) -> None:
+    with pytest.raises(SettingsError, match=r"key_mapping"):
+        configure(llama, key_mapping="no_such_module:function")
+
+
 def test_what_the_engine_does_not_read_is_not_looked_at(llama: Path, tmp_path: Path) -> None:
     shutil.copytree(llama, tmp_path, dirs_exist_ok=True)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())

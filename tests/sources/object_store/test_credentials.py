@@ -127,7 +127,7 @@ class TestTheInstancesRole:
     @pytest.mark.parametrize("body", ["", "[]", "nonsense", '{"Code": "Failed"}', '{"AccessKeyId": "a"}'])
     def test_an_answer_that_is_no_credentials(self, body: str, on_instance: CredentialServices) -> None:
         on_instance.refuse = lambda asked: Refusal(200, body) if asked.path == f"{ROLES}the-role" else None
-        assert "no credentials were found: what was answered are no credentials" in failure()
+        assert "no credentials were found: the answer holds no credentials" in failure()
 
     def test_where_nothing_listens(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")

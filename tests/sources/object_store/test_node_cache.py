@@ -269,6 +269,7 @@ def test_an_object_that_changes_while_it_is_read_is_no_mixture(server: FaultServ
         load(options)
 
 
+@pytest.mark.timeout(2000)
 def test_seeded_rounds_of_kills_full_disks_and_changes_give_right_bytes(tmp_path: Path) -> None:
     directory = tmp_path / "cache"
     directory.mkdir()
