@@ -61,6 +61,7 @@ INSIDE_FUNCTIONS = {
     ("report/watchdog.py", "report.load_report"): "every process of an engine imports it, and few have a stall",
     ("report/watchdog.py", "report.reading.timeline"): "every process of an engine imports it, and few wait for ranks",
     ("report/watchdog.py", "report.slow_ranks"): "every process of an engine imports it, and few wait for ranks",
+    ("engines/sglang/format.py", "engines.common.cache_hooks"): "arguments are read before torch is imported",
     ("engines/sglang/format.py", "engines.common.model_files"): "arguments are read before torch is imported",
     ("engines/sglang/format.py", "engines.common.weights_uri"): "arguments are read before torch is imported",
     ("engines/sglang/format.py", "engines.sglang.loader"): "SGLang's loader, which it extends, is imported later",

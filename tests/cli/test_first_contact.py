@@ -62,6 +62,7 @@ def _without_a_shard(directory: Path) -> None:
 
 WEIGHTS = "model.safetensors"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 4976698672\n"
+WITHOUT_CUDA = " is built for CPUs only" if torch.version.cuda is None else ""
 UNKNOWN = "there is no such setting; did you mean"
 USAGES = {
     "a pointer of git-lfs": Usage(
@@ -266,7 +267,11 @@ def test_bytes_as_a_pods_limits_have_them() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 @pytest.mark.parametrize(
     ("device", "cause"),
-    [("cuda", "device = 'cuda': torch "), ("cuda:7", "device = 'cuda:7': torch "), ("gpu", "device = 'gpu': Expected")],
+    [
+        ("cuda", f"device = 'cuda': torch {torch.__version__}{WITHOUT_CUDA}"),
+        ("cuda:7", f"device = 'cuda:7': torch {torch.__version__}{WITHOUT_CUDA}"),
+        ("gpu", "device = 'gpu': Expected"),
+    ],
 )
 def test_a_device_that_is_not_there_is_told_before_anything_is_opened(device: str, cause: str) -> None:
     with pytest.raises(SettingsError, match=re.escape(cause)):

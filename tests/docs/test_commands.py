@@ -26,6 +26,7 @@ SERVE = ("tests/engines/vllm/test_serve.py", "test_a_llama_in_shards_answers_as_
 BUCKET = ("tests/engines/vllm/test_weights_uri.py", "test_a_server_answers_as_with_weights_on_disk")
 SGLANG = ("tests/engines/sglang/test_serve.py", "test_tokens_parameters_and_updates_are_as_with_sglangs_own_loader")
 CACHE = "tests/compile_cache/test_cli.py"
+REPORT = "tests/cli/test_report.py"
 SECURITY = ("tests/compile_cache/trust/test_security_doc.py", "test_replacing_a_key_without_a_miss")
 
 RUN_ELSEWHERE: dict[str, tuple[str, str]] = {
@@ -44,7 +45,13 @@ RUN_ELSEWHERE: dict[str, tuple[str, str]] = {
         "tests/cli/test_explain_load.py",
         "test_explain_load_says_what_a_rank_reads_and_reshard_writes_just_that",
     ),
-    "engine-loader bench read": ("tests/cli/test_bench.py", "test_a_person_sees_a_table_with_the_conditions"),
+    "engine-loader bench read": ("tests/cli/test_bench.py", "test_a_person_sees_a_table_with_the_conditions_or_a_page"),
+    "engine-loader report compare": (REPORT, "test_a_slower_phase_is_named_and_is_an_exit_status"),
+    "engine-loader report list": (REPORT, "test_starts_are_listed"),
+    "engine-loader report --json": (REPORT, "test_json_has_the_critical_path_and_the_advice"),
+    "engine-loader report --html": (REPORT, "test_a_trace_and_a_page_are_written"),
+    "engine-loader report --trace": (REPORT, "test_a_trace_and_a_page_are_written"),
+    "engine-loader report": (REPORT, "test_the_last_start_is_shown_with_its_waterfall_and_what_would_help"),
     "engine-loader doctor": ("tests/cli/test_doctor.py", "test_a_person_sees_marks_and_how_to_mend"),
     "engine-loader emulate-3fs": ("tests/examples/test_examples.py", "test_a_checkpoint_is_read_by_usrbio"),
     "engine-loader convert s3://": ("tests/conversion/test_convert.py", "test_a_prefix_of_an_object_store_is_a_source"),
@@ -129,6 +136,7 @@ def test_its_options_exist(command: Command) -> None:
     words = list(command.words[1:])
     while words and words[0] in getattr(node, "commands", {}):
         node = node.commands[words.pop(0)]
+    node = getattr(node, "commands", {}).get("show", node)  # of `report`, what is shown by default
     assert not hasattr(node, "commands"), f"{command} is not a command"
     known = {option for parameter in node.params for option in (*parameter.opts, *parameter.secondary_opts)}
     assert {word.partition("=")[0] for word in words if word.startswith("-")} <= known
