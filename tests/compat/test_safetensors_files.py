@@ -1,5 +1,6 @@
 """safe_open as transformers, diffusers and accelerate call it, alone and under from_pretrained."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ def test_load_file_reads_all(path: Path) -> None:
     assert all(torch.equal(loaded[name], tensor) for name, tensor in TENSORS.items())
 
 
+BLOCK = 128  # rows and columns of a weight that share a scale
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {**SMALL, "intermediate_size": 64, "num_key_value_heads": 2},
@@ -137,15 +139,45 @@ def test_under_from_pretrained(model: Path, opened: list[str]) -> None:
     assert transformers.modeling_utils.safe_open is safetensors.safe_open
 
 
+def quantised_llama(directory: Path) -> dict[str, torch.Tensor]:
+    """A tiny model with fine-grained FP8 weights in two shards; returns what its weights were before."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(
+        "llama", **{**CONFIGS["llama"], "hidden_size": 256, "intermediate_size": 256}
+    )
+    state = transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16).state_dict()
+    stored: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        stored[name] = tensor
+        if "_proj" in name:
+            blocks = tensor.float().unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK))
+            scales = blocks.abs().amax((1, 3)) / torch.finfo(torch.float8_e4m3fn).max
+            quantised = blocks / scales[:, None, :, None]
+            stored[name] = quantised.reshape(tensor.shape).to(torch.float8_e4m3fn)
+            stored[f"{name}_scale_inv"] = scales
+    names = list(stored)
+    files = {name: f"model-{1 + 2 * at // len(names):05}-of-00002.safetensors" for at, name in enumerate(names)}
+    for file in set(files.values()):
+        part = {name: stored[name] for name in names if files[name] == file}
+        save_file(part, directory / file, metadata={"format": "pt"})
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    quantisation = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
+    described = {**config.to_dict(), "architectures": ["LlamaForCausalLM"], "quantization_config": quantisation}
+    (directory / "config.json").write_text(json.dumps(described))
+    return state
+
+
 def test_quantised_weights_under_from_pretrained(tmp_path: Path, opened: list[str]) -> None:
-    """float8 weights with their scales, as fine-grained FP8 checkpoints have them, read by a state dict's names."""
-    weights = torch.randn(16, 16).to(torch.float8_e4m3fn)
-    save_file({"w": weights, "w_scale_inv": torch.ones(1, 1)}, tmp_path / "q.safetensors", metadata={"format": "pt"})
-    with engine_loader.replacing_safetensors():
-        loaded = transformers.modeling_utils.load_state_dict(str(tmp_path / "q.safetensors"))
-    assert opened == ["q.safetensors"]
-    assert torch.equal(loaded["w"].view(torch.uint8), weights.view(torch.uint8))
-    assert loaded["w_scale_inv"].tolist() == [[1.0]]
+    before = quantised_llama(tmp_path)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert opened == []
+    with engine_loader.replacing_safetensors("transformers"):
+        ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert set(opened) == {path.name for path in tmp_path.glob("*.safetensors")}
+    assert ours.keys() == plain.keys() == before.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in plain.items())
+    for name, tensor in before.items():  # on a CPU transformers multiplies by the scales
+        torch.testing.assert_close(ours[name], tensor, atol=0.01, rtol=0.1)
 
 
 def test_it_is_put_back_after_a_failure() -> None:
