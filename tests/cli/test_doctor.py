@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from engine_loader.cli.diagnosis import (
     cache_directories,
@@ -30,6 +31,7 @@ from engine_loader.machine import Memory, Mount
 from tests.cli.running import invoke, run
 from tests.support.checkpoints import checkpoint, entry
 from tests.support.moto_server import MotoServer
+from tests.support.training_checkpoints import save_training
 
 STATUSES = ("ok", "absent", "warn", "fail")
 
@@ -254,6 +256,28 @@ class TestSources:
         found = diagnose(env=env)
         assert found["loader.weights_uri"]["status"] == "fail"
         assert found["loader.cache_directory"]["status"] == "fail"
+
+    def test_a_model_is_read_by_the_backend_that_is_set(self, tmp_path: Path) -> None:
+        (tmp_path / "model.safetensors").write_bytes(checkpoint({"a": entry("U8", [16])}))
+        finding = diagnose(tmp_path, env={"ENGINE_LOADER_LOADER__BACKEND": "object_store"})[str(tmp_path)]
+        assert finding["status"] == "fail"
+        assert "this is not the URL of an object store" in finding["value"]
+
+    def test_files_of_ranks_are_told_by_the_pattern_that_is_set(self, tmp_path: Path) -> None:
+        for rank in range(2):
+            (tmp_path / f"mine-{rank}-0.safetensors").write_bytes(checkpoint({"a": entry("U8", [1 << 20])}))
+        env: dict[str, str | None] = {"ENGINE_LOADER_LOADER__SHARDED_PATTERN": "mine-{rank}-{part}.safetensors"}
+        finding = diagnose(tmp_path, env=env)[str(tmp_path)]
+        assert (finding["status"], finding["value"].partition("; ")[2]) == (
+            "ok",
+            "2 files of 2 ranks, 2.00 MiB, all have a sound header",
+        )
+
+    def test_a_training_checkpoint_is_a_model_too(self, tmp_path: Path) -> None:
+        save_training({"w": torch.zeros(4, 4)}, tmp_path / "step-1", "torch_save", prefix="")
+        finding = diagnose(tmp_path / "step-1")[str(tmp_path / "step-1")]
+        assert finding["status"] == "ok"
+        assert "a training checkpoint" in finding["value"]
 
     @pytest.mark.servers
     def test_objects_are_looked_at_where_they_are(self, monkeypatch: pytest.MonkeyPatch) -> None:

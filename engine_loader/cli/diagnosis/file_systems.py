@@ -10,8 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ...errors import CheckpointError, SettingsError
-from ...formats.hf_index import INDEX_NAME
-from ...loading.find import SafetensorsFiles, TrainingCheckpoint, find_checkpoint
+from ...loading.find import (
+    NoCheckpointError,
+    SafetensorsFiles,
+    ShardedState,
+    TrainingCheckpoint,
+    find_checkpoint,
+)
 from ...loading.shards import listed_files, open_files
 from ...machine import Mount, mount_of
 from ...report.load_report import human_bytes
@@ -166,63 +171,37 @@ def is_network(mount: Mount) -> bool:
 
 
 def _check(path: str) -> Iterator[Finding]:
-    if is_remote(path):
-        yield _check_remote(path)
-        return
-    mount = mount_of(path)
-    kind = f"{mount.kind} from {mount.source}" if mount else "an unknown file system"
-    if os.path.isdir(path) and not any(name.endswith((".safetensors", INDEX_NAME)) for name in os.listdir(path)):
-        yield Finding(
-            _AREA,
-            path,
-            "ok",
-            f"{kind}; no weights directly in this directory",
-            "give a model's directory to check reading",
-        )
-        return
-    try:
-        found = find_checkpoint(PosixSource(), path)
-        assert not isinstance(found, TrainingCheckpoint)  # it has files of safetensors
-        files, _ = listed_files(PosixSource(), found)
-        sizes = [_readable(file) for file in files]
-        with open_files(PosixSource(), SafetensorsFiles(tuple(files))):
-            pass  # their headers are read: a file that can be opened may be a pointer of git-lfs, or cut short
-    except CheckpointError as error:
-        yield Finding(
-            _AREA, path, "fail", str(error), "engine-loader inspect --check says what is wrong with a checkpoint"
-        )
-        return
-    count = len(files)
-    what = f"{kind}; {count} file{'' if count == 1 else 's'}, {human_bytes(sum(sizes))}, all have a sound header"
-    yield Finding(_AREA, path, "ok", what)
-    yield _direct(path, files[0], mount)
-    yield _read_mode(path, files[0])
-    yield from _usrbio(path, files[0])
-
-
-def _check_remote(path: str) -> Finding:
-    """Whether the objects of a checkpoint can be listed, opened, and have a sound header."""
     settings = load_settings().settings.loader
+    mount = None if is_remote(path) else mount_of(path)
+    where = "" if is_remote(path) else f"{mount.kind} from {mount.source}; " if mount else "an unknown file system; "
+    repair = "engine-loader inspect --check says what is wrong with a checkpoint"
     try:
         source = make_source(settings.backend, settings=settings)
         found = find_checkpoint(source, path, sharded_pattern=settings.sharded_pattern)
         if isinstance(found, TrainingCheckpoint):
-            return Finding(_AREA, path, "ok", f"a training checkpoint, listed by {source.name}")
+            yield Finding(_AREA, path, "ok", f"{where}a training checkpoint, listed by {source.name}")
+            return
         files, _ = listed_files(source, found)
+        # Their headers are read: a file that can be opened may be a pointer of git-lfs, or cut short.
         with open_files(source, SafetensorsFiles(tuple(files))) as opened:
             nbytes = sum(shard.file.size for shard in opened.files)
+    except NoCheckpointError as error:
+        if is_remote(path):
+            yield Finding(_AREA, path, "fail", str(error), repair)
+        else:
+            advice = "give a model's directory to check reading"
+            yield Finding(_AREA, path, "ok", f"{where}no weights directly in this directory", advice)
+        return
     except CheckpointError as error:
-        return Finding(
-            _AREA, path, "fail", str(error), "engine-loader inspect --check says what is wrong with a checkpoint"
-        )
-    count = f"{len(files)} object{'' if len(files) == 1 else 's'}"
-    return Finding(_AREA, path, "ok", f"{count}, {human_bytes(nbytes)}, all have a sound header")
-
-
-def _readable(path: str) -> int:
-    file = PosixSource().open(path)
-    file.close()
-    return file.size
+        yield Finding(_AREA, path, "fail", str(error), repair)
+        return
+    what = f"{len(files)} {'object' if is_remote(path) else 'file'}{'' if len(files) == 1 else 's'}"
+    ranks = f" of {len(found.shards)} ranks" if isinstance(found, ShardedState) else ""
+    yield Finding(_AREA, path, "ok", f"{where}{what}{ranks}, {human_bytes(nbytes)}, all have a sound header")
+    if not is_remote(path):
+        yield _direct(path, files[0], mount)
+        yield _read_mode(path, files[0])
+        yield from _usrbio(path, files[0])
 
 
 def _usrbio(path: str, file: str) -> Iterator[Finding]:
