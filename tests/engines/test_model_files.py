@@ -122,7 +122,7 @@ def test_a_start_without_the_store_takes_the_last_copy_and_says_so(
 
 
 @pytest.mark.parametrize(
-    ("url", "told"), [("s3://models/none", "there is no object"), ("s3://models/empty", "no model")]
+    ("url", "told"), [("s3://models/none", "there is no object"), ("s3://models/empty", "this is not a model")]
 )
 def test_what_is_no_model_is_refused(url: str, told: str, bucket: Bucket, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=told):

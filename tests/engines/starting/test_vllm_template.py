@@ -145,8 +145,9 @@ if late:
     from engine_loader.engines.starting.vllm_processes import _mend_inductor
     os.environ |= variables
     _mend_inductor()
-portable = config.save_config_portable(ignore_private_configs=False)
-print(json.dumps({name: repr(value) for name, value in portable.items()}, sort_keys=True))
+plain = (bool, int, float, str, list, tuple, dict, type(None))
+values = {name: repr(value) for name, value in config.get_config_copy().items() if isinstance(value, plain)}
+print(json.dumps(values, sort_keys=True))
 """
 
 
