@@ -181,6 +181,7 @@ def commands(place: Path) -> dict[str, tuple[str | Path, ...]]:
         "convert to dcp": ("convert", model, place / "dcp", "--to", "dcp"),
         "doctor": ("doctor", "--quick", model),
         "patch list": ("patch", "list"),
+        "report list": ("report", "list"),
         "info": ("compile-cache", "info", "--engine", "torch"),
         "list": ("compile-cache", "list"),
         "explain": ("compile-cache", "explain", "--engine", "torch"),

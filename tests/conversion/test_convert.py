@@ -206,7 +206,7 @@ def test_what_is_there_is_overwritten_only_when_asked_and_only_a_checkpoint(mode
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter").write_text("dear")
     for destination, told in (
-        (tmp_path / "home", "not overwritten, because it is no checkpoint"),
+        (tmp_path / "home", "not overwritten, because it is not a checkpoint"),
         (tmp_path / "home" / "letter", "this is a file"),
         (model, "source and destination are one"),
         (tmp_path, "one within the other"),
@@ -432,7 +432,7 @@ def test_a_type_may_be_given_by_its_name(name: str, model: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("dtype", ["bfloat17", "int8", "nn", torch.int8])
 def test_what_is_no_floating_point_type_is_refused(dtype: Any, model: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="no floating-point type"):
+    with pytest.raises(SettingsError, match="is not a floating-point type"):
         convert_checkpoint(str(model), str(tmp_path / "out"), dtype=dtype)
     assert not (tmp_path / "out").exists()
 

@@ -108,7 +108,7 @@ def test_a_conversion_takes_them_and_their_inverse_leads_back(path, tmp_path):
         ({"from": "a", "to": "b", "transpose": 1}, "transpose is 1"),
         ({"from": "a{", "to": "b"}, "is no name with"),
         ({"from": "a.{n}.{n}", "to": "b.{n}"}, "is no name with"),
-        ({"from": [], "to": "b"}, "is no name, and no list"),
+        ({"from": [], "to": "b"}, "is neither a name nor a list of names"),
         ("a", "it takes from, to"),
     ],
 )

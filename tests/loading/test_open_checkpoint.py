@@ -242,7 +242,7 @@ def test_an_empty_list_and_an_unknown_backend_are_refused():
 def test_a_wrong_device_opens_nothing(tmp_path):
     path = put(tmp_path / "w", checkpoint({"a": A}))
     before = open_resources()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(SettingsError, match="device = 'abacus'"):
         open_checkpoint(path, device="abacus")
     assert left_open(before) == []
 

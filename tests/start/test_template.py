@@ -210,8 +210,8 @@ def test_ctrl_c_reaches_the_children_and_the_template_outlives_it(tmp_path: Path
         assert spawned.begin(plan()) is None
         process, reader = start(["waits"])
         reader.recv()
-        say(ready=True)
         try:
+            say(ready=True)
             time.sleep(600)
         except KeyboardInterrupt:
             process.join()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ def digests(probe: Path) -> dict[str, dict[str, str]]:
 
 
 def loaded_lines(log: str) -> list[str]:
-    return [line for line in log.splitlines() if "b10_3fs: loaded" in line]
+    return [line for line in log.splitlines() if re.search(r"b10_3fs: (rank \d+ of \d+: )?loaded", line)]
 
 
 def said(version: str, program: str, *args: str | Path) -> Any:

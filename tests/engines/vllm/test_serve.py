@@ -47,7 +47,7 @@ def test_two_ranks_answer_as_one_and_restore_what_they_compiled(llama: Path, lla
     starts, ranks = 2, 2
     assert size < threefs.bytes_of_all - before < starts * (ranks + 0.5) * size
     assert "from usrbio" in cold.nodes[0].log
-    assert cold.nodes[0].log.count("b10_3fs: loaded") == 1
+    assert cold.nodes[0].log.count("b10_3fs: rank 0 of 2: loaded") == 1
     assert "of what 2 ranks share" in cold.nodes[0].log
     assert "saved AOT compiled function to" in cold.nodes[0].log
     assert "saved AOT compiled function to" not in restored.nodes[0].log

@@ -124,7 +124,8 @@ def test_what_a_stopped_rank_claimed_is_read_by_who_waits_and_it_ends_right_when
     environment = {"LD_PRELOAD": str(compile_shim(tmp_path)), "ENGINE_LOADER_FAULTS": str(words)}
     settings: dict[str, Any] = {"read_mode": "direct", "share": "auto", "share_timeout_s": 1.0}
     stopped = start(Options([str(path)], 0, 2, settings=settings, meet=2, fall=signal.SIGSTOP), environment)
-    waiting = start(Options([str(path)], 1, 2, settings=settings, meet=2), {})
+    # It pauses, so that the other one claims blocks, too.
+    waiting = start(Options([str(path)], 1, 2, settings=settings, meet=2, pause_s=0.5), {})
     try:
         for child in (stopped, waiting):
             go(child)
