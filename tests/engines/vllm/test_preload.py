@@ -50,4 +50,9 @@ def test_the_daemons_process_knows_the_format(llama: Path, tmp_path: Path) -> No
         process.join(60)
     finally:
         process.kill()
-    assert not differences(load_state(llama, "auto")[0], torch.load(target))
+    expected, found = ({**loaded} for loaded in (load_state(llama, "auto")[0], torch.load(target)))
+    assert expected.keys() == found.keys()
+    for name in [name for name in expected if name.endswith("cos_sin_cache")]:
+        # Computed, not loaded: the last bits of sines depend on the number of threads of a process.
+        torch.testing.assert_close(found.pop(name), expected.pop(name))
+    assert not differences(expected, found)
