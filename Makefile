@@ -118,8 +118,8 @@ test-sharing: venv  ## Ranks that share what they read: 500 rounds of killed, st
 test-surroundings: venv  ## Every command without a home, a name, room, descriptors or a compiler: each by itself
 	EXTENDED_TESTS=1 $(PY) -m pytest tests/cli/test_poor_surroundings.py $(ARGS)
 
-test-starts: venv  ## Starts by a template: 200 in a row of which a process is killed at a random moment
-	EXTENDED_TESTS=1 $(PY) -m pytest tests/start $(ARGS)
+test-starts: venv  ## Starts by a template: vLLM's state beside spawned processes; 200 in a row, some killed
+	EXTENDED_TESTS=1 $(PY) -m pytest tests/start tests/engines/starting $(ARGS)
 
 test-radosgw: venv  ## The tests of object stores on Ceph's S3 server (radosgw, ceph-mon, ceph-osd from the system)
 	S3_SERVER=radosgw $(PY) -m pytest tests/sources/object_store tests/dcp/s3 $(ARGS)

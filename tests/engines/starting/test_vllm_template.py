@@ -1,9 +1,10 @@
 """`vllm serve` whose engine and workers are forked from its template: what they are, beside spawned ones.
 
-Many starts in a row, without vLLM: make test-starts.
+The starts, and many in a row without vLLM: make test-starts.
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,7 @@ def differences(spawned: dict[str, Any], forked: dict[str, Any]) -> list[str]:
 
 @pytest.mark.engine
 @pytest.mark.slow
+@pytest.mark.skipif("EXTENDED_TESTS" not in os.environ, reason="two starts of vLLM: make test-starts")
 @pytest.mark.timeout(1800)
 def test_forked_processes_of_vllm_have_the_state_of_spawned_ones_and_answer_the_same(tmp_path: Path) -> None:
     model = make_model("llama", tmp_path / "llama", shards=2)
