@@ -52,6 +52,13 @@ def go(child: subprocess.Popen[str]) -> None:
     child.stdin.flush()
 
 
+def end(*children: subprocess.Popen[str]) -> None:
+    """Kill ranks that have not ended, and close their pipes."""
+    for child in children:
+        child.kill()
+        child.communicate()
+
+
 def load_together(ranks: list[Options]) -> list[dict[str, Any]]:
     """The answers of ranks that load at the same time, each in a process of its own."""
     children = [start(rank, {}) for rank in ranks]
@@ -63,9 +70,7 @@ def load_together(ranks: list[Options]) -> list[dict[str, Any]]:
             out, _ = child.communicate(timeout=120)
             answers.append(json.loads(out))
     finally:
-        for child in children:
-            child.kill()
-            child.communicate()
+        end(*children)
     return answers
 
 
@@ -113,9 +118,7 @@ def test_what_a_rank_claimed_that_dies_is_read_by_who_waits(tmp_path: Path, plac
         first.kill()
         found = json.loads(second.communicate(timeout=120)[0])
     finally:
-        for child in (first, second):
-            child.kill()
-            child.communicate()
+        end(first, second)
     assert found["taken_over"] > 0
     assert found["sums"] == sums_of(path, 2)[1]
 
@@ -141,9 +144,7 @@ def test_what_a_stopped_rank_claimed_is_read_by_who_waits_and_it_ends_right_when
         stopped.send_signal(signal.SIGCONT)
         late = json.loads(stopped.communicate(timeout=120)[0])
     finally:
-        for child in (stopped, waiting):
-            child.kill()
-            child.communicate()
+        end(stopped, waiting)
     assert found["taken_over"] > 0
     assert found["longest_wait_ns"] / 1e9 >= settings["share_timeout_s"]
     assert [late["sums"], found["sums"]] == sums_of(path, 2)
