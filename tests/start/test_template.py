@@ -30,6 +30,11 @@ def state():
         "comm": open("/proc/self/comm").read().strip(), "stdin": os.readlink("/proc/self/fd/0"),
     }
 
+def idle():
+    # In steps: a signal that comes just before a sleep begins does not end it.
+    while True:
+        time.sleep(0.05)
+
 def worker(connection, lock, end):
     import atexit
     atexit.register(print, "worker's exit", flush=True)
@@ -40,7 +45,7 @@ def worker(connection, lock, end):
     if end == "raises":
         raise ValueError("a worker that fails")
     if end == "waits":
-        time.sleep(600)
+        idle()
     if end == "linked":
         wait([multiprocessing.parent_process().sentinel])
     sys.exit({"seven": 7}.get(end, 0))
@@ -64,7 +69,7 @@ def engine(connection, ends):
         kinds.append(type(process._popen).__name__)
     connection.send((state(), states, codes, kinds))
     if "waits" in ends:
-        time.sleep(600)
+        idle()
     if "linked" in ends:
         wait([multiprocessing.parent_process().sentinel])
 
@@ -192,7 +197,7 @@ def test_no_process_of_a_start_that_is_killed_stays(tmp_path: Path) -> None:
         assert spawned.begin(plan()) is None
         process, reader = start(["zero", "waits"])
         say(pid=process.pid, worker=reader.recv()[1][1]["pid"])
-        time.sleep(600)
+        idle()
     """
     process = begin(tmp_path, body)
     said = first_said(process)
@@ -212,7 +217,7 @@ def test_ctrl_c_reaches_the_children_and_the_template_outlives_it(tmp_path: Path
         reader.recv()
         try:
             say(ready=True)
-            time.sleep(600)
+            idle()
         except KeyboardInterrupt:
             process.join()
             say(code=process.exitcode)
