@@ -4,6 +4,7 @@ import os
 import random
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from engine_loader.compile_cache.directories import INDUCTOR, TRITON
 from engine_loader.compile_cache.key import CacheKey
@@ -14,6 +15,7 @@ from engine_loader.compile_cache.process.save import save
 from engine_loader.compile_cache.stores.filesystem import FilesystemStore
 from engine_loader.compile_cache.stores.interface import Store, Stored
 from engine_loader.compile_cache.trust import Trust
+from engine_loader.settings import CompileCacheSettings
 
 KEY = CacheKey((("torch", "2.13.0"), ("cuda", "13.0")), "model_tp1")
 OTHER_KEY = CacheKey((("torch", "2.12.0"), ("cuda", "13.0")), "model_tp1")
@@ -74,3 +76,24 @@ def unfinished(store: Store) -> list[Stored]:
 
 def some_bytes(size: int, seed: int = 0) -> bytes:
     return random.Random(seed).randbytes(size)
+
+
+class EngineNode:
+    """A machine, and the settings of an engine there, which trusts whoever writes into its store.
+
+    Args:
+        settings: of the compile cache besides.
+    """
+
+    def __init__(self, machine: Machine, **settings: Any) -> None:
+        self.machine = machine
+        self.settings = CompileCacheSettings(
+            directory=str(machine.store.directory),
+            trust="anyone",
+            min_store_free_bytes=0,
+            min_local_free_bytes=0,
+            **settings,
+        )
+
+    def directories(self) -> dict[str, str]:
+        return {name: str(path) for name, path in self.machine.directories.items()}

@@ -20,8 +20,7 @@ from engine_loader.compile_cache.process.outcome import Outcome
 from engine_loader.compile_cache.retention import Pruned
 from engine_loader.compile_cache.unpacking.missing import missing_files
 from engine_loader.compile_cache.upkeep.quarantine import find_pack, quarantine, release, repair
-from engine_loader.settings import CompileCacheSettings
-from tests.compile_cache.support import KEY, SECRET, Machine, some_bytes
+from tests.compile_cache.support import KEY, SECRET, EngineNode, Machine, some_bytes
 
 LARGE = 9 << 20  # a file of this size has a frame of its own
 
@@ -202,22 +201,9 @@ def failing(
     opens, opens_for_manifest = 0, opens
 
 
-class Node:
-    """A machine with the settings and jobs of an engine."""
-
-    def __init__(self, machine: Machine, **settings: Any) -> None:
-        self.machine = machine
-        self.settings = CompileCacheSettings(
-            directory=str(machine.store.directory),
-            trust="anyone",
-            min_store_free_bytes=0,
-            min_local_free_bytes=0,
-            **settings,
-        )
-
+class Node(EngineNode):
     def perform(self, action: Any) -> Outcome:
-        directories = {name: str(path) for name, path in self.machine.directories.items()}
-        return perform(Job(action, "torch", KEY, directories), self.settings)
+        return perform(Job(action, "torch", KEY, self.directories()), self.settings)
 
 
 @pytest.fixture

@@ -19,8 +19,7 @@ from engine_loader.compile_cache.process.outcome import Outcome
 from engine_loader.compile_cache.process.trials import EngineProcess, begin_trial, end_trial, engine_lock, failed_trials
 from engine_loader.compile_cache.process.use import note_use
 from engine_loader.compile_cache.trust import Trust
-from engine_loader.settings import CompileCacheSettings
-from tests.compile_cache.support import KEY, OTHER_KEY, Machine
+from tests.compile_cache.support import KEY, OTHER_KEY, EngineNode, Machine
 
 KERNEL = f"triton/{'A' * 52}/kernel.cubin"
 GROUP = f"triton/{'A' * 52}/__grp__kernel.json"
@@ -40,17 +39,7 @@ class Engine:
         self.process.stdin.close()
 
 
-class Node:
-    def __init__(self, machine: Machine, **settings: Any) -> None:
-        self.machine = machine
-        self.settings = CompileCacheSettings(
-            directory=str(machine.store.directory),
-            trust="anyone",
-            min_store_free_bytes=0,
-            min_local_free_bytes=0,
-            **settings,
-        )
-
+class Node(EngineNode):
     @property
     def home(self) -> Path:
         return next(iter(self.machine.directories.values()))
@@ -65,9 +54,6 @@ class Node:
 
     def save(self, since_ns: int = 0) -> Outcome:
         return perform(Job("save", "torch", KEY, self.directories(), since_ns=since_ns), self.settings)
-
-    def directories(self) -> dict[str, str]:
-        return {name: str(path) for name, path in self.machine.directories.items()}
 
     def suspects(self) -> list[str]:
         return [entry.name for entry in self.machine.store.entries(KEY.prefix) if entry.kind == "suspect"]

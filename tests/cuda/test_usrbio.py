@@ -14,7 +14,7 @@ from engine_loader.sources.threefs.threefs_source import ThreeFsOptions, ThreeFs
 from engine_loader.transfer.device_stream import DeviceStream
 from engine_loader.transfer.native.native_readers import NativeReaders
 from engine_loader.transfer.plan import make_extents
-from tests.support.threefs import clean_emulator
+from tests.support.threefs import machine_with_3fs
 
 from .standin_devices import StandIn, StandInDevices
 
@@ -25,10 +25,7 @@ CONTENT = np.random.default_rng(7).bytes(5 * MIB + 12345)
 
 @pytest.fixture
 def path(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    with clean_emulator() as running:
-        monkeypatch.setenv("HF3FS_LIB_DIR", running.lib_dir)
-        monkeypatch.setenv("HF3FS_EMULATOR_MOUNT", str(running.mount))
-        monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
+    with machine_with_3fs(monkeypatch) as running:
         path = running.mount / "model.bin"
         path.write_bytes(CONTENT)
         yield path

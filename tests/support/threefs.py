@@ -164,6 +164,16 @@ def clean_emulator() -> Iterator[Emulator]:
     assert left_open(before) == []
 
 
+@contextmanager
+def machine_with_3fs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
+    """A clean emulator as the 3FS of this machine, which this process and those that it starts find by themselves."""
+    with clean_emulator() as running:
+        monkeypatch.setenv("HF3FS_LIB_DIR", running.lib_dir)
+        monkeypatch.setenv("HF3FS_EMULATOR_MOUNT", str(running.mount))
+        monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
+        yield running
+
+
 @dataclass(frozen=True)
 class SanitizedEmulator:
     """An emulator compiled with sanitizers, for programs that are, too.

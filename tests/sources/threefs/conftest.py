@@ -13,7 +13,7 @@ from engine_loader.transfer.native.native_readers import NativeReaders
 from engine_loader.transfer.plan import make_extents
 from engine_loader.transfer.protocol import ReaderThreads
 from engine_loader.transfer.python.python_readers import PythonReaders
-from tests.support.threefs import Emulator, clean_emulator
+from tests.support.threefs import Emulator, machine_with_3fs
 
 KIB, MIB = 1 << 10, 1 << 20
 BINDING = Path(__file__).parent / "binding"
@@ -57,10 +57,7 @@ MakeReader = Callable[..., Reader]
 
 @pytest.fixture
 def emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
-    with clean_emulator() as running:
-        monkeypatch.setenv("HF3FS_LIB_DIR", running.lib_dir)
-        monkeypatch.setenv("HF3FS_EMULATOR_MOUNT", str(running.mount))
-        monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
+    with machine_with_3fs(monkeypatch) as running:
         yield running
 
 
