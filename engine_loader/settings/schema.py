@@ -368,7 +368,7 @@ class StartSettings(SettingsGroup):
     """How an engine's start goes faster (``start:`` in the YAML file)."""
 
     template: Literal["auto", "on", "off"] = Field(
-        default="off",
+        default="auto",
         description="Whether the engine process and the workers of `vllm serve` are forked from a copy of its first "
         "process, made before anything runs there, so that one import serves all: auto where that is tested (CPU), on "
         "also beside accelerators, off: each imports for itself.",

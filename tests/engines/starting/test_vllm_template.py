@@ -121,6 +121,7 @@ BEFORE = {"OMP_NUM_THREADS": "2", "COLOUR": "red"}
     [
         ({}, None),
         ({"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1", "GOMP_CPU_AFFINITY": "1"}, None),
+        ({"_ENGINE_LOADER_CACHE_STARTED": "{}", "TORCHINDUCTOR_CACHE_DIR": "/caches/inductor"}, None),
         ({"GOMP_CPU_AFFINITY": "0 1"}, "libgomp binds its threads when it is loaded (GOMP_CPU_AFFINITY=0 1)"),
         ({"COLOUR": "green", "ZZ": "1"}, "what was imported may have read COLOUR, ZZ before it was changed"),
         ({"LD_PRELOAD": "/lib/libtcmalloc.so.4"}, "LD_PRELOAD names /lib/libtcmalloc.so.4"),
