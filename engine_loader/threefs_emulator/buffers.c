@@ -83,6 +83,7 @@ static int create(struct hf3fs_iov *iov, const char *mount, size_t size, size_t 
     if (getrandom(iov->id, sizeof iov->id, 0) != sizeof iov->id) return -EIO;
     uuid_text(iov->id, text);
     snprintf(name, sizeof name, "/hf3fs-iov-%s", text);
+    note_memory(name);
     const int fd = shm_open(name, O_RDWR | O_CREAT | O_EXCL, 0666);
     if (fd < 0) return -EIO;
     struct buffer *buffer = NULL;
@@ -105,7 +106,7 @@ static int create(struct hf3fs_iov *iov, const char *mount, size_t size, size_t 
     close(fd);
     if (buffer == NULL) {
         if (base != NULL) munmap(base, size);
-        shm_unlink(name);
+        unlink_memory(name);
         return error != 0 ? error : -ENOMEM;
     }
     iov->base = base;
@@ -152,7 +153,7 @@ void hf3fs_iovunlink(struct hf3fs_iov *iov) {
     if (iov == NULL || iov->iovh == NULL) return;
     lock();
     struct buffer *buffer = iov->iovh;
-    if (buffer->shm_name[0] != '\0') shm_unlink(buffer->shm_name);
+    if (buffer->shm_name[0] != '\0') unlink_memory(buffer->shm_name);
     buffer->shm_name[0] = '\0';
     unlock();
 }

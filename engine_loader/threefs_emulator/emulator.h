@@ -165,6 +165,9 @@ ssize_t mounted_readlink(const char *path, char *target, size_t capacity);
 int mounted_open(const char *path, int flags, unsigned mode);
 int mounted_close(int fd);
 void hold_mount(const char *mount);
+/* Shared memory gets a name, or has lost it: a sweep removes what a process had not unlinked when it ended. */
+void note_memory(const char *name);
+void unlink_memory(const char *name);
 void forget_handles(void);
 
 /* daemon.c: with the lock held */

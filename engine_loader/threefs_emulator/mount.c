@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -72,6 +73,22 @@ static void forget(const char *name) {
 }
 
 static bool is_handle_record(const char *name) { return strncmp(name, "handle.", 7) == 0; }
+static bool is_memory_record(const char *name) { return strncmp(name, "memory.", 7) == 0; }
+
+static void memory_record(char *record, const char *name) { snprintf(record, 96, "memory.%d.%s", (int)getpid(), name + 1); }
+
+void note_memory(const char *name) {
+    char record[96];
+    memory_record(record, name);
+    note(record);
+}
+
+void unlink_memory(const char *name) {
+    char record[96];
+    shm_unlink(name);
+    memory_record(record, name);
+    forget(record);
+}
 
 /* Calls `visit` with the name of each record; they are listed first, because the visits remove some. */
 static void for_each_record(void (*visit)(const char *name, long thread), long thread) {
@@ -87,7 +104,7 @@ static void for_each_record(void (*visit)(const char *name, long thread), long t
 }
 
 static void remove_link_of(const char *name, long thread) {
-    if (is_handle_record(name) || noted(name) != thread) return;
+    if (is_handle_record(name) || is_memory_record(name) || noted(name) != thread) return;
     char path[2 * PATH_MAX];
     snprintf(path, sizeof path, "%s/3fs-virt/iovs/%s", emulator.options.mount, name);
     syscall(SYS_unlinkat, AT_FDCWD, path, 0);
@@ -158,12 +175,21 @@ void hold_mount(const char *mount) {
     if (first) mounted_open(path, O_RDONLY | O_DIRECTORY, 0); /* stays open, and without O_CLOEXEC, as in the real library */
 }
 
+static bool has_ended(const char *pid) { return kill((pid_t)atol(pid), 0) != 0 && errno == ESRCH; }
+
 static void release_if_ended(const char *name, long unused) {
     (void)unused;
-    if (is_handle_record(name) && kill((pid_t)atol(name + 7), 0) != 0 && errno == ESRCH) release(name);
+    if (is_handle_record(name) && has_ended(name + 7)) release(name);
+    if (is_memory_record(name) && has_ended(name + 7)) {
+        char of_memory[96];
+        snprintf(of_memory, sizeof of_memory, "/%s", strchr(name + 7, '.') + 1);
+        shm_unlink(of_memory);
+        forget(name);
+    }
 }
 
-/* The kernel closes the handles of processes that have ended. */
+/* The kernel closes the handles of processes that have ended. The memory that they had not unlinked yet stays with the
+ * real library and daemon; here it goes, so that who tries this leaves nothing. */
 void hf3fs_emulator_sweep(void) { for_each_record(release_if_ended, 0); }
 
 int hf3fs_emulator_symlink(const char *target, const char *link) { return mounted_symlink(target, link); }

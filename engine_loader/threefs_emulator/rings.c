@@ -42,6 +42,7 @@ static int register_ring(struct hf3fs_ior *ior) {
     if (getrandom(of_memory, sizeof of_memory, 0) != sizeof of_memory) return -EIO;
     uuid_text(of_memory, text);
     snprintf(name, sizeof name, "/hf3fs-iov-%s", text);
+    note_memory(name);
     const int fd = shm_open(name, O_RDWR | O_CREAT | O_EXCL, 0666);
     if (fd < 0) return -EIO;
     int error = ftruncate(fd, (off_t)ior->iov.size) == 0 ? 0 : -EIO;
@@ -52,7 +53,7 @@ static int register_ring(struct hf3fs_ior *ior) {
     snprintf(target, sizeof target, "/dev/shm%s", name);
     hold_mount(ior->mount_point);
     if (error == 0 && mounted_symlink(target, link) != 0) error = -errno;
-    shm_unlink(name);
+    unlink_memory(name);
     if (error != 0 && memory != MAP_FAILED) munmap(memory, ior->iov.size);
     if (error == 0) ior->iov.base = memory;
     return error;

@@ -1,6 +1,7 @@
 """``engine-loader bench read``: what is printed, and that it is true."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -100,15 +101,13 @@ def test_a_person_sees_a_table_with_the_conditions_or_a_page(model: Path) -> Non
 
 
 def test_cold_reads_are_not_claimed_where_files_cannot_be_dropped(tmp_path: Path) -> None:
-    memory = Path("/dev/shm")
-    if not memory.is_dir():
-        pytest.skip("no tmpfs here")
-    file = memory / f"{tmp_path.name}-{id(tmp_path)}.safetensors"
-    file.write_bytes(checkpoint({"a": entry("U8", [1 << 20])}))
-    try:
+    memory = os.memfd_create("not-to-be-dropped")  # it goes with this process, however that ends
+    with os.fdopen(memory, "wb") as content:
+        content.write(checkpoint({"a": entry("U8", [1 << 20])}))
+        content.flush()
+        file = tmp_path / "model.safetensors"
+        file.symlink_to(f"/proc/{os.getpid()}/fd/{memory}")
         found = measured("--no-peers", "--cold", file)
-    finally:
-        file.unlink()
     warning = found["warnings"][0]
     assert warning.startswith("100% of the files stayed in the page cache, so these are not cold reads")
 

@@ -1,8 +1,10 @@
 """The 3FS emulator for tests: built once, loaded into this process, its faults set and its counters read."""
 
+import atexit
 import ctypes
 import gc
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -67,19 +69,11 @@ class Emulator:
         return int.from_bytes((self.mount / "3fs-virt" / ".daemon" / ".link").read_bytes()[8:16], "little")
 
     def sweep(self) -> None:
-        """What the daemon does when the kernel has closed the descriptors of processes that ended."""
-        self._calls.hf3fs_emulator_sweep()
+        """What the daemon does when the kernel has closed the descriptors of processes that ended.
 
-    def remove_unlinked(self) -> None:
-        """Remove shared memory of the library's that no process uses.
-
-        The library makes memory, a link to it, and lets go of the memory's name, one after the other. A process that
-        ends in between leaves memory that no link names: the daemon never heard of it, nobody can tell whose it was.
+        It also removes the memory that these had not unlinked yet, which stays where the daemon is a real one.
         """
-        new = _shared_memory() - self._shared_before
-        for name in new - _used_by_others():
-            if name.startswith(OF_THE_LIBRARY):
-                Path("/dev/shm", name).unlink(missing_ok=True)
+        self._calls.hf3fs_emulator_sweep()
 
     def links(self) -> list[str]:
         """The names of the buffers and rings that the daemon knows."""
@@ -146,7 +140,16 @@ def emulator() -> Emulator:
     directory = Path(tempfile.mkdtemp(prefix="3fs-emulator-")).resolve()
     mount = directory / "mount"
     mount.mkdir()
-    return Emulator(build_emulator(directory / "lib"), mount)
+    running = Emulator(build_emulator(directory / "lib"), mount)
+    atexit.register(_remove, running, directory, os.getpid())
+    return running
+
+
+def _remove(running: Emulator, directory: Path, owner: int) -> None:
+    """At the end of the process that made it, not of its forks; what it started and killed leaves nothing, either."""
+    if os.getpid() == owner:
+        running.sweep()
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from engine_loader.sources.threefs.rings import Ioring, _Ior
-from tests.support.threefs import Emulator
+from tests.support.threefs import OF_THE_LIBRARY, Emulator
 from tests.support.waiting import any_try, wait_for
 
 from .driving import A_MOMENT, KIB, SOON, ContentFile, buffer, opened, read, ring
@@ -185,6 +185,39 @@ def test_after_a_crash_the_daemon_forgets_what_the_threads_with_a_handle_made(
     assert len(links) == left, "the library holds the directory by the first ring's thread only"
 
 
+_MAKES_MEMORY = """
+import ctypes, os
+from pathlib import Path
+from engine_loader.sources.threefs.shared_library import load_library
+library = load_library(Path(os.environ["HF3FS_LIB_DIR"]) / "libhf3fs_api_shared.so")
+os.write(1, b"makes it\\n")
+iov = ctypes.create_string_buffer(312)
+size = ctypes.c_size_t(4096)
+library.calls.hf3fs_iovcreate(iov, os.environ["HF3FS_EMULATOR_MOUNT"].encode(), size, ctypes.c_size_t(0), -1)
+"""
+
+
+def test_memory_that_a_killed_process_had_not_linked_yet_is_there_until_a_sweep(emulator: Emulator) -> None:
+    environment = {**os.environ, **emulator.environment("mount_hang=1")}
+    command = [sys.executable, "-c", _MAKES_MEMORY]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as child:
+        try:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "makes it\n"
+            records = emulator.mount / "3fs-virt" / ".daemon"
+            wait_for(lambda: list(records.glob(f"memory.{child.pid}.*")))
+            (record,) = records.glob(f"memory.{child.pid}.*")
+            memory = Path("/dev/shm") / record.name.partition(f"{child.pid}.")[2]
+            wait_for(memory.exists)
+            emulator.sweep()
+            assert memory.exists(), "its process lives"
+        finally:
+            child.send_signal(signal.SIGKILL)
+    assert (memory.exists(), memory.name.startswith(OF_THE_LIBRARY), emulator.links()) == (True, True, [])
+    emulator.sweep()
+    assert not memory.exists()
+
+
 def test_a_daemon_in_another_pid_namespace_forgets_everybody(emulator: Emulator) -> None:
     with _client(emulator, "other_pid_namespace=1", "own-handle"):
         assert len(emulator.links()) == 2
@@ -282,7 +315,7 @@ def test_processes_share_the_link(emulator: Emulator, tmp_path: Path) -> None:
 import os, sys
 from pathlib import Path
 from tests.threefs_emulator.driving import read
-from tests.support.threefs import Emulator
+from tests.support.threefs import OF_THE_LIBRARY, Emulator
 one = Emulator(Path(os.environ["HF3FS_LIB_DIR"]) / "libhf3fs_api_shared.so", Path(os.environ["HF3FS_EMULATOR_MOUNT"]))
 one.set("bandwidth=100000000,shared_link=1")
 read(one, one.mount / "file", 0, 1 << 20)

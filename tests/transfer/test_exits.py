@@ -31,6 +31,5 @@ def test_reads_in_flight_do_not_change_how_a_process_ends(kind: str, tmp_path: P
         finally:
             emulator.sweep()  # as the daemon does for those that ended at once; and the next start:
             remove_dead()
-            emulator.remove_unlinked()
             path.unlink()
     assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr

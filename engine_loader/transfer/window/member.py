@@ -37,6 +37,10 @@ _MOST_AHEAD = 64 << 20
 """What the ranks of a machine read into the window at once is of the order of this, each a part."""
 _MOST_REQUESTS = 64
 """So many blocks the ranks of a machine ask an object store for at once."""
+_LEAST_AHEAD = 4
+_SHARE_AHEAD = 32
+"""Together they ask for this part of all files at most: requests that share a link end together, and with the last ones
+nothing is left to come while every rank copies them."""
 _JOIN_S = 1.0
 
 
@@ -97,9 +101,10 @@ class WindowMember:
         self._threads: list[threading.Thread] = []
         native = isinstance(readers, NativeReaders)
         if native:
-            ahead = max(4, _MOST_AHEAD // SLOT_BYTES // ranks)
+            ahead = max(_LEAST_AHEAD, _MOST_AHEAD // SLOT_BYTES // ranks)
         else:
-            ahead = min(readers.threads, max(4, _MOST_REQUESTS // ranks))
+            blocks = min(_MOST_REQUESTS, sum(file.size for file in files) // SLOT_BYTES // _SHARE_AHEAD)
+            ahead = min(readers.threads, max(_LEAST_AHEAD, blocks // ranks))
         keys = np.array([key for key in map(self._key, files) if key is not None], np.uint64)
         config = WindowConfig(
             struct_bytes=ctypes.sizeof(WindowConfig),
@@ -202,15 +207,19 @@ class WindowMember:
     def _read_for_all(self) -> None:
         read = WindowRead()
         handle = self._handle
+        # By way of memory of its own, used again until a read has failed: one that is given up may write there later.
+        memory: npt.NDArray[np.uint8] | None = None
         while (result := self._library.el_window_next_read(handle, SLICE_MS, read)) in (OK, TIMEOUT):
-            if result == OK:
-                complete = self._read_block(read)
-                self._library.el_window_answer(handle, read.number, complete)
+            if result != OK:
+                continue
+            memory = np.empty(SLOT_BYTES, np.uint8) if memory is None else memory
+            complete = self._read_block(read, memory)
+            memory = memory if complete else None
+            self._library.el_window_answer(handle, read.number, complete)
 
-    def _read_block(self, read: WindowRead) -> bool:
+    def _read_block(self, read: WindowRead, memory: npt.NDArray[np.uint8]) -> bool:
         """Read a block into the window; False where it cannot be read: this rank tries its own part again then."""
-        # By way of memory of its own: a read that is given up may write there later.
-        content = np.empty(read.bytes, np.uint8)
+        content = memory[: read.bytes]
         rows = make_extents([extent(0, read.offset, read.bytes, content.ctypes.data)])
         try:
             self._readers.submit([self._files[read.file]], rows, owner=content).wait()

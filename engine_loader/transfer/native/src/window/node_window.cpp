@@ -6,8 +6,6 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 
-#include "threads/sync.h"
-
 namespace el {
 namespace {
 
@@ -143,9 +141,14 @@ int NodeWindow::enter() {
         member.wants_room = 0;
         member.delivered.store(0);
         member.heard = now_ns();
-        member.interest = Interest{};
+        member.interest = declared_;
+        member.most.store(0);
         member.number.store(++header_->numbers);
         entered_ = true;
+        const uint32_t present = members();
+        for (WindowMember &each : header_->members) {
+            if (each.number.load() != 0 && each.most.load() < present) each.most.store(present);
+        }
         return 0;
     }
     return EUSERS;
@@ -157,10 +160,7 @@ void NodeWindow::leave() {
     WindowMember &member = header_->members[member_];
     {
         Hold hold(*this);
-        if (hold) {
-            bury(member_);
-            member.number.store(0);
-        }
+        if (hold) forget_member(member_);
     }
     // Without the lock the others find out by this one, as if the process had died.
     pthread_mutex_unlock(&member.alive);
@@ -171,23 +171,6 @@ WindowSlot *NodeWindow::find(const BlockKey &key) {
         if (holds_block(slots_[i].state.load()) && slots_[i].key == key) return &slots_[i];
     }
     return nullptr;
-}
-
-void NodeWindow::declare(const uint64_t (*files)[2], uint32_t n) {
-    Hold hold(*this);
-    Interest &interest = header_->members[member_].interest;
-    for (uint32_t i = 0; hold && i < n; i++) Interest::set(interest.declared, files[i], true);
-}
-
-// Bits of the members that are there. Who has asked for nothing for long keeps no memory from others.
-uint64_t NodeWindow::active_members() const {
-    const int64_t since = now_ns() - patience_ns_;
-    uint64_t active = 0;
-    for (uint32_t i = 0; i < kMembers; i++) {
-        const WindowMember &member = header_->members[i];
-        if (member.number.load() != 0 && member.heard >= since) active |= uint64_t{1} << i;
-    }
-    return active;
 }
 
 // The first free slot, so that no more memory is touched than is needed; else, of those that nobody here wants any more,
@@ -203,7 +186,8 @@ WindowSlot *NodeWindow::room(bool &behind) {
         if (oldest != nullptr && slot.finished >= oldest->finished) continue;
         if (active == 0) active = active_members() | bit();
         const uint64_t wanted = wanted_by(slot, active);
-        behind |= (wanted & bit()) != 0;
+        // What it waits for already it will have had soon, whatever comes of this block.
+        behind |= (wanted & ~slot.waiting & bit()) != 0;
         if (wanted == 0) oldest = &slot;
     }
     if (oldest != nullptr) {
@@ -238,6 +222,7 @@ Got NodeWindow::want(const BlockKey &key, uint32_t expected, bool again, Claim &
     member.heard = now_ns();
     if (!again) member.interest.come_to(key);
     if (WindowSlot *found = find(key)) {
+        member.interest.go_on_after(key);
         claim = Claim{static_cast<uint32_t>(found - slots_), found->claim.load()};
         if (found->state.load() == SlotState::ready) {
             found->pinned |= bit();
@@ -249,7 +234,13 @@ Got NodeWindow::want(const BlockKey &key, uint32_t expected, bool again, Claim &
     }
     bool behind = false;
     WindowSlot *slot = room(behind);
-    if (slot == nullptr) return behind ? Got::behind : Got::full;
+    const bool waits = slot == nullptr && !behind && may_get_room();
+    if (!waits) {
+        member.interest.go_on_after(key);
+    } else if (!again) {
+        member.interest.wait_at(key);  // else it makes room, when another has read it, before this one has seen it
+    }
+    if (slot == nullptr) return waits ? Got::full : Got::behind;
     slot->key = key;
     slot->owner = member_;
     slot->claim.store(++header_->claims);
@@ -360,6 +351,13 @@ void NodeWindow::bury(uint32_t member) {
     header_->members[member].wants_room = 0;
 }
 
+// Who waits for room looks again: nothing waits for this member any more.
+void NodeWindow::forget_member(uint32_t member) {
+    bury(member);
+    header_->members[member].number.store(0);
+    ring_for_room();
+}
+
 uint32_t NodeWindow::sweep() {
     Hold hold(*this);
     if (!hold) return 0;
@@ -372,23 +370,15 @@ uint32_t NodeWindow::sweep() {
         if (error == EBUSY) continue;
         if (error == EOWNERDEAD) error = pthread_mutex_consistent(&member.alive);
         if (error == 0) pthread_mutex_unlock(&member.alive);
-        bury(i);
-        member.number.store(0);
+        forget_member(i);
         dead++;
     }
-    if (dead != 0) ring_for_room();
     return dead;
 }
 
 void NodeWindow::want_room(bool wanted) {
     Hold hold(*this);
     if (hold) header_->members[member_].wants_room = wanted;
-}
-
-uint32_t NodeWindow::members() {
-    uint32_t n = 0;
-    for (const WindowMember &member : header_->members) n += member.number.load() != 0;
-    return n;
 }
 
 char *NodeWindow::for_writing(uint32_t slot) {

@@ -9,11 +9,12 @@
 #include <string.h>
 
 #include "threads/bell.h"
+#include "threads/sync.h"
 
 namespace el {
 
 constexpr uint32_t kMembers = 64;
-constexpr uint64_t kWindowMagic = 0x31776f646e69776cULL;  // changes with the layout: others make a window of their own
+constexpr uint64_t kWindowMagic = 0x32776f646e69776cULL;  // changes with the layout: others make a window of their own
 constexpr uint64_t kWindowAlign = 4096;                   // O_DIRECT wants it
 
 // Which bytes a block has: a file as it is now (its device, number, size and time, hashed), and where in it.
@@ -55,13 +56,16 @@ struct Interest {
     uint64_t declared[kBits / 64];
     uint64_t passed[kBits / 64];
     uint64_t file[2];  // that it reads now
-    uint64_t offset;   // of the last block that it came to
+    uint64_t from;     // what begins there or later in that file it has still to come to
 
     static bool has(const uint64_t *bits, const uint64_t *file) { return bits[file[0] % kBits / 64] >> file[0] % 64 & 1; }
     static void set(uint64_t *bits, const uint64_t *file, bool value) {
         uint64_t &word = bits[file[0] % kBits / 64];
         const uint64_t bit = uint64_t{1} << file[0] % 64;
         word = value ? word | bit : word & ~bit;
+    }
+    void declare(const uint64_t (*files)[2], uint32_t n) {
+        for (uint32_t i = 0; i < n; i++) set(declared, files[i], true);
     }
     bool is_at(const BlockKey &key) const { return file[0] == key.file[0] && file[1] == key.file[1]; }
     void come_to(const BlockKey &key) {
@@ -70,11 +74,16 @@ struct Interest {
             set(passed, key.file, false);
             memcpy(file, key.file, sizeof file);
         }
-        offset = key.offset;
+        from = key.offset + 1;
+    }
+    // There was no room for a block that it came to.
+    void wait_at(const BlockKey &key) { from = key.offset; }
+    void go_on_after(const BlockKey &key) {
+        if (is_at(key) && from == key.offset) from++;
     }
     // Ranks go through the files in the order of their plans.
     bool has_to_come_to(const BlockKey &key) const {
-        if (is_at(key)) return key.offset > offset;
+        if (is_at(key)) return key.offset >= from;
         return has(declared, key.file) && !has(passed, key.file);
     }
 };
@@ -88,6 +97,7 @@ struct WindowMember {
     Interest interest;
     Bell bell;
     uint32_t wants_room;  // wants to hear when a slot becomes free
+    std::atomic<uint32_t> most;  // members that were there at once, since this one came
 };
 
 struct WindowHeader {
@@ -113,7 +123,7 @@ enum class Got {
     busy,    // another member reads it
     ready,   // there, and pinned
     full,    // all slots hold what others still want
-    behind,  // the same, and this member is one of them: it is not to wait for room
+    behind,  // the same, and this member is one of them, or nobody is left who could make room: it is not to wait
     broken,  // the lock cannot be had in time
 };
 
@@ -135,8 +145,8 @@ class NodeWindow {
     void keep_mapped() { keep_ = true; }
 
     void patience(int64_t ns) { patience_ns_ = ns; }
-    // The files that this member reads: blocks of others do not wait for it.
-    void declare(const uint64_t (*files)[2], uint32_t n);
+    // Before enter(): the files that this member will read. Blocks of others do not wait for it.
+    void declare(const uint64_t (*files)[2], uint32_t n) { declared_.declare(files, n); }
     // `again`: it was wanted before, and what comes after it, too.
     Got want(const BlockKey &key, uint32_t expected, bool again, Claim &claim);
     // Whether another member still reads what it claimed, without the lock.
@@ -167,7 +177,12 @@ class NodeWindow {
     uint32_t owner_of(const Claim &claim) const { return slots_[claim.slot].owner; }
     int64_t delivered(uint32_t member) const { return header_->members[member % kMembers].delivered.load(); }
     bool is_ours(const Claim &claim) const { return owner_of(claim) == member_; }
-    uint32_t members();
+    uint32_t members() const {
+        uint32_t n = 0;
+        for (const WindowMember &member : header_->members) n += member.number.load() != 0;
+        return n;
+    }
+    uint32_t most_members() const { return header_->members[member_].most.load(); }
     uint64_t taken_over() const { return header_->taken_over; }
     uint64_t evicted() const { return header_->evicted; }
     int fd() const { return fd_; }
@@ -177,6 +192,13 @@ class NodeWindow {
     class Hold;
     WindowSlot *find(const BlockKey &key);
     WindowSlot *room(bool &behind);
+    // Whether a slot may yet become free. What a member holds is taken back when it leaves or is found dead, but for what
+    // a read may still be written to.
+    bool may_get_room() const {
+        uint32_t lost = 0;
+        for (uint32_t i = 0; i < header_->slots; i++) lost += slots_[i].state.load() == SlotState::lost;
+        return lost < header_->slots;
+    }
     // Which of these members have not had a block that they may want.
     uint64_t wanted_by(const WindowSlot &slot, uint64_t members) const {
         uint64_t wanted = slot.waiting & members;
@@ -186,12 +208,22 @@ class NodeWindow {
         }
         return wanted;
     }
-    uint64_t active_members() const;
+    // Bits of the members that are there. Who has asked for nothing for long keeps no memory from others.
+    uint64_t active_members() const {
+        const int64_t since = now_ns() - patience_ns_;
+        uint64_t active = 0;
+        for (uint32_t i = 0; i < kMembers; i++) {
+            const WindowMember &member = header_->members[i];
+            if (member.number.load() != 0 && member.heard >= since) active |= uint64_t{1} << i;
+        }
+        return active;
+    }
     void clear(WindowSlot &slot);
     void release_if_had(WindowSlot &slot);
     void ring_all(uint64_t members);
     void ring_for_room();
     void bury(uint32_t member);
+    void forget_member(uint32_t member);
     uint64_t bit() const { return uint64_t{1} << member_; }
 
     int fd_ = -1;
@@ -200,6 +232,7 @@ class NodeWindow {
     const char *shared_ = nullptr;  // all of the window, read-only
     char *writable_ = nullptr;      // all of it, once something was claimed
     uint64_t described_ = 0;        // bytes of the header and the slots' descriptions
+    Interest declared_{};
     uint32_t member_ = 0;
     bool entered_ = false;
     bool keep_ = false;

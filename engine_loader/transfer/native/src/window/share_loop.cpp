@@ -79,9 +79,6 @@ bool Sharing::step() {
             late_ = 0;  // another one may have its number soon
             progress = true;
         }
-        const uint32_t members = window().members();
-        Lock lock(mutex);
-        stats_.most_members = std::max(stats_.most_members, members);
     }
     return progress;
 }

@@ -22,9 +22,9 @@ Sharing::Sharing(const el_window_config &config)
 Sharing::~Sharing() { close(); }
 
 int Sharing::start(const el_window_config &config) {
+    window().declare(config.keys, config.n_keys);
     const int error = member_->join(place_of(config));
     if (error != 0) return error;
-    window().declare(config.keys, config.n_keys);
     slot_bytes_ = window().slot_bytes();
     pins_.resize(window().slots());
     const int failed = start_thread(thread_, {}, "el-share", run, this);
@@ -127,7 +127,7 @@ void Sharing::look(el_window_stats &out) {
     out.taken_over = stats_.taken_over = window.taken_over();
     out.evicted = stats_.evicted = window.evicted();
     out.members = window.members();
-    out.most_members = stats_.most_members = std::max(stats_.most_members, out.members);
+    out.most_members = stats_.most_members = window.most_members();
 }
 
 // Held. The block's extents are to be read past the window.
