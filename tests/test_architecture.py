@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "engine_loader"
 
-BASE = {"errors", "escaping", "failures", "garbage", "home", "replacing", "settings", "machine"}
+BASE = {"errors", "escaping", "failures", "garbage", "home", "replacing", "settings", "machine", "residency"}
 STEPS: dict[str, set[str]] = {
     "errors": {"escaping"},
     "escaping": set(),
@@ -23,12 +23,13 @@ STEPS: dict[str, set[str]] = {
     "replacing": set(),
     "settings": {"errors", "formats"},
     "machine": {"errors"},
+    "residency": set(),
     "formats": {"errors", "failures", "garbage"},
     "sources": BASE | {"formats"},
     "transfer": BASE | {"formats", "sources"},
     "report": BASE | {"formats"},
     "loading": BASE | {"formats", "sources", "transfer", "report"},
-    "start": {"errors"},
+    "start": {"errors", "machine", "residency"},
     "compile_cache": BASE | {"sources", "report"},
     "dcp": BASE | {"formats", "sources", "transfer", "report", "loading"},
     "conversion": BASE | {"formats", "sources", "transfer", "report", "loading", "dcp"},
@@ -63,6 +64,10 @@ INSIDE_FUNCTIONS = {
     ("report/watchdog.py", "report.slow_ranks"): "every process of an engine imports it, and few wait for ranks",
     ("engines/sglang/format.py", "engines.common.cache_hooks"): "arguments are read before torch is imported",
     ("engines/sglang/format.py", "engines.common.model_files"): "arguments are read before torch is imported",
+    (
+        "engines/sglang/format.py",
+        "engines.common.start.warm_weights",
+    ): "every process imports it, and only the first one warms",
     ("engines/sglang/format.py", "engines.common.weights_uri"): "arguments are read before torch is imported",
     ("engines/sglang/format.py", "engines.sglang.loader"): "SGLang's loader, which it extends, is imported later",
     ("engines/vllm/sharded.py", "conversion.destination"): "the room of conversions imports what engines start without",
