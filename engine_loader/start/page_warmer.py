@@ -27,7 +27,7 @@ from ..residency import cached_pages, file_system
 END_OF_PATHS = b"\0\0"
 _PIECE_BYTES = 4 << 20
 _READ_BYTES = 256 << 10  # small enough to stay in the CPU's cache: what is read is thrown away
-_READERS = 4  # several pieces on their way: network file systems and FUSE answer each request late
+_READERS = 8  # several pieces on their way: network file systems and FUSE answer each request late
 _LOOK_S = 0.2
 _LEAST_RESERVE_BYTES = 256 << 20
 _RESERVE = 4  # a part of the memory that is left for the engine's own
@@ -35,7 +35,7 @@ _IN_MEMORY = (0x01021994, 0x858458F6, 0x958458F6)  # tmpfs, ramfs, hugetlbfs
 _LIES_IN_MEMORY = -2
 _SET_PARENT_DEATH_SIGNAL = 1
 _SYS_IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
-_IDLE_CLASS = 3 << 13
+_LAST_BEST_EFFORT = 2 << 13 | 7  # not the idle class: its reads may starve, and a loader wait for the same pages
 _NICE = 19
 
 
@@ -78,6 +78,7 @@ class Warming:
 
     def __init__(self, paths: Sequence[str], budget: Budget) -> None:
         self.read = self.resident = self.size = 0
+        self._claimed = 0  # bytes that were read, or are on their way
         self._budget = budget
         self._lock = threading.Lock()
         opened = list(map(_opened, paths))
@@ -104,9 +105,10 @@ class Warming:
                 self.resident += there
                 if there >= piece[2]:
                     continue
-                if self.read + self.resident + piece[2] > self._budget.bytes():
+                if self._claimed + self.resident + piece[2] > self._budget.bytes():
                     self.reason = "there is no room for more"
                     return
+                self._claimed += piece[2] - there
             self._fetch(*piece, there, buffer)
 
     def _fetch(self, fd: int, offset: int, length: int, there: int, buffer: memoryview) -> None:
@@ -218,7 +220,7 @@ def lower_priority() -> None:
     number = _SYS_IOPRIO_SET.get(os.uname().machine)
     if number is not None:
         # Of this process; its threads inherit it.
-        ctypes.CDLL(None).syscall(ctypes.c_long(number), 1, 0, _IDLE_CLASS)
+        ctypes.CDLL(None).syscall(ctypes.c_long(number), 1, 0, _LAST_BEST_EFFORT)
 
 
 def main() -> None:
