@@ -25,9 +25,12 @@ from ..machine import Memory, memory
 from ..residency import cached_pages, file_system
 
 END_OF_PATHS = b"\0\0"
-_PIECE_BYTES = 4 << 20
+_PIECE_BYTES = 1 << 20
 _READ_BYTES = 256 << 10  # small enough to stay in the CPU's cache: what is read is thrown away
-_READERS = 8  # several pieces on their way: network file systems and FUSE answer each request late
+_READERS = 8  # network file systems and FUSE answer each request late
+_READERS_OF_A_DISK = 2  # what the engine imports waits behind what is on its way from the same disk
+_DISKS = (0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x794C7630, 0x73717368, 0xE0F5E1E2, 0x2FC12FC1)
+# ext4, xfs, btrfs, f2fs, overlay, squashfs, erofs, zfs
 _LOOK_S = 0.2
 _LEAST_RESERVE_BYTES = 256 << 20
 _RESERVE = 4  # a part of the memory that is left for the engine's own
@@ -74,6 +77,7 @@ class Warming:
         resident: bytes that lay in the page cache already.
         size: bytes of all files that could be opened, but for those in memory.
         reason: why it ended before all was read; "" where it did not.
+        readers: threads that should read.
     """
 
     def __init__(self, paths: Sequence[str], budget: Budget) -> None:
@@ -85,6 +89,8 @@ class Warming:
         self._files = [fd for fd in opened if fd >= 0]
         self.reason = "they lie in memory" if _LIES_IN_MEMORY in opened and not self._files else ""
         self._pieces = self._all_pieces()
+        on_disk = bool(self._files) and file_system(self._files[0]) in _DISKS
+        self.readers = _READERS_OF_A_DISK if on_disk else _READERS
         self.size = sum(os.fstat(fd).st_size for fd in self._files)
 
     def _all_pieces(self) -> Iterator[tuple[int, int, int]]:
@@ -193,17 +199,17 @@ def warm(warming: Warming, listening: socket.socket, lifeline: int | None = None
         finally:
             os.write(tell, b".")
 
-    for _ in range(_READERS):
+    for _ in range(warming.readers):
         # Not waited for: the process ends with reads that hang.
         threading.Thread(target=work, daemon=True).start()
     poll = select.poll()
     for descriptor in (done, listening.fileno(), *([] if lifeline is None else [lifeline])):
         poll.register(descriptor, select.POLLIN)
-    left = _READERS
+    left = warming.readers
     while left:
         for descriptor, _ in poll.poll():
             if descriptor == done:
-                left -= len(os.read(done, _READERS))
+                left -= len(os.read(done, left))
             elif descriptor == listening.fileno():
                 if _is_told(listening):
                     warming.reason = "the loader began"

@@ -27,9 +27,8 @@ def test_a_cold_model_is_read_into_the_page_cache(cold: Path) -> None:
     first = run("warm", cold)
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith(f"{cold}: 3.00 MiB into the page cache in ")
-    again = run("warm", cold)
-    assert again.stdout.startswith(f"{cold}: 0 B into the page cache in ")
-    assert again.stdout.endswith("3.00 MiB were there already\n")
+    assert "were there already" not in first.stdout
+    assert "MiB were there already" in run("warm", cold).stdout
 
 
 @pytest.mark.parametrize(

@@ -50,19 +50,26 @@ def told(paths: list[Path]) -> WarmingAccount:
 
 
 def test_cold_files_are_read_into_the_page_cache(cold: list[Path]) -> None:
-    assert told(cold) == WarmingAccount(read=19 * MIB, resident=0, size=19 * MIB)
-    assert list(map(share_of, cold)) == [1.0, 1.0]
+    assert is_about(told(cold), read=19, resident=0)
+    assert min(map(share_of, cold)) > 0.9
 
 
 def test_what_lies_in_the_page_cache_is_not_read_again(cold: list[Path]) -> None:
     cold[0].read_bytes()
-    assert told(cold) == WarmingAccount(read=10 * MIB, resident=9 * MIB, size=19 * MIB)
-    assert told(cold) == WarmingAccount(read=0, resident=19 * MIB, size=19 * MIB)
+    assert is_about(told(cold), read=10, resident=9)
+    assert is_about(told(cold), read=0, resident=19)
+
+
+def is_about(account: WarmingAccount, *, read: int, resident: int) -> bool:
+    """Whether all was done, with so many MiB: other programs of the machine may have the kernel drop a few pages."""
+    assert account.reason == ""
+    assert account.read + account.resident == account.size == (read + resident) * MIB
+    return abs(account.read - read * MIB) <= MIB
 
 
 def test_a_file_that_is_missing_forbidden_or_a_pipe_is_left_to_the_loader(cold: list[Path], tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    assert told([tmp_path / "missing", tmp_path / "pipe", *cold]).read == 19 * MIB
+    assert is_about(told([tmp_path / "missing", tmp_path / "pipe", *cold]), read=19, resident=0)
 
 
 def test_a_directory_that_is_missing_is_a_reason(tmp_path: Path) -> None:
@@ -215,7 +222,7 @@ def test_of_two_at_once_one_reads(cold: list[Path]) -> None:
     assert listening is not None
     with listening:
         assert told(cold) == WarmingAccount(reason="another process does it already")
-    assert told(cold).read == 19 * MIB
+    assert is_about(told(cold), read=19, resident=0)
 
 
 def test_another_user_has_a_name_of_its_own(tmp_path: Path) -> None:
@@ -369,4 +376,4 @@ def test_its_process_needs_nothing_but_the_standard_library() -> None:
 
 
 def test_it_may_be_called_without_a_process(cold: list[Path]) -> None:
-    assert warm_once(list(map(str, cold)))["read"] == 19 * MIB
+    assert is_about(WarmingAccount.of(warm_once(list(map(str, cold)))), read=19, resident=0)

@@ -24,6 +24,7 @@ from ....start.warming import WarmingAccount, tell_loader_begins, warm_files
 from .phase_wrappers import never_raising
 
 _POSIX = "posix"
+_WORTH_A_LINE = 0.01  # of all: the kernel drops a few pages now and then
 
 
 class NotWarmedError(Exception):
@@ -55,7 +56,7 @@ def _warm(paths: list[str], log: logging.Logger) -> None:
     account = warm_files(paths)
     ended = time.monotonic()
     recorder.past_span(WARMING, began, ended, beside=True, bytes=account.read)
-    if account.read or account.reason:
+    if account.reason or account.read > _WORTH_A_LINE * account.size:
         log.info("start.warm: %s", described(account, ended - began))
 
 
