@@ -123,7 +123,8 @@ def load(
             transfer.wait()
         end = time.monotonic()
         statistics = store._running_readers().statistics()
-        read = statistics.bytes_read + statistics.overread_bytes + store._sharing.bytes_read
+        read = statistics.bytes_read + statistics.overread_bytes
+        read += store._sharing.bytes_read if store._sharing is not None else 0
     sums = {info.name: digest(target) for info, _, target in wanted} if check else {}
     return {
         "begin": begin,

@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "engine_loader"
 
-BASE = {"errors", "escaping", "failures", "garbage", "home", "replacing", "settings", "machine"}
+BASE = {"errors", "escaping", "failures", "garbage", "home", "replacing", "settings", "machine", "residency"}
 STEPS: dict[str, set[str]] = {
     "errors": {"escaping"},
     "escaping": set(),
@@ -23,12 +23,13 @@ STEPS: dict[str, set[str]] = {
     "replacing": set(),
     "settings": {"errors", "formats"},
     "machine": {"errors"},
+    "residency": set(),
     "formats": {"errors", "failures", "garbage"},
     "sources": BASE | {"formats"},
     "transfer": BASE | {"formats", "sources"},
     "report": BASE | {"formats"},
     "loading": BASE | {"formats", "sources", "transfer", "report"},
-    "start": {"errors"},
+    "start": {"errors", "machine", "residency"},
     "compile_cache": BASE | {"sources", "report"},
     "dcp": BASE | {"formats", "sources", "transfer", "report", "loading"},
     "conversion": BASE | {"formats", "sources", "transfer", "report", "loading", "dcp"},
@@ -58,11 +59,19 @@ INSIDE_FUNCTIONS = {
         "engines/vllm/start_phases.py",
         "engines.common.start.start_account",
     ): "only the first process of a start needs it",
+    (
+        "engines/vllm/start_phases.py",
+        "engines.common.start.start_hints",
+    ): "only the first process of a start needs it",
     ("report/watchdog.py", "report.load_report"): "every process of an engine imports it, and few have a stall",
     ("report/watchdog.py", "report.reading.timeline"): "every process of an engine imports it, and few wait for ranks",
     ("report/watchdog.py", "report.slow_ranks"): "every process of an engine imports it, and few wait for ranks",
     ("engines/sglang/format.py", "engines.common.cache_hooks"): "arguments are read before torch is imported",
     ("engines/sglang/format.py", "engines.common.model_files"): "arguments are read before torch is imported",
+    (
+        "engines/sglang/format.py",
+        "engines.common.start.warm_weights",
+    ): "every process imports it, and only the first one warms",
     ("engines/sglang/format.py", "engines.common.weights_uri"): "arguments are read before torch is imported",
     ("engines/sglang/format.py", "engines.sglang.loader"): "SGLang's loader, which it extends, is imported later",
     ("engines/vllm/sharded.py", "conversion.destination"): "the room of conversions imports what engines start without",
@@ -71,10 +80,12 @@ INSIDE_FUNCTIONS = {
     ("loading/open_store.py", "loading.training.key_mapping"): "only a training checkpoint needs it",
     ("loading/open_store.py", "loading.training.parts"): "only a training checkpoint needs it",
     ("loading/open_store.py", "loading.training.store"): "only a training checkpoint needs it",
+    ("loading/safetensors_store.py", "loading.sharing"): "only ranks that share need it, and the window",
     ("settings/__init__.py", "settings.layers"): "pydantic and the building of the tree cost more than other imports",
     ("sources/registry.py", "settings"): "who gives settings has imported their classes",
     ("sources/registry.py", "sources.memory"): "a source is imported when it is first used",
     ("sources/registry.py", "sources.threefs.threefs_source"): "a source is imported when it is first used",
+    ("transfer/constructor.py", "transfer.python.python_readers"): "native reader threads serve nearly everybody",
 }
 """(module, what a function of it imports of this package) -> the reason. Commands (cli/) import what they run: what one
 of them needs costs no other."""
@@ -308,6 +319,8 @@ def test_open_checkpoint_is_imported_without_what_only_some_checkpoints_or_setti
     assert "engine_loader.loading.safetensors_store" in names
     late = ("pydantic", "yaml", "engine_loader.settings.", "engine_loader.formats.dcp_metadata", "typer")
     late += ("engine_loader.loading.training.", "engine_loader.loading.mapping.", "engine_loader.conversion")
+    late += ("engine_loader.loading.sharing", "engine_loader.transfer.window", "engine_loader.transfer.python")
+    late += ("statistics",)
     assert sorted(name for name in names if f"{name}.".startswith(tuple(f"{one.rstrip('.')}." for one in late))) == [
         "engine_loader.settings"
     ]

@@ -23,7 +23,7 @@ from . import (
     settings,
 )
 from .console.output import print_error
-from .starts import report
+from .starts import report, warm
 
 _BAD_SETTINGS_STATUS = 2
 
@@ -90,6 +90,7 @@ app.command()(convert.convert)
 app.command()(reshard.reshard)
 app.command()(settings.settings)
 app.command()(doctor.doctor)
+app.command()(warm.warm)
 app.command("emulate-3fs")(emulate_3fs.emulate_3fs)
 app.add_typer(bench.app, name="bench")
 app.add_typer(report.app, name="report")

@@ -80,8 +80,8 @@ def read(
     from ..bench import rounds as measuring
     from ..bench.workload import Workload
     from ..machine import memory
+    from ..sources.hub_models import model_here
     from ..sources.registry import is_remote
-    from .console.models import model_here
 
     path = model_here(path)
     if cold and is_remote(path):

@@ -95,7 +95,7 @@ def convert(
             "a sharded_state checkpoint is written by the engine itself, for one parallel layout",
             hint=f"engine-loader reshard {source} {destination} --tensor-parallel-size N",
         )
-    from .console.models import model_here
+    from ..sources.hub_models import model_here
 
     source = model_here(source)
     max_shard_bytes, mapping = _bytes(max_shard_size), _mapping(key_mapping)

@@ -88,6 +88,7 @@ def _findings(paths: list[str], *, quick: bool, quiet: bool) -> Iterator[Finding
 
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("versions", software.check_versions),
+        ("compiled modules", software.check_bytecode),
         ("settings", software.check_settings),
         ("the native library", software.check_native_library),
         ("engines; this takes some seconds", lambda: engine_plugins.check_engines(start=not quick)),

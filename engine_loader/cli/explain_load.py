@@ -45,7 +45,7 @@ def explain_load(
     ```
     """
     from ..engines.vllm.rank import Rank
-    from .console.models import model_here
+    from ..sources.hub_models import model_here
 
     model = model_here(model)
     which = Rank(tensor_parallel_size, pipeline_parallel_size, rank, expert_parallel)

@@ -52,7 +52,7 @@ def inspect(
     engine-loader inspect --tensors --json model.safetensors | jq '.tensors[].name'
     ```
     """
-    from .console.models import model_here
+    from ..sources.hub_models import model_here
     from .inspection import survey
 
     path = model_here(path)

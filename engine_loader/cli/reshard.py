@@ -40,7 +40,7 @@ def reshard(
     """
     from ..engines.vllm.rank import Rank
     from ..report.load_report import human_bytes
-    from .console.models import model_here
+    from ..sources.hub_models import model_here
 
     model = model_here(model)
     layout = Rank(tensor_parallel_size, pipeline_parallel_size, 0, expert_parallel)

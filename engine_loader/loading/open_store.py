@@ -11,7 +11,6 @@ from ..sources.source import Source
 from .find import SafetensorsFiles, TrainingCheckpoint
 from .safetensors_store import SafetensorsStore
 from .shards import OpenFiles, open_files
-from .sharing import NodeRanks
 from .store import TensorStore
 from .streaming.gds import gds_error, gds_is_asked_for
 
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
 
     from ..settings import LoaderSettings
+    from .sharing import NodeRanks
     from .training.key_mapping import KeyMapping
 
 

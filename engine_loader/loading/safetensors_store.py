@@ -11,6 +11,7 @@ import torch
 from ..errors import CheckpointError, TransferError
 from ..formats.safetensors import TensorInfo
 from ..report.load_report import LoadReport
+from ..sources.source import SourceFile
 from ..transfer.constructor import make_readers_for
 from ..transfer.device_stream import DeviceStream
 from ..transfer.plan import ExtentRow, make_extents
@@ -18,12 +19,12 @@ from ..transfer.protocol import ReaderThreads, Transfer
 from .devices.cuda import CudaDevices, Devices
 from .devices.per_tensor import TargetDevice, gpu_of
 from .shards import OpenFiles
-from .sharing import NodeRanks, NodeSharing
 from .store import TensorStore, complete_report, submit_to
 from .streaming.transports import make_transport
 
 if TYPE_CHECKING:
     from ..settings import LoaderSettings
+    from .sharing import NodeRanks, NodeSharing
 
 
 class SafetensorsStore(TensorStore):
@@ -57,7 +58,7 @@ class SafetensorsStore(TensorStore):
         self.listing = self.paths[0]
         self._numbers = {path: number for number, path in enumerate(self._open)}
         self._readers: ReaderThreads | None = None
-        self._sharing = NodeSharing(list(self._open.values()), files.tensors, settings, ranks)
+        self._sharing = _sharing_of(list(self._open.values()), files, settings, ranks)
         self._lock = threading.Lock()
         self._closed = False
         self._transport = make_transport(self._open, self._devices, settings, self._running_readers)
@@ -98,7 +99,7 @@ class SafetensorsStore(TensorStore):
     def submit(self, extents: Sequence[ExtentRow], owner: object, device: int | None = None) -> Transfer:
         stream = None if device is None else DeviceStream(device, self._devices.stream(device))
         readers, plan = self._running_readers(), make_extents(extents)
-        shared = self._sharing.submit(readers, plan, owner, stream)
+        shared = None if self._sharing is None else self._sharing.submit(readers, plan, owner, stream)
         return shared or submit_to(stream, readers, list(self._open.values()), plan, owner)
 
     def stream(
@@ -123,10 +124,12 @@ class SafetensorsStore(TensorStore):
     def finish(self, report: LoadReport) -> None:
         self.files.verify_unchanged()
         complete_report(report, self._source, self._running_readers())
-        self._sharing.complete_report(report)
+        if self._sharing is not None:
+            self._sharing.complete_report(report)
 
     def close(self) -> None:
-        self._sharing.close()
+        if self._sharing is not None:
+            self._sharing.close()
         with self._lock:
             self._closed = True
             readers, self._readers = self._readers, None
@@ -143,3 +146,14 @@ class SafetensorsStore(TensorStore):
             if self._readers is None:
                 self._readers = make_readers_for(self._open.values(), self._settings)
             return self._readers
+
+
+def _sharing_of(
+    files: Sequence[SourceFile], opened: OpenFiles, settings: LoaderSettings, ranks: NodeRanks | None
+) -> NodeSharing | None:
+    """What is shared with other ranks of this machine; None: nothing is."""
+    if ranks is None or ranks.count <= 1 or settings.share == "off":
+        return None
+    from .sharing import NodeSharing
+
+    return NodeSharing(files, opened.tensors, settings, ranks)

@@ -65,7 +65,7 @@ class NodeSharing:
         files: of the store, in the order in which extents number them.
         infos: its tensors.
         settings: how to read.
-        ranks: who shares; None: nobody.
+        ranks: who shares, more than one.
     """
 
     def __init__(
@@ -73,12 +73,12 @@ class NodeSharing:
         files: Sequence[SourceFile],
         infos: Iterable[TensorInfo],
         settings: LoaderSettings,
-        ranks: NodeRanks | None,
+        ranks: NodeRanks,
     ) -> None:
         self._files = files
         self._infos = infos
         self._settings = settings
-        self._ranks = ranks if ranks is not None and ranks.count > 1 and settings.share != "off" else None
+        self._ranks: NodeRanks | None = ranks  # None when it is closed
         self._tensors: _Tensors | None = None
         self._member: WindowMember | None = None
         self._copies: NativeReaders | None = None

@@ -20,11 +20,11 @@ from .direct.load import SMALL_BYTES, DirectLoad
 from .find import SafetensorsFiles, TrainingCheckpoint, natural_key
 from .open_store import open_store, store_of_files
 from .shards import follow_indexes, open_files
-from .sharing import NodeRanks
 from .store import TensorStore
 
 if TYPE_CHECKING:
     from ..settings import LoaderSettings
+    from .sharing import NodeRanks
 
 WeightFiles: TypeAlias = Iterable[str] | TrainingCheckpoint
 """What an engine is to load: safetensors files, or a training checkpoint."""

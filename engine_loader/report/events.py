@@ -186,11 +186,12 @@ class Recorder:
         self.point("ready", **details)
         return True
 
-    def past_span(self, phase: str, began: float, ended: float, **details: Any) -> None:
+    def past_span(self, phase: str, began: float, ended: float, *, beside: bool = False, **details: Any) -> None:
         """A phase that is over, with its times in seconds of the monotonic clock."""
         number = next(self._numbers)
         if self._keeps:
-            self._put({"event": "begin", "id": number, "phase": phase, "mono": began})
+            flags = {"beside": True} if beside else {}
+            self._put({"event": "begin", "id": number, "phase": phase, "mono": began, **flags})
             self._put({"event": "end", "id": number, "mono": ended, **_shown(details)})
 
     def note_imports(self) -> None:

@@ -373,6 +373,17 @@ class StartSettings(SettingsGroup):
         "process, made before anything runs there, so that one import serves all: auto where that is tested (CPU), on "
         "also beside accelerators, off: each imports for itself.",
     )
+    warm: Literal["auto", "off"] = Field(
+        default="auto",
+        description="Whether weights that are not in the page cache are read into it while the engine imports, by a "
+        "process of the lowest priority, as far as the cgroup and the machine have room: auto where the load format "
+        "b10_3fs will read them through it.",
+    )
+    plan: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="Whether vLLM keeps the size of the KV cache that it measured (VLLM_ENABLE_STARTUP_PLAN), so that "
+        "later starts do not measure it: on; auto: the log says where that would help; off: nothing is said.",
+    )
 
 
 class Settings(SettingsGroup):

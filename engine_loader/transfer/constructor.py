@@ -13,7 +13,6 @@ from .cpus import ranks_of_node
 from .native.library import load_library
 from .native.native_readers import NativeReaders
 from .protocol import ReaderThreads
-from .python.python_readers import DEFAULT_GAP_BYTES, PythonReaders
 
 if TYPE_CHECKING:
     from ..settings import LoaderSettings
@@ -68,6 +67,8 @@ def make_readers(
             pinned_bytes=pinned if nbytes is None else min(pinned, max(nbytes, 1)),
             device_runtime=settings.device_runtime,
         )
+    from .python.python_readers import DEFAULT_GAP_BYTES, PythonReaders
+
     return PythonReaders(
         settings.object_store_requests if remote else settings.threads,
         block_bytes=int(settings.object_store_range_bytes if remote else settings.io_bytes or DEFAULT_IO_BYTES),

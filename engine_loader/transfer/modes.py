@@ -6,18 +6,13 @@ come from the disk again. (Measured, cold, ext4 on virtio: 2.8 GB/s direct with 
 
 from __future__ import annotations
 
-import ctypes
 import mmap
-import os
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
-import numpy as np
-
+from ..residency import cached_pages, file_system
 from ..sources.source import SourceFile
 
-_SYS_CACHESTAT = 451
 _SAMPLES = 32
 _SAMPLE_BYTES = 1 << 20
 _RESIDENT = 0.95
@@ -80,7 +75,7 @@ def choose_mode(file: SourceFile, setting: str = "auto") -> ReadMode:
     fd = file.fileno()
     if fd is None:
         raise TypeError(f"{file.path} has no descriptor that native threads could read")
-    kind = _file_system(fd)
+    kind = file_system(fd)
     if kind in _IN_MEMORY:
         return ReadMode("buffered", False, f"{_IN_MEMORY[kind]} lies in memory")
     share = resident_share(fd, file.size)
@@ -112,7 +107,7 @@ def can_map(file: SourceFile, *, always: bool = False) -> bool:
     fd = file.fileno()
     if fd is None or file.size == 0 or not file.mappable:
         return False
-    if always or _file_system(fd) in (_TMPFS, _RAMFS):
+    if always or file_system(fd) in (_TMPFS, _RAMFS):
         return True
     share = resident_share(fd, file.size)
     return share is not None and share >= _RESIDENT
@@ -136,7 +131,7 @@ def resident_share(fd: int, size: int) -> float | None:
         return 1.0
     pages = cached = 0
     for offset, length in _samples(size):
-        found = _cached_pages(fd, offset, length)
+        found = cached_pages(fd, offset, length)
         if found is None:
             return None
         cached += found
@@ -151,50 +146,3 @@ def _samples(size: int) -> list[tuple[int, int]]:
     step = (size - _SAMPLE_BYTES) / (_SAMPLES - 1)
     unit = mmap.ALLOCATIONGRANULARITY
     return [(int(step * number) // unit * unit, _SAMPLE_BYTES) for number in range(_SAMPLES)]
-
-
-def _cached_pages(fd: int, offset: int, length: int) -> int | None:
-    found = _cachestat(fd, offset, length)
-    return _mincore(fd, offset, length) if found is None else found
-
-
-def _cachestat(fd: int, offset: int, length: int) -> int | None:
-    """By the system call that Linux has since 6.5."""
-    where = (ctypes.c_uint64 * 2)(offset, length)
-    counts = (ctypes.c_uint64 * 5)()
-    if _libc().syscall(ctypes.c_long(_SYS_CACHESTAT), ctypes.c_int(fd), where, counts, ctypes.c_uint(0)) != 0:
-        return None
-    return int(counts[0])
-
-
-def _mincore(fd: int, offset: int, length: int) -> int | None:
-    """By mapping the file; the kernel answers truthfully only to those who may write to it."""
-    status = os.fstat(fd)
-    if os.geteuid() not in (0, status.st_uid):
-        return None
-    states = np.zeros(-(-length // mmap.PAGESIZE), np.uint8)
-    try:
-        with mmap.mmap(fd, length, prot=mmap.PROT_READ, offset=offset) as mapped:
-            view = np.frombuffer(mapped, np.uint8)
-            failed = _libc().mincore(
-                ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(length), ctypes.c_void_p(states.ctypes.data)
-            )
-            del view
-    except (OSError, ValueError):
-        return None
-    return None if failed else int((states & 1).sum())
-
-
-def _file_system(fd: int) -> int:
-    """The magic number of the file system; 0 where it is not known."""
-    # `struct statfs` begins with the type, a word; the rest takes less than 128 bytes.
-    answer = (ctypes.c_ulong * 32)()
-    if _libc().fstatfs(ctypes.c_int(fd), answer) != 0:
-        return 0
-    return int(answer[0]) & 0xFFFFFFFF
-
-
-@cache
-def _libc() -> ctypes.PyDLL:
-    # These calls take microseconds. Giving up the GIL for each could cost 5 ms, beside a thread that is busy in Python.
-    return ctypes.PyDLL(None, use_errno=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import logging
-import statistics
 import threading
+from collections.abc import Iterable
 
 logger = logging.getLogger(__name__)
 
@@ -58,5 +58,11 @@ class FileTimes:
         if len(paces) < _FEWEST_FILES:
             return ""
         path = max(paces, key=lambda path: paces[path])
-        ratio = paces[path] / max(statistics.median(paces.values()), 1e-15)
+        ratio = paces[path] / max(_median(paces.values()), 1e-15)
         return f"{path} ({ratio:.1f} times the median)" if ratio >= _MUCH_SLOWER else ""
+
+
+def _median(values: Iterable[float]) -> float:
+    """Without the module statistics: every start would import it, with decimals and fractions."""
+    ordered = sorted(values)
+    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2

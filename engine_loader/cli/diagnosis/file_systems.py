@@ -21,6 +21,7 @@ from ...loading.shards import listed_files, open_files
 from ...machine import Mount, mount_of
 from ...report.load_report import human_bytes
 from ...settings import LoaderSettings, load_settings
+from ...sources.hub_models import model_here
 from ...sources.kept.node_cache import NodeCache
 from ...sources.posix import PosixSource
 from ...sources.registry import is_remote, make_source
@@ -36,7 +37,6 @@ from ...sources.threefs.shared_library import (
     load_library,
 )
 from ...transfer.modes import choose_mode
-from ..console.models import model_here
 from .finding import Finding, write_refused
 
 _AREA = "sources"

@@ -40,6 +40,20 @@ def check_versions() -> Iterator[Finding]:
         yield Finding(_AREA, "safetensors", "ok", safetensors)
 
 
+def check_bytecode() -> Iterator[Finding]:
+    """Whether Python keeps what it compiles of the engines' modules, so that the next start does not do it again."""
+    from ...start.bytecode import OFFER, why_not_kept
+
+    name = "compiled modules (.pyc)"
+    reasons = {module: why_not_kept(module) for module in ("torch", "vllm", "sglang")}
+    found = {module: reason for module, reason in reasons.items() if reason is not None}
+    if found:
+        value = "; ".join(f"those of {module} are compiled in every start, for {why}" for module, why in found.items())
+        yield Finding(_AREA, name, "warn", value, OFFER)
+    else:
+        yield Finding(_AREA, name, "ok", "kept")
+
+
 def check_settings() -> Iterator[Finding]:
     """Whether the settings can be read, and how many are not the default."""
     from ...settings import load_settings

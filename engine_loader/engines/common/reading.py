@@ -17,6 +17,7 @@ from ...report.load_report import LoadReport
 from ...settings import LoaderSettings
 from ...transfer.memory.huge_pages import ask_for_huge_pages
 from .accounts import is_first_rank, tell_load
+from .start.warm_weights import loader_begins
 
 Weights = Iterator[tuple[str, torch.Tensor]]
 
@@ -57,6 +58,7 @@ def read_weights(
         CheckpointError: a file, a header or the index is wrong, or bytes could not be read.
         SettingsError: GPUDirect Storage was asked for and cannot be used.
     """
+    loader_begins(weights)
     report = LoadReport()
     return stream_weights(
         weights,

@@ -114,11 +114,13 @@ def check(server_args: Any) -> None:
 def _check_weights(server_args: Any) -> None:
     """Check options and headers in the process that a user looks at."""
     from ..common.cache_hooks import cache_settings
+    from ..common.start.warm_weights import begin_to_warm
     from ..common.weights_uri import check_early
 
     settings, _ = settings_of(getattr(server_args, "model_loader_extra_config", None))
     model = getattr(server_args, "model_path", None)
     if model:
+        begin_to_warm(model, settings, logger)
         check_early(model, settings, cache_settings())
 
 

@@ -8,6 +8,7 @@ AWQ or GPTQ model are quantised, and the dtype where the configuration has none.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -23,8 +24,11 @@ from ...settings import LoaderSettings
 from ...sources.registry import is_remote
 from ..common.cache_hooks import cache_settings
 from ..common.model_files import local_paths
+from ..common.start.warm_weights import begin_to_warm
 from ..common.weights_uri import check_early, headers_of, training_checkpoint_at, weights_at
 from .options import settings_of
+
+logger = logging.getLogger("vllm.engine_loader")
 
 _ASKED = "get_safetensors_params_metadata"
 
@@ -102,6 +106,7 @@ def _create_engine_config(original: Callable[..., Any], arguments: Any, *args: A
     settings, _ = settings_of(arguments.model_loader_extra_config)
     if is_remote(arguments.model):
         settings = _take_from_bucket(arguments, settings)
+    begin_to_warm(arguments.model, settings, logger)
     check_early(arguments.model, settings, cache_settings())
     with answering(WeightHeaders(arguments.model, settings)):
         return original(arguments, *args, **options)

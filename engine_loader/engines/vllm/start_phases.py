@@ -46,8 +46,14 @@ def _begin(arguments: Any) -> None:
         short: getattr(arguments, f"{name}_parallel_size", 1)
         for short, name in (("tp", "tensor"), ("pp", "pipeline"), ("dp", "data"))
     }
-    from ..common.start.start_account import begin
+    from vllm import envs
 
+    from ..common.start.start_account import begin
+    from ..common.start.start_hints import PLAN_VARIABLE, keep_plan
+
+    said = keep_plan(PLAN_VARIABLE in envs.environment_variables)
+    if said is not None:
+        logger.warning("%s", said)
     recorder.since_registered(phases.CONFIGURATION)
     begin("vllm", arguments.model, arguments.load_format, sizes, logger)
     recorder.name_process("API server")
@@ -195,6 +201,7 @@ def register_model_runner() -> None:
     """Note the capture of CUDA graphs."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+    record(GPUModelRunner, "profile_cudagraph_memory", phases.GRAPH_ESTIMATE)
     record(GPUModelRunner, "capture_model", phases.GRAPH_CAPTURE)
 
 
@@ -202,6 +209,7 @@ def register_new_model_runner() -> None:
     """Note the capture of CUDA graphs by vLLM's second model runner."""
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
+    record(GPUModelRunner, "profile_cudagraph_memory", phases.GRAPH_ESTIMATE)
     record(GPUModelRunner, "capture_model", phases.GRAPH_CAPTURE)
 
 

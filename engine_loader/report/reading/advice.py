@@ -24,6 +24,8 @@ _WHAT_HELPS = {
     phases.INSPECTION: "vLLM starts a process to look at the model's class unless its description is cached "
     "(VLLM_CACHE_ROOT; the compile cache restores it)",
     phases.GRAPH_CAPTURE: "graphs cannot be cached; fewer batch sizes to capture make it shorter",
+    phases.GRAPH_ESTIMATE: "vLLM captures graphs on trial to estimate their memory; with start.plan: on it keeps what "
+    "it measured, and later starts of the same kind leave that out",
     phases.HEADERS: "the files are opened and their headers read: fewer and larger files, or a source that answers "
     "faster, help",
     phases.RESTORE_WAIT: "compilation waits for the compile cache: a store that is nearer or faster helps",

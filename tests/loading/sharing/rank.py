@@ -84,7 +84,7 @@ def parts(infos: list[TensorInfo], options: Options) -> Iterator[tuple[TensorInf
 def fall_while_reading(store: SafetensorsStore, options: Options) -> None:
     reads = 0
     while not store._closed:
-        member = store._sharing._member
+        member = store._sharing and store._sharing._member
         if member is not None and (found := member.statistics()).reading and found.members > 1:
             reads += 1
             if reads == 1:
@@ -115,7 +115,7 @@ def load(options: Options) -> dict[str, Any]:
                 owners.append(target)
             transfers.append(store.submit(extents, owners))
             time.sleep(options.pause_s)
-            member = store._sharing._member
+            member = store._sharing and store._sharing._member
             while member is not None and member.statistics().most_members < options.meet:
                 time.sleep(0.01)
         try:
@@ -126,18 +126,20 @@ def load(options: Options) -> dict[str, Any]:
                 transfer.cancel()
             found["error"] = str(error)
         found["seconds"] = time.monotonic() - begin
-        member = store._sharing._member
+        member = store._sharing and store._sharing._member
         if member is not None:
             found |= {name: int(getattr(member.statistics(), name)) for name, _ in type(member.statistics())._fields_}
         if "error" in found:
             return found
         statistics = store._running_readers().statistics()
         found["from_disk"] = bytes_from_disk() - before
-        found["read"] = statistics.bytes_read + statistics.overread_bytes + store._sharing.bytes_read
+        found["read"] = statistics.bytes_read + statistics.overread_bytes
         report = LoadReport()
-        store._sharing.complete_report(report)
+        if store._sharing is not None:
+            found["read"] += store._sharing.bytes_read
+            store._sharing.complete_report(report)
         found["notes"] = report.notes
-        found["why_not"] = store._sharing._why_not
+        found["why_not"] = store._sharing._why_not if store._sharing is not None else ""
     found["sums"] = {info.name: checksum(target) for info, _, target in wanted}
     return found
 

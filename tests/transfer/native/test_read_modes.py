@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine_loader import residency
 from engine_loader.settings import LoaderSettings
 from engine_loader.sources.posix import PosixFile, PosixSource
 from engine_loader.transfer import cpus as thread_counts
@@ -34,7 +35,7 @@ def share(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, float | None], None
     """Sets what the file system and the cached share seem to be."""
 
     def pretend(kind: int, cached: float | None) -> None:
-        monkeypatch.setattr(modes, "_file_system", lambda _: kind)
+        monkeypatch.setattr(modes, "file_system", lambda _: kind)
         monkeypatch.setattr(modes, "resident_share", lambda *_: cached)
 
     return pretend
@@ -91,7 +92,7 @@ def test_a_file_on_tmpfs_is_read_through_memory() -> None:
 @pytest.mark.parametrize("by_mincore", [False, True])
 def test_the_resident_share_is_found(make_file: MakeFile, monkeypatch: pytest.MonkeyPatch, by_mincore: bool) -> None:
     if by_mincore:
-        monkeypatch.setattr(modes, "_cachestat", lambda *_: None)
+        monkeypatch.setattr(residency, "_cachestat", lambda *_: None)
     file = make_file(96 << 20)
     fd = file.fileno()
     assert fd is not None
@@ -108,7 +109,7 @@ def test_where_the_kernel_does_not_tell_the_share_is_unknown(
     file = make_file(10_000)
     fd = file.fileno()
     assert fd is not None
-    monkeypatch.setattr(modes, "_cachestat", lambda *_: None)
+    monkeypatch.setattr(residency, "_cachestat", lambda *_: None)
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     assert resident_share(fd, file.size) is None
 

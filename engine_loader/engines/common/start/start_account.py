@@ -22,6 +22,7 @@ from ....report.spans import send_spans
 from ....report.starts import Identity, Summary, begin_start, identity_of, read_summaries, write_summary
 from ....settings import load_settings
 from .phase_wrappers import never_raising, watch, watchdogs
+from .start_hints import plan_hint, tell_bytecode
 
 
 class _Start:
@@ -57,6 +58,7 @@ def begin(engine: str, model: object, load_format: object, sizes: Mapping[str, A
         expected = prediction(identity, earlier)
         if expected is not None:
             log.info("%s", expected)
+        tell_bytecode(engine, log)
     watch(log)
 
 
@@ -82,6 +84,9 @@ def _sum_up(directory: Path, identity: Identity, seconds: float, log: logging.Lo
     write_summary(directory, Summary(seconds, time.time(), identity, restore_status(timeline)))
     set_gauges(timeline)
     send_spans(timeline)
+    hint = plan_hint(timeline)
+    if hint is not None:
+        log.info("%s", hint)
     path = load_settings().settings.report.metrics_file
     if path is not None:
         try:

@@ -6,8 +6,8 @@ import os
 import re
 from pathlib import Path
 
-from ...errors import CheckpointError
-from ...sources.registry import is_remote
+from ..errors import CheckpointError
+from .registry import is_remote
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 

@@ -1,0 +1,51 @@
+"""``engine-loader warm`` as a person sees it."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from engine_loader.transfer.modes import resident_share
+from tests.cli.running import run
+from tests.support.checkpoints import checkpoint, entry
+
+
+@pytest.fixture
+def cold(tmp_path: Path) -> Path:
+    """A model's directory with a file that is not in the page cache."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(checkpoint({"a": entry("U8", [3 << 20])}))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if resident_share(file.fileno(), path.stat().st_size):
+            pytest.skip("the temporary directory is on a file system whose pages cannot be dropped")
+    return tmp_path
+
+
+def test_a_cold_model_is_read_into_the_page_cache(cold: Path) -> None:
+    first = run("warm", cold)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith(f"{cold}: 3.00 MiB into the page cache in ")
+    assert "were there already" not in first.stdout
+    assert "MiB were there already" in run("warm", cold).stdout
+
+
+@pytest.mark.parametrize(
+    ("model", "env", "said"),
+    [
+        ("s3://bucket/model", {}, "the weights are left alone: they lie in an object store"),
+        ("/missing/model", {}, "No such file or directory"),
+        (".", {"ENGINE_LOADER_LOADER__READ_MODE": "direct"}, "read past the page cache (loader.read_mode: direct)"),
+    ],
+)
+def test_what_cannot_be_warmed_is_an_error_with_its_reason(model: str, env: dict[str, str], said: str) -> None:
+    done = run("warm", model, env=env)
+    assert done.returncode == 1
+    assert said in " ".join(done.stderr.split())
+
+
+def test_a_bad_setting_is_told(tmp_path: Path) -> None:
+    done = run("warm", tmp_path, env={"ENGINE_LOADER_START__WARM": "always"})
+    assert done.returncode == 2
+    assert "ENGINE_LOADER_START__WARM" in done.stderr

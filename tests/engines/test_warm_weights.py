@@ -1,0 +1,197 @@
+"""Which weights are read into the page cache while an engine imports, which are left alone, and what is said of it."""
+
+import logging
+import os
+import re
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from engine_loader.engines.common.reading import read_weights
+from engine_loader.engines.common.start import warm_weights
+from engine_loader.engines.common.start.warm_weights import (
+    NotWarmedError,
+    begin_to_warm,
+    described,
+    files_to_warm,
+    loader_begins,
+)
+from engine_loader.engines.sglang import format as sglang_format
+from engine_loader.settings import LoaderSettings
+from engine_loader.start.page_warmer import listen
+from engine_loader.start.warming import WarmingAccount
+from tests.support.checkpoints import checkpoint, entry, index
+from tests.support.threefs import clean_emulator
+
+GIB = 1 << 30
+log = logging.getLogger("engine_loader.tests")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """Three shards in natural order, of which the index names two."""
+    for number in (10, 9, 8):
+        (tmp_path / f"model-{number}.safetensors").write_bytes(checkpoint({f"t{number}": entry("U8", [1 << 20])}))
+    names = {"t9": "model-9.safetensors", "t10": "model-10.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_bytes(index(names))
+    return tmp_path
+
+
+def names_of(paths: list[str]) -> list[str]:
+    return [os.path.basename(path) for path in paths]
+
+
+def test_the_files_are_those_of_the_index_in_the_order_of_loading(model: Path) -> None:
+    assert names_of(files_to_warm(str(model), LoaderSettings())) == ["model-9.safetensors", "model-10.safetensors"]
+
+
+def test_of_a_sharded_state_checkpoint_those_of_all_ranks_are_read(tmp_path: Path) -> None:
+    for rank in (0, 1):
+        (tmp_path / f"model-rank-{rank}-part-0.safetensors").write_bytes(checkpoint({"t": entry("U8", [8])}))
+    found = names_of(files_to_warm(str(tmp_path), LoaderSettings()))
+    assert found == ["model-rank-0-part-0.safetensors", "model-rank-1-part-0.safetensors"]
+
+
+def test_weights_uri_says_where_they_are(model: Path, tmp_path: Path) -> None:
+    settings = LoaderSettings(weights_uri=str(model / "model-8.safetensors"))
+    assert names_of(files_to_warm("/missing", settings)) == ["model-8.safetensors"]
+
+
+def test_a_model_of_the_hub_is_its_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / "models--owner--tiny" / "snapshots" / "1234"
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.safetensors").write_bytes(checkpoint({"t": entry("U8", [8])}))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert files_to_warm("owner/tiny", LoaderSettings()) == [str(snapshot / "model.safetensors")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"read_mode": "direct"}, "they are read past the page cache (loader.read_mode: direct)"),
+        ({"transport": "gds"}, "they are read past the page cache (loader.transport: gds)"),
+        ({"share": "auto"}, "they are read past the page cache (loader.share: auto)"),
+        ({"weights_uri": "s3://bucket/model"}, "they lie in an object store"),
+        ({"weights_uri": "/missing/model"}, "No such file or directory"),
+    ],
+)
+def test_what_is_left_alone_by_the_settings(model: Path, settings: dict[str, str], reason: str) -> None:
+    with pytest.raises(NotWarmedError) as told:
+        files_to_warm(str(model), LoaderSettings(**settings))
+    assert reason in str(told.value)
+
+
+def test_a_training_s_checkpoint_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(b"")
+    (tmp_path / "__0_0.distcp").write_bytes(b"")
+    with pytest.raises(NotWarmedError, match="hold more than its model"):
+        files_to_warm(str(tmp_path), LoaderSettings())
+
+
+def test_a_model_that_is_not_here_yet_is_left_to_the_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(NotWarmedError, match="no model of this name is in the hub's local cache"):
+        files_to_warm("owner/missing", LoaderSettings())
+
+
+def test_files_on_threefs_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with clean_emulator() as emulator:
+        monkeypatch.setenv("HF3FS_LIB_DIR", emulator.lib_dir)
+        monkeypatch.setenv("HF3FS_EMULATOR_MOUNT", str(emulator.mount))
+        (emulator.mount / "model.safetensors").write_bytes(checkpoint({"t": entry("U8", [8])}))
+        try:
+            with pytest.raises(NotWarmedError, match=r"read past the page cache \(usrbio\)"):
+                files_to_warm(str(emulator.mount), LoaderSettings())
+        finally:
+            (emulator.mount / "model.safetensors").unlink()
+
+
+def warmed(model: object, caplog: pytest.LogCaptureFixture, settings: LoaderSettings | None = None) -> str:
+    """What the log says when all has been done."""
+    caplog.set_level(logging.INFO, log.name)
+    before = set(threading.enumerate())
+    begin_to_warm(str(model), settings or LoaderSettings(), log)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(30)
+    return "\n".join(record.getMessage() for record in caplog.records if record.name == log.name)
+
+
+def drop(directory: Path) -> None:
+    for path in directory.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def test_the_log_says_once_how_much_was_read(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    drop(model)
+    said = warmed(model, caplog)
+    assert re.fullmatch(r"start\.warm: [12]\.\d\d MiB into the page cache in \d+\.\d s", said.partition(",")[0])
+
+
+def test_nothing_is_said_where_all_is_in_the_page_cache(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for path in model.iterdir():
+        path.read_bytes()
+    assert warmed(model, caplog) == ""
+
+
+def test_nothing_is_done_where_it_is_off(
+    model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENGINE_LOADER_START__WARM", "off")
+    drop(model)
+    assert warmed(model, caplog) == ""
+
+
+def test_an_error_does_not_reach_the_engine(
+    model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("unforeseen")
+
+    monkeypatch.setattr(warm_weights, "files_to_warm", fail)
+    assert warmed(model, caplog) == ""
+
+
+@pytest.mark.parametrize(
+    ("account", "text"),
+    [
+        (WarmingAccount(3 * GIB, 0, 3 * GIB), "3.00 GiB into the page cache in 15.0 s"),
+        (WarmingAccount(2 * GIB, GIB, 3 * GIB), "2.00 GiB into the page cache in 15.0 s, 1.00 GiB were there already"),
+        (
+            WarmingAccount(2 * GIB, 0, 3 * GIB, "the loader began"),
+            "2.00 GiB into the page cache in 15.0 s; 1.00 GiB were left: the loader began",
+        ),
+        (WarmingAccount(reason="they lie in memory"), "nothing is read into the page cache: they lie in memory"),
+    ],
+)
+def test_what_became_of_it_is_said_in_words(account: WarmingAccount, text: str) -> None:
+    assert described(account, 15.0) == text
+
+
+def test_whoever_warms_ends_when_weights_are_read(model: Path) -> None:
+    path = str(model / "model-9.safetensors")
+    listening = listen(path)
+    assert listening is not None
+    with listening:
+        weights = read_weights([path], LoaderSettings(), log=log, show_progress=False)
+        listening.setblocking(True)
+        listening.settimeout(10)
+        listening.accept()[0].close()
+        assert [name for name, _ in weights] == ["t9"]
+
+
+@pytest.mark.parametrize("weights", [[], ["s3://bucket/model/model.safetensors"], None, iter(["/missing/a"])])
+def test_weights_that_nobody_can_warm_are_read_as_ever(weights: object) -> None:
+    loader_begins(weights)
+
+
+def test_sglang_begins_before_it_starts_processes(
+    model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began: list[str] = []
+    monkeypatch.setattr(warm_weights, "begin_to_warm", lambda model, *_: began.append(model))
+    sglang_format._check_weights(SimpleNamespace(model_path=str(model), model_loader_extra_config=None))
+    assert began == [str(model)]
