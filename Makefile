@@ -57,7 +57,7 @@ RELEASE_STAMP := $(RELEASE_VENV)/.installed
 
 .PHONY: help venv venv-sglang tools demo lint check test test-fast test-sglang test-ranks test-sharing \
 	test-architectures test-torch test-object-stores test-radosgw test-chaos contract fuzz bench screenshots clean docs \
-	wheels test-wheel test-surroundings test-peers test-matrix test-starts
+	wheels test-wheel test-quick-start test-surroundings test-peers test-matrix test-starts
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv-sglang-%/.engine-installed
 
@@ -139,6 +139,9 @@ wheels: $(RELEASE_STAMP)  ## Build sdist and wheels (x86_64, aarch64) into ./dis
 # In an environment that is made for it, with nothing but this package and what it depends on; some minutes.
 test-wheel:  ## Try the wheel of this machine in ./dist as its users will; after make wheels
 	$(PYTHON) -m scripts.try_wheel dist/engine_loader-*_$$(uname -m).whl $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH)
+
+test-quick-start:  ## What docs/quick-start.md says of a machine without a GPU, line by line, with the wheel in ./dist; 4 GB
+	$(PYTHON) -m scripts.try_quick_start dist/engine_loader-*_$$(uname -m).whl
 
 # What of it runs, depends on the interpreters that are here; those that are not, are named.
 test-matrix: venv  ## The wheel in ./dist on each of PYTHONS; what the adapters rely on in older vLLMs, by their source
