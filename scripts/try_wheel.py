@@ -53,7 +53,11 @@ class Environment:
         self._bin = directory / "bin"
         subprocess.run([sys.executable, "-m", "venv", str(directory)], check=True)
         pip = [str(self._bin / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, *pip_arguments, str(wheel)], check=True)
+        if subprocess.run([*pip, *pip_arguments, str(wheel)], check=False).returncode != 0:
+            sys.exit(
+                f"{sys.executable}: pip cannot install {' '.join([*pip_arguments, wheel.name])}; where there is no "
+                "such build of torch for this Python, name another: make test-wheel TORCH=torch==2.13.0"
+            )
 
     def no_other_user(self) -> str | None:
         """Why nothing can be tried as nobody, or None."""

@@ -18,16 +18,16 @@ import torch
 
 from engine_loader.cli.diagnosis import (
     cache_directories,
-    cache_sharing,
     engine_plugins,
     file_systems,
     resources,
     software,
 )
-from engine_loader.cli.diagnosis.finding import Finding
+from engine_loader.cli.diagnosis.finding import Finding, impatient
 from engine_loader.compile_cache import directories
 from engine_loader.errors import TransferError
 from engine_loader.machine import Memory, Mount
+from engine_loader.settings import LoaderSettings
 from tests.cli.running import invoke, run
 from tests.support.checkpoints import checkpoint, entry
 from tests.support.moto_server import MotoServer
@@ -82,6 +82,11 @@ class TestReport:
 
     def test_the_status_is_1_when_anything_fails(self) -> None:
         assert run("doctor", "--quick", env={"VLLM_PLUGINS": ""}).returncode == 1
+
+    def test_strict_counts_warnings(self) -> None:
+        with few_descriptors():
+            assert invoke("doctor", "--quick").exit_code in (0, 1)
+            assert invoke("doctor", "--quick", "--strict").exit_code == 1
 
     def test_a_tensor_is_read_back_from_every_source(self) -> None:
         assert [(finding.name, finding.status) for finding in software.check_reading()] == [
@@ -200,6 +205,21 @@ class TestEngines:
         assert finding.status == "fail"
         assert finding.value == "not registered: ValueError: Load format `b10_3fs` is not supported"
 
+    def test_extensions_for_another_torch_are_named_with_the_line_that_removes_them(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        installed = {"torch": "2.13.0+cpu", "torchvision": "0.28.0", "torchcodec": "0.17.0"}
+        monkeypatch.setattr(engine_plugins, "installed_version", installed.get)
+        probe = "raise RuntimeError('operator torchvision::nms does not exist')"
+        finding = engine_plugins._run_plugins(
+            SimpleNamespace(name="vLLM", module="vllm", load="def load(): ...", probe=probe)
+        )  # type: ignore[arg-type]
+        assert finding.status == "fail"
+        assert finding.repair == (
+            "one of torchvision, torchcodec was built for another torch than 2.13.0+cpu: install the build for it, or "
+            "pip uninstall torchvision torchcodec: text models are served without"
+        )
+
     @pytest.mark.engine
     def test_the_real_engine_takes_the_format(self) -> None:
         found = {finding.name: finding for finding in engine_plugins.check_engines()}
@@ -229,7 +249,7 @@ class TestSources:
         (tmp_path / "model.safetensors").write_text(pointer)
         finding = diagnose(tmp_path)[str(tmp_path)]
         assert finding["status"] == "fail"
-        assert "git lfs pull" in finding["value"]
+        assert "git lfs pull" in finding["repair"]
 
     def test_a_setting_that_needs_3fs_where_there_is_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("ENGINE_LOADER_LOADER__BACKEND", "usrbio")
@@ -290,6 +310,28 @@ class TestSources:
             (bad,) = file_systems.check_paths(["s3://bucket/nothing"])
         assert (good.status, good.value[:8]) == ("ok", "1 object")
         assert bad.status == "fail"
+
+    @pytest.mark.parametrize(
+        ("url", "named"),
+        [("s3://bucket/model", "AWS_ENDPOINT_URL"), ("gs://bucket/model", "object_store_endpoint_url with")],
+    )
+    def test_a_store_that_does_not_answer_is_tried_twice_and_told_with_its_own_names(
+        self, url: str, named: str
+    ) -> None:
+        env = {
+            "ENGINE_LOADER_LOADER__OBJECT_STORE_ENDPOINT_URL": "http://127.0.0.1:9",
+            "ENGINE_LOADER_LOADER__OBJECT_STORE_ANONYMOUS": "true",
+        }
+        finding = diagnose(url, env=env)[url]
+        assert finding["status"] == "fail"
+        assert finding["value"] == f"{url}: could not list the prefix: the server cannot be reached after 2 tries"
+        assert named in finding["repair"]
+
+    def test_a_server_that_hangs_is_given_seconds_and_not_what_a_load_gives_it(self) -> None:
+        settings = impatient(LoaderSettings(max_tries=9, object_store_timeout_s=300))
+        assert (settings.max_tries, settings.object_store_timeout_s) == (2, 10)
+        settings = impatient(LoaderSettings(max_tries=1, object_store_timeout_s=3))
+        assert (settings.max_tries, settings.object_store_timeout_s) == (1, 3)
 
     def test_a_path_that_is_not_there(self, tmp_path: Path) -> None:
         finding = diagnose(tmp_path / "missing")[str(tmp_path / "missing")]
@@ -437,55 +479,6 @@ class TestMachine:
         assert names[:4] == ["CPUs", "memory", "open files", "transparent huge pages"]
         assert names[4:] == ["/dev/shm", "what ranks share", "temporary files"]
         assert stat.S_ISDIR(os.stat("/dev/shm").st_mode)
-
-
-class TestTheStore:
-    """What a save needs is tried."""
-
-    def finding(self, store: Path, monkeypatch: pytest.MonkeyPatch, **settings: object) -> Finding:
-        monkeypatch.setenv("ENGINE_LOADER_COMPILE_CACHE__DIRECTORY", str(store))
-        for name, value in settings.items():
-            monkeypatch.setenv(f"ENGINE_LOADER_COMPILE_CACHE__{name.upper()}", str(value))
-        return next(found for found in cache_sharing.check_compile_cache() if found.name == "store")
-
-    def test_one_that_can_be_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        found = self.finding(tmp_path / "store", monkeypatch, min_store_free_bytes=0)
-        assert found.status == "ok"
-        assert "0 packs" in found.value
-        assert list(tmp_path.iterdir()) == []
-
-    def test_one_without_room(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        found = self.finding(tmp_path, monkeypatch, min_store_free_bytes=1 << 50)
-        assert found.status == "fail"
-        assert "are to stay free (compile_cache.min_store_free_bytes)" in found.value
-        assert self.finding(tmp_path, monkeypatch, read_only="true").status == "ok"
-
-    def test_one_that_cannot_be_made(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        (tmp_path / "file").write_text("")
-        found = self.finding(tmp_path / "file" / "store", monkeypatch)
-        assert found.status == "fail"
-        assert "Not a directory" in found.value or "is not a directory" in found.value
-
-    @pytest.mark.servers
-    def test_one_in_a_bucket_is_written_read_and_left_as_it_was(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        with MotoServer() as moto:
-            moto.make_bucket("bucket")
-            values = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_ENDPOINT_URL": moto.url}
-            for name, value in values.items():
-                monkeypatch.setenv(name, value)
-            for bucket, status in (("bucket", "ok"), ("no-bucket", "fail")):
-                monkeypatch.setenv("ENGINE_LOADER_COMPILE_CACHE__DIRECTORY", f"s3://{bucket}/caches")
-                monkeypatch.setenv("ENGINE_LOADER_COMPILE_CACHE__TRUST", "anyone")
-                found = next(found for found in cache_sharing.check_compile_cache() if found.name == "store")
-                assert found.status == status, found
-                if status == "ok":
-                    assert " ms to write, read and delete, " in found.value
-                    assert b"<Key>" not in moto.request("GET", "/bucket?list-type=2")
-
-    def test_strict_counts_warnings(self) -> None:
-        with few_descriptors():
-            assert invoke("doctor", "--quick").exit_code in (0, 1)
-            assert invoke("doctor", "--quick", "--strict").exit_code == 1
 
 
 @contextmanager

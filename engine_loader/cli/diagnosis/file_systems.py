@@ -37,7 +37,7 @@ from ...sources.threefs.shared_library import (
     load_library,
 )
 from ...transfer.modes import choose_mode
-from .finding import Finding, write_refused
+from .finding import Finding, cause_and_repair, impatient, write_refused
 
 _AREA = "sources"
 _GIVE_PATH = "engine-loader doctor /path/to/model checks the file system of a model's weights"
@@ -85,10 +85,12 @@ def _check_node_cache(settings: LoaderSettings) -> Finding:
 
 def check_3fs() -> Iterator[Finding]:
     """Whether 3FS is mounted on this machine, and its library found and usable."""
-    search = find_library(_lib_dir())
+    settings = _settings()
+    lib_dir = settings.hf3fs_lib_dir
+    search = find_library(lib_dir)
     at = ", ".join(mounts_here())
     mounted = f"mounted at {at}" if at else "no 3FS mount here"
-    is_wanted = _backend() == "usrbio"
+    is_wanted = settings.backend == "usrbio"
     if at:
         yield _daemon()
     elif is_wanted:
@@ -113,7 +115,7 @@ def check_3fs() -> Iterator[Finding]:
         yield Finding(_AREA, "usrbio", "warn", f"{mounted}; {error}", repair)
         return
     found = f"{mounted}; {search.path}, found by {search.origin}"
-    problem = why_not(lib_dir=_lib_dir()) if at else None
+    problem = why_not(lib_dir=lib_dir) if at else None
     if problem is None:
         yield Finding(_AREA, "usrbio", "ok" if at else "absent", found)
     else:
@@ -151,18 +153,11 @@ def _descriptor_limit() -> Iterator[Finding]:
     yield Finding(_AREA, "open files", "warn", value, repair)
 
 
-def _backend() -> str | None:
+def _settings() -> LoaderSettings:
     try:
-        return load_settings().settings.loader.backend
+        return load_settings().settings.loader
     except SettingsError:  # software.check_settings reports the problem
-        return None
-
-
-def _lib_dir() -> str | None:
-    try:
-        return load_settings().settings.loader.hf3fs_lib_dir
-    except SettingsError:  # software.check_settings reports the problem
-        return None
+        return LoaderSettings()
 
 
 def is_network(mount: Mount) -> bool:
@@ -171,10 +166,9 @@ def is_network(mount: Mount) -> bool:
 
 
 def _check(path: str) -> Iterator[Finding]:
-    settings = load_settings().settings.loader
+    settings = impatient(load_settings().settings.loader)
     mount = None if is_remote(path) else mount_of(path)
     where = "" if is_remote(path) else f"{mount.kind} from {mount.source}; " if mount else "an unknown file system; "
-    repair = "engine-loader inspect --check says what is wrong with a checkpoint"
     try:
         source = make_source(settings.backend, settings=settings)
         found = find_checkpoint(source, path, sharded_pattern=settings.sharded_pattern)
@@ -187,13 +181,13 @@ def _check(path: str) -> Iterator[Finding]:
             nbytes = sum(shard.file.size for shard in opened.files)
     except NoCheckpointError as error:
         if is_remote(path):
-            yield Finding(_AREA, path, "fail", str(error), repair)
+            yield _failed(path, error)
         else:
             advice = "give a model's directory to check reading"
             yield Finding(_AREA, path, "ok", f"{where}no weights directly in this directory", advice)
         return
     except CheckpointError as error:
-        yield Finding(_AREA, path, "fail", str(error), repair)
+        yield _failed(path, error)
         return
     what = f"{len(files)} {'object' if is_remote(path) else 'file'}{'' if len(files) == 1 else 's'}"
     ranks = f" of {len(found.shards)} ranks" if isinstance(found, ShardedState) else ""
@@ -204,9 +198,14 @@ def _check(path: str) -> Iterator[Finding]:
         yield from _usrbio(path, files[0])
 
 
+def _failed(path: str, error: CheckpointError) -> Finding:
+    value, repair = cause_and_repair(error, "engine-loader inspect --check says what is wrong with a checkpoint")
+    return Finding(_AREA, path, "fail", value, repair)
+
+
 def _usrbio(path: str, file: str) -> Iterator[Finding]:
     """Whether the first file, if it is on 3FS, would be read by USRBIO."""
-    problem = why_not(file, _lib_dir())
+    problem = why_not(file, _settings().hf3fs_lib_dir)
     if problem is None:
         yield Finding(_AREA, f"usrbio on {path}", "ok", "backend: auto reads these files by USRBIO")
     elif any(os.path.realpath(file).startswith(os.path.join(mount, "")) for mount in mounts_here()):

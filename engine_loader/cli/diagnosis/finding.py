@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
+
+from ...errors import CheckpointError
+from ...escaping import printable
+from ...settings import LoaderSettings
+
+_TRIES = 2
+_PATIENCE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,27 @@ def installed_version(*distributions: str) -> str | None:
         except PackageNotFoundError:
             continue
     return None
+
+
+def impatient(settings: LoaderSettings) -> LoaderSettings:
+    """The settings with which object stores are asked here: one that gives no answer is told in less than a minute."""
+    return settings.model_copy(
+        update={
+            "max_tries": min(settings.max_tries, _TRIES),
+            "object_store_timeout_s": min(settings.object_store_timeout_s, _PATIENCE_S),
+        }
+    )
+
+
+def cause_and_repair(error: BaseException, otherwise: str) -> tuple[str, str]:
+    """What an error says happened, and what it says can be done; ``otherwise`` where it says nothing of that."""
+    if isinstance(error, CheckpointError):
+        text = str(error)
+        return (text.removesuffix(f" ({error.hint})"), error.hint) if error.hint else (text, otherwise)
+    notes = "; ".join(getattr(error, "__notes__", ()))
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{printable(os.fspath(error.filename))}: {error.strerror}", notes or otherwise
+    return str(error), notes or otherwise
 
 
 def last_line(text: str) -> str:

@@ -9,6 +9,9 @@ import sys
 from functools import cache
 from pathlib import Path
 
+NONE = "none"
+"""In the place of a version of what is not installed."""
+
 
 def module_version(module: str) -> str:
     """The version of an engine as it calls itself: its distribution may have another name."""
@@ -36,13 +39,13 @@ def torch_versions() -> dict[str, str]:
 
 
 def distribution_version(*distributions: str) -> str:
-    """The version of the first of these that is installed; "none" where none is."""
+    """The version of the first of these that is installed; NONE where none is."""
     for name in distributions:
         try:
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return "none"
+    return NONE
 
 
 def _file_of(module: str, name: str) -> str:

@@ -47,6 +47,7 @@ class ObjectCacheStore(MarkedStore):
         trust: what is taken from it.
         work_directory: for the temporary file; None: the temporary directory.
         store_name: that the store must have; None: any.
+        options: how patiently it is asked; None: the defaults.
 
     Raises:
         CacheValidationError: packs are not signed and trust is not "anyone" (who may write to a bucket cannot be
@@ -54,7 +55,12 @@ class ObjectCacheStore(MarkedStore):
     """
 
     def __init__(
-        self, url: str, trust: Trust, work_directory: str | None = None, store_name: str | None = None
+        self,
+        url: str,
+        trust: Trust,
+        work_directory: str | None = None,
+        store_name: str | None = None,
+        options: ObjectStoreOptions | None = None,
     ) -> None:
         super().__init__(store_name)
         if not trust.signed and not trust.anyone:
@@ -64,7 +70,7 @@ class ObjectCacheStore(MarkedStore):
             )
         try:
             location = parse_object_url(url)
-            self._store = make_client(location, ObjectStoreOptions())
+            self._store = make_client(location, options or ObjectStoreOptions())
         except CheckpointError as error:
             raise CacheValidationError(f"compile_cache.directory: {error}") from None
         self.description = url.rstrip("/")
@@ -287,4 +293,7 @@ def _errors_of(location: str, doing: str) -> Iterator[None]:
         if not is_request_failure(error):
             raise
         failure = object_failure(error, doing, location)
-        raise OSError(failure.errno or errno.EIO, failure.message, location) from error
+        raised = OSError(failure.errno or errno.EIO, failure.message, location)
+        if failure.hint:
+            raised.add_note(failure.hint)
+        raise raised from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...errors import SettingsError
 from ...home import home_expanded
@@ -15,12 +16,18 @@ from ..trust import Trust, load_trust
 from .filesystem import FilesystemStore
 from .interface import Store
 
+if TYPE_CHECKING:
+    from ...sources.object_store.client import ObjectStoreOptions
 
-def open_store(settings: CompileCacheSettings, state: Path | None = None) -> tuple[Store, Trust]:
+
+def open_store(
+    settings: CompileCacheSettings, state: Path | None = None, *, options: ObjectStoreOptions | None = None
+) -> tuple[Store, Trust]:
     """The store of the settings, and which of its packs are taken.
 
     Args:
         state: a directory of this node, where the newest deny-list of the store is noted; None: nothing is noted.
+        options: how patiently an object store is asked; None: as for weights by default.
 
     Raises:
         CacheValidationError: the key file is refused, or an object store is not available or not trusted.
@@ -31,7 +38,7 @@ def open_store(settings: CompileCacheSettings, state: Path | None = None) -> tup
         anyone=settings.trust == "anyone",
         most_age_days=settings.max_pack_age_days,
     )
-    store = _store(settings, trust)
+    store = _store(settings, trust, options)
     return store, trust.with_denied(store, state)
 
 
@@ -66,10 +73,10 @@ def _check_path(path: Path) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), f"compile_cache.directory: {path}")
 
 
-def _store(settings: CompileCacheSettings, trust: Trust) -> Store:
+def _store(settings: CompileCacheSettings, trust: Trust, options: ObjectStoreOptions | None = None) -> Store:
     if is_remote(settings.directory):
         from .objects import ObjectCacheStore
 
-        return ObjectCacheStore(settings.directory, trust, settings.work_directory, settings.store_name)
+        return ObjectCacheStore(settings.directory, trust, settings.work_directory, settings.store_name, options)
     floor = int(settings.min_store_free_bytes)
     return FilesystemStore(settings.directory, trust, floor, settings.store_name)

@@ -12,10 +12,10 @@ import logging
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ...compile_cache.host.versions import NONE, module_version
 from ...settings import load_settings
 
 logger = logging.getLogger("vllm.engine_loader")
@@ -27,7 +27,8 @@ class Fixup:
 
     Attributes:
         name: as `engine-loader doctor` shows it.
-        distribution: the installed distribution that has the fault.
+        distribution: the name of the package that has the fault. vLLM's CPU build is installed under another name than
+            its package `vllm`, which counts.
         module: the module that is changed, after it was imported.
         read_up_to: the last version (major, minor) whose source was read for this fix-up. It does not guard it.
         upstream: the lines of the module's source that the change replaces.
@@ -69,10 +70,8 @@ class Fixup:
         )
 
     def _installed(self) -> tuple[int, int] | None:
-        try:
-            return _release(version(self.distribution))
-        except PackageNotFoundError:
-            return None
+        text = module_version(self.distribution)
+        return None if text == NONE else _release(text)
 
 
 def apply_needed(fixups: Iterable[Fixup], module: Any) -> None:
