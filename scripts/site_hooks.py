@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "examples/README.md")
 """Documents of the repository that are pages of the site."""
 LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
+WITHOUT_LINK = "\x00"
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 
@@ -49,11 +50,12 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         elif (ROOT / path).is_file() and not path.endswith(".md"):
             target = f"files/{path}.txt"
         else:
-            return "]"
+            return f"]{WITHOUT_LINK}"
         return f"]({os.path.relpath(target, there or '.')}{match[2] or ''})"
 
-    # A link whose target is gone leaves its text in brackets: these are taken away, too.
-    return re.sub(r"(?<!!)\[([^\[\]]+)\](?![(\[:])", r"\1", outside_fences(markdown, exchange))
+    # Of a link whose target is gone the text stays. Other brackets are somebody's: `pip install 'engine-loader[s3]'`.
+    text = re.sub(rf"\[([^\[\]]+)\]{WITHOUT_LINK}", r"\1", outside_fences(markdown, exchange))
+    return text.replace(WITHOUT_LINK, "")
 
 
 def outside_fences(markdown: str, exchange: Any) -> str:
@@ -97,7 +99,7 @@ def describe_command(command: Any, name: str, parent: Any, level: int) -> Iterat
         yield f"`{context.command_path} {' '.join(command.collect_usage_pieces(context))}`\n"
     rows = [row for row in map(describe_parameter, command.params) if row]
     if rows:
-        yield from ["| | |", "|---|---|", *rows, ""]
+        yield from ["| argument or option | what it is |", "|---|---|", *rows, ""]
     for below, one in getattr(command, "commands", {}).items():
         if not one.hidden:
             yield from describe_command(one, f"{name} {below}", context, level + (parent is not None))

@@ -1,5 +1,6 @@
 """The documentation site builds without a warning (make docs), and has what the project has."""
 
+import html
 import os
 import re
 import subprocess
@@ -11,6 +12,8 @@ import typer
 import yaml
 
 from engine_loader.cli import app
+
+from .commands import commands
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,6 +55,21 @@ def test_what_is_public_is_in_the_reference(site: Path) -> None:
             "FileSystemBase",
             "SerializationFormat",
         ), name
+
+
+@pytest.mark.slow
+def test_commands_are_on_the_site_as_they_are_in_the_documents(site: Path) -> None:
+    pages: dict[str, str] = {}
+    for command in commands():
+        name = command.document.removeprefix("docs/").removesuffix(".md")
+        if command.document.startswith("README"):
+            continue
+        if name not in pages:
+            shown = re.findall(r"<code>(.*?)</code>", (site / f"{name}.html").read_text(), re.DOTALL)
+            text = "\n".join(html.unescape(re.sub("<[^>]+>", "", code)) for code in shown)
+            pages[name] = " ".join(text.split())
+        for word in command.words:
+            assert word in pages[name].replace("'", "").replace('"', "") or word in pages[name] or "\n" in word, command
 
 
 @pytest.mark.slow
