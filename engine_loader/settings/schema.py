@@ -374,7 +374,7 @@ class StartSettings(SettingsGroup):
         "also beside accelerators, off: each imports for itself.",
     )
     warm: Literal["auto", "off"] = Field(
-        default="auto",
+        default="off",
         description="Whether weights that are not in the page cache are read into it while the engine imports, by a "
         "process of the lowest priority, as far as the cgroup and the machine have room: auto where the load format "
         "b10_3fs will read them through it.",

@@ -25,10 +25,10 @@ from ..machine import Memory, memory
 from ..residency import cached_pages, file_system
 
 END_OF_PATHS = b"\0\0"
-_PIECE_BYTES = 1 << 20
+_PIECE_BYTES = 4 << 20
 _READ_BYTES = 256 << 10  # small enough to stay in the CPU's cache: what is read is thrown away
 _READERS = 8  # network file systems and FUSE answer each request late
-_READERS_OF_A_DISK = 2  # what the engine imports waits behind what is on its way from the same disk
+_READERS_OF_A_DISK = 4  # what the engine imports waits behind what is on its way from the same disk
 _DISKS = (0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x794C7630, 0x73717368, 0xE0F5E1E2, 0x2FC12FC1)
 # ext4, xfs, btrfs, f2fs, overlay, squashfs, erofs, zfs
 _LOOK_S = 0.2

@@ -29,6 +29,11 @@ GIB = 1 << 30
 log = logging.getLogger("engine_loader.tests")
 
 
+@pytest.fixture(autouse=True)
+def _switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENGINE_LOADER_START__WARM", "auto")
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """Three shards in natural order, of which the index names two."""

@@ -28,6 +28,7 @@ def test_cold_weights_are_read_while_the_engine_imports(tmp_path: Path) -> None:
     for path in model.glob("*.safetensors"):
         drop(path)
     env = {"ENGINE_LOADER_REPORT__DIRECTORY": str(tmp_path / "starts"), "ENGINE_LOADER_START__PLAN": "on"}
+    env["ENGINE_LOADER_START__WARM"] = "auto"
     with VllmServer(model, "--load-format", "b10_3fs", env=env) as server:
         assert len(server.complete("the quick brown fox", max_tokens=4)) > 0
         (said,) = (line for line in server.log.splitlines() if "start.warm:" in line)
