@@ -15,8 +15,8 @@ def warm(
 ) -> None:
     """Read a model's weights into the page cache, at the lowest priority, as far as there is room.
 
-    An engine does this by itself (`start.warm: auto`) once it has imported most of what it needs; run this before
-    it, or in the background, and the bytes move from the first moment on. It ends when all is there, when a loader of
+    With `start.warm: auto` an engine does this by itself, once it has imported most of what it needs. Run this before
+    it, or beside it, and the bytes move from the first moment on. It ends when all is there, when a loader of
     b10_3fs begins to read the model, or when memory for it is used up. What lies in the page cache is not read again.
 
     **Example**
