@@ -180,6 +180,7 @@ def commands(place: Path) -> dict[str, tuple[str | Path, ...]]:
         "convert": ("convert", training, place / "out"),
         "convert to dcp": ("convert", model, place / "dcp", "--to", "dcp"),
         "doctor": ("doctor", "--quick", model),
+        "warm": ("warm", model),
         "patch list": ("patch", "list"),
         "report list": ("report", "list"),
         "info": ("compile-cache", "info", "--engine", "torch"),
@@ -281,7 +282,7 @@ def test_no_command_and_no_function_ends_in_a_traceback(answers: dict[str, Any])
     tracebacks = {name: answer for name, answer in answers.items() if "Traceback" in str(answer)}
     assert tracebacks == {}, "\n".join(f"{name}: {answer}" for name, answer in tracebacks.items())
 
-    for name in ("version", "settings", "inspect", "inspect training", "patch list"):
+    for name in ("version", "settings", "inspect", "inspect training", "patch list", "warm"):
         assert answers[name][0] == 0, (name, answers[name])
     assert answers["read"] is True
     assert answers["bench"][0] == 0, answers["bench"]
