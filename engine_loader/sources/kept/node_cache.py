@@ -84,6 +84,7 @@ class NodeCache:
         self._room = threading.Lock()
         self._bytes: int | None = None
         self._since_count = 0
+        self._being_written = 0  # bytes that have room, and that a count may not find yet
         self._numbers = itertools.count()
 
     @classmethod
@@ -179,7 +180,14 @@ class NodeCache:
         if not self._has_room(nbytes):
             self._stop("there is no more room for weights on this node (cache_bytes, or what the disk has free)")
             return
-        directory, end = kept.version.directory, kept.begin + nbytes
+        try:
+            self._write_range(kept)
+        finally:
+            with self._room:
+                self._being_written -= nbytes
+
+    def _write_range(self, kept: _Range) -> None:
+        directory, end = kept.version.directory, kept.begin + kept.content.nbytes
         unfinished = directory / f"{_UNFINISHED}-{os.getpid()}-{next(self._numbers)}"
         try:
             _write_whole(unfinished, kept.content.data)
@@ -201,15 +209,16 @@ class NodeCache:
             fits = self._make_room(nbytes)
             if fits:
                 self._since_count += nbytes  # also where the write fails: then nothing more is kept
+                self._being_written += nbytes
             return fits
 
     def _make_room(self, nbytes: int) -> bool:
         if self._bytes is None or self._since_count >= _COUNT_AGAIN_BYTES:
-            self._bytes, self._since_count = self._count(), 0
+            self._bytes, self._since_count = self._count(), self._being_written
         if self._lacking(nbytes) <= 0:
             return True
         with _locked(self.directory):
-            self._bytes, self._since_count = self._count(), 0
+            self._bytes, self._since_count = self._count(), self._being_written
             for used, version in sorted((_last_use(version), version) for version in self._versions()):
                 # The objects of a model that does not fit must not make room for each other: none would be left.
                 if self._lacking(nbytes) <= 0 or used >= self._load_began - _CLOCK_S:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ from engine_loader.sources.kept import node_cache
 from engine_loader.sources.kept.node_cache import NodeCache
 from tests.support.checkpoints import checkpoint, entry
 from tests.support.fault_server import Answer, FaultServer, Request
+from tests.support.waiting import wait_for
 
 ROUNDS = 300 if os.environ.get("EXTENDED_TESTS") else 12
 KIB, MIB = 1 << 10, 1 << 20
@@ -163,6 +165,28 @@ def test_a_model_that_is_larger_than_the_cache_is_kept_in_part(
     load(options)
     asked = len(server.gets())
     assert 0 < asked < len(TENSORS) * 2
+
+
+def test_what_one_thread_still_writes_takes_room_from_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, first = threading.Event(), threading.Lock()
+
+    def the_first_one_stands(path: Path, content: memoryview) -> None:
+        if first.acquire(blocking=False):
+            go_on.wait(60)
+        path.write_bytes(content)
+
+    monkeypatch.setattr(node_cache, "_write_whole", the_first_one_stands)
+    cache = NodeCache(tmp_path, 256 * KIB)
+    version = cache.version("s3://bucket/model", "tag", 1 * MIB)
+    assert version is not None
+    for number in range(3):
+        cache.offer(version, number * 128 * KIB, np.zeros(128 * KIB, np.uint8))
+    wait_for(lambda: cache._waiting_bytes == 128 * KIB)
+    go_on.set()
+    assert cache.flush(60)
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*-*") if path.is_file()) == 256 * KIB
 
 
 def test_a_disk_that_is_full_only_slows(
