@@ -7,11 +7,41 @@ import mmap
 import os
 from functools import cache
 
+IN_MEMORY = frozenset({"tmpfs", "ramfs", "hugetlbfs"})
+"""Names of file systems whose files lie in memory."""
+_FILE_SYSTEMS = {
+    0x01021994: "tmpfs",
+    0x858458F6: "ramfs",
+    0x958458F6: "hugetlbfs",
+    0xEF53: "ext4",
+    0x58465342: "xfs",
+    0x9123683E: "btrfs",
+    0xF2F52010: "f2fs",
+    0x794C7630: "overlay",
+    0x6969: "nfs",
+    0x0BD00BD0: "lustre",
+    0x00C36400: "ceph",
+    0x47504653: "gpfs",
+    0x19830326: "beegfs",
+    0x65735546: "fuse",
+    0x01021997: "9p",
+    0x2FC12FC1: "zfs",
+    0xFF534D42: "cifs",
+    0xFE534D42: "smb",
+    0x73717368: "squashfs",
+    0xE0F5E1E2: "erofs",
+}
 _SYS_CACHESTAT = 451
 
 
-def file_system(fd: int) -> int:
-    """The magic number of an open file's file system; 0 where it is not known."""
+def file_system(fd: int) -> str:
+    """The name of an open file's file system; of one that is not known, its magic number in words."""
+    number = _magic_number(fd)
+    return _FILE_SYSTEMS.get(number, f"file system {number:#x}")
+
+
+def _magic_number(fd: int) -> int:
+    """Of the file system; 0 where the kernel does not say."""
     # `struct statfs` begins with the type, a word; the rest takes less than 128 bytes.
     answer = (ctypes.c_ulong * 32)()
     if _libc().fstatfs(ctypes.c_int(fd), answer) != 0:

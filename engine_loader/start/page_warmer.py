@@ -22,19 +22,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from ..machine import Memory, memory
-from ..residency import cached_pages, file_system
+from ..residency import IN_MEMORY, cached_pages, file_system
 
 END_OF_PATHS = b"\0\0"
 _PIECE_BYTES = 4 << 20
 _READ_BYTES = 256 << 10  # small enough to stay in the CPU's cache: what is read is thrown away
 _READERS = 8  # network file systems and FUSE answer each request late
 _READERS_OF_A_DISK = 4  # what the engine imports waits behind what is on its way from the same disk
-_DISKS = (0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x794C7630, 0x73717368, 0xE0F5E1E2, 0x2FC12FC1)
-# ext4, xfs, btrfs, f2fs, overlay, squashfs, erofs, zfs
+_DISKS = ("ext4", "xfs", "btrfs", "f2fs", "overlay", "squashfs", "erofs", "zfs")
 _LOOK_S = 0.2
 _LEAST_RESERVE_BYTES = 256 << 20
 _RESERVE = 4  # a part of the memory that is left for the engine's own
-_IN_MEMORY = (0x01021994, 0x858458F6, 0x958458F6)  # tmpfs, ramfs, hugetlbfs
 _LIES_IN_MEMORY = -2
 _SET_PARENT_DEATH_SIGNAL = 1
 _SYS_IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
@@ -255,7 +253,7 @@ def _opened(path: str) -> int:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:  # whoever loads it says so
         return -1
-    if file_system(fd) in _IN_MEMORY:
+    if file_system(fd) in IN_MEMORY:
         os.close(fd)
         return _LIES_IN_MEMORY
     return fd

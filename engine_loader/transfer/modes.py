@@ -10,7 +10,7 @@ import mmap
 from dataclasses import dataclass
 from typing import Literal
 
-from ..residency import cached_pages, file_system
+from ..residency import IN_MEMORY, cached_pages, file_system
 from ..sources.source import SourceFile
 
 _SAMPLES = 32
@@ -18,33 +18,12 @@ _SAMPLE_BYTES = 1 << 20
 _RESIDENT = 0.95
 _ABSENT = 0.05
 
-_TMPFS, _RAMFS = 0x01021994, 0x858458F6
-_IN_MEMORY = {_TMPFS: "tmpfs", _RAMFS: "ramfs", 0x958458F6: "hugetlbfs"}
-# File systems on which O_DIRECT reads are known to be quick. Others (FUSE, 9p, ZFS, …) take it too, but some serve it
-# with one small request after the other, so there the page cache's read-ahead is the safer choice.
-_DIRECT = {
-    0xEF53: "ext4",
-    0x58465342: "xfs",
-    0x9123683E: "btrfs",
-    0xF2F52010: "f2fs",
-    0x794C7630: "overlay",
-    0x6969: "nfs",
-    0x0BD00BD0: "lustre",
-    0x00C36400: "ceph",
-    0x47504653: "gpfs",
-    0x19830326: "beegfs",
-}
 # What is read there lies on other machines. Their clients send a large read as several requests at once.
 _REMOTE = frozenset({"nfs", "lustre", "ceph", "gpfs", "beegfs"})
-_OTHER = {
-    0x65735546: "fuse",
-    0x01021997: "9p",
-    0x2FC12FC1: "zfs",
-    0xFF534D42: "cifs",
-    0xFE534D42: "smb",
-    0x73717368: "squashfs",
-    0xE0F5E1E2: "erofs",
-}
+# File systems on which O_DIRECT reads are known to be quick. Others (FUSE, 9p, ZFS, …) take it too, but some serve it
+# with one small request after the other, so there the page cache's read-ahead is the safer choice.
+_DIRECT = _REMOTE | {"ext4", "xfs", "btrfs", "f2fs", "overlay"}
+_MAPPED = ("tmpfs", "ramfs")
 
 
 @dataclass(frozen=True)
@@ -76,14 +55,14 @@ def choose_mode(file: SourceFile, setting: str = "auto") -> ReadMode:
     if fd is None:
         raise TypeError(f"{file.path} has no descriptor that native threads could read")
     kind = file_system(fd)
-    if kind in _IN_MEMORY:
-        return ReadMode("buffered", False, f"{_IN_MEMORY[kind]} lies in memory")
+    if kind in IN_MEMORY:
+        return ReadMode("buffered", False, f"{kind} lies in memory")
     share = resident_share(fd, file.size)
     warm = share is not None and share >= _RESIDENT
     if setting == "buffered":
         return ReadMode("buffered", not warm, "set")
     if setting == "direct":
-        return ReadMode("direct", True, "set", _DIRECT.get(kind) in _REMOTE)
+        return ReadMode("direct", True, "set", kind in _REMOTE)
     return _choose(kind, share)
 
 
@@ -107,22 +86,21 @@ def can_map(file: SourceFile, *, always: bool = False) -> bool:
     fd = file.fileno()
     if fd is None or file.size == 0 or not file.mappable:
         return False
-    if always or file_system(fd) in (_TMPFS, _RAMFS):
+    if always or file_system(fd) in _MAPPED:
         return True
     share = resident_share(fd, file.size)
     return share is not None and share >= _RESIDENT
 
 
-def _choose(kind: int, share: float | None) -> ReadMode:
-    name = _DIRECT.get(kind) or _OTHER.get(kind) or f"file system {kind:#x}"
+def _choose(kind: str, share: float | None) -> ReadMode:
     if share is None:
-        return ReadMode("buffered", True, f"{name}; the kernel does not say what is cached")
-    where = f"{name}, {share:.0%} in the page cache"
+        return ReadMode("buffered", True, f"{kind}; the kernel does not say what is cached")
+    where = f"{kind}, {share:.0%} in the page cache"
     if share >= _RESIDENT:
         return ReadMode("buffered", False, where)
     if kind not in _DIRECT:
         return ReadMode("buffered", True, where)
-    return ReadMode("direct" if share <= _ABSENT else "mixed", True, where, name in _REMOTE)
+    return ReadMode("direct" if share <= _ABSENT else "mixed", True, where, kind in _REMOTE)
 
 
 def resident_share(fd: int, size: int) -> float | None:

@@ -35,7 +35,7 @@ def share(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, float | None], None
     """Sets what the file system and the cached share seem to be."""
 
     def pretend(kind: int, cached: float | None) -> None:
-        monkeypatch.setattr(modes, "file_system", lambda _: kind)
+        monkeypatch.setattr(residency, "_magic_number", lambda _: kind)
         monkeypatch.setattr(modes, "resident_share", lambda *_: cached)
 
     return pretend
