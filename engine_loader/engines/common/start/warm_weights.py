@@ -1,7 +1,7 @@
 """Weights on their way into the page cache while an engine imports: which files, and what is said of it.
 
 It begins where the engine's first process makes its configuration, and ends where a loader of any process begins to
-read the same directory. Nothing here raises, and the engine waits for nothing of it.
+read the same directory. Nothing here raises, and the engine waits for nothing but the listing of the files.
 """
 
 from __future__ import annotations
