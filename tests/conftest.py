@@ -18,6 +18,11 @@ os.environ["VLLM_LOGGING_LEVEL"] = "INFO"
 # Engines that tests make in this process are no starts to look at; those of tests/support/vllm_server.py are.
 os.environ["_ENGINE_LOADER_START"] = "off"
 
+# Where these are set, pytest tells all differences of what an assert compares: minutes for some 100 KB of bytes, which
+# end a test as its timeout, at a line or, between two, with an error of pytest itself.
+for _name in ("CI", "BUILD_NUMBER"):
+    os.environ.pop(_name, None)
+
 # The same cases in every run, so that a failure is the change's; HYPOTHESIS_PROFILE=explore looks further.
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=60, print_blob=True)
 settings.register_profile(
