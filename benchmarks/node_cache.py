@@ -80,6 +80,8 @@ def measure(place: Path, gib: float, rounds: int, link: int, disk: int) -> None:
             later.append(found["seconds"])
     print(f"a later start: {found['line']}")
     limit, median = statistics.median(plain), statistics.median(later)
+    if limit < 0.9 * nbytes / disk:
+        raise RuntimeError(f"the disk was not throttled: {nbytes / limit / MB:.0f} MB/s")
     print(f"plain reads of the kept files: {limit:.2f} s ({min(plain):.2f} - {max(plain):.2f})")
     print(f"later starts: {median:.2f} s ({min(later):.2f} - {max(later):.2f}), {limit / median:.0%} of the limit")
 

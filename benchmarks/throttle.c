@@ -1,4 +1,5 @@
-/* Preloaded: reads by pread and preadv, of whatever file, go over one link that all processes share.
+/* Preloaded: reads by pread, preadv and preadv2 (Python's os.preadv), of whatever file, go over one link that all
+ * processes share.
  *
  * THROTTLE_FILE: a file of 16 bytes, zeros, that they share; THROTTLE_BYTES_PER_S: the link's bandwidth. Reads of up to
  * 64 KiB pass freely: headers, and what Python itself reads. */
@@ -64,6 +65,24 @@ ssize_t preadv64(int fd, const struct iovec *vectors, int n, off64_t offset) {
 
 ssize_t pread(int fd, void *memory, size_t bytes, off_t offset) {
     const ssize_t got = REAL(pread)(fd, memory, bytes, offset);
+    pass(got);
+    return got;
+}
+
+ssize_t pread64(int fd, void *memory, size_t bytes, off64_t offset) {
+    const ssize_t got = REAL(pread64)(fd, memory, bytes, offset);
+    pass(got);
+    return got;
+}
+
+ssize_t preadv2(int fd, const struct iovec *vectors, int n, off_t offset, int flags) {
+    const ssize_t got = REAL(preadv2)(fd, vectors, n, offset, flags);
+    pass(got);
+    return got;
+}
+
+ssize_t preadv64v2(int fd, const struct iovec *vectors, int n, off64_t offset, int flags) {
+    const ssize_t got = REAL(preadv64v2)(fd, vectors, n, offset, flags);
     pass(got);
     return got;
 }
