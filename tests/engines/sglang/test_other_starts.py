@@ -16,16 +16,16 @@ pytestmark = [pytest.mark.sglang, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[3]
 
 
-def test_a_process_without_plugins_knows_the_format_and_a_bucket_becomes_a_directory() -> None:
-    command = [str(python_of(VERSION)), "-m", "tests.support.sglang.without_plugins"]
+def test_a_process_without_plugins_knows_the_format_and_a_bucket_becomes_a_directory(llama: Path) -> None:
+    command = [str(python_of(VERSION)), "-m", "tests.support.sglang.without_plugins", str(llama)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
     found = json.loads(line.removeprefix("ANSWER "))
     loader = "<class 'engine_loader.engines.sglang.loader.B10ModelLoader'>"
-    assert found["child"] == ["/models/llama", loader, True, {}]
+    assert found["child"] == [str(llama), loader, True, {}]
     extra = '{"threads": 3, "weights_uri": "s3://models/llama"}'
-    assert found["bucket"] == ["/local", "/local", extra, "s3://models/llama"]
+    assert found["bucket"] == [str(llama), str(llama), extra, "s3://models/llama"]
 
 
 def test_a_server_of_a_model_in_a_bucket_answers_as_with_the_model_on_disk(

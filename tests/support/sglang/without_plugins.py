@@ -1,4 +1,5 @@
-"""Run by SGLang's Python: what a process without plugins makes of its options, and options of a model in a bucket.
+"""Run by SGLang's Python with a model's directory: what a process without plugins makes of its options, and those of a
+model in a bucket. Some versions read the model's configuration for them.
 
 Prints one line of JSON.
 """
@@ -6,6 +7,7 @@ Prints one line of JSON.
 import argparse
 import json
 import multiprocessing
+import sys
 from typing import Any
 
 from engine_loader.engines.common import model_files
@@ -32,6 +34,7 @@ def parse(parser: argparse.ArgumentParser, *options: str) -> Any:
 
 def main() -> None:
     """Print the line."""
+    model = sys.argv[1]
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
@@ -41,14 +44,14 @@ def main() -> None:
     ServerArgs.add_cli_args(parser)
     spawn = multiprocessing.get_context("spawn")
     answers = spawn.Queue()
-    child = spawn.Process(target=loader_in_child, args=(parse(parser, "--model-path", "/models/llama"), answers))
+    child = spawn.Process(target=loader_in_child, args=(parse(parser, "--model-path", model), answers))
     child.start()
     try:
         answer = answers.get(timeout=120)
     finally:
         child.kill()
 
-    model_files.local_copy = lambda url, settings: "/local"
+    model_files.local_copy = lambda url, settings: model
     bucket = parse(
         parser,
         *("--model-path", "s3://models/llama/", "--tokenizer-path", "s3://models/llama"),
