@@ -5,6 +5,7 @@
 Prints what it answered to TOKENS (a JSON list) as a line of JSON behind "ANSWER ". Needs SGLang's environment.
 """
 
+import inspect
 import json
 import sys
 
@@ -26,7 +27,12 @@ def main(model: str, load_format: str, tokens: str, save_in: str | None = None) 
     answer = engine.generate(input_ids=json.loads(tokens), sampling_params=sampling)
     print("\nANSWER " + json.dumps(answer["text"]), flush=True)
     if save_in is not None:
-        engine.save_sharded_model(path=save_in, pattern=None, max_size=None)
+        options = {"path": save_in, "pattern": None, "max_size": None}
+        # Older versions hand the keywords to a method that wants one mapping.
+        from sglang.srt.managers.scheduler import Scheduler
+
+        wants_mapping = "params" in inspect.signature(Scheduler.save_sharded_model).parameters
+        engine.save_sharded_model(**({"params": options} if wants_mapping else options))
     engine.shutdown()
 
 
