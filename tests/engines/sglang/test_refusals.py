@@ -44,7 +44,7 @@ OPTIONS = {
     "weight cache": ("--weight-cache-mode", "client"),
     "overlap": ("--startup-weight-load-mode", "overlap"),
 }
-OF_NEWER_VERSIONS = ("weight cache", "overlap")
+OF_NEWER_VERSIONS = ("weight cache", "overlap", "auto-round-int8")
 
 
 def test_what_has_a_loader_of_its_own_is_refused_before_a_process_is_started(llama: Path) -> None:
@@ -54,7 +54,7 @@ def test_what_has_a_loader_of_its_own_is_refused_before_a_process_is_started(lla
     assert all(error.startswith("SettingsError: ") for error in errors.values()), errors
     refused = "--load-format b10_3fs cannot serve here: SGLang "
     assert "num_threads is for SGLang's own reader; here, set threads" in errors["an option of SGLang's reader"]
-    for quantisation in ("bitsandbytes", "gguf", "auto-round-int8"):
+    for quantisation in {"bitsandbytes", "gguf", "auto-round-int8"} & set(asked):
         assert f"{refused}has a loader of its own for the quantisation {quantisation}" in errors[quantisation]
         assert "--load-format auto" in errors[quantisation]
     assert f"{refused}quantises the model by ModelOpt while it loads it" in errors["modelopt"]
