@@ -23,13 +23,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 from ..machine import Memory, memory
 from ..residency import IN_MEMORY, cached_pages, file_system
+from .pace import Pace
 
 END_OF_PATHS = b"\0\0"
-_PIECE_BYTES = 4 << 20
+_PIECE_BYTES = 1 << 20
 _READ_BYTES = 256 << 10  # small enough to stay in the CPU's cache: what is read is thrown away
-_READERS = 8  # network file systems and FUSE answer each request late
-_READERS_OF_A_DISK = 4  # what the engine imports waits behind what is on its way from the same disk
-_DISKS = ("ext4", "xfs", "btrfs", "f2fs", "overlay", "squashfs", "erofs", "zfs")
+_READERS = 32
 _LOOK_S = 0.2
 _LEAST_RESERVE_BYTES = 256 << 20
 _RESERVE = 4  # a part of the memory that is left for the engine's own
@@ -87,8 +86,8 @@ class Warming:
         self._files = [fd for fd in opened if fd >= 0]
         self.reason = "they lie in memory" if _LIES_IN_MEMORY in opened and not self._files else ""
         self._pieces = self._all_pieces()
-        on_disk = bool(self._files) and file_system(self._files[0]) in _DISKS
-        self.readers = _READERS_OF_A_DISK if on_disk else _READERS
+        self.readers = _READERS
+        self._pace = Pace(_READERS)
         self.size = sum(os.fstat(fd).st_size for fd in self._files)
 
     def _all_pieces(self) -> Iterator[tuple[int, int, int]]:
@@ -113,9 +112,10 @@ class Warming:
                     self.reason = "there is no room for more"
                     return
                 self._claimed += piece[2] - there
-            self._fetch(*piece, there, buffer)
+            with self._pace.read(stopped) as came:
+                came.append(self._fetch(*piece, there, buffer))
 
-    def _fetch(self, fd: int, offset: int, length: int, there: int, buffer: memoryview) -> None:
+    def _fetch(self, fd: int, offset: int, length: int, there: int, buffer: memoryview) -> int:
         done = 0
         try:
             # All of the piece is on its way then, in as many requests as the file system makes of it.
@@ -129,6 +129,7 @@ class Warming:
             self.reason = f"it could not be read ({error.strerror})"
         with self._lock:
             self.read += max(0, done - there)
+        return max(0, done - there)
 
     def account(self) -> dict[str, object]:
         """What was done, for the process that asked."""
