@@ -18,12 +18,18 @@ VERSION = os.environ.get("SGLANG_VERSION", "0.5.23")
 
 
 def model_for_sglang(kind: str, directory: Path, **options: Any) -> Path:
-    """A tiny model whose tokenizer every version can read."""
+    """A tiny model whose tokenizer and configuration every version can read."""
     model = make_model(kind, directory, **options)
-    if VERSION == "0.5.9":  # its transformers is older than the one that made the tokenizer
-        path = model / "tokenizer_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+    if VERSION == "0.5.9":  # its transformers is older than the one that made them
+        _change(model / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+        config = json.loads((model / "config.json").read_text())
+        if "num_local_experts" in config:
+            _change(model / "config.json", num_experts=config["num_local_experts"])
     return model
+
+
+def _change(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 @pytest.fixture(autouse=True, scope="session")
