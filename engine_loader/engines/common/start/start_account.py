@@ -16,7 +16,7 @@ from ....home import home_expanded
 from ....report.events import process_began, recorder
 from ....report.metrics import set_gauges, write_textfile
 from ....report.prediction import prediction
-from ....report.reading.advice import restore_status
+from ....report.reading.cache_use import restore_status
 from ....report.reading.timeline import read_timeline
 from ....report.spans import send_spans
 from ....report.starts import Identity, Summary, begin_start, identity_of, read_summaries, write_summary
