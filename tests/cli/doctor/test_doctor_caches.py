@@ -72,7 +72,7 @@ def test_a_file_where_a_directory_is_meant(home: Path) -> None:
     for path in (home / "file", home / "file" / "below"):
         finding = diagnose(env=environment(home, TRITON_CACHE_DIR=str(path)))["TRITON_CACHE_DIR"]
         assert finding["status"] == "fail"
-        assert f"{home}/file is not a directory" in finding["value"]
+        assert finding["value"] == f"{path}: {home}/file is a file, not a directory"
 
 
 def test_looking_leaves_nothing_behind(home: Path) -> None:

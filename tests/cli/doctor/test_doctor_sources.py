@@ -66,6 +66,9 @@ def test_what_settings_name_is_looked_at(tmp_path: Path) -> None:
     found = diagnose(env=env)
     assert found["loader.weights_uri"]["status"] == "fail"
     assert found["loader.cache_directory"]["status"] == "fail"
+    assert found["loader.cache_directory"]["value"] == (
+        f"{tmp_path}/file/cache: {tmp_path}/file is a file, not a directory"
+    )
 
 
 def test_a_model_is_read_by_the_backend_that_is_set(tmp_path: Path) -> None:
