@@ -76,6 +76,20 @@ def test_an_engine_s_process_leaves_its_list_in_the_start(starts: Path, monkeypa
     threads_that(phase_wrappers.note_files)  # a disk that is full: nothing is said
 
 
+def test_a_worker_leaves_its_list_when_it_has_warmed_up(starts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Worker:
+        def compile_or_warm_up_model(self, seconds: float) -> float:
+            assert list(starts.iterdir()) == []
+            return seconds
+
+    monkeypatch.setattr(recorder, "_directory", str(starts))
+    worker = Worker()
+    phase_wrappers.note_files_behind(worker, "compile_or_warm_up_model")
+    phase_wrappers.note_files_behind(worker, "missing")
+    threads_that(lambda: worker.compile_or_warm_up_model(1.5))
+    assert [path.name for path in starts.iterdir()] == [f"opened-{os.getpid()}.json"]
+
+
 def test_the_account_of_a_start_ends_with_its_list(starts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = MadeStart(starts)
     made.process("server", ("server", 0, 1), pid=1, ready=1.0)

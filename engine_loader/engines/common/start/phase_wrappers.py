@@ -102,3 +102,15 @@ def note_files() -> None:
             name="engine-loader-opened",
             daemon=True,
         ).start()
+
+
+def note_files_behind(owner: Any, name: str) -> None:
+    """Have ``note_files`` called behind each call of a function; does nothing where ``owner`` has no such function."""
+
+    def around(original: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        result = original(*args, **options)
+        note_files()
+        return result
+
+    if getattr(owner, name, None) is not None:
+        wrap(owner, name, around, purpose="opened")
