@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from .escaping import printable
+
 
 def home_expanded(path: str | os.PathLike[str]) -> Path:
     """``path`` with the user's home in the place of ``~``.
@@ -41,3 +43,18 @@ def first_writable(places: Iterable[str | os.PathLike[str] | None]) -> str | Non
         if place is not None and os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK):
             return os.fspath(place)
     return None
+
+
+def why_no_directory(path: str | os.PathLike[str]) -> str | None:
+    """What keeps ``path`` from being a directory, or from being made one; None where nothing stands in its place.
+
+    Permissions are not looked at, and what cannot be seen counts as not there.
+    """
+    nearest = os.path.abspath(path)
+    while not os.path.lexists(nearest) and nearest != os.path.dirname(nearest):
+        nearest = os.path.dirname(nearest)
+    if os.path.isdir(nearest):
+        return None
+    if os.path.islink(nearest):
+        return f"{printable(nearest)} is a link that leads to no directory"
+    return f"{printable(nearest)} is {'a file, ' if os.path.isfile(nearest) else ''}not a directory"

@@ -19,7 +19,7 @@ STEPS: dict[str, set[str]] = {
     "escaping": set(),
     "failures": {"errors"},
     "garbage": set(),
-    "home": set(),
+    "home": {"escaping"},
     "replacing": set(),
     "settings": {"errors", "formats"},
     "machine": {"errors"},

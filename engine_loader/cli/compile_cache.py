@@ -203,7 +203,8 @@ def explain(engine: EngineOption = "vllm", as_json: JsonOption = False) -> None:
     if last is None:
         out.print("no engine has left a verdict on this node yet")
     else:
-        out.print(f"{printable(last['scope'])}: {last['verdict'] or 'not judged'}, {_age(last['when'])} ago")
+        verdict = last["verdict"] or "there was no cache, and none was needed"
+        out.print(f"{printable(last['scope'])}: {verdict}, {_age(last['when'])} ago")
         for reason in last["reasons"]:
             out.print(f"  {printable(reason)}")
     if value["environment"]:

@@ -49,7 +49,7 @@ def explain_load(
 
     model = model_here(model)
     which = Rank(tensor_parallel_size, pipeline_parallel_size, rank, expert_parallel)
-    with quiet_engine():
+    with quiet_engine("explaining the load"):
         explanation = _explain(model, which)
     if as_json:
         layout = {"rank": rank, "tensor_parallel_size": tensor_parallel_size}

@@ -44,7 +44,7 @@ def reshard(
 
     model = model_here(model)
     layout = Rank(tensor_parallel_size, pipeline_parallel_size, 0, expert_parallel)
-    with progress_bar(layout.world_size + 1) as step, quiet_engine():
+    with progress_bar(layout.world_size + 1) as step, quiet_engine("resharding"):
         from ..engines.vllm.sharded import reshard as write
 
         files = write(model, out, layout, max_file_bytes=int(max_file_gib * (1 << 30)), step=step, dtype=dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ..transfer.plan import ExtentRow
 
@@ -73,3 +73,15 @@ def contiguous_strides(sizes: Sequence[int]) -> list[int]:
     for dim in range(len(sizes) - 2, -1, -1):
         strides[dim] = strides[dim + 1] * max(sizes[dim + 1], 1)
     return strides
+
+
+def joined(ranges: Iterable[tuple[int, int]], gap_bytes: int = 0) -> list[tuple[int, int]]:
+    """(offset, length) of ranges in their order, with ``gap_bytes`` or less between two, or an overlap, as one."""
+    found: list[tuple[int, int]] = []
+    for offset, length in sorted(ranges):
+        if found and offset <= sum(found[-1]) + gap_bytes:
+            first = found[-1][0]
+            found[-1] = first, max(sum(found[-1]), offset + length) - first
+        else:
+            found.append((offset, length))
+    return found

@@ -132,13 +132,21 @@ def _timed(pairs: Iterable[tuple[str, torch.Tensor]], report: LoadReport) -> Ite
         report.add_wait("engine", asked - came)
 
 
-def check_weights(weights: WeightFiles, settings: LoaderSettings) -> None:
+def check_weights(
+    weights: WeightFiles, settings: LoaderSettings, begin: Callable[[TensorStore], object] = lambda store: None
+) -> None:
     """Open ``weights`` and look at all that is no tensor's data, as ``stream_weights`` does first.
+
+    Args:
+        weights: the files.
+        settings: how to read.
+        begin: called with the open store, before it is found out where in their files the tensors lie.
 
     Raises:
         CheckpointError: a file, a header, the index or the metadata is wrong.
     """
     with open_weights(weights, settings) as store:
+        begin(store)
         _ = store.infos  # a training checkpoint finds out where in its files they lie
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import phases
-from .reading.advice import restore_status
+from .reading.cache_use import IN_PLACE, restore_status
 from .reading.critical_path import critical_path, seconds_by_phase
 from .reading.timeline import Timeline
 
@@ -27,7 +27,7 @@ METRICS = {
     "engine_loader_weights_load_seconds": "Seconds that the slowest rank read weights.",
     "engine_loader_weights_source_wait_seconds": "Seconds of these for which that rank waited for the source.",
     "engine_loader_weights_retried_reads": "Reads of weights that failed and were tried again.",
-    "engine_loader_compile_cache_restored": "1 if the compile cache was restored or complete, else 0.",
+    "engine_loader_compile_cache_restored": "1 if the restore brought files, or had all in place, else 0.",
     "engine_loader_compile_cache_restore_seconds": "Seconds that the restore of the compile cache took.",
     "engine_loader_compile_cache_restored_bytes": "Bytes that the restore brought.",
 }
@@ -62,7 +62,7 @@ def samples_of(timeline: Timeline) -> Iterator[Sample]:
     restores = [pair for pair in timeline.phases(phases.RESTORE) if "status" in pair[1].details]
     if restores:
         process, restore = max(restores, key=lambda pair: pair[1].details.get("bytes", 0))
-        yield Sample("engine_loader_compile_cache_restored", restore_status(timeline) in ("restored", "complete"))
+        yield Sample("engine_loader_compile_cache_restored", restore_status(timeline) in IN_PLACE)
         yield Sample("engine_loader_compile_cache_restore_seconds", timeline.end_of(process, restore) - restore.began)
         yield Sample("engine_loader_compile_cache_restored_bytes", restore.details.get("bytes", 0))
 

@@ -24,11 +24,12 @@ class Pace:
 
     Args:
         most: reads that may be on their way at once, at most.
+        window: that may be at first.
         clock: seconds that only grow.
     """
 
-    def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self.window = 1
+    def __init__(self, most: int, window: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
+        self.window = window
         self._most = most
         self._clock = clock
         self._changed = threading.Condition()

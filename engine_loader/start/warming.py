@@ -12,7 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Self
 
-from .page_warmer import END_OF_PATHS, name_of
+from .page_reading import Ranges
+from .page_warmer import name_of, order
 
 _PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); from engine_loader.start.page_warmer import main; main()"
 
@@ -43,15 +44,16 @@ class WarmingAccount:
         return cls(**said)
 
 
-def warm_files(paths: Sequence[str]) -> WarmingAccount:
+def warm_files(paths: Sequence[str], ranges: Mapping[str, Ranges] | None = None) -> WarmingAccount:
     """Have the files read into the page cache, in their order, by a process that ends before the calling thread does;
     returns when it has ended.
 
     Args:
         paths: of one directory, in the order in which they will be read.
+        ranges: path -> what of it will be read; of files that are not in it, all.
     """
     try:
-        return WarmingAccount.of(_run(paths))
+        return WarmingAccount.of(_run(order(paths, ranges or {})))
     except (OSError, ValueError, TypeError) as error:
         return WarmingAccount(reason=f"the process for it failed ({error})")
 
@@ -68,7 +70,7 @@ def tell_loader_begins(path: str) -> bool:
     return False
 
 
-def _run(paths: Sequence[str]) -> dict[str, Any]:
+def _run(asked: bytes) -> dict[str, Any]:
     """What the process says at its end."""
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     # Without site-packages, for it needs none. Its input stays open as long as this process is there.
@@ -82,7 +84,7 @@ def _run(paths: Sequence[str]) -> dict[str, Any]:
         assert process.stdin is not None
         assert process.stdout is not None
         with suppress(BrokenPipeError):
-            process.stdin.write(b"\0".join(map(os.fsencode, paths)) + END_OF_PATHS)
+            process.stdin.write(asked)
             process.stdin.flush()
         said = process.stdout.read()
     if not said:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from engine_loader.compile_cache.host.versions import module_version
+from engine_loader.start.opened_files import list_name, write_list
 from engine_loader.transfer.modes import resident_share
 from tests.cli.running import run
 from tests.support.checkpoints import checkpoint, entry
@@ -49,3 +51,30 @@ def test_a_bad_setting_is_told(tmp_path: Path) -> None:
     done = run("warm", tmp_path, env={"ENGINE_LOADER_START__WARM": "always"})
     assert done.returncode == 2
     assert "ENGINE_LOADER_START__WARM" in done.stderr
+
+
+@pytest.mark.engine
+def test_what_the_last_start_opened_is_read_before_the_weights(
+    cold: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    place = tmp_path_factory.mktemp("opened")
+    files = [place / "a.so", place / "b.pyc"]
+    for path in files:
+        path.write_bytes(bytes(1 << 20))
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    os.mkfifo(place / "pipe.so")
+    listed = [*map(str, files), str(place / "missing.pyc"), str(place / "pipe.so")]
+    write_list(place / list_name("vllm", module_version("vllm")), listed)
+    env = {"ENGINE_LOADER_REPORT__DIRECTORY": str(place)}
+    opened, weights = run("warm", cold, env=env).stdout.splitlines()
+    assert opened.startswith("2 .so and .pyc files of the last start: 2.00 MiB into the page cache in ")
+    assert weights.startswith(f"{cold}: 3.00 MiB into the page cache in ")
+    for path in files:
+        with path.open("rb") as file:
+            assert (resident_share(file.fileno(), 1 << 20) or 0) > 0.9
+    alone = run("warm", "s3://bucket/model", env=env)
+    assert alone.returncode == 1
+    assert alone.stdout.startswith("2 .so and .pyc files of the last start: ")
+    assert "they lie in an object store" in " ".join(alone.stderr.split())

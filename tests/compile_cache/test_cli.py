@@ -175,6 +175,8 @@ def test_explain_tells_what_an_engine_found(local: Path) -> None:
     assert "llama_tp1: miss" in text
     assert "VLLM_X was 1 when this cache was made, is 2 now" in text
     assert run_json("explain", "--engine", "torch")["last"]["verdict"] == "miss"
+    note_verdict(local / "inductor", key, Verdict(""))
+    assert "llama_tp1: there was no cache, and none was needed, " in run("explain", "--engine", "torch")
 
 
 def test_the_key_that_an_engine_used_last_is_the_default(local: Path) -> None:

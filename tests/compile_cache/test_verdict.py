@@ -1,5 +1,6 @@
 """Hit, partial or miss; and on a miss, which factor differs."""
 
+import logging
 from typing import Any
 
 import pytest
@@ -8,6 +9,9 @@ from engine_loader.compile_cache.key import CacheKey
 from engine_loader.compile_cache.packs.manifest import Manifest, PackedFile
 from engine_loader.compile_cache.packs.pack import Pack
 from engine_loader.compile_cache.packs.scan import LocalFile
+from engine_loader.compile_cache.process.job import Job
+from engine_loader.compile_cache.process.outcome import Outcome
+from engine_loader.compile_cache.process.session import log_save
 from engine_loader.compile_cache.stores.interface import Stored
 from engine_loader.compile_cache.verdict.explain import nearest_key
 from engine_loader.compile_cache.verdict.judge import Verdict, judge
@@ -163,3 +167,28 @@ def test_the_nearest_environment_is_named() -> None:
     ]
     assert nearest_key(here, others) == ["cc was 8.0 when the nearest cache was made, is 9.0 now"]
     assert nearest_key(here, []) == []
+
+
+@pytest.mark.parametrize(
+    ("outcome", "lines"),
+    [
+        (Outcome("complete", verdict="hit"), ["hit", "nothing new to save"]),
+        (
+            Outcome("nothing", verdict="partial", reasons=["1 kernel"], notes=["the store is not written to"]),
+            ["partial; 1 kernel", "nothing was saved: the store is not written to"],
+        ),
+        (
+            Outcome("nothing", notes=["another process of this node saves"]),
+            ["nothing was saved: another process of this node saves"],
+        ),
+        (Outcome("nothing", messages=["it cannot be signed"]), ["it cannot be signed"]),
+        (Outcome("nothing"), ["nothing new to save"]),
+    ],
+)
+def test_the_log_says_nothing_new_only_where_that_is_known(
+    caplog: pytest.LogCaptureFixture, outcome: Outcome, lines: list[str]
+) -> None:
+    log = logging.getLogger("engine_loader.tests")
+    caplog.set_level(logging.INFO, log.name)
+    log_save(log, Job("save", "torch", KEY, {}), "/store", outcome)
+    assert caplog.messages == [f"compile cache: {line}" for line in lines]

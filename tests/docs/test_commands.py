@@ -53,7 +53,7 @@ RUN_ELSEWHERE: dict[str, tuple[str, str]] = {
     "engine-loader report --trace": (REPORT, "test_a_trace_and_a_page_are_written"),
     "engine-loader report": (REPORT, "test_the_last_start_is_shown_with_its_waterfall_and_what_would_help"),
     "engine-loader warm": ("tests/cli/test_warm.py", "test_a_cold_model_is_read_into_the_page_cache"),
-    "engine-loader doctor": ("tests/cli/test_doctor.py", "test_a_person_sees_marks_and_how_to_mend"),
+    "engine-loader doctor": ("tests/cli/doctor/test_doctor.py", "test_a_person_sees_marks_and_how_to_mend"),
     "engine-loader emulate-3fs": ("tests/examples/test_examples.py", "test_a_checkpoint_is_read_by_usrbio"),
     "engine-loader convert s3://": ("tests/conversion/test_convert.py", "test_a_prefix_of_an_object_store_is_a_source"),
     "engine-loader convert": ("tests/cli/test_convert.py", "test_a_training_becomes_a_model_and_a_training_again"),

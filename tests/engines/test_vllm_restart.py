@@ -17,7 +17,7 @@ from engine_loader.compile_cache.process.job import Job
 from engine_loader.compile_cache.process.operations import perform
 from engine_loader.compile_cache.verdict.explain import last_key
 from engine_loader.report.reading.account import Account, account_of
-from engine_loader.report.reading.advice import restore_status
+from engine_loader.report.reading.cache_use import restore_status
 from engine_loader.report.reading.comparison import compare
 from engine_loader.report.starts import find_start
 from engine_loader.settings import CompileCacheSettings

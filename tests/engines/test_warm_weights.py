@@ -8,10 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from engine_loader.engines.common import weights_uri
 from engine_loader.engines.common.reading import read_weights
 from engine_loader.engines.common.start import warm_weights
 from engine_loader.engines.common.start.warm_weights import (
+    FilesToWarm,
     NotWarmedError,
     begin_to_warm,
     described,
@@ -19,11 +22,14 @@ from engine_loader.engines.common.start.warm_weights import (
     loader_begins,
 )
 from engine_loader.engines.sglang import format as sglang_format
-from engine_loader.settings import LoaderSettings
+from engine_loader.loading.find import TrainingCheckpoint, find_checkpoint
+from engine_loader.settings import LoaderSettings, load_settings
+from engine_loader.sources.source import Source
 from engine_loader.start.page_warmer import listen
 from engine_loader.start.warming import WarmingAccount
 from tests.support.checkpoints import checkpoint, entry, index
 from tests.support.threefs import clean_emulator
+from tests.support.training_checkpoints import save_chunked
 
 GIB = 1 << 30
 log = logging.getLogger("engine_loader.tests")
@@ -44,8 +50,8 @@ def model(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def names_of(paths: list[str]) -> list[str]:
-    return [os.path.basename(path) for path in paths]
+def names_of(files: FilesToWarm) -> list[str]:
+    return [os.path.basename(path) for path in files.paths]
 
 
 def test_the_files_are_those_of_the_index_in_the_order_of_loading(model: Path) -> None:
@@ -69,7 +75,7 @@ def test_a_model_of_the_hub_is_its_snapshot(tmp_path: Path, monkeypatch: pytest.
     snapshot.mkdir(parents=True)
     (snapshot / "model.safetensors").write_bytes(checkpoint({"t": entry("U8", [8])}))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    assert files_to_warm("owner/tiny", LoaderSettings()) == [str(snapshot / "model.safetensors")]
+    assert files_to_warm("owner/tiny", LoaderSettings()) == FilesToWarm([str(snapshot / "model.safetensors")])
 
 
 @pytest.mark.parametrize(
@@ -88,11 +94,73 @@ def test_what_is_left_alone_by_the_settings(model: Path, settings: dict[str, str
     assert reason in str(told.value)
 
 
-def test_a_training_s_checkpoint_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / ".metadata").write_bytes(b"")
-    (tmp_path / "__0_0.distcp").write_bytes(b"")
-    with pytest.raises(NotWarmedError, match="hold more than its model"):
-        files_to_warm(str(tmp_path), LoaderSettings())
+@pytest.fixture
+def training(tmp_path: Path) -> Path:
+    """A training checkpoint of two ranks: in each file, the optimizer's large items lie behind the model's."""
+    directory = tmp_path / "step-1"
+    tensors = {f"model.layers.{number}.weight": torch.full((64, 1024), float(number)) for number in range(2)}
+    moments = {f"optimizer.state.{name}.exp_avg": torch.zeros(1024, 1024) for name in tensors}
+    save_chunked({**tensors, **moments}, directory, lambda _, tensor: [[tensor.shape[0] // 2]])
+    return directory
+
+
+def test_of_a_training_checkpoint_the_items_of_the_model_are_read(training: Path) -> None:
+    files = files_to_warm(str(training), LoaderSettings())
+    assert names_of(files) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
+    items = 2 * 32 * 1024 * 4
+    for ranges in files.ranges.values():
+        ((offset, length),) = ranges
+        assert offset == 0
+        assert items < length < items + (32 << 10)
+    assert {os.path.basename(path) for path in files.ranges} == {"__0_0.distcp", "__1_0.distcp"}
+
+
+def test_so_they_are_where_names_go_through_rules(training: Path) -> None:
+    rules = {"model.layers.{n}.weight": "layers.{n}.weight", "optimizer.*": None}
+    assert files_to_warm(str(training), LoaderSettings()).ranges
+    assert files_to_warm(str(training), LoaderSettings(key_mapping=rules)) == files_to_warm(
+        str(training), LoaderSettings()
+    )
+
+
+def test_whoever_warms_ends_when_a_training_checkpoint_is_read(training: Path) -> None:
+    listening = listen(str(training / ".metadata"))
+    assert listening is not None
+    with listening:
+        weights = read_weights(TrainingCheckpoint(str(training)), LoaderSettings(), log=log, show_progress=False)
+        listening.setblocking(True)
+        listening.settimeout(10)
+        listening.accept()[0].close()
+        assert len(list(weights)) == 2
+
+
+def test_a_training_checkpoint_is_read_into_the_page_cache(training: Path, caplog: pytest.LogCaptureFixture) -> None:
+    drop(training)
+    said = warmed(training, caplog)
+    assert re.match(r"start\.warm: (5\d\d\.\d KiB|1\.\d\d MiB) into the page cache in \d+\.\d s", said), said
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "training"])
+def test_what_was_found_for_the_check_is_not_found_again(
+    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = request.getfixturevalue({"safetensors": "model", "training": "training"}[kind])
+    expected = files_to_warm(str(place), LoaderSettings())
+    begun: list[FilesToWarm] = []
+    found: list[str] = []
+
+    def find(source: Source, path: str, **options: object) -> object:
+        found.append(path)
+        return find_checkpoint(source, path)
+
+    monkeypatch.setattr(weights_uri, "find_checkpoint", find)
+    monkeypatch.setattr(warm_weights, "find_checkpoint", find)
+    settings = LoaderSettings()
+    cache = load_settings().settings.compile_cache
+    weights_uri.check_early(
+        str(place), settings, cache, lambda weights: begun.append(files_to_warm(str(place), settings, weights))
+    )
+    assert (begun, found) == ([expected], [str(place)])
 
 
 def test_a_model_that_is_not_here_yet_is_left_to_the_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

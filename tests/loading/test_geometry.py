@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine_loader.loading.geometry import contiguous_strides, view_extents
+from engine_loader.loading.geometry import contiguous_strides, joined, view_extents
 from engine_loader.transfer.plan import ExtentRow
 
 
@@ -92,3 +92,19 @@ def test_neighbours_are_joined_into_runs_and_rows(view, expected):
 @given(st.lists(st.integers(0, 4), max_size=4))
 def test_contiguous_strides_are_those_of_torch(sizes):
     assert contiguous_strides(sizes) == list(torch.empty(sizes).stride())
+
+
+@pytest.mark.parametrize(
+    ("ranges", "gap_bytes", "expected"),
+    [
+        ([], 0, []),
+        ([(10, 5), (0, 10)], 0, [(0, 15)]),
+        ([(0, 10), (11, 5)], 0, [(0, 10), (11, 5)]),
+        ([(0, 10), (11, 5), (18, 2)], 1, [(0, 16), (18, 2)]),
+        ([(0, 100), (10, 5), (50, 60)], 0, [(0, 110)]),
+    ],
+)
+def test_ranges_that_touch_or_nearly_do_are_joined(
+    ranges: list[tuple[int, int]], gap_bytes: int, expected: list[tuple[int, int]]
+) -> None:
+    assert joined(ranges, gap_bytes) == expected

@@ -55,17 +55,32 @@ class MadeStart:
 
 
 def usual_start(
-    directory: Path, name: str = "20261130T080000Z-1", *, compile_s: float = 20.0, cache: str = "nothing"
+    directory: Path,
+    name: str = "20261130T080000Z-1",
+    *,
+    compile_s: float = 20.0,
+    cache: str = "nothing",
+    verdict: str | None = None,
 ) -> Path:
-    """A server, its engine and one worker: 40 s to ready with ``compile_s`` of 20."""
+    """A server, its engine and one worker: 40 s to ready with ``compile_s`` of 20.
+
+    Args:
+        directory: of the starts.
+        name: of its own.
+        compile_s: seconds that compiling took.
+        cache: the status of the restore.
+        verdict: to which the save came behind it; None: the server ended before.
+    """
     start = MadeStart(directory, name)
     ready = 20.0 + compile_s
+    save = ("cache save", ready, ready + 2, {"beside": True, "tid": 98, "details": {"verdict": verdict}})
     start.process(
         "API server",
         ("Python and imports", 0, 4),
         ("configuration", 4, 5),
         ("engine process", 5, ready - 1, {"waits": True}),
         ("server", ready - 1, ready),
+        *([] if verdict is None else [save]),
         pid=1,
         parent=0,
         ready=ready,

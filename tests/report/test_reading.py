@@ -110,8 +110,8 @@ def texts(directory: Path) -> list[str]:
 def test_words_name_what_would_help_most_first(tmp_path: Path) -> None:
     compiling, imports, weights = texts(usual_start(tmp_path))
     assert compiling == (
-        "compile and warm-up 21.0 s, for the compile cache had nothing for it yet: the next start of this kind is "
-        "shorter where its cache is restored"
+        "compile and warm-up 21.0 s: the compile cache had nothing for it yet; the next start of this kind is shorter "
+        "where its cache is restored"
     )
     assert imports.startswith("Python and imports 12.0 s in 3 processes")
     assert weights == (
@@ -127,10 +127,72 @@ def test_an_earlier_start_tells_what_a_restored_cache_saves(tmp_path: Path) -> N
     assert texts(cold)[0].endswith("a restored one would have saved about 18 s, as in an earlier start")
 
 
-def test_with_a_restored_cache_nobody_is_told_to_restore_one(tmp_path: Path) -> None:
-    (said,) = [text for text in texts(usual_start(tmp_path, cache="restored")) if text.startswith("compile")]
-    assert "compile cache that was restored" in said
-    assert "would have saved" not in said
+EXPLAIN = "`engine-loader compile-cache explain` says"
+
+
+@pytest.mark.parametrize(
+    ("status", "verdict", "said"),
+    [
+        ("restored", "hit", "the compile cache was restored, and nothing was compiled anew (hit)"),
+        (
+            "restored",
+            "partial",
+            f"the compile cache was restored, and some was compiled anew beside what it has (partial); {EXPLAIN} what",
+        ),
+        (
+            "complete",
+            "partial",
+            "what the compile cache has was in place already, and some was compiled anew beside what it has (partial); "
+            f"{EXPLAIN} what",
+        ),
+        ("restored", "miss", f"the compile cache was restored, and did not serve (miss); {EXPLAIN} why"),
+        (
+            "complete",
+            "refused",
+            "what the compile cache has was in place already, and a local cache was left alone (refused); "
+            f"{EXPLAIN} which",
+        ),
+        (
+            "restored",
+            None,
+            f"the compile cache was restored, and no verdict is known; {EXPLAIN} whether all that it holds was used",
+        ),
+        ("failed", "hit", "the restore of the compile cache failed, and nothing was compiled anew (hit)"),
+    ],
+)
+def test_what_a_cache_was_good_for_is_told_by_the_verdict(
+    tmp_path: Path, status: str, verdict: str | None, said: str
+) -> None:
+    found = texts(usual_start(tmp_path, cache=status, verdict=verdict))
+    assert [text for text in found if text.startswith("compile")] == [f"compile and warm-up 21.0 s: {said}"]
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        ("refused", "what the compile cache has was not taken (refused)"),
+        ("interrupted", "the restore of the compile cache was given up (interrupted)"),
+        ("failed", "the restore of the compile cache failed"),
+        ("", "no compile cache was restored (compile_cache.enabled)"),
+    ],
+)
+def test_a_cache_that_did_not_come_is_told_by_the_status(tmp_path: Path, status: str, said: str) -> None:
+    found = texts(usual_start(tmp_path, cache=status, verdict="miss"))
+    rest = "the next start of this kind is shorter where its cache is restored"
+    assert found[0] == f"compile and warm-up 21.0 s: {said}; {rest}"
+
+
+def test_a_restored_cache_that_did_not_serve_is_no_example_of_what_one_saves(tmp_path: Path) -> None:
+    usual_start(tmp_path, "20261130T070000Z-1", compile_s=2, cache="restored", verdict="miss")
+    assert texts(usual_start(tmp_path))[0].endswith("shorter where its cache is restored")
+
+
+def test_of_several_nodes_the_worst_verdict_counts(tmp_path: Path) -> None:
+    start = MadeStart(tmp_path)
+    for pid, verdict in enumerate(("hit", "partial", "hit"), 1):
+        start.process("server", ("cache save", 1, 2, {"details": {"verdict": verdict}}), pid=pid, ready=1.0)
+    account = account_of(start.directory).to_json()
+    assert (account["compile_cache"], account["compile_cache_verdict"]) == ("", "partial")
 
 
 def test_phases_of_one_name_are_one_row(tmp_path: Path) -> None:

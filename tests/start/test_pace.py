@@ -18,7 +18,7 @@ class Simulated:
 
     def __init__(self, seconds: Callable[[int], float], most: int = 32) -> None:
         self.now = 0.0
-        self.pace = Pace(most, lambda: self.now)
+        self.pace = Pace(most, clock=lambda: self.now)
         self.seconds = seconds  # from the end of one read to that of the next, with so many on their way
         self._under_way: deque[AbstractContextManager[list[int]]] = deque()
 

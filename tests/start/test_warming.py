@@ -1,5 +1,6 @@
 """Weights that a process reads into the page cache: what it reads, what it leaves, and that it ends with everybody."""
 
+import mmap
 import os
 import signal
 import subprocess
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from engine_loader.machine import Memory, memory
-from engine_loader.start.page_warmer import Budget, Warming, listen, name_of, warm, warm_once
+from engine_loader.start.page_reading import Budget, Warming, WarmingEach
+from engine_loader.start.page_warmer import listen, name_of, warm, warm_each, warm_once
 from engine_loader.start.warming import WarmingAccount, tell_loader_begins, warm_files
 from engine_loader.transfer.modes import resident_share
 from tests.support.children import in_child
@@ -362,6 +364,69 @@ def test_that_no_process_can_be_started_is_a_reason(cold: list[Path], monkeypatc
     assert told(cold).reason.startswith("the process for it failed (")
 
 
+def test_a_checkpoint_of_more_files_than_may_be_open_is_read_whole(tmp_path: Path) -> None:
+    paths = [tmp_path / f"model-{number}.safetensors" for number in range(100)]
+    for path in paths:
+        path.write_bytes(bytes(8192))
+
+    asking = "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))\n"
+    asking += "from engine_loader.start.warming import warm_files\n"
+    asking += "account = warm_files(sys.argv[1:]); print(account.size, account.read + account.resident)"
+    done = subprocess.run([sys.executable, "-c", asking, *map(str, paths)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(100 * 8192)] * 2
+
+
+def test_of_a_file_only_what_is_asked_for_is_read(cold: list[Path]) -> None:
+    ranges = {str(cold[0]): [(MIB + 5, 100), (3 * MIB, MIB), (8 * MIB, 64 * MIB), (99 * MIB, 1)]}
+    account = warm_files([str(cold[0])], ranges)
+    page = mmap.PAGESIZE
+    assert account.size == account.read + account.resident == 105 + MIB + MIB
+    assert account.reason == ""
+    with cold[0].open("rb") as file:
+        assert resident_share(file.fileno(), MIB) == 0.0
+    assert page <= share_of(cold[0]) * 9 * MIB
+
+
+def test_what_is_asked_for_by_wrong_numbers_is_left(cold: list[Path]) -> None:
+    ranges = {str(cold[0]): [(-5, 100), (0, 0), (5, -5), (1 << 70, 1 << 70)]}
+    assert warm_files([str(cold[0])], ranges) == WarmingAccount()
+
+
+def test_names_that_are_no_text_are_told_to_its_process(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\n.safetensors"))
+    path.write_bytes(bytes(MIB))
+    assert told([path]).size == MIB
+
+
+def test_many_small_files_are_read_each_and_what_is_none_is_passed_over(cold: list[Path], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    budget = Budget(lambda: ROOM)
+    each = WarmingEach(map(str, [tmp_path / "missing", tmp_path / "pipe", tmp_path, *cold]), budget)
+    warm_each(each)
+    assert (each.files, each.read + each.resident, each.reason) == (2, 19 * MIB, "")
+    assert min(map(share_of, cold)) > 0.9
+
+
+def test_the_room_is_shared_by_what_is_read_first_and_the_weights(cold: list[Path]) -> None:
+    found = Memory(total=1 << 30, available=(256 + 9) * MIB, limit=None)
+    each = WarmingEach([str(cold[0])], Budget(lambda: found))
+    warm_each(each)
+    warming = Warming([str(cold[1])], each.budget)
+    warming.run()
+    assert (each.read + each.resident, each.reason) == (9 * MIB, "")
+    assert (warming.read + warming.resident, warming.reason) == (0, "there is no room for more")
+
+
+def test_a_loader_that_begins_ends_what_is_read_first_and_no_weights_are_read(cold: list[Path]) -> None:
+    def told() -> Iterator[str]:
+        assert tell_loader_begins(str(cold[0]))
+        time.sleep(0.5)
+        yield str(cold[1])
+
+    each = WarmingEach(told(), Budget(lambda: ROOM))
+    assert warm_once(list(map(str, cold)), before=each) == {"reason": "the loader began"}
+
+
 def test_its_process_needs_nothing_but_the_standard_library() -> None:
     root = Path(__file__).parents[2]
     program = "import sys; sys.path.insert(0, sys.argv[1]); from engine_loader.start import page_warmer"
@@ -369,8 +434,8 @@ def test_its_process_needs_nothing_but_the_standard_library() -> None:
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", program, str(root)], capture_output=True, text=True, check=True
     )
-    ours = {"engine_loader", "engine_loader.start", "engine_loader.start.page_warmer", "engine_loader.start.pace"}
-    ours |= {"engine_loader.machine"}
+    ours = {"engine_loader", "engine_loader.start", "engine_loader.start.page_warmer", "engine_loader.machine"}
+    ours |= {"engine_loader.start.page_reading", "engine_loader.start.pace"}
     ours |= {"engine_loader.residency", "engine_loader.errors", "engine_loader.escaping", "engine_loader.compat"}
     ours |= {"engine_loader.compat.callable_package", "engine_loader.transfer"}
     assert set(done.stdout.split()) <= ours

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 from ...compile_cache.directories import default_inductor_directory, private_place
 from ...compile_cache.ownership import open_to_others
+from ...home import why_no_directory
 from ...machine import mount_of
 from ...report.load_report import human_bytes
 from ...settings import load_settings
@@ -82,8 +83,8 @@ def _check(cache: _Cache) -> Finding:
     exists = os.path.exists(path)
     parent = path if exists else nearest_parent(path)
     repair = f"set {cache.variable} to a directory that this user can write to"
-    if not os.path.isdir(parent):
-        return Finding(_AREA, cache.variable, "fail", f"{path}: {parent} is not a directory", repair)
+    if reason := why_no_directory(path):
+        return Finding(_AREA, cache.variable, "fail", f"{path}: {reason}", repair)
     refused = write_refused(parent)
     if refused:
         return Finding(_AREA, cache.variable, "fail", f"{path}: {refused} in {parent}", repair)

@@ -14,9 +14,10 @@ from ...compile_cache.cache_errors import CacheError
 from ...compile_cache.space import free_bytes, mib
 from ...compile_cache.stores.interface import Store
 from ...compile_cache.stores.object_names import SAVING, UNFINISHED
-from ...compile_cache.stores.opening import open_store
+from ...compile_cache.stores.opening import check_settings, open_store
 from ...engines.common import torch_fixups
 from ...engines.vllm import fixups as vllm_fixups
+from ...errors import SettingsError
 from ...report.load_report import human_bytes
 from ...settings import CompileCacheSettings, LoaderSettings, load_settings
 from ...sources.object_store.client import ObjectStoreOptions
@@ -27,6 +28,10 @@ from .finding import Finding, cause_and_repair, impatient, write_refused
 _AREA = "compile cache"
 _TRIAL_BYTES = 64 << 10
 _WITHOUT = "engines start without a compile cache until this is repaired"
+_NOT_AT_ALL = (
+    "no engine starts with --load-format b10_3fs until this is repaired, or the cache is switched off: "
+    "ENGINE_LOADER_COMPILE_CACHE__ENABLED=false"
+)
 _SAVES = "make room there or let this user write, name another compile_cache.directory, or set compile_cache.read_only"
 
 
@@ -52,7 +57,7 @@ def _store(settings: CompileCacheSettings) -> Iterator[Finding]:
                 tried += f", {human_bytes(free)} free"
     except (OSError, CacheError) as error:
         value, repair = cause_and_repair(error, "")
-        yield Finding(_AREA, "store", "fail", value, "; ".join(filter(None, (repair, _WITHOUT))))
+        yield Finding(_AREA, "store", "fail", value, "; ".join(filter(None, (repair, _consequence(settings)))))
         return
     size = mib(sum(pack.size for pack in packs))
     value = f"{store.description} ({len(packs)} packs, {size}, listed in {took_ms:.0f} ms{tried}, {trust.describe()})"
@@ -62,6 +67,15 @@ def _store(settings: CompileCacheSettings) -> Iterator[Finding]:
         yield Finding(_AREA, "store", "ok", value)
     for warning in trust.warnings:
         yield Finding(_AREA, "trust", "warn", warning, "see docs/security.md")
+
+
+def _consequence(settings: CompileCacheSettings) -> str:
+    """What a start makes of a store that cannot be used."""
+    try:
+        check_settings(settings)
+    except SettingsError:
+        return _NOT_AT_ALL
+    return _WITHOUT
 
 
 def _round_trip(store: Store) -> float:
@@ -111,8 +125,6 @@ def _file_round_trip(place: Path) -> float:
 def _not_savable(place: Path, settings: CompileCacheSettings) -> str | None:
     """Why a save cannot write to a store on a file system, or None."""
     parent = nearest_parent(str(place))
-    if not os.path.isdir(parent):
-        return f"{parent} is not a directory"
     if refused := write_refused(parent):
         return f"{refused} in {parent}"
     free = free_bytes(place)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ...errors import CheckpointError, SettingsError
+from ...home import why_no_directory
 from ...loading.find import (
     NoCheckpointError,
     SafetensorsFiles,
@@ -72,9 +73,8 @@ def _check_node_cache(settings: LoaderSettings) -> Finding:
     repair = "name a directory that this user can write; until then, nothing is kept, and loads are as without it"
     cache = NodeCache.from_settings(settings)
     if cache is None:
-        return Finding(
-            _AREA, name, "fail", f"{settings.cache_directory}: it cannot be made, or others may write it", repair
-        )
+        reason = why_no_directory(str(settings.cache_directory)) or "it cannot be made, or others may write it"
+        return Finding(_AREA, name, "fail", f"{settings.cache_directory}: {reason}", repair)
     if refused := write_refused(str(cache.directory)):
         return Finding(_AREA, name, "fail", f"{refused} in {cache.directory}", repair)
     facts = os.statvfs(cache.directory)

@@ -1,23 +1,28 @@
-"""``engine-loader warm``: reads a model's weights into the page cache, before an engine starts or beside it."""
+"""``engine-loader warm``: reads what an engine opens into the page cache, before it starts or beside it."""
 
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..console.output import console, printable
 
+if TYPE_CHECKING:
+    from ...start.page_reading import WarmingEach
+
 
 def warm(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The model's directory, or its name on the hub.")],
 ) -> None:
-    """Read a model's weights into the page cache, at the lowest priority, as far as there is room.
+    """Read into the page cache what an engine will open, at the lowest priority, as far as there is room.
 
-    With `start.warm: auto` an engine does this by itself, once it has imported most of what it needs. Run this before
-    it, or beside it, and the bytes move from the first moment on. It ends when all is there, when a loader of
-    b10_3fs begins to read the model, or when memory for it is used up. What lies in the page cache is not read again.
+    First the shared libraries (.so) and compiled modules (.pyc) that the last start on this machine opened, where one
+    has left a list of them, then the model's weights. With `start.warm: auto` an engine reads the weights by itself,
+    once it has imported most of what it needs. Run this before it, or beside it, and the bytes move from the first
+    moment on. It ends when all is there, when a loader of b10_3fs begins to read the model, or when memory for it is
+    used up. What lies in the page cache is not read again.
 
     **Example**
 
@@ -26,17 +31,35 @@ def warm(
     vllm serve MODEL --load-format b10_3fs
     ```
     """
+    from ...engines.common.start.opened_last import opened_last
     from ...engines.common.start.warm_weights import NotWarmedError, described, files_to_warm
     from ...errors import CheckpointError
     from ...settings import load_settings
-    from ...start.page_warmer import lower_priority, warm_once
+    from ...start.page_reading import Budget, WarmingEach
+    from ...start.page_warmer import lower_priority, warm_each, warm_once
     from ...start.warming import WarmingAccount
 
-    try:
-        paths = files_to_warm(model, load_settings().settings.loader)
-    except NotWarmedError as reason:
-        raise CheckpointError(f"the weights are left alone: {reason}") from None
+    settings = load_settings().settings.loader
+    opened = opened_last()
+    before = WarmingEach(opened, Budget()) if opened else None
     lower_priority()
+    try:
+        files = files_to_warm(model, settings)
+    except NotWarmedError as reason:
+        if before is not None:
+            warm_each(before)
+            _tell_opened(before)
+        raise CheckpointError(f"the weights are left alone: {reason}") from None
     began = time.monotonic()
-    account = WarmingAccount.of(warm_once(paths))
-    console().print(printable(f"{model}: {described(account, time.monotonic() - began)}"), soft_wrap=True)
+    account = WarmingAccount.of(warm_once(files.paths, ranges=files.ranges, before=before))
+    seconds = time.monotonic() - began
+    if before is not None:
+        seconds -= before.seconds
+        _tell_opened(before)
+    console().print(printable(f"{model}: {described(account, seconds)}"), soft_wrap=True)
+
+
+def _tell_opened(done: WarmingEach) -> None:
+    from ...engines.common.start.opened_last import opened_in_words
+
+    console().print(printable(opened_in_words(done)), soft_wrap=True)

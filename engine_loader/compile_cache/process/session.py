@@ -188,10 +188,13 @@ def log_save(log: logging.Logger, job: Job, where: str, outcome: Outcome) -> Non
             where,
             job.key.short,
         )
-    elif outcome.status in ("complete", "nothing"):
+    elif outcome.status == "nothing" and outcome.notes:  # there may be something new, and this says why it is left
+        log.info("compile cache: nothing was saved: %s", printable("; ".join(outcome.notes)))
+    elif outcome.status == "complete" or (outcome.status == "nothing" and not outcome.messages):
         log.info("compile cache: nothing new to save")
-    for note in outcome.notes:
-        log.debug("compile cache: %s", printable(note))
+    if outcome.status != "nothing":
+        for note in outcome.notes:
+            log.debug("compile cache: %s", printable(note))
     _warn(log, outcome, "nothing was saved")
 
 

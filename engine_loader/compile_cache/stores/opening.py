@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import SettingsError
-from ...home import home_expanded
-from ...settings import CompileCacheSettings
+from ...escaping import printable
+from ...home import home_expanded, why_no_directory
+from ...settings import CompileCacheSettings, load_settings
 from ...sources.registry import is_remote
 from ..cache_errors import CacheError
 from ..trust import Trust, load_trust
@@ -18,6 +17,8 @@ from .interface import Store
 
 if TYPE_CHECKING:
     from ...sources.object_store.client import ObjectStoreOptions
+
+_SETTING = "compile_cache.directory"
 
 
 def open_store(
@@ -31,6 +32,8 @@ def open_store(
 
     Raises:
         CacheValidationError: the key file is refused, or an object store is not available or not trusted.
+        CacheError: a file stands where the directory of the store, or one above it, would be.
+        OSError: the directory begins with ``~``, and there is no home.
     """
     trust = load_trust(
         settings.key_file,
@@ -56,8 +59,6 @@ def check_settings(settings: CompileCacheSettings) -> None:
         if settings.directory == type(settings).model_fields["directory"].default:
             return  # nobody chose it: without a home, engines start without a cache
         _store(settings, trust)
-        if not is_remote(settings.directory):
-            _check_path(home_expanded(settings.directory))
     except (CacheError, OSError) as error:
         raise SettingsError(
             f"the compile cache cannot work: {error}; repair that, or start without it: "
@@ -65,12 +66,19 @@ def check_settings(settings: CompileCacheSettings) -> None:
         ) from error
 
 
-def _check_path(path: Path) -> None:
-    """Raise OSError where a directory of this path cannot be, whoever makes it."""
-    while not os.path.lexists(path) and path != path.parent:
-        path = path.parent
-    if not path.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), f"compile_cache.directory: {path}")
+def _check_place(directory: str) -> None:
+    """Refuse the directory of a store where a file stands in its place, or above it.
+
+    Raises:
+        CacheError: it names the setting, where that was set, the directory, and what is there.
+        OSError: the directory begins with ``~``, and there is no home.
+    """
+    path = home_expanded(directory).absolute()
+    if reason := why_no_directory(path):
+        resolved = load_settings()
+        origin = resolved.origins.get(_SETTING) if resolved.settings.compile_cache.directory == directory else None
+        where = f"{_SETTING} (set by {origin})" if origin else _SETTING
+        raise CacheError(f"{where} is {printable(str(path))}, and {reason}: name another directory there")
 
 
 def _store(settings: CompileCacheSettings, trust: Trust, options: ObjectStoreOptions | None = None) -> Store:
@@ -78,5 +86,6 @@ def _store(settings: CompileCacheSettings, trust: Trust, options: ObjectStoreOpt
         from .objects import ObjectCacheStore
 
         return ObjectCacheStore(settings.directory, trust, settings.work_directory, settings.store_name, options)
+    _check_place(settings.directory)
     floor = int(settings.min_store_free_bytes)
     return FilesystemStore(settings.directory, trust, floor, settings.store_name)

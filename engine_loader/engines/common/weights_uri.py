@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -19,6 +19,7 @@ from ...loading.find import (
 )
 from ...loading.mapping.named_layouts import rules_of
 from ...loading.shards import listed_files
+from ...loading.store import TensorStore
 from ...loading.training.key_mapping import make_renamer
 from ...loading.weights import check_weights, open_weights
 from ...settings import CompileCacheSettings, LoaderSettings
@@ -100,7 +101,12 @@ def headers_of(weights: list[str] | TrainingCheckpoint, settings: LoaderSettings
         return {info.name: {"dtype": info.dtype, "shape": list(info.shape)} for info in store.infos}
 
 
-def check_early(model: str, settings: LoaderSettings, cache: CompileCacheSettings) -> None:
+def check_early(
+    model: str,
+    settings: LoaderSettings,
+    cache: CompileCacheSettings,
+    begin: Callable[[Sequence[str] | TensorStore | None], object] = lambda found: None,
+) -> None:
     """Look at the headers of the weights that a model will be loaded from, in the process that a user looks at.
 
     What is wrong there ends the start in a second or two, with the cause in the last line; from an engine's other
@@ -111,6 +117,8 @@ def check_early(model: str, settings: LoaderSettings, cache: CompileCacheSetting
         model: the model's directory, or its name on a hub (then only ``weights_uri`` is checked).
         settings: how to read.
         cache: those of the compile cache.
+        begin: called once with what was found, before the headers are read: safetensors files, the open store of a
+            training checkpoint, or None where only the engine can tell.
 
     Raises:
         SettingsError: the setting ``backend`` is of another kind of source than ``weights_uri``, ``key_mapping`` makes
@@ -122,6 +130,10 @@ def check_early(model: str, settings: LoaderSettings, cache: CompileCacheSetting
         rules_of(settings.key_mapping)
         make_renamer(settings.key_mapping)
     weights = _surely_read(model, settings)
+    if isinstance(weights, TrainingCheckpoint):
+        check_weights(weights, settings, begin)
+        return
+    begin(weights or None)
     if weights:
         check_weights(weights, settings)
 

@@ -6,6 +6,7 @@ class, which needs both, is imported when a configuration asks for it.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import logging
@@ -120,8 +121,7 @@ def _check_weights(server_args: Any) -> None:
     settings, _ = settings_of(getattr(server_args, "model_loader_extra_config", None))
     model = getattr(server_args, "model_path", None)
     if model:
-        begin_to_warm(model, settings, logger)
-        check_early(model, settings, cache_settings())
+        check_early(model, settings, cache_settings(), functools.partial(begin_to_warm, model, settings, logger))
 
 
 def _loader_class() -> Any:

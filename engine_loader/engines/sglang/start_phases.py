@@ -13,7 +13,7 @@ from typing import Any
 
 from ...report import phases
 from ...report.events import recorder
-from ..common.start.phase_wrappers import around_function, never_raising, record, watch
+from ..common.start.phase_wrappers import around_function, never_raising, note_files, record, watch
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +78,7 @@ def register_scheduler() -> None:
         _name_scheduler(*args, **options)
         with recorder.span(phases.ENGINE_SETUP):
             original(self, *args, **options)
+        note_files()
 
     around_function(Scheduler, "__init__", make)
     record(Scheduler, "init_model_worker", phases.WORKER_SETUP)

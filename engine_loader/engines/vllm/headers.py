@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from ...loading.find import NoCheckpointError
@@ -106,8 +106,7 @@ def _create_engine_config(original: Callable[..., Any], arguments: Any, *args: A
     settings, _ = settings_of(arguments.model_loader_extra_config)
     if is_remote(arguments.model):
         settings = _take_from_bucket(arguments, settings)
-    begin_to_warm(arguments.model, settings, logger)
-    check_early(arguments.model, settings, cache_settings())
+    check_early(arguments.model, settings, cache_settings(), partial(begin_to_warm, arguments.model, settings, logger))
     with answering(WeightHeaders(arguments.model, settings)):
         return original(arguments, *args, **options)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from ...report import phases
 from ...report.events import recorder
-from ..common.start.phase_wrappers import around_function, never_raising, record, watch
+from ..common.start.phase_wrappers import around_function, never_raising, note_files, note_files_behind, record, watch
 
 logger = logging.getLogger("vllm.engine_loader")
 
@@ -149,6 +149,7 @@ def register_engine_core() -> None:
     def run(original: Callable[..., Any], *args: Any, **options: Any) -> Any:
         while after:
             recorder.end(after.pop())
+        note_files()
         return original(*args, **options)
 
     around_function(core.EngineCore, "_initialize_kv_caches", around)
@@ -182,6 +183,7 @@ def _begin_worker(wrapper: Any) -> None:
     watch(logger)
     for name, phase in _ON_WORKER.items():
         record(wrapper.worker, name, phase)
+    note_files_behind(wrapper.worker, "compile_or_warm_up_model")
 
 
 def register_base_loader() -> None:

@@ -57,6 +57,7 @@ class MappedStore(TensorStore):
     ) -> None:
         self._store = store
         self.listing, self.paths, self.left_out = store.listing, store.paths, store.left_out
+        self.ranges = store.ranges
         try:
             self._mapped = self._plan(rules, unwrapped)
         except BaseException:

@@ -19,6 +19,7 @@ from ...transfer.protocol import Transfer
 from ..devices.cuda import CudaDevices, Devices
 from ..devices.per_tensor import TargetDevice, gpu_of, is_on_cpu
 from ..find import without_end
+from ..geometry import joined
 from ..mapping.named_layouts import misread_layout
 from ..store import TensorStore, device_for
 from .beside import LeftOut
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+
+_GAP_BYTES = 64 << 10  # of other items between the model's: one read goes over them
 
 
 class TrainingStore(TensorStore):
@@ -95,6 +98,7 @@ class TrainingStore(TensorStore):
         self.chunks = ChunkReader(self.files, int(settings.buffer_bytes))
         self._infos = {name: tensor.info(*self._begin(tensor)) for name, tensor in self.tensors.items()}
         self.paths = list(dict.fromkeys(info.file for info in self._infos.values()))
+        self.ranges = self._ranges()
         self._names = list(self.tensors)
         self._numbers = {name: number for number, name in enumerate(self._names)}
         self._located: dict[str, tuple[TensorInfo, Pieces | None]] = {}
@@ -180,6 +184,13 @@ class TrainingStore(TensorStore):
 
     def state_paths(self) -> Mapping[str, Any]:
         return state_paths(self._saved)
+
+    def _ranges(self) -> dict[str, list[tuple[int, int]]]:
+        found: dict[str, list[tuple[int, int]]] = {}
+        for chunk in (chunk for tensor in self.tensors.values() for chunk in tensor.chunks):
+            path = os.path.join(self.files.directory, chunk.stored.relative_path)
+            found.setdefault(path, []).append((chunk.stored.offset, chunk.stored.length))
+        return {path: joined(ranges, _GAP_BYTES) for path, ranges in found.items()}
 
     def _begin(self, tensor: DcpTensor) -> tuple[str, int]:
         """The file and the offset of a tensor's first item."""

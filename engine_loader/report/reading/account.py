@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..starts import ReportError, starts_in
-from .advice import Advice, advice, restore_status
+from .advice import Advice, advice
+from .cache_use import has_served, restore_status, verdict_of
 from .critical_path import Stretch, coverage, critical_path, seconds_by_phase
 from .timeline import Timeline, read_timeline
-
-_RESTORED = ("restored", "complete")
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,7 @@ class Account:
             "identity": timeline.identity,
             "ready_s": timeline.ready,
             "compile_cache": restore_status(timeline),
+            "compile_cache_verdict": verdict_of(timeline),
             "coverage": round(self.coverage, 4),
             "seconds_by_phase": {name or "unknown": seconds for name, seconds in seconds_by_phase(self.path).items()},
             "critical_path": [
@@ -56,7 +56,7 @@ class Account:
 
 
 def account_of(directory: Path) -> Account:
-    """Read a start; earlier ones beside it tell what a restored compile cache saves.
+    """Read a start; earlier ones beside it tell what a compile cache saves that was restored and served.
 
     Raises:
         ReportError: it has no events.
@@ -70,10 +70,6 @@ def account_of(directory: Path) -> Account:
                 found = read_timeline(other)
             except ReportError:
                 continue
-            if found.ready and found.identity.get("key") == timeline.identity.get("key") and _was_restored(found):
+            if found.ready and found.identity.get("key") == timeline.identity.get("key") and has_served(found):
                 earlier.append(seconds_by_phase(critical_path(found)))
     return Account(timeline, path, advice(timeline, path, earlier))
-
-
-def _was_restored(timeline: Timeline) -> bool:
-    return restore_status(timeline) in _RESTORED

@@ -11,13 +11,13 @@ from typing import Any
 
 from .. import phases
 from ..load_report import human_bytes
+from .cache_use import IN_PLACE, restore_in_words, restore_status, use_in_words, verdict_of
 from .critical_path import Stretch, seconds_by_phase
 from .timeline import Timeline
 
 _WORTH_A_WORD = 0.03  # of the whole
 _WORTH_A_WORD_S = 0.5
 _MOST_OF = 0.5
-_HELPED = ("restored", "complete")
 
 _WHAT_HELPS = {
     phases.IMPORTS: "one process after another imports; files in the page cache, a local disk and faster CPUs help",
@@ -74,29 +74,18 @@ def advice(timeline: Timeline, path: list[Stretch], earlier: Iterable[Mapping[st
     return sorted(found, key=lambda one: -one.seconds)
 
 
-def restore_status(timeline: Timeline) -> str:
-    """The status of the compile cache's restore ("restored", "nothing", …); "" where there was none."""
-    statuses = [str(phase.details.get("status", "")) for _, phase in timeline.phases(phases.RESTORE)]
-    return next((status for status in statuses if status in _HELPED), next(iter(statuses), ""))
-
-
 def _of_compiling(timeline: Timeline, seconds: float, earlier: Iterable[Mapping[str, float]]) -> str:
     status = restore_status(timeline)
     where = f"compile and warm-up {seconds:.1f} s"
-    if status in _HELPED:
-        return (
-            f"{where}, with a compile cache that was {status}; `engine-loader compile-cache explain` says whether all "
-            "that it holds was used"
-        )
+    # Also without a restore, what lay in the local caches may have served.
+    if status in IN_PLACE or verdict_of(timeline) in ("hit", "partial"):
+        return f"{where}: {use_in_words(timeline)}"
     restored = [sum(found.get(name, 0.0) for name in phases.COMPILING) for found in earlier]
-    why = {
-        "": "no compile cache was restored (compile_cache.enabled)",
-        "nothing": "the compile cache had nothing for it yet",
-    }.get(status, f"the compile cache was not restored ({status})")
+    why = restore_in_words(status)
     if restored and min(restored) < seconds:
         saved = seconds - min(restored)
-        return f"{where}, for {why}: a restored one would have saved about {saved:.0f} s, as in an earlier start"
-    return f"{where}, for {why}: the next start of this kind is shorter where its cache is restored"
+        return f"{where}: {why}; a restored one would have saved about {saved:.0f} s, as in an earlier start"
+    return f"{where}: {why}; the next start of this kind is shorter where its cache is restored"
 
 
 def _of_weights(timeline: Timeline, seconds: float) -> str:

@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...home import home_expanded
+from ...home import home_expanded, why_no_directory
 from ...settings import LoaderSettings
 from .kept_version import KeptVersion
 
@@ -267,8 +267,9 @@ def _cache_at(directory: str, limit_bytes: int | None) -> NodeCache | None:
             raise PermissionError(errno.EPERM, "others may write there")
         _remove_leftovers(place)
     except OSError as error:
-        reason = f"{error.filename or directory}: {error.strerror}"
-        logger.warning("cache_directory: %s; weights are not kept on this node", reason)
+        blocked = why_no_directory(directory)
+        reason = f"{directory}: {blocked}" if blocked else f"{error.filename or directory}: {error.strerror}"
+        logger.warning("loader.cache_directory: %s; weights are not kept on this node", reason)
         return None
     made = NodeCache(place, limit_bytes)
     atexit.register(made.flush, _EXIT_S)

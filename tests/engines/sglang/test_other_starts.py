@@ -9,13 +9,14 @@ import pytest
 from tests.engines.sglang.conftest import VERSION
 from tests.engines.sglang.serving import FORMAT, PROMPT, Served, digests, loaded_lines, running
 from tests.support.moto_server import MotoServer
-from tests.support.sglang_server import python_of
+from tests.support.sglang_server import WITHOUT_PLUGINS, python_of
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.skipif(VERSION in WITHOUT_PLUGINS, reason="this version loads no plugins at all")
 def test_a_process_without_plugins_knows_the_format_and_a_bucket_becomes_a_directory(llama: Path) -> None:
     command = [str(python_of(VERSION)), "-m", "tests.support.sglang.without_plugins", str(llama)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)

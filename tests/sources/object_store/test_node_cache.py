@@ -260,7 +260,7 @@ def test_a_directory_that_cannot_be_made_is_a_warning(
     options["cache_directory"] = str(tmp_path / "file" / "cache")
     with caplog.at_level(logging.WARNING):
         load(options)
-    assert "Not a directory; weights are not kept on this node" in caplog.text
+    assert "is a file, not a directory; weights are not kept on this node" in caplog.text
 
 
 def test_what_a_killed_process_left_is_removed_later(options: dict[str, Any], server: FaultServer) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ....escaping import printable
@@ -16,6 +18,7 @@ from ....replacing import wrap
 from ....report.events import recorder
 from ....report.phases import COMPILE
 from ....settings import load_settings
+from ....start.opened_files import note_opened
 
 if TYPE_CHECKING:
     from ....report.watchdog import Watchdog
@@ -85,3 +88,29 @@ def register_compilation() -> None:
 
     callback.callback_handler.register_start_callback(started)
     callback.callback_handler.register_end_callback(ended)
+
+
+@never_raising
+def note_files() -> None:
+    """Have a thread note which .so and .pyc files this process has opened, for the first process of the start; to be
+    called when this one is ready.
+    """
+    if recorder.directory is not None:
+        threading.Thread(
+            target=never_raising(note_opened),
+            args=(Path(recorder.directory),),
+            name="engine-loader-opened",
+            daemon=True,
+        ).start()
+
+
+def note_files_behind(owner: Any, name: str) -> None:
+    """Have ``note_files`` called behind each call of a function; does nothing where ``owner`` has no such function."""
+
+    def around(original: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        result = original(*args, **options)
+        note_files()
+        return result
+
+    if getattr(owner, name, None) is not None:
+        wrap(owner, name, around, purpose="opened")

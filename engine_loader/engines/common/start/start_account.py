@@ -16,11 +16,12 @@ from ....home import home_expanded
 from ....report.events import process_began, recorder
 from ....report.metrics import set_gauges, write_textfile
 from ....report.prediction import prediction
-from ....report.reading.advice import restore_status
+from ....report.reading.cache_use import restore_status
 from ....report.reading.timeline import read_timeline
 from ....report.spans import send_spans
 from ....report.starts import Identity, Summary, begin_start, identity_of, read_summaries, write_summary
 from ....settings import load_settings
+from .opened_last import keep_opened
 from .phase_wrappers import never_raising, watch, watchdogs
 from .start_hints import plan_hint, tell_bytecode
 
@@ -93,3 +94,4 @@ def _sum_up(directory: Path, identity: Identity, seconds: float, log: logging.Lo
             write_textfile(home_expanded(path), timeline)
         except OSError as error:
             log.warning("report.metrics_file: %s: %s", path, error.strerror)
+    keep_opened(directory, identity.engine)

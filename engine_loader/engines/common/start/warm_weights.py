@@ -1,25 +1,31 @@
 """Weights on their way into the page cache while an engine imports: which files, and what is said of it.
 
 It begins where the engine's first process makes its configuration, and ends where a loader of any process begins to
-read the same directory. Nothing here raises, and the engine waits for nothing but the listing of the files.
+read the same directory. What that process has found to check it is not found again. Nothing here raises to the engine.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from ....errors import CheckpointError
+from ....formats.dcp_parts import METADATA_NAME
 from ....loading.find import TrainingCheckpoint, find_checkpoint
 from ....loading.shards import listed_files
+from ....loading.store import TensorStore
+from ....loading.weights import open_weights
 from ....report.events import recorder
 from ....report.load_report import human_bytes
 from ....report.phases import WARMING
 from ....settings import LoaderSettings, load_settings
 from ....sources.hub_models import model_here
 from ....sources.registry import is_remote, make_source
+from ....start.page_reading import Ranges
 from ....start.warming import WarmingAccount, tell_loader_begins, warm_files
 from .phase_wrappers import never_raising
 
@@ -31,29 +37,49 @@ class NotWarmedError(Exception):
     """Weights that are left alone; the message is the reason."""
 
 
+@dataclass(frozen=True)
+class FilesToWarm:
+    """What a start will read through the page cache.
+
+    Attributes:
+        paths: the files, in the order in which they are read.
+        ranges: path -> (offset, length) of what of it is read; files that are not in it are read whole.
+    """
+
+    paths: list[str]
+    ranges: Mapping[str, Ranges] = field(default_factory=dict)
+
+
 @never_raising
-def begin_to_warm(model: str, settings: LoaderSettings, log: logging.Logger) -> None:
+def begin_to_warm(
+    model: str,
+    settings: LoaderSettings,
+    log: logging.Logger,
+    weights: Sequence[str] | TensorStore | None = None,
+) -> None:
     """Begin to read a model's weights into the page cache, where the setting ``start.warm`` and they allow it.
 
     Args:
         model: the model's directory, or its name on the hub.
         settings: how the weights will be read.
         log: the engine's logger.
+        weights: what was found at that place: safetensors files, or the open store of a training checkpoint; None: it
+            is not known, and looked for here.
     """
     if load_settings().settings.start.warm == "off":
         return
     try:
-        paths = files_to_warm(model, settings)
+        files = files_to_warm(model, settings, weights)
     except NotWarmedError as reason:
         log.debug("start.warm: the weights are left alone: %s", reason)
         return
-    threading.Thread(target=_warm, args=(paths, log), name="engine-loader-warm", daemon=True).start()
+    threading.Thread(target=_warm, args=(files, log), name="engine-loader-warm", daemon=True).start()
 
 
 @never_raising
-def _warm(paths: list[str], log: logging.Logger) -> None:
+def _warm(files: FilesToWarm, log: logging.Logger) -> None:
     began = time.monotonic()
-    account = warm_files(paths)
+    account = warm_files(files.paths, files.ranges)
     ended = time.monotonic()
     recorder.past_span(WARMING, began, ended, beside=True, bytes=account.read)
     if account.reason or account.read > _WORTH_A_LINE * account.size:
@@ -67,19 +93,25 @@ def loader_begins(weights: object) -> None:
     Args:
         weights: as a loader gets them; anything but paths is passed over.
     """
-    first = next(iter(weights), None) if isinstance(weights, Sequence) else None
+    if isinstance(weights, TrainingCheckpoint):
+        first: object = os.path.join(weights.directory, METADATA_NAME)
+    else:
+        first = next(iter(weights), None) if isinstance(weights, Sequence) else None
     if isinstance(first, str) and not is_remote(first):
         tell_loader_begins(first)
 
 
-def files_to_warm(model: str, settings: LoaderSettings) -> list[str]:
+def files_to_warm(
+    model: str, settings: LoaderSettings, weights: Sequence[str] | TensorStore | None = None
+) -> FilesToWarm:
     """The files that a start will read through the page cache, in the order in which it reads them.
 
-    Of a sharded_state checkpoint, those of all ranks.
+    Of a sharded_state checkpoint, those of all ranks; of a training checkpoint, what of its files is the model's.
 
     Args:
         model: the model's directory, or its name on the hub.
         settings: how the weights will be read.
+        weights: what was found there already; see ``begin_to_warm``.
 
     Raises:
         NotWarmedError: they are not read through the page cache, or it is not known which they are.
@@ -91,23 +123,35 @@ def files_to_warm(model: str, settings: LoaderSettings) -> list[str]:
     if is_remote(place):
         raise NotWarmedError("they lie in an object store")
     try:
-        return _files_at(model_here(place), settings)
+        files = _files_of(weights) if weights is not None else _files_at(model_here(place), settings)
+        _check_source(files.paths[0], settings)
     except CheckpointError as error:  # whoever loads them says so
         raise NotWarmedError(str(error)) from None
+    return files
 
 
-def _files_at(place: str, settings: LoaderSettings) -> list[str]:
+def _files_at(place: str, settings: LoaderSettings) -> FilesToWarm:
     source = make_source(settings.backend, settings=settings)
     found = find_checkpoint(source, place, sharded_pattern=settings.sharded_pattern)
-    if isinstance(found, TrainingCheckpoint):
-        raise NotWarmedError("the files of a training's checkpoint hold more than its model")
-    paths, _ = listed_files(source, found)
-    first = source.open(paths[0])
+    if not isinstance(found, TrainingCheckpoint):
+        return FilesToWarm(list(listed_files(source, found)[0]))
+    with open_weights(found, settings) as store:
+        return _files_of(store)
+
+
+def _files_of(weights: Sequence[str] | TensorStore) -> FilesToWarm:
+    if isinstance(weights, Sequence):
+        return FilesToWarm(list(weights))
+    # The metadata is read first, and lies in the directory whatever files it names.
+    return FilesToWarm([weights.listing, *weights.ranges], weights.ranges)
+
+
+def _check_source(path: str, settings: LoaderSettings) -> None:
+    first = make_source(settings.backend, settings=settings).open(path)
     kind = first.source
     first.close()
     if kind != _POSIX:
         raise NotWarmedError(f"they are read past the page cache ({kind})")
-    return list(paths)
 
 
 def described(account: WarmingAccount, seconds: float) -> str:

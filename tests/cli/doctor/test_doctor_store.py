@@ -38,7 +38,20 @@ def test_one_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "file").write_text("")
     found = finding(tmp_path / "file" / "store", monkeypatch)
     assert found.status == "fail"
-    assert "Not a directory" in found.value or "is not a directory" in found.value
+    variable = "ENGINE_LOADER_COMPILE_CACHE__DIRECTORY"
+    assert found.value == (
+        f"compile_cache.directory (set by {variable}) is {tmp_path}/file/store, and {tmp_path}/file is a file, not a "
+        "directory: name another directory there"
+    )
+    assert found.repair == (
+        "no engine starts with --load-format b10_3fs until this is repaired, or the cache is switched off: "
+        "ENGINE_LOADER_COMPILE_CACHE__ENABLED=false"
+    )
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    assert (
+        f"and {tmp_path}/link is a link that leads to no directory: "
+        in finding(tmp_path / "link" / "store", monkeypatch).value
+    )
 
 
 @pytest.mark.servers
