@@ -24,6 +24,7 @@ from benchmarks.arguments import parser_of
 from engine_loader.bench.page_cache import drop, resident_share, warm
 from engine_loader.report import phases
 from engine_loader.report.reading.timeline import read_timeline
+from engine_loader.report.starts import starts_in
 from tests.support.tiny_models import make_model
 from tests.support.vllm_server import VllmServer
 
@@ -87,7 +88,7 @@ def start(model: Path, way: str) -> Start:
             assert server.seconds_to_ready is not None
             text = server.complete(PROMPT, max_tokens=8)
             line = next((line for line in server.log.splitlines() if "start.warm" in line), "")
-        (recorded,) = Path(directory).iterdir()
+        (recorded,) = starts_in(directory)
         timeline = read_timeline(recorded)
         (found,) = timeline.phases(phases.WEIGHTS)
         said = line.partition("start.warm")[2]

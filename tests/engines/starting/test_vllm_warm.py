@@ -7,6 +7,7 @@ import pytest
 
 from engine_loader.report.phases import WARMING
 from engine_loader.report.reading.timeline import read_timeline
+from engine_loader.report.starts import starts_in
 from tests.support.tiny_models import make_model
 from tests.support.vllm_server import VllmServer
 
@@ -37,7 +38,7 @@ def test_cold_weights_are_read_while_the_engine_imports(tmp_path: Path) -> None:
         assert any(b"VLLM_ENABLE_STARTUP_PLAN=1" in environ for environ in environments(server))
         commands = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in server.processes]
         assert not any(b"page_warmer" in command for command in commands)
-    (recorded,) = (tmp_path / "starts").iterdir()
+    (recorded,) = starts_in(tmp_path / "starts")
     timeline = read_timeline(recorded)
     ((process, phase),) = timeline.phases(WARMING)
     assert (process.level, phase.beside) == (0, True)
