@@ -3,11 +3,12 @@
     python -m benchmarks.cold_start --gib 3 --rounds 2 --ways off,auto
 
 Eager starts, each with the same answer to the same prompt. Ways: off and auto of `start.warm`; `command`: auto with
-`engine-loader warm` begun together with the engine; `template`: auto with start.template: auto; `prefetch`: vLLM's own
-loader with --safetensors-load-strategy prefetch; `resident`: auto with a checkpoint that lies in the page cache. The
-disk is throttled for this process and its children by a cgroup of version 1 (blkio) that only root can make; what the
-engine imports lies in the page cache. The bound is max(what comes before the load where nothing is read, transfer) plus
-what comes behind it, from the start with a resident checkpoint. Needs vLLM's CPU build.
+`engine-loader warm` begun together with the engine; `template`: auto with start.template: auto; `both`: these two;
+`prefetch`: vLLM's own loader with --safetensors-load-strategy prefetch; `resident`: auto with a checkpoint that lies in
+the page cache. The disk is throttled for this process and its children by a cgroup of version 1 (blkio) that only root
+can make; what the engine imports lies in the page cache, but for what the kernel has dropped. The bound is max(what
+comes before the load where nothing is read, transfer) plus what comes behind it, from the start with a resident
+checkpoint. Needs vLLM's CPU build.
 """
 
 import os
@@ -28,7 +29,7 @@ from engine_loader.report.starts import starts_in
 from tests.support.tiny_models import make_model
 from tests.support.vllm_server import VllmServer
 
-WAYS = ("off", "auto", "command", "template", "prefetch", "resident")
+WAYS = ("off", "auto", "command", "template", "both", "prefetch", "resident")
 PROMPT = "the quick brown fox"
 BLKIO = Path("/sys/fs/cgroup/blkio")
 LAYER_BYTES = 134_230_016
@@ -73,7 +74,7 @@ def start(model: Path, way: str) -> Start:
     with tempfile.TemporaryDirectory() as directory:
         env = {
             "ENGINE_LOADER_START__WARM": "off" if way in ("off", "prefetch") else "auto",
-            "ENGINE_LOADER_START__TEMPLATE": "auto" if way == "template" else "off",
+            "ENGINE_LOADER_START__TEMPLATE": "auto" if way in ("template", "both") else "off",
             "ENGINE_LOADER_REPORT__DIRECTORY": directory,
             "VLLM_CPU_OMP_THREADS_BIND": "0",
         }
@@ -82,7 +83,7 @@ def start(model: Path, way: str) -> Start:
             options = ["--load-format", "safetensors", "--safetensors-load-strategy", "prefetch"]
         command = [str(Path(sys.executable).with_name("engine-loader")), "warm", str(model)]
         with (
-            subprocess.Popen(command) if way == "command" else nullcontext(),
+            subprocess.Popen(command) if way in ("command", "both") else nullcontext(),
             VllmServer(model, *options, env=env, start_timeout_s=900) as server,
         ):
             assert server.seconds_to_ready is not None
