@@ -34,10 +34,10 @@ RAY_STAMP := $(VENV)/ray/.installed
 # Beside the environment, where only who asks for it finds it: vLLM's CPU build does without.
 TORCHVISION := $(VENV)/torchvision
 
-# A version of torch that the library's tests also run with, in an environment of its own. Without an index of CPU builds
-# it is the one for CUDA, 5.5 GB with its libraries.
+# A version of torch that the library's tests also run with, in an environment of its own for each interpreter (python3.12,
+# or the path of one). Without an index of CPU builds it is the one for CUDA, 5.5 GB with its libraries.
 TORCH_VERSION ?= 2.14.1
-TORCH_VENV := .venv-torch-$(TORCH_VERSION)
+TORCH_VENV := .venv-torch-$(TORCH_VERSION)-$(notdir $(PYTHON))
 LIBRARY_TESTS := tests/loading tests/formats tests/dcp tests/conversion tests/transfer tests/cuda
 
 # A version of SGLang that make test starts, too, cold and restored; its environment costs two minutes of CPU time and
@@ -59,7 +59,7 @@ RELEASE_STAMP := $(RELEASE_VENV)/.installed
 
 .PHONY: help venv venv-sglang tools demo lint check test all-but-sglang test-fast test-sglang test-ranks test-sharing \
 	test-architectures test-torch test-object-stores test-radosgw test-chaos contract fuzz bench screenshots clean docs \
-	wheels test-wheel test-quick-start test-surroundings test-peers test-matrix test-starts
+	wheels test-wheel test-wheel-arm test-quick-start test-surroundings test-peers test-matrix test-starts
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv-sglang-%/.engine-installed
 
@@ -108,7 +108,7 @@ test-architectures: venv $(TORCHVISION)  ## vLLM's architectures in tiny: our lo
 	EXTENDED_TESTS=1 $(PY) -m pytest tests/engines/architectures tests/engines/vllm/test_parameters.py
 	$(PY) -m tests.engines.architectures $(ARGS)
 
-test-torch: $(TORCH_VENV)/.package-installed  ## The library's tests with another torch; TORCH_VERSION=2.15.0
+test-torch: $(TORCH_VENV)/.package-installed  ## The library's tests with another torch or Python; TORCH_VERSION=2.15.0 PYTHON=python3.12
 	$(TORCH_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "$(UNIT)" $(LIBRARY_TESTS) $(ARGS)
 
 test-peers: venv  ## The published test suites of what this package stands in for, run against it
@@ -147,6 +147,10 @@ wheels: $(RELEASE_STAMP)  ## Build sdist and wheels (x86_64, aarch64) into ./dis
 # In an environment that is made for it, with nothing but this package and what it depends on; some minutes.
 test-wheel:  ## Try the wheel of this machine in ./dist as its users will; after make wheels
 	$(PYTHON) -m scripts.try_wheel dist/engine_loader-*_$$(uname -m).whl $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH)
+
+# A minute; not torch, whose import takes many under emulation.
+test-wheel-arm:  ## Try the wheel for aarch64 in ./dist under qemu-user: import and native reads; after make wheels
+	$(PYTHON) -m scripts.try_foreign_wheel dist/engine_loader-*_aarch64.whl
 
 test-quick-start:  ## What docs/quick-start.md says of a machine without a GPU, line by line, with the wheel in ./dist; 4 GB
 	$(PYTHON) -m scripts.try_quick_start dist/engine_loader-*_$$(uname -m).whl

@@ -41,12 +41,12 @@ def medians(document: str, heading: str) -> dict[str, float]:
 
 def measured(document: str) -> str:
     """Three panels of bars, one scale each, ours first."""
-    width, row, label = 720, 26, 190
+    width, row, label = 540, 26, 160
     parts, y = [], 34
     for heading, title in PANELS.items():
         values = medians(document, heading)
         bars = [(shown, values[name]) for name, shown in SHOWN.items()] + [(PLAIN_READS, values[PLAIN_READS])]
-        scale = (width - label - 90) / max(value for _, value in bars)
+        scale = (width - label - 84) / max(value for _, value in bars)
         parts.append(f"<text x='12' y='{y}' class='t' font-weight='600'>{escape(title)}</text>")
         y += 12
         for name, value in bars:
@@ -73,38 +73,42 @@ def staircase() -> str:
         ("sources", "files, 3FS, object stores, memory"),
         ("formats", "what the bytes mean"),
     ]
-    width, height, step = 720, 330, 56
+    width, height, step = 560, 330, 56
     parts = []
     for index, (name, what) in enumerate(steps):
-        x, y = 20 + index * 62, 20 + index * step
+        x, y = 12 + index * 40, 20 + index * step
         parts += [
-            f"<rect x='{x}' y='{y}' width='290' height='{step - 8}' rx='5' class='{'o' if index == 0 else 's'}'/>",
+            f"<rect x='{x}' y='{y}' width='270' height='{step - 8}' rx='5' class='{'o' if index == 0 else 's'}'/>",
             f"<text x='{x + 14}' y='{y + 20}' class='{'w' if index == 0 else 't'}' font-weight='600'>{name}</text>",
             f"<text x='{x + 14}' y='{y + 38}' class='{'w' if index == 0 else 't'}'>{escape(what)}</text>",
         ]
     parts += [
-        "<rect x='440' y='20' width='260' height='104' rx='5' class='c'/>",
-        "<text x='454' y='40' class='t' font-weight='600'>compile cache</text>",
-        "<text x='454' y='60' class='t'>restore before warm-up,</text>",
-        "<text x='454' y='78' class='t'>save after it; in processes</text>",
-        "<text x='454' y='96' class='t'>of their own</text>",
-        f"<text x='20' y='{height - 6}' class='n'>bytes rise from step to step; imports only go down</text>",
+        "<rect x='340' y='20' width='208' height='104' rx='5' class='c'/>",
+        "<text x='354' y='40' class='t' font-weight='600'>compile cache</text>",
+        "<text x='354' y='60' class='t'>restore before warm-up,</text>",
+        "<text x='354' y='78' class='t'>save after it; in processes</text>",
+        "<text x='354' y='96' class='t'>of their own</text>",
+        f"<text x='12' y='{height - 6}' class='n'>bytes rise from step to step; imports only go down</text>",
     ]
     return picture(width, height, parts)
 
 
 def picture(width: int, height: float, parts: list[str]) -> str:
-    """An SVG that follows the reader's light or dark scheme."""
+    """An SVG that follows the reader's light or dark scheme, no wider than a phone can show in legible letters.
+
+    Text has a contrast of at least 4.5 to what it stands on, bars and frames of at least 3.
+    """
     style = (
         ".t{fill:#1f2430;font-size:13px}.n{fill:#5c6370;font-size:12px}.w{fill:#fff;font-size:13px}"
-        ".o{fill:#3949ab}.r{fill:#9fa8da}.l{fill:#c9ccd3}.s{fill:#e3e6f5}.c{fill:none;stroke:#3949ab;stroke-width:1.5}"
+        ".o{fill:#3949ab}.r{fill:#7986cb}.l{fill:#8f949f}.s{fill:#e3e6f5}.c{fill:none;stroke:#3949ab;stroke-width:1.5}"
         ".b{fill:#fff}"
-        "@media(prefers-color-scheme:dark){.t{fill:#e6e8ee}.n{fill:#a5abb8}.o{fill:#7986cb}.r{fill:#4a5480}"
-        ".l{fill:#4b4f58}.s{fill:#2b3048}.b{fill:#1e2129}}"
+        "@media(prefers-color-scheme:dark){.t{fill:#e6e8ee}.n{fill:#a5abb8}.w{fill:#10131c}.o{fill:#9fa8da}"
+        ".r{fill:#5f6bab}.l{fill:#6b7080}.s{fill:#2b3048}.c{stroke:#7986cb}.b{fill:#1e2129}}"
     )
+    size = f"width='{width}' height='{height:.0f}'"
     return (
-        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width} {height:.0f}' {FONT}><style>{style}</style>"
-        f"<rect width='{width}' height='{height:.0f}' rx='6' class='b'/>" + "".join(parts) + "</svg>\n"
+        f"<svg xmlns='http://www.w3.org/2000/svg' {size} viewBox='0 0 {width} {height:.0f}' {FONT}>"
+        f"<style>{style}</style><rect {size} rx='6' class='b'/>" + "".join(parts) + "</svg>\n"
     )
 
 

@@ -17,6 +17,9 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "examples/README.md")
 """Documents of the repository that are pages of the site."""
+IN_THE_DARK = {"images/report-desktop.png": "images/report-dark.png"}
+"""Pictures on a light ground -> what the site shows in dark colours; SVGs follow the scheme by themselves."""
+PICTURE = re.compile(r"!\[([^\]]*)\]\(([^)#\s]+)\)")
 LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 WITHOUT_LINK = "\x00"
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
@@ -53,6 +56,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             return f"]{WITHOUT_LINK}"
         return f"]({os.path.relpath(target, there or '.')}{match[2] or ''})"
 
+    def by_scheme(match: re.Match[str]) -> str:
+        dark = IN_THE_DARK.get(match[2])
+        return f"![{match[1]}]({match[2]}#only-light)![{match[1]}]({dark}#only-dark)" if dark else match[0]
+
+    markdown = PICTURE.sub(by_scheme, markdown)
     # Of a link whose target is gone the text stays. Other brackets are somebody's: `pip install 'engine-loader[s3]'`.
     text = re.sub(rf"\[([^\[\]]+)\]{WITHOUT_LINK}", r"\1", outside_fences(markdown, exchange))
     return text.replace(WITHOUT_LINK, "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ from ..errors import CheckpointError
 from ..loading.checkpoint import Checkpoint
 from ..loading.training.items import dtype_name
 from .written_tensors import Outgoing, in_writing_order, read_in_order
+
+_WORTH_FREEING = 1 << 20
+"""Bytes of a tensor for which Python is asked to look for what nobody refers to."""
 
 
 def write_dcp(
@@ -116,6 +120,10 @@ def _read(
     for going, tensor in read_in_order(checkpoint, tensors):
         yield going.name, tensor
         written(going.nbytes)
+        # Older torches' torch.save (2.9 is one) leaves what it wrote in a cycle of references, which Python otherwise
+        # frees when many objects were made, however many bytes they hold.
+        if going.nbytes >= _WORTH_FREEING:
+            gc.collect(1)
 
 
 def _blank(going: Outgoing) -> torch.Tensor:

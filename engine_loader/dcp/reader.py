@@ -6,6 +6,7 @@ import io
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -37,6 +38,35 @@ _Wanted: TypeAlias = tuple[ReadItem, _StorageInfo]
 _Sizes: TypeAlias = Callable[[ReadItem], torch.Size | None]
 """The sizes, in the metadata, of the chunk that an item is read from; None if they are not known."""
 _Reading: TypeAlias = tuple[ReadItem, torch.Tensor, BoxRead]
+
+
+class UnreadMetadata(Metadata):
+    """Stands for metadata that could not be read, until the reader is set up with it."""
+
+    def __init__(self, error: CheckpointError) -> None:
+        super().__init__({})
+        self.error = error
+
+
+def told_at_set_up(read: Callable[..., Metadata]) -> Callable[..., Metadata]:
+    """Decorates ``read_metadata`` so that its first error is not lost.
+
+    ``dcp.load`` asks for the metadata, then for that of its rank, catches what both raise, and up to torch 2.11 ends
+    with a bare AssertionError. So the second question is answered, and ``set_up_storage_reader``, which comes next and
+    is not caught, raises the first error.
+    """
+
+    @wraps(read)
+    def read_metadata(self: Any, *args: Any, **kwargs: Any) -> Metadata:
+        try:
+            return read(self, *args, **kwargs)
+        except CheckpointError as error:
+            if "rank" in kwargs and self._unread is not None:
+                return UnreadMetadata(self._unread)
+            self._unread = error
+            raise
+
+    return read_metadata
 
 
 class FileSystemReader(torch_filesystem.FileSystemReader):
@@ -72,10 +102,12 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
         super().__init__(path, _extension_registry)
         self._trust_pickles = trust_pickles
         self._tensors: dict[str, Any] = {}
+        self._unread: CheckpointError | None = None
         self._settings: LoaderSettings = load_settings(
             options, extra_origin="the arguments of FileSystemReader"
         ).settings.loader
 
+    @told_at_set_up
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The checkpoint's metadata.
 
@@ -115,7 +147,13 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
         return future
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Keep the metadata of the tensors, with which the files are compared."""
+        """Keep the metadata of the tensors, with which the files are compared.
+
+        Raises:
+            CheckpointError: why the metadata could not be read, where ``dcp.load`` goes on without it.
+        """
+        if isinstance(metadata, UnreadMetadata):
+            raise metadata.error
         super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
         self._tensors = metadata.state_dict_metadata
 

@@ -84,3 +84,19 @@ def test_every_page_has_a_place_in_the_navigation() -> None:
     pages = {path.name for path in (ROOT / "docs").glob("*.md")}
     assert pages <= set(re.findall(r"(\S+\.md)", text))
     assert yaml.safe_load(text)["strict"] is True
+
+
+@pytest.mark.slow
+def test_colours_are_those_of_the_system_until_somebody_chooses(site: Path) -> None:
+    page = (site / "index.html").read_text()
+    first, *others = re.findall(r'data-md-color-media="([^"]*)"[^>]*name="?__palette', page)
+    assert first == "(prefers-color-scheme)"
+    assert others == ["(prefers-color-scheme: light)", "(prefers-color-scheme: dark)"]
+
+
+@pytest.mark.slow
+def test_a_picture_on_a_light_ground_has_one_for_the_dark(site: Path) -> None:
+    page = (site / "report.html").read_text()
+    shown = re.findall(r'<img[^>]*src="?(images/[^" >]+)', page)
+    assert shown == ["images/report-desktop.png#only-light", "images/report-dark.png#only-dark"]
+    assert all((site / path.partition("#")[0]).is_file() for path in shown)

@@ -237,7 +237,8 @@ def test_packed_types_are_sliced_as_torch_packs_them():
     with found:
         part = found.get_slice("t")
         assert part.get_shape() == [6, 8]
-        same(part[2:4, 1:3], whole[2:4, 1:3].contiguous())
+        # By its bytes: torch 2.9 copies no strided memory of this type.
+        same(part[2:4, 1:3], whole.view(torch.uint8)[2:4, 1:3].contiguous().view(whole.dtype))
 
 
 def test_a_slice_is_memory_of_its_own():

@@ -16,7 +16,7 @@ from ...loading.training.items import JoinedParts, PartInfo
 from ...loading.training.parts import metadata_of_parts
 from ...machine import usable_cpus
 from ...sources.source import Source
-from ..reader import FileSystemReader
+from ..reader import FileSystemReader, told_at_set_up
 from ..s3_config import AnyClientConfig
 from .hf_storage import HuggingFaceStorage, file_system_of
 
@@ -62,6 +62,7 @@ class HuggingFaceStorageReader(HuggingFaceStorage, FileSystemReader):  # type: i
         if thread_count > (self._settings.threads or usable_cpus()):
             self._settings = self._settings.model_copy(update={"threads": thread_count})
 
+    @told_at_set_up
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The checkpoint's metadata, from the headers of its files.
 

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.futures import Future
 
 from ...errors import CheckpointError
+from ..reader import told_at_set_up
 from ..s3_config import S3ClientConfig
 from .hf_reader import HuggingFaceStorageReader
 
@@ -100,6 +101,7 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
         self.block_size = block_size
         self._quantised: dict[str, _Quantised] = {}
 
+    @told_at_set_up
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The checkpoint's metadata, with the shapes and the type of the products.
 
