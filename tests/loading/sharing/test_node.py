@@ -194,6 +194,7 @@ def test_a_full_window_gives_up_what_only_ranks_want_that_have_not_come(tmp_path
     assert found["read"] < path.stat().st_size  # what is rank 0's alone was not
 
 
+@pytest.mark.timeout(300 + 3 * ROUNDS)
 def test_faults_of_some_ranks_leave_the_others_right(tmp_path: Path, place: Path) -> None:
     shim = compile_shim(tmp_path)
     words = tmp_path / "faults"
