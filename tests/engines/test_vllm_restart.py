@@ -171,8 +171,7 @@ def test_the_report_knows_where_the_time_of_a_start_went(which: str, request: py
     timeline = start.account.timeline
     assert timeline.ready is not None
     assert abs(timeline.ready - start.seconds_to_ready) < 2  # what the test saw from outside, by asking now and then
-    # 97 to 99 % where the machine does nothing else; between two phases a process may wait for a CPU.
-    assert start.account.coverage > 0.9
+    assert start.account.coverage > 0.95
     assert [process.role for process in timeline.processes if process.rank == 0] == ["worker"]
     (load,) = [phase.details for _, phase in timeline.phases("weight reading")]
     assert (load["tensors"], load["files"], load["source"]) == (21, 2, "posix")

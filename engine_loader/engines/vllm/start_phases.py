@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,8 @@ from ..common.start.phase_wrappers import around_function, never_raising, note_f
 
 logger = logging.getLogger("vllm.engine_loader")
 
+_made_at: list[float] = []
+"""When this process had made an ``AsyncLLM``, in seconds of the monotonic clock, for the server that comes next."""
 _SGLANG_SERVER = "sglang.srt.entrypoints.http_server"
 _ON_WORKER = {
     "load_model": phases.MODEL_SETUP,
@@ -81,10 +84,17 @@ def register_client() -> None:
 
 
 def register_async_llm() -> None:
-    """Note what the API server makes for itself."""
+    """Note what the API server makes for itself, behind it too: its routes and handlers, until it listens."""
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    record(AsyncLLM, "__init__", phases.SERVER)
+    def around(original: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        try:
+            with recorder.span(phases.SERVER):
+                return original(*args, **options)
+        finally:
+            _made_at.append(time.monotonic())
+
+    around_function(AsyncLLM, "__init__", around)
 
 
 def register_llm() -> None:
@@ -105,6 +115,8 @@ def register_server() -> None:
     from uvicorn.server import Server
 
     async def around(original: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        if _made_at:
+            recorder.past_span(phases.SERVER, _made_at.pop(), time.monotonic())
         with recorder.span(phases.SERVER):
             result = await original(*args, **options)
         if _SGLANG_SERVER not in sys.modules:  # it warms up behind that
