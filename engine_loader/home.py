@@ -45,14 +45,19 @@ def first_writable(places: Iterable[str | os.PathLike[str] | None]) -> str | Non
     return None
 
 
+def nearest_parent(path: str) -> str:
+    """The path, or the nearest above it that exists."""
+    while not os.path.lexists(path) and path != os.path.dirname(path):
+        path = os.path.dirname(path)
+    return path
+
+
 def why_no_directory(path: str | os.PathLike[str]) -> str | None:
     """What keeps ``path`` from being a directory, or from being made one; None where nothing stands in its place.
 
     Permissions are not looked at, and what cannot be seen counts as not there.
     """
-    nearest = os.path.abspath(path)
-    while not os.path.lexists(nearest) and nearest != os.path.dirname(nearest):
-        nearest = os.path.dirname(nearest)
+    nearest = nearest_parent(os.path.abspath(path))
     if os.path.isdir(nearest):
         return None
     if os.path.islink(nearest):

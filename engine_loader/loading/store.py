@@ -34,7 +34,8 @@ class TensorStore(Protocol):
         streams_to_devices: whether ``stream`` can put tensors on a device in another way than by torch's copies.
         key_mapping_applies: whether names went through the setting ``key_mapping``.
         lacking: name -> error of the tensors that the index lists and no file has; known after ``by_name``.
-        ranges: path -> (offset, length) of where in the file tensors lie; files that are not in it hold little else.
+        ranges: called for path -> (offset, length) of where in the file tensors lie; files that are not in it hold
+            little else.
         left_out: what of a training checkpoint is not served, in a few words; "" for nothing.
     """
 
@@ -43,7 +44,7 @@ class TensorStore(Protocol):
     streams_to_devices: bool
     key_mapping_applies: bool
     lacking: Mapping[str, CheckpointError] = MappingProxyType({})
-    ranges: Mapping[str, Sequence[tuple[int, int]]] = MappingProxyType({})
+    ranges: Callable[[], Mapping[str, Sequence[tuple[int, int]]]] = dict
     left_out: str = ""
 
     def __enter__(self) -> Self:

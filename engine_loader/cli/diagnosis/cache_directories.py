@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 from ...compile_cache.directories import default_inductor_directory, private_place
 from ...compile_cache.ownership import open_to_others
-from ...home import why_no_directory
+from ...home import nearest_parent, why_no_directory
 from ...machine import mount_of
 from ...report.load_report import human_bytes
 from ...settings import load_settings
@@ -116,10 +116,3 @@ def _judge(cache: _Cache, path: str, parent: str, exists: bool) -> Finding:
         repair = f"compilers write and lock many small files: set {cache.variable} to a local disk"
         return Finding(_AREA, cache.variable, "warn", value, repair)
     return Finding(_AREA, cache.variable, "ok", value)
-
-
-def nearest_parent(path: str) -> str:
-    """The path, or the nearest above it that exists."""
-    while not os.path.lexists(path) and path != os.path.dirname(path):
-        path = os.path.dirname(path)
-    return path

@@ -18,11 +18,11 @@ from ...compile_cache.stores.opening import check_settings, open_store
 from ...engines.common import torch_fixups
 from ...engines.vllm import fixups as vllm_fixups
 from ...errors import SettingsError
+from ...home import nearest_parent
 from ...report.load_report import human_bytes
 from ...settings import CompileCacheSettings, LoaderSettings, load_settings
 from ...sources.object_store.client import ObjectStoreOptions
 from ...sources.registry import is_remote
-from .cache_directories import nearest_parent
 from .finding import Finding, cause_and_repair, impatient, write_refused
 
 _AREA = "compile cache"

@@ -98,7 +98,6 @@ class TrainingStore(TensorStore):
         self.chunks = ChunkReader(self.files, int(settings.buffer_bytes))
         self._infos = {name: tensor.info(*self._begin(tensor)) for name, tensor in self.tensors.items()}
         self.paths = list(dict.fromkeys(info.file for info in self._infos.values()))
-        self.ranges = self._ranges()
         self._names = list(self.tensors)
         self._numbers = {name: number for number, name in enumerate(self._names)}
         self._located: dict[str, tuple[TensorInfo, Pieces | None]] = {}
@@ -185,7 +184,7 @@ class TrainingStore(TensorStore):
     def state_paths(self) -> Mapping[str, Any]:
         return state_paths(self._saved)
 
-    def _ranges(self) -> dict[str, list[tuple[int, int]]]:
+    def ranges(self) -> Mapping[str, Sequence[tuple[int, int]]]:
         found: dict[str, list[tuple[int, int]]] = {}
         for chunk in (chunk for tensor in self.tensors.values() for chunk in tensor.chunks):
             path = os.path.join(self.files.directory, chunk.stored.relative_path)

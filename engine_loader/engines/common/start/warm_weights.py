@@ -143,7 +143,8 @@ def _files_of(weights: Sequence[str] | TensorStore) -> FilesToWarm:
     if isinstance(weights, Sequence):
         return FilesToWarm(list(weights))
     # The metadata is read first, and lies in the directory whatever files it names.
-    return FilesToWarm([weights.listing, *weights.ranges], weights.ranges)
+    ranges = weights.ranges()
+    return FilesToWarm([weights.listing, *ranges], ranges)
 
 
 def _check_source(path: str, settings: LoaderSettings) -> None:
