@@ -30,6 +30,7 @@ STEPS: dict[str, set[str]] = {
     "report": BASE | {"formats"},
     "loading": BASE | {"formats", "sources", "transfer", "report"},
     "start": {"errors", "machine", "residency"},
+    "ahead": BASE | {"formats", "sources", "transfer", "start"},
     "compile_cache": BASE | {"sources", "report"},
     "dcp": BASE | {"formats", "sources", "transfer", "report", "loading"},
     "conversion": BASE | {"formats", "sources", "transfer", "report", "loading", "dcp"},

@@ -200,6 +200,7 @@ def complete_report(report: LoadReport, source: str, readers: ReaderThreads) -> 
     report.source, report.engine = source, f"{readers.name} engine, {readers.threads} threads"
     report.modes |= statistics.modes
     report.bytes_read = statistics.bytes_read + statistics.overread_bytes
+    report.bytes_ahead = statistics.bytes_ahead
     report.read_seconds = statistics.read_seconds
     report.retries, report.first_retry = statistics.retries, statistics.first_retry
     report.slowest_file = statistics.slowest_file

@@ -15,6 +15,7 @@ from ..report.load_report import LoadReport
 from ..report.phases import HEADERS, WEIGHT_READING
 from ..report.progress import byte_progress
 from ..sources.registry import make_source
+from ..sources.stock import Stock, StockedSource
 from .devices.per_tensor import TargetDevice
 from .direct.load import SMALL_BYTES, DirectLoad
 from .find import SafetensorsFiles, TrainingCheckpoint, natural_key
@@ -47,6 +48,7 @@ def stream_weights(
     device: TargetDevice = None,
     ranks: NodeRanks | None = None,
     report: LoadReport | None = None,
+    stock: Stock | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor) of all ``weights``: the files in natural order, each in file order.
 
@@ -63,6 +65,7 @@ def stream_weights(
             the end, and a training checkpoint.
         ranks: of this machine, that load the same files; None: this process alone.
         report: the account that is kept; None: a new one.
+        stock: what of them was read ahead; None: nothing.
 
     Raises:
         CheckpointError: a file, a header or the index is wrong, or bytes could not be read.
@@ -72,7 +75,8 @@ def stream_weights(
         if not isinstance(weights, TrainingCheckpoint):
             weights = list(weights)
         with recorder.span(HEADERS, watched={PLACE: _place_of(weights)}):
-            store = stack.enter_context(open_weights(weights, settings, ranks))
+            store = stack.enter_context(open_weights(weights, settings, ranks, stock))
+            del stock  # its memory goes with the files
             infos = [info for info in store.infos if skip is None or not skip(info.name)]
         report = report or LoadReport()
         if note:
@@ -150,13 +154,17 @@ def check_weights(
         _ = store.infos  # a training checkpoint finds out where in its files they lie
 
 
-def open_weights(weights: WeightFiles, settings: LoaderSettings, ranks: NodeRanks | None = None) -> TensorStore:
+def open_weights(
+    weights: WeightFiles, settings: LoaderSettings, ranks: NodeRanks | None = None, stock: Stock | None = None
+) -> TensorStore:
     """Open what an engine is to load: of two copies of a tensor, without the one that an index does not name.
 
     Raises:
         CheckpointError: a file, a header, the index or the metadata is wrong.
     """
     source = make_source(settings.backend, settings=settings)
+    if stock is not None:
+        source = StockedSource(source, stock)
     if isinstance(weights, TrainingCheckpoint):
         return open_store(source, weights, settings)
     found = SafetensorsFiles(tuple(sorted(weights, key=natural_key)))

@@ -22,6 +22,7 @@ class LoadReport:
         bytes_offered: bytes of those tensors.
         bytes_kept: direct mode: of these, those that were read because this rank keeps them; None in other modes.
         bytes_read: bytes that were read from the source, with those thrown away (gaps, alignment); filled at the end.
+        bytes_ahead: of these, bytes that lay in memory, since a process had read them ahead; filled at the end.
         read_seconds: time spent in reads, summed over the reader threads; filled at the end.
         waited: seconds for which the engine's thread waited, by what it waited for.
         waits_for: what the load is at just now: "source", where the engine's thread waits for bytes, or "engine", where
@@ -40,6 +41,7 @@ class LoadReport:
     bytes_offered: int = 0
     bytes_kept: int | None = None
     bytes_read: int = 0
+    bytes_ahead: int = 0
     read_seconds: float = 0.0
     waited: dict[str, float] = field(default_factory=dict)
     waits_for: Literal["source", "engine"] = "engine"
@@ -103,6 +105,7 @@ class LoadReport:
             "bytes": self.bytes_offered if self.bytes_kept is None else self.bytes_kept,
             "bytes_offered": self.bytes_offered,
             "bytes_read": self.bytes_read,
+            "bytes_ahead": self.bytes_ahead,
             "tensors": self.tensors,
             "files": self.files,
             "seconds": round(self.seconds, 4),
@@ -128,6 +131,8 @@ class LoadReport:
         ways = f", {'+'.join(sorted(self.modes))}" if self.modes else ""
         whole = f" of {human_bytes(self.bytes_offered)}" if self.bytes_loaded < self.bytes_offered else ""
         notes = "".join(f"; {note}" for note in self.notes)
+        if self.bytes_ahead:
+            notes = f"; {human_bytes(self.bytes_ahead)} of it were read ahead{notes}"
         if self.slowest_file:
             notes = f"; slowest file {self.slowest_file}{notes}"
         if self.first_retry:

@@ -376,8 +376,16 @@ class StartSettings(SettingsGroup):
     warm: Literal["auto", "off"] = Field(
         default="off",
         description="Whether weights that are not in the page cache are read into it while the engine imports, by a "
-        "process of the lowest priority, as far as the cgroup and the machine have room: auto where the load format "
-        "b10_3fs will read them through it.",
+        "process of the lowest priority, as far as the cgroup and the machine have room; and into memory, where the "
+        "load format b10_3fs will read them past the page cache.",
+    )
+    warm_bytes: Size = Field(
+        default=ByteSize(8 * _GIB),
+        ge=16 * _MIB,
+        le=1024 * _GIB,
+        description="With `warm: auto`, the most memory for weights that are read past the page cache (3FS, O_DIRECT, "
+        "object stores): they are read into memory of a process, as far as the cgroup and the machine have room, until "
+        "the loader takes them over.",
     )
     plan: Literal["auto", "on", "off"] = Field(
         default="auto",

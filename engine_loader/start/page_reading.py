@@ -30,20 +30,22 @@ _NO_ROOM = "there is no room for more"
 
 
 class Budget:
-    """How many bytes may be in the page cache: what is available now, but for a reserve for the engine itself.
+    """How many bytes may be in memory: what is available now, but for a reserve for the engine itself.
 
     Args:
         look: the memory of the machine and the cgroup as it is.
+        freed: whether what is taken counts as available, since the kernel frees it (the page cache).
     """
 
-    def __init__(self, look: Callable[[], Memory] = memory) -> None:
+    def __init__(self, look: Callable[[], Memory] = memory, *, freed: bool = True) -> None:
         self._look = look
+        self._freed = freed
         self._seen = (-1.0, 0)
         self._taken = 0
         self._lock = threading.Lock()
 
     def take(self, nbytes: int, *, resident: bool = False) -> bool:
-        """Count bytes that will be in the page cache, or are; False where there is no room for them.
+        """Count bytes that will be in memory, or are; False where there is no room for them.
 
         Args:
             nbytes: how many.
@@ -56,7 +58,7 @@ class Budget:
             return True
 
     def bytes(self) -> int:
-        """The room, as of a fraction of a second ago; what was warmed counts as available, for the kernel frees it."""
+        """The room, as of a fraction of a second ago."""
         at, room = self._seen
         now = time.monotonic()
         if at < 0 or now - at >= _LOOK_S:
@@ -64,6 +66,8 @@ class Budget:
             limit = found.total if found.limit is None else min(found.total, found.limit)
             room = max(0, found.available - max(_LEAST_RESERVE_BYTES, limit // _RESERVE))
             self._seen = (now, room)
+            if not self._freed:  # it is part of what is in use now
+                self._taken = 0
         return room
 
 

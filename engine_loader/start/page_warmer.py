@@ -10,8 +10,10 @@ JSON.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -20,6 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from .page_reading import Budget, Ranges, Warming, WarmingEach
 
@@ -28,13 +31,23 @@ _SET_PARENT_DEATH_SIGNAL = 1
 _SYS_IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
 _LAST_BEST_EFFORT = 2 << 13 | 7  # not the idle class: its reads may starve, and a loader wait for the same pages
 _NICE = 19
+_URL = re.compile(r"[a-z][a-z0-9+.-]*:/.", re.DOTALL)
 
 
 def name_of(path: str) -> str:
     """The abstract socket by which a loader tells that it begins to read what is in the directory of ``path``.
 
     A name of the kernel's and no file: it is gone with the process, however that ends, and only one process has it.
+
+    Args:
+        path: of a file, or its URL.
+
+    Raises:
+        OSError: the directory is not there.
     """
+    if _URL.match(path):
+        above = re.sub(r"/+", "/", path).rpartition("/")[0]  # pathlib.Path makes one slash of the two of a URL
+        return f"\0engine_loader-warm-{os.geteuid()}-{hashlib.sha256(above.encode()).hexdigest()[:32]}"
     found = os.stat(os.path.dirname(os.path.abspath(path)))
     return f"\0engine_loader-warm-{os.geteuid()}-{found.st_dev:x}-{found.st_ino:x}"
 
@@ -148,24 +161,35 @@ def main() -> None:
     ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal; the process that asked says when it ends
     lower_priority()
-    paths, ranges = _read_order()
-    os.write(1, json.dumps(warm_once(paths, 0, ranges)).encode())
+    asked = read_order()
+    os.write(1, json.dumps(warm_once(asked["paths"], 0, asked["ranges"])).encode())
     os._exit(0)  # a thread may be in a read that hangs
 
 
-def order(paths: Sequence[str], ranges: Mapping[str, Ranges]) -> bytes:
-    """What the process gets on its standard input: a line."""
-    return json.dumps({"paths": list(paths), "ranges": dict(ranges)}).encode() + b"\n"
+def order(paths: Sequence[str], ranges: Mapping[str, Ranges], **more: object) -> bytes:
+    """What the process gets on its standard input: a line. It may work in another directory."""
+    found = {_absolute(path): found for path, found in ranges.items()}
+    return json.dumps({"paths": [_absolute(path) for path in paths], "ranges": found, **more}).encode() + b"\n"
 
 
-def _read_order() -> tuple[list[str], dict[str, Ranges]]:
+def read_order() -> dict[str, Any]:
+    """What ``order`` has made, from the standard input; the process ends where there is none."""
     pieces: list[bytes] = []
     while not pieces or not pieces[-1].endswith(b"\n"):  # JSON has no other end of a line
         pieces.append(os.read(0, 65536))
         if not pieces[-1]:
             sys.exit(0)
-    found = json.loads(b"".join(pieces))
-    return found["paths"], found["ranges"]
+    return dict(json.loads(b"".join(pieces)))
+
+
+def is_one_of_us(connection: socket.socket) -> bool:
+    """Whether at the other end of a connection is a process of this user, or of root."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    return struct.unpack("3i", credentials)[1] in (0, os.geteuid())
+
+
+def _absolute(path: str) -> str:
+    return path if _URL.match(path) else os.path.abspath(path)
 
 
 def _is_told(listening: socket.socket) -> bool:
@@ -175,5 +199,4 @@ def _is_told(listening: socket.socket) -> bool:
     except OSError:
         return False
     with connection:
-        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        return struct.unpack("3i", credentials)[1] in (0, os.geteuid())
+        return is_one_of_us(connection)

@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Self
@@ -15,7 +15,7 @@ from typing import Any, Self
 from .page_reading import Ranges
 from .page_warmer import name_of, order
 
-_PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); from engine_loader.start.page_warmer import main; main()"
+_PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); from {module} import main; main()"
 
 
 @dataclass(frozen=True)
@@ -53,40 +53,61 @@ def warm_files(paths: Sequence[str], ranges: Mapping[str, Ranges] | None = None)
         ranges: path -> what of it will be read; of files that are not in it, all.
     """
     try:
-        return WarmingAccount.of(_run(order(paths, ranges or {})))
+        # Without site-packages, for it needs none.
+        asked = order(paths, ranges or {})
+        (said,) = answers_of("engine_loader.start.page_warmer", asked, "-I", "-S", directory="/")
+        return WarmingAccount.of(said)
     except (OSError, ValueError, TypeError) as error:
         return WarmingAccount(reason=f"the process for it failed ({error})")
 
 
-def tell_loader_begins(path: str) -> bool:
+def tell_loader_begins(path: str) -> socket.socket | None:
     """Have whoever warms the directory of ``path`` end, since a loader reads from there now. Waits for nothing.
 
+    Args:
+        path: of a file, or its URL.
+
     Returns:
-        Whether somebody was told.
+        A connection to whoever was told, which the caller closes; None: there is nobody.
     """
-    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as telling:
+    telling = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
         telling.connect(name_of(path))
-        return True
-    return False
+    except OSError:
+        telling.close()
+        return None
+    return telling
 
 
-def _run(asked: bytes) -> dict[str, Any]:
-    """What the process says at its end."""
+def answers_of(module: str, asked: bytes, *options: str, directory: str | None = None) -> Iterator[dict[str, Any]]:
+    """What a process says, a line of JSON at a time, until it ends.
+
+    Args:
+        module: whose ``main`` it runs.
+        asked: its standard input, which stays open as long as the process is there.
+        options: of the interpreter.
+        directory: in which it works; None: this process's.
+
+    Raises:
+        ValueError: it said nothing, or something else than JSON.
+        OSError: it cannot be started.
+    """
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    # Without site-packages, for it needs none. Its input stays open as long as this process is there.
     with subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", _PROGRAM, root],
+        [sys.executable, *options, "-c", _PROGRAM.format(module=module), root],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        cwd="/",
+        cwd=directory,
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         with suppress(BrokenPipeError):
             process.stdin.write(asked)
             process.stdin.flush()
-        said = process.stdout.read()
+        said = False
+        for line in process.stdout:
+            said = True
+            yield dict(json.loads(line))
     if not said:
         raise ValueError(f"it ended with status {process.returncode}")
-    return dict(json.loads(said))

@@ -22,6 +22,7 @@ class TransferStatistics:
         first_retry: the file of the first one, and its error; "" where there was none.
         slowest_file: the file whose reads took much longer for their bytes than those of others; "" where none did.
         short_reads: reads that returned less than asked and were resumed.
+        bytes_ahead: bytes that were taken from a stock (sources/stock.py), not from their file.
         read_seconds: time spent in reads, summed over the threads.
         modes: ways of reading that were used, with the bytes of each ("buffered", "direct", "memory", …).
     """
@@ -33,6 +34,7 @@ class TransferStatistics:
     first_retry: str = ""
     slowest_file: str = ""
     short_reads: int = 0
+    bytes_ahead: int = 0
     read_seconds: float = 0.0
     modes: dict[str, int] = field(default_factory=dict)
 

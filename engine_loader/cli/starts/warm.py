@@ -10,13 +10,19 @@ import typer
 from ..console.output import console, printable
 
 if TYPE_CHECKING:
+    from ...engines.common.start.warm_weights import FilesToWarm
+    from ...settings import Settings
     from ...start.page_reading import WarmingEach
+    from ...start.warming import WarmingAccount
 
 
 def warm(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The model's directory, or its name on the hub.")],
 ) -> None:
     """Read into the page cache what an engine will open, at the lowest priority, as far as there is room.
+
+    Weights that are read past the page cache (3FS, O_DIRECT, object stores) go into memory of a process, which keeps
+    them until the loader has taken them over.
 
     First the shared libraries (.so) and compiled modules (.pyc) that the last start on this machine opened, where one
     has left a list of them, then the model's weights. With `start.warm: auto` an engine reads the weights by itself,
@@ -39,24 +45,43 @@ def warm(
     from ...start.page_warmer import lower_priority, warm_each, warm_once
     from ...start.warming import WarmingAccount
 
-    settings = load_settings().settings.loader
+    settings = load_settings().settings
     opened = opened_last()
     before = WarmingEach(opened, Budget()) if opened else None
     lower_priority()
     try:
-        files = files_to_warm(model, settings)
+        files = files_to_warm(model, settings.loader)
     except NotWarmedError as reason:
         if before is not None:
             warm_each(before)
             _tell_opened(before)
         raise CheckpointError(f"the weights are left alone: {reason}") from None
     began = time.monotonic()
+    if files.past_page_cache:
+        if before is not None:
+            warm_each(before)
+            _tell_opened(before)
+        _keep(model, files, settings)
+        return
     account = WarmingAccount.of(warm_once(files.paths, ranges=files.ranges, before=before))
     seconds = time.monotonic() - began
     if before is not None:
         seconds -= before.seconds
         _tell_opened(before)
     console().print(printable(f"{model}: {described(account, seconds)}"), soft_wrap=True)
+
+
+def _keep(model: str, files: FilesToWarm, settings: Settings) -> None:
+    from ...ahead.stocking import stock_files
+    from ...engines.common.start.warm_weights import stock_described
+
+    began = time.monotonic()
+
+    def tell(account: WarmingAccount) -> None:
+        words = stock_described(account, time.monotonic() - began)
+        console().print(printable(f"{model}: {words}"), soft_wrap=True)
+
+    stock_files(files.paths, files.ranges, settings.loader, int(settings.start.warm_bytes), tell)
 
 
 def _tell_opened(done: WarmingEach) -> None:

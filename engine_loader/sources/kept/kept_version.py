@@ -14,7 +14,7 @@ import numpy as np
 
 _FEWEST_BYTES = 16 << 10
 """A file for fewer costs more than it saves."""
-_MOST_BUFFERS = 1024
+MOST_BUFFERS = 1024
 """preadv takes at most this many (IOV_MAX)."""
 
 
@@ -67,7 +67,7 @@ class KeptVersion:
                 return 0, wanted if following is None else min(wanted, max(following - offset, _FEWEST_BYTES))
             begin, end = found
             nbytes = min(wanted, end - offset)
-            if self._read(found, offset - begin, _first(buffers, nbytes), nbytes):
+            if self._read(found, offset - begin, first_bytes(buffers, nbytes), nbytes):
                 return nbytes, 0
             self._forget(found)
 
@@ -77,7 +77,7 @@ class KeptVersion:
             return
         content = np.empty(nbytes, np.uint8)  # the buffers are a tensor's memory, which may be changed from now on
         done = 0
-        for buffer in _first(buffers, nbytes):
+        for buffer in first_bytes(buffers, nbytes):
             np.copyto(content[done : done + len(buffer)], np.frombuffer(buffer, np.uint8))
             done += len(buffer)
         self._keeper.offer(self, offset, content)
@@ -116,7 +116,7 @@ class KeptVersion:
                 return False
             done = 0
             while done < nbytes:
-                got = os.preadv(fd, buffers[:_MOST_BUFFERS], offset + done)
+                got = os.preadv(fd, buffers[:MOST_BUFFERS], offset + done)
                 if not got:
                     return False
                 done += got
@@ -141,8 +141,8 @@ class KeptVersion:
                         yield found
 
 
-def _first(buffers: Sequence[memoryview], nbytes: int) -> list[memoryview]:
-    """The first ``nbytes`` of ``buffers``."""
+def first_bytes(buffers: Sequence[memoryview], nbytes: int) -> list[memoryview]:
+    """The first ``nbytes`` of the buffers together."""
     found = []
     for buffer in buffers:
         if not nbytes:

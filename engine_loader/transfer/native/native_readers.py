@@ -25,6 +25,7 @@ from ..placement import node_of_gpu, node_of_storage
 from ..plan import EXTENT, Extents, check_plan, files_of_plan, plan_bytes
 from ..protocol import TransferStatistics
 from ..retries import FileTimes, RetryLog
+from ..stocked import from_stock
 from .device_errors import setup_error, stream_error
 from .library import (
     ALWAYS_HUGE_PAGES,
@@ -134,6 +135,7 @@ class NativeReaders:
         self._closed = False
         self._pid = os.getpid()
         self._last_statistics = Stats()
+        self._bytes_ahead = 0
         self.retries, self.times = RetryLog(), FileTimes()
         direct_block_bytes = direct_block_bytes or min(block_bytes, _DIRECT_BLOCK_BYTES)
         largest = max(block_bytes, direct_block_bytes)
@@ -190,6 +192,9 @@ class NativeReaders:
         extents = np.ascontiguousarray(extents, dtype=EXTENT)
         files, extents = files_of_plan(files, extents)
         check_plan(extents, files)
+        files, extents, bytes_ahead = from_stock(files, extents)
+        if bytes_ahead:
+            files, extents = files_of_plan(files, extents)
         rings_only = all(file.native_access is not None for file in files)
         device = None if target is None else self.add_device(target.device, slots=not rings_only)
         opened = [self._open(file) for file in files]
@@ -208,6 +213,7 @@ class NativeReaders:
             raise stream_error(target, self.device_error(device, ctypes.get_errno()))
         if result != OK:
             raise call_error(result)
+        self._bytes_ahead += bytes_ahead
         owners = (owner, opened)
         return self._register(NativeTransfer(self, handle, plan_bytes(extents), list(files), owners, device=device))
 
@@ -239,6 +245,7 @@ class NativeReaders:
             first_retry=self.retries.first,
             slowest_file=self.times.slowest(),
             short_reads=stats.short_reads,
+            bytes_ahead=self._bytes_ahead,
             read_seconds=stats.read_ns / 1e9,
             modes={name: nbytes for name, nbytes in modes.items() if nbytes},
         )

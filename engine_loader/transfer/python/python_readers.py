@@ -23,6 +23,7 @@ from ...sources.source import SourceFile
 from ..plan import Extents, check_plan
 from ..protocol import TransferStatistics
 from ..retries import FileTimes, RetryLog
+from ..stocked import from_stock
 from .python_transfer import CANCEL_GRACE_S, PythonTransfer, Stopped
 from .read_tasks import Read, RowsRead
 
@@ -77,10 +78,12 @@ class PythonReaders:
     ) -> PythonTransfer:
         self.check_process()
         check_plan(extents, files)
+        files, extents, bytes_ahead = from_stock(files, extents)
         transfer = PythonTransfer(self, self._changed, files, extents, ordered, owner)
         with self._changed:
             if self._closed:
                 raise TransferError("the reader threads are closed")
+            self._statistics.bytes_ahead += bytes_ahead
             if transfer.nbytes:
                 self._start_workers()
                 self._queue.append(transfer)

@@ -1,7 +1,9 @@
-"""Weights on their way into the page cache while an engine imports: which files, and what is said of it.
+"""Weights on their way into memory while an engine imports: which files, and what is said of it.
 
-It begins where the engine's first process makes its configuration, and ends where a loader of any process begins to
-read the same directory. What that process has found to check it is not found again. Nothing here raises to the engine.
+They go into the page cache, or, where they are read past it (3FS, O_DIRECT, object stores), into memory that the loader
+takes over (see ahead/). It begins where the engine's first process makes its configuration, and ends where a loader of
+any process begins to read the same directory. What that process has found to check it is not found again. Nothing here
+raises to the engine.
 """
 
 from __future__ import annotations
@@ -11,8 +13,11 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
+from ....ahead.handing_over import taken_over
+from ....ahead.stocking import stock_files
 from ....errors import CheckpointError
 from ....formats.dcp_parts import METADATA_NAME
 from ....loading.find import TrainingCheckpoint, find_checkpoint
@@ -25,11 +30,11 @@ from ....report.phases import WARMING
 from ....settings import LoaderSettings, load_settings
 from ....sources.hub_models import model_here
 from ....sources.registry import is_remote, make_source
+from ....sources.stock import Stock
 from ....start.page_reading import Ranges
-from ....start.warming import WarmingAccount, tell_loader_begins, warm_files
+from ....start.warming import WarmingAccount, warm_files
 from .phase_wrappers import never_raising
 
-_POSIX = "posix"
 _WORTH_A_LINE = 0.01  # of all: the kernel drops a few pages now and then
 
 
@@ -39,15 +44,17 @@ class NotWarmedError(Exception):
 
 @dataclass(frozen=True)
 class FilesToWarm:
-    """What a start will read through the page cache.
+    """What a start will read.
 
     Attributes:
         paths: the files, in the order in which they are read.
         ranges: path -> (offset, length) of what of it is read; files that are not in it are read whole.
+        past_page_cache: whether they are read past the page cache.
     """
 
     paths: list[str]
     ranges: Mapping[str, Ranges] = field(default_factory=dict)
+    past_page_cache: bool = False
 
 
 @never_raising
@@ -57,7 +64,7 @@ def begin_to_warm(
     log: logging.Logger,
     weights: Sequence[str] | TensorStore | None = None,
 ) -> None:
-    """Begin to read a model's weights into the page cache, where the setting ``start.warm`` and they allow it.
+    """Begin to read a model's weights into memory, where the setting ``start.warm`` and they allow it.
 
     Args:
         model: the model's directory, or its name on the hub.
@@ -66,14 +73,19 @@ def begin_to_warm(
         weights: what was found at that place: safetensors files, or the open store of a training checkpoint; None: it
             is not known, and looked for here.
     """
-    if load_settings().settings.start.warm == "off":
+    start = load_settings().settings.start
+    if start.warm == "off":
         return
     try:
         files = files_to_warm(model, settings, weights)
     except NotWarmedError as reason:
         log.debug("start.warm: the weights are left alone: %s", reason)
         return
-    threading.Thread(target=_warm, args=(files, log), name="engine-loader-warm", daemon=True).start()
+    if files.past_page_cache:
+        work = partial(_stock, files, settings, int(start.warm_bytes), log)
+    else:
+        work = partial(_warm, files, log)
+    threading.Thread(target=work, name="engine-loader-warm", daemon=True).start()
 
 
 @never_raising
@@ -87,24 +99,38 @@ def _warm(files: FilesToWarm, log: logging.Logger) -> None:
 
 
 @never_raising
-def loader_begins(weights: object) -> None:
-    """Tell that the loader begins to read ``weights``: whatever reads them into the page cache ends.
+def _stock(files: FilesToWarm, settings: LoaderSettings, most_bytes: int, log: logging.Logger) -> None:
+    began = time.monotonic()
+
+    def tell(account: WarmingAccount) -> None:
+        ended = time.monotonic()
+        recorder.past_span(WARMING, began, ended, beside=True, bytes=account.read)
+        log.info("start.warm: %s", stock_described(account, ended - began))
+
+    stock_files(files.paths, files.ranges, settings, most_bytes, tell)
+
+
+@never_raising
+def loader_begins(weights: object) -> Stock | None:
+    """Tell that the loader begins to read ``weights``: whatever reads them ahead ends.
 
     Args:
         weights: as a loader gets them; anything but paths is passed over.
+
+    Returns:
+        What of them was read into memory, for the loader to take over; None: nothing was.
     """
     if isinstance(weights, TrainingCheckpoint):
         first: object = os.path.join(weights.directory, METADATA_NAME)
     else:
         first = next(iter(weights), None) if isinstance(weights, Sequence) else None
-    if isinstance(first, str) and not is_remote(first):
-        tell_loader_begins(first)
+    return taken_over(first) if isinstance(first, str) else None
 
 
 def files_to_warm(
     model: str, settings: LoaderSettings, weights: Sequence[str] | TensorStore | None = None
 ) -> FilesToWarm:
-    """The files that a start will read through the page cache, in the order in which it reads them.
+    """The files that a start will read, in the order in which it reads them.
 
     Of a sharded_state checkpoint, those of all ranks; of a training checkpoint, what of its files is the model's.
 
@@ -114,20 +140,20 @@ def files_to_warm(
         weights: what was found there already; see ``begin_to_warm``.
 
     Raises:
-        NotWarmedError: they are not read through the page cache, or it is not known which they are.
+        NotWarmedError: they do not pass through this machine's memory, or it is not known which they are.
     """
-    for name, value in (("read_mode", "direct"), ("transport", "gds"), ("share", "auto")):
-        if getattr(settings, name) == value:
-            raise NotWarmedError(f"they are read past the page cache (loader.{name}: {value})")
+    if settings.transport == "gds":
+        raise NotWarmedError("they are read past this machine's memory (loader.transport: gds)")
     place = settings.weights_uri or model
-    if is_remote(place):
-        raise NotWarmedError("they lie in an object store")
     try:
-        files = _files_of(weights) if weights is not None else _files_at(model_here(place), settings)
-        _check_source(files.paths[0], settings)
+        if weights is None:
+            weights_here = place if is_remote(place) else model_here(place)
+            files = _files_at(weights_here, settings)
+        else:
+            files = _files_of(weights)
+        return replace(files, past_page_cache=_past_page_cache(files.paths[0], settings))
     except CheckpointError as error:  # whoever loads them says so
         raise NotWarmedError(str(error)) from None
-    return files
 
 
 def _files_at(place: str, settings: LoaderSettings) -> FilesToWarm:
@@ -147,12 +173,12 @@ def _files_of(weights: Sequence[str] | TensorStore) -> FilesToWarm:
     return FilesToWarm([weights.listing, *ranges], ranges)
 
 
-def _check_source(path: str, settings: LoaderSettings) -> None:
+def _past_page_cache(path: str, settings: LoaderSettings) -> bool:
     first = make_source(settings.backend, settings=settings).open(path)
-    kind = first.source
-    first.close()
-    if kind != _POSIX:
-        raise NotWarmedError(f"they are read past the page cache ({kind})")
+    try:
+        return not first.mappable or settings.read_mode == "direct" or settings.share == "auto"
+    finally:
+        first.close()
 
 
 def described(account: WarmingAccount, seconds: float) -> str:
@@ -164,3 +190,11 @@ def described(account: WarmingAccount, seconds: float) -> str:
         text += f", {human_bytes(account.resident)} were there already"
     left = account.size - account.read - account.resident
     return f"{text}; {human_bytes(left)} were left: {account.reason}" if account.reason else text
+
+
+def stock_described(account: WarmingAccount, seconds: float) -> str:
+    """What became of weights that are read past the page cache, in words."""
+    if not account.read:
+        return f"nothing is read ahead: {account.reason or 'no file could be opened'}"
+    text = f"{human_bytes(account.read)} into memory in {seconds:.1f} s, until the loader takes them over"
+    return f"{text}; {account.reason}" if account.reason else text
