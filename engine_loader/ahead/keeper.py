@@ -23,8 +23,8 @@ from typing import Any
 from ..settings import LoaderSettings
 from ..start.page_reading import Budget
 from ..start.page_warmer import LOADER_BEGAN, is_one_of_us, listen, lower_priority, read_order
-from .filling import Filling
 from .handing_over import hand_over
+from .stock_filling import Filling
 
 GRACE_S = 30.0
 """After the last loader has gone: other ranks may come later."""

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .catalogue import describe_settings, setting_value, show_value, variable_name
     from .layers import KNOWN_NAMES, ResolvedSettings
-    from .schema import CompileCacheSettings, LoaderSettings, ReportSettings, Settings
+    from .schema import CompileCacheSettings, LoaderSettings, Settings
+    from .start_groups import ReportSettings
 
 __all__ = [
     "KNOWN_NAMES",
@@ -33,7 +34,8 @@ __all__ = [
 _MODULES = {
     "catalogue": ("describe_settings", "setting_value", "show_value", "variable_name"),
     "layers": ("KNOWN_NAMES", "ResolvedSettings"),
-    "schema": ("CompileCacheSettings", "LoaderSettings", "ReportSettings", "Settings"),
+    "schema": ("CompileCacheSettings", "LoaderSettings", "Settings"),
+    "start_groups": ("ReportSettings",),
 }
 
 

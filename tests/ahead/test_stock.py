@@ -20,9 +20,9 @@ import torch
 from pydantic import ByteSize
 
 from engine_loader.ahead import handing_over, keeper
-from engine_loader.ahead.filling import FULL, NO_ROOM, Filling
 from engine_loader.ahead.handing_over import SEALS, hand_over, taken_over
 from engine_loader.ahead.keeper import Keeper
+from engine_loader.ahead.stock_filling import FULL, NO_ROOM, Filling
 from engine_loader.ahead.stocking import stock_files
 from engine_loader.engines.common.reading import read_weights
 from engine_loader.engines.common.start.warm_weights import begin_to_warm, stock_described

@@ -36,9 +36,8 @@ def test_a_cold_model_is_read_into_the_page_cache(cold: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "env", "said"),
     [
-        ("s3://bucket/model", {}, "the weights are left alone: they lie in an object store"),
         ("/missing/model", {}, "No such file or directory"),
-        (".", {"ENGINE_LOADER_LOADER__READ_MODE": "direct"}, "read past the page cache (loader.read_mode: direct)"),
+        (".", {"ENGINE_LOADER_LOADER__TRANSPORT": "gds"}, "past this machine's memory (loader.transport: gds)"),
     ],
 )
 def test_what_cannot_be_warmed_is_an_error_with_its_reason(model: str, env: dict[str, str], said: str) -> None:
@@ -74,7 +73,7 @@ def test_what_the_last_start_opened_is_read_before_the_weights(
     for path in files:
         with path.open("rb") as file:
             assert (resident_share(file.fileno(), 1 << 20) or 0) > 0.9
-    alone = run("warm", "s3://bucket/model", env=env)
+    alone = run("warm", cold, env={**env, "ENGINE_LOADER_LOADER__TRANSPORT": "gds"})
     assert alone.returncode == 1
     assert alone.stdout.startswith("2 .so and .pyc files of the last start: ")
-    assert "they lie in an object store" in " ".join(alone.stderr.split())
+    assert "they are read past this machine's memory" in " ".join(alone.stderr.split())

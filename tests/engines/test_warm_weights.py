@@ -3,9 +3,13 @@
 import logging
 import os
 import re
+import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -50,6 +54,24 @@ def model(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@contextmanager
+def accepting(listening: socket.socket) -> Iterator[None]:
+    """Somebody comes to whoever warms meanwhile, and is left without an answer."""
+    listening.setblocking(True)
+    listening.settimeout(10)
+    came: list[None] = []
+
+    def accept() -> None:
+        listening.accept()[0].close()
+        came.append(None)
+
+    thread = threading.Thread(target=accept)
+    thread.start()
+    yield
+    thread.join()
+    assert came
+
+
 def names_of(files: FilesToWarm) -> list[str]:
     return [os.path.basename(path) for path in files.paths]
 
@@ -81,10 +103,7 @@ def test_a_model_of_the_hub_is_its_snapshot(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"read_mode": "direct"}, "they are read past the page cache (loader.read_mode: direct)"),
-        ({"transport": "gds"}, "they are read past the page cache (loader.transport: gds)"),
-        ({"share": "auto"}, "they are read past the page cache (loader.share: auto)"),
-        ({"weights_uri": "s3://bucket/model"}, "they lie in an object store"),
+        ({"transport": "gds"}, "they are read past this machine's memory (loader.transport: gds)"),
         ({"weights_uri": "/missing/model"}, "No such file or directory"),
     ],
 )
@@ -92,6 +111,15 @@ def test_what_is_left_alone_by_the_settings(model: Path, settings: dict[str, str
     with pytest.raises(NotWarmedError) as told:
         files_to_warm(str(model), LoaderSettings(**settings))
     assert reason in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "past"), [({}, False), ({"read_mode": "direct"}, True), ({"share": "auto"}, True)]
+)
+def test_what_the_settings_have_read_past_the_page_cache_goes_into_memory(
+    model: Path, settings: dict[str, Any], past: bool
+) -> None:
+    assert files_to_warm(str(model), LoaderSettings(**settings)).past_page_cache is past
 
 
 @pytest.fixture
@@ -126,11 +154,8 @@ def test_so_they_are_where_names_go_through_rules(training: Path) -> None:
 def test_whoever_warms_ends_when_a_training_checkpoint_is_read(training: Path) -> None:
     listening = listen(str(training / ".metadata"))
     assert listening is not None
-    with listening:
+    with listening, accepting(listening):
         weights = read_weights(TrainingCheckpoint(str(training)), LoaderSettings(), log=log, show_progress=False)
-        listening.setblocking(True)
-        listening.settimeout(10)
-        listening.accept()[0].close()
         assert len(list(weights)) == 2
 
 
@@ -169,14 +194,13 @@ def test_a_model_that_is_not_here_yet_is_left_to_the_engine(monkeypatch: pytest.
         files_to_warm("owner/missing", LoaderSettings())
 
 
-def test_files_on_threefs_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_on_threefs_go_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     with clean_emulator() as emulator:
         monkeypatch.setenv("HF3FS_LIB_DIR", emulator.lib_dir)
         monkeypatch.setenv("HF3FS_EMULATOR_MOUNT", str(emulator.mount))
         (emulator.mount / "model.safetensors").write_bytes(checkpoint({"t": entry("U8", [8])}))
         try:
-            with pytest.raises(NotWarmedError, match=r"read past the page cache \(usrbio\)"):
-                files_to_warm(str(emulator.mount), LoaderSettings())
+            assert files_to_warm(str(emulator.mount), LoaderSettings()).past_page_cache
         finally:
             (emulator.mount / "model.safetensors").unlink()
 
@@ -248,11 +272,8 @@ def test_whoever_warms_ends_when_weights_are_read(model: Path) -> None:
     path = str(model / "model-9.safetensors")
     listening = listen(path)
     assert listening is not None
-    with listening:
+    with listening, accepting(listening):
         weights = read_weights([path], LoaderSettings(), log=log, show_progress=False)
-        listening.setblocking(True)
-        listening.settimeout(10)
-        listening.accept()[0].close()
         assert [name for name, _ in weights] == ["t9"]
 
 
