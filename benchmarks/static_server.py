@@ -3,7 +3,8 @@
     python -m benchmarks.static_server DIRECTORY PORT [BYTES_PER_SECOND]
 
 serves by the latter, over one link of that bandwidth: GET, HEAD and single ranges, which is what a client needs of S3
-to read a public bucket, whose name is then that of a directory. Nothing is signed, listed or written.
+to read a public bucket, whose name is then that of a directory, and a listing of the files right below that. Nothing is
+signed or written.
 """
 
 import os
@@ -16,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -72,8 +74,12 @@ class Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
+        asked = urlsplit(self.path)
+        if "list-type=2" in asked.query:
+            self._list(unquote(asked.path).strip("/"))
+            return
         try:
-            file = os.open(unquote(urlsplit(self.path).path).lstrip("/"), os.O_RDONLY)
+            file = os.open(unquote(asked.path).lstrip("/"), os.O_RDONLY)
         except OSError:
             self.send_response(404)
             self.send_header("Content-Length", "0")
@@ -84,6 +90,20 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             os.close(file)
 
+    def _list(self, bucket: str) -> None:
+        items = "".join(
+            f"<Contents><Key>{entry.name}</Key><Size>{status.st_size}</Size><ETag>{_tag_of(status)}</ETag>"
+            f"<LastModified>{datetime.fromtimestamp(status.st_mtime, UTC):%Y-%m-%dT%H:%M:%SZ}</LastModified></Contents>"
+            for entry in os.scandir(bucket)
+            if entry.is_file() and (status := entry.stat())
+        )
+        content = f"<ListBucketResult><IsTruncated>false</IsTruncated>{items}</ListBucketResult>".encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
     def _send(self, file: int) -> None:
         status = os.fstat(file)
         begin, end = 0, status.st_size
@@ -93,7 +113,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(206 if span[0] else 200)
         if span[0]:
             self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{status.st_size}")
-        self.send_header("ETag", f'"{status.st_mtime_ns:x}-{status.st_size:x}"')
+        self.send_header("ETag", _tag_of(status))
         self.send_header("Last-Modified", self.date_time_string(int(status.st_mtime)))
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("Content-Length", str(end - begin))
@@ -106,6 +126,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing."""
+
+
+def _tag_of(status: os.stat_result) -> str:
+    return f'"{status.st_mtime_ns:x}-{status.st_size:x}"'
 
 
 class Server(ThreadingHTTPServer):
