@@ -1,23 +1,28 @@
 """What of the compile cache's store is read into the page cache before a restore, and what is left alone."""
 
 import json
+import logging
 import os
 import shutil
 import stat
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from engine_loader.compile_cache.process import session
 from engine_loader.compile_cache.process.job import Job
 from engine_loader.compile_cache.process.operations import perform
 from engine_loader.compile_cache.process.outcome import Outcome
 from engine_loader.compile_cache.trust import Trust
+from engine_loader.engines.common import cache_hooks
 from engine_loader.engines.common.start import cache_ahead, opened_last, restored_last
 from engine_loader.engines.common.start.cache_ahead import WarmingStore, ahead_in_words, ahead_of_weights
 from engine_loader.engines.common.start.restored_last import keep_restored, note_restored
+from engine_loader.engines.vllm import cache as vllm_cache
 from engine_loader.machine import Memory
 from engine_loader.report.events import recorder
 from engine_loader.start.opened_files import list_name, write_private
@@ -412,3 +417,21 @@ def test_a_start_that_restores_nothing_leaves_the_list_and_lists_of_others_are_d
         os.utime(fleet.starts / f"restored-vllm-{number}.json", (number, number))
     fleet.start("second")
     assert len(list(fleet.starts.glob("restored-*.json"))) == 8
+
+
+def test_what_an_engine_s_hooks_restore_is_noted(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the engine itself, and that of a model's description, which vLLM's first process restores."""
+    index, other = (f"{key.prefix}/index" for key in (KEY, OTHER_KEY))
+    log, settings = logging.getLogger("engine_loader.tests"), fleet.node("any").settings
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(fleet.place / "vllm"))
+    monkeypatch.setenv(cache_hooks.STARTED, "")  # so that it is taken back
+    monkeypatch.setattr(session, "run_job", lambda *_: Outcome("complete", reads={index: [(0, 10)]}))
+    cache_hooks.NodeSession("vllm", KEY, settings, log, {}, on_trial=False).wait()
+    assert restored_last._here == {f"{fleet.store}/{index}": [(0, 10)]}
+
+    model = SimpleNamespace(_get_cache_dir=lambda: str(fleet.place), _get_cache_filename=lambda: "missing.json")
+    monkeypatch.setattr(vllm_cache, "run_job", lambda *_: Outcome("complete", reads={other: [(0, 20)]}))
+    monkeypatch.setattr(vllm_cache, "cache_settings", lambda: settings)
+    monkeypatch.setattr(vllm_cache, "module_version", lambda _: "0.32")
+    assert vllm_cache._restore_model_info(model) == fleet.place / "missing.json"
+    assert list(restored_last._here) == [f"{fleet.store}/{index}", f"{fleet.store}/{other}"]
