@@ -341,21 +341,17 @@ def test_a_read_that_fails_is_a_reason_and_the_other_files_are_read(
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
 def test_what_this_user_may_not_read_is_a_reason(fleet: Fleet) -> None:
     for path in (fleet.place, *fleet.place.parents):
-        if path != path.parent and path.stat().st_uid == 0 and not path.stat().st_mode & 0o001:
-            path.chmod(path.stat().st_mode | 0o011)
-            if path.name.startswith("pytest"):
-                break
-    fleet.index.parent.chmod(0o755)
+        if path.name.startswith(("pytest-", "test_")):
+            path.chmod(0o755)
+    for path in fleet.files():
+        path.chmod(0o600)
 
     def read() -> str:
         return ahead_in_words(warmed(fleet.node("any")))
 
-    fleet.index.chmod(0o600)
-    fleet.other_index.chmod(0o600)
-    fleet.marker.chmod(0o600)
     said = in_child(read, user=NOBODY)
-    assert said.startswith("compile cache: nothing is read into the page cache: ")
-    assert "Permission denied" in said
+    assert said.startswith(f"compile cache: nothing is read into the page cache: {fleet.store}/")
+    assert said.endswith(": Permission denied")
 
 
 def test_a_file_in_the_place_of_a_store_is_a_reason(tmp_path: Path) -> None:
