@@ -42,6 +42,7 @@ class SlowFiles:
     def __init__(self, directory: Path, latency_s: float) -> None:
         self._names = sorted(path.name for path in directory.iterdir() if path.is_file())
         self._files = [os.open(directory / name, os.O_RDONLY) for name in self._names]
+        self._facts = directory.stat()
         self._latency_s = latency_s
         self._answers: dict[int, Callable[[int, bytes], bytes]] = {
             INIT: self._init,
@@ -78,9 +79,13 @@ class SlowFiles:
         return struct.pack("<QQQQII", found, 0, _VALID_S, _VALID_S, 0, 0) + self._attributes(found)
 
     def _attributes(self, node: int) -> bytes:
-        size = 0 if node == 1 else os.fstat(self._files[node - 2]).st_size
+        facts = self._facts if node == 1 else os.fstat(self._files[node - 2])
+        size = 0 if node == 1 else facts.st_size
         mode = stat.S_IFDIR | 0o755 if node == 1 else stat.S_IFREG | 0o644
-        return struct.pack("<QQQQQQIIIIIIIIII", node, size, -(-size // 512), *[0] * 6, mode, 1, 0, 0, 0, 4096, 0)
+        times = [int(facts.st_mtime)] * 3
+        return struct.pack(
+            "<QQQQQQIIIIIIIIII", node, size, -(-size // 512), *times, *[0] * 3, mode, 1, 0, 0, 0, 4096, 0
+        )
 
     def _read(self, node: int, body: bytes) -> bytes:
         _, offset, size = struct.unpack_from("<QQI", body)

@@ -269,7 +269,8 @@ def _report(job: Job, as_json: bool) -> None:
     settings = _settings()
     outcome: Outcome = run_job(job, settings.restore_timeout_s if job.action == "restore" else settings.save_timeout_s)
     if as_json:
-        print_json({"key": job.key.prefix} | outcome.to_json())
+        shown = {name: value for name, value in outcome.to_json().items() if name != "reads"}  # for the next start
+        print_json({"key": job.key.prefix} | shown)
     else:
         size = (
             f"{outcome.files} files, {mib(outcome.bytes)} ({mib(outcome.pack_bytes)} packed), {outcome.seconds:.1f} s"

@@ -25,15 +25,16 @@ _KINDS = re.compile(r"/.*\.(?:pyc|so(?:\.[0-9.]+)?)", re.DOTALL)
 _PLACES = ("/site-packages/", "/dist-packages/")
 
 
-def list_name(engine: str, version: str) -> str:
+def list_name(engine: str, version: str, kind: str = "opened") -> str:
     """The name of the list of an engine with this interpreter.
 
     Args:
         engine: the engine's name.
         version: its version.
+        kind: of list.
     """
     parts = (sys.executable, sys.version, sys.prefix, engine, version)
-    return f"opened-{engine}-{hashlib.sha256(chr(0).join(parts).encode(errors='replace')).hexdigest()[:16]}.json"
+    return f"{kind}-{engine}-{hashlib.sha256(chr(0).join(parts).encode(errors='replace')).hexdigest()[:16]}.json"
 
 
 def opened_here(modules: Mapping[str, Any] | None = None) -> list[str]:
@@ -69,6 +70,15 @@ def write_list(path: Path, files: Iterable[str]) -> None:
         if room < 0 or len(kept) >= MOST_FILES:
             break
         kept.append(file)
+    write_private(path, json.dumps(kept))
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file in the place of another, for this user alone.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     with suppress(FileNotFoundError):  # of a process that was killed, and had this number
         beside.unlink()
@@ -76,7 +86,7 @@ def write_list(path: Path, files: Iterable[str]) -> None:
         with open(
             os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "w"
         ) as out:
-            out.write(json.dumps(kept))
+            out.write(text)
         beside.replace(path)
     except BaseException:
         with suppress(OSError):
@@ -85,20 +95,27 @@ def write_list(path: Path, files: Iterable[str]) -> None:
 
 
 def read_list(path: Path) -> list[str]:
-    """The files of a list; none where there is no list, or it is not believed: another user's, one that others may
-    write, no plain file, too large, or with anything in it but paths of .so and .pyc files.
+    """The files of a list; none where there is none, it is not believed (``believed_json``), or it has anything in it
+    but paths of .so and .pyc files.
+    """
+    found = believed_json(path)
+    if not isinstance(found, list) or len(found) > MOST_FILES:
+        return []
+    return found if all(isinstance(one, str) and "\0" not in one and _KINDS.fullmatch(one) for one in found) else []
+
+
+def believed_json(path: Path) -> Any:
+    """What a list holds; None where there is no list, or it is not believed: another user's, one that others may write,
+    no plain file, too large, or no JSON.
     """
     try:
         content = _believed(path)
     except OSError:
-        return []
+        return None
     try:
-        found = json.loads(content) if len(content) <= MOST_LIST_BYTES else []
+        return json.loads(content) if len(content) <= MOST_LIST_BYTES else None
     except (ValueError, RecursionError):
-        return []
-    if not isinstance(found, list) or len(found) > MOST_FILES:
-        return []
-    return found if all(isinstance(one, str) and "\0" not in one and _KINDS.fullmatch(one) for one in found) else []
+        return None
 
 
 def _believed(path: Path) -> bytes:

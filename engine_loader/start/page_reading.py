@@ -22,7 +22,7 @@ Ranges: TypeAlias = Sequence[tuple[int, int]]
 _PIECE_BYTES = 1 << 20
 _READ_BYTES = 256 << 10  # small enough to stay in the CPU's cache: what is read is thrown away
 _READERS = 32  # network file systems and FUSE answer each request late; how many of them read, their pace says
-_READERS_OF_EACH = 8  # of files that the engine itself waits for, always all
+READERS_OF_EACH = 8  # of files that the engine itself waits for, always all
 _LOOK_S = 0.2
 _LEAST_RESERVE_BYTES = 256 << 20
 _RESERVE = 4  # a part of the memory that is left for the engine's own
@@ -196,6 +196,7 @@ class WarmingEach:
         paths: the files, in the order in which they will be read; what is no plain file, or cannot be read, is passed
             over.
         budget: how much of them may be there.
+        ranges: path -> what of it will be read; of files that are not in it, all.
 
     Attributes:
         budget: as given.
@@ -207,15 +208,16 @@ class WarmingEach:
         seconds: that it took.
     """
 
-    readers = _READERS_OF_EACH
+    readers = READERS_OF_EACH
 
-    def __init__(self, paths: Iterable[str], budget: Budget) -> None:
+    def __init__(self, paths: Iterable[str], budget: Budget, ranges: Mapping[str, Ranges] | None = None) -> None:
         self.budget = budget
         self.reason = ""
         self.files = self.read = self.resident = 0
         self.seconds = 0.0
         self._paths = iter(paths)
-        self._pace = Pace(self.readers, self.readers)
+        self._ranges = ranges
+        self._pace = Pace(READERS_OF_EACH, READERS_OF_EACH)
         self._begun: list[Warming] = []
         self._under_way: set[Warming] = set()
         self._lock = threading.Lock()
@@ -231,7 +233,7 @@ class WarmingEach:
                 for other in left:
                     other.run(stopped)
                 return
-            one = Warming([path], self.budget, kind="", pace=self._pace)
+            one = Warming([path], self.budget, self._ranges, kind="", pace=self._pace)
             with self._lock:
                 self._begun.append(one)
                 self._under_way.add(one)

@@ -73,7 +73,7 @@ def warm_once(
     paths: Sequence[str],
     lifeline: int | None = None,
     ranges: Mapping[str, Ranges] | None = None,
-    before: WarmingEach | None = None,
+    before: Sequence[WarmingEach] = (),
 ) -> dict[str, object]:
     """Read the files into the page cache as far as there is room, unless another process does; what was done.
 
@@ -81,7 +81,7 @@ def warm_once(
         paths: of one directory, in the order in which they will be read.
         lifeline: see ``warm``.
         ranges: path -> what of it will be read; of files that are not in it, all.
-        before: what is read first, if the other process does not.
+        before: what is read first, in this order and within one budget, if the other process does not.
     """
     try:
         listening = listen(paths[0])
@@ -91,11 +91,11 @@ def warm_once(
         return {"reason": "another process does it already"}
     with listening:
         budget = Budget()
-        if before is not None:
-            budget = before.budget
-            warm_each(before, listening, lifeline)
-            if before.reason:
-                return {"reason": before.reason}
+        for first in before:
+            budget = first.budget
+            warm_each(first, listening, lifeline)
+            if first.reason:
+                return {"reason": first.reason}
         warming = Warming(paths, budget, ranges)
         warm(warming, listening, lifeline)
         return warming.account()

@@ -9,7 +9,15 @@ from engine_loader.compile_cache.host.versions import module_version
 from engine_loader.start.opened_files import list_name, write_list
 from engine_loader.transfer.modes import resident_share
 from tests.cli.running import run
+from tests.compile_cache.support import Machine, some_bytes
 from tests.support.checkpoints import checkpoint, entry
+from tests.support.page_cache import made_cold, share_of
+
+
+@pytest.fixture(autouse=True)
+def no_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the compile cache's store nor the starts of whoever runs the tests."""
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
 
 
 @pytest.fixture
@@ -31,6 +39,33 @@ def test_a_cold_model_is_read_into_the_page_cache(cold: Path) -> None:
     assert first.stdout.startswith(f"{cold}: 3.00 MiB into the page cache in ")
     assert "were there already" not in first.stdout
     assert "MiB were there already" in run("warm", cold).stdout
+
+
+def test_the_compile_cache_has_a_line_of_its_own_before_the_weights(
+    cold: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    place = tmp_path_factory.mktemp("machine")
+    machine = Machine(place, place / "store")
+    machine.write("inductor/ab/kernel.so", some_bytes(2 << 20))
+    machine.save()
+    index = machine.packs()[0].with_name("index")
+    made_cold(index, *machine.packs())
+    env = {"ENGINE_LOADER_COMPILE_CACHE__DIRECTORY": str(place / "store")}
+    cache, weights = run("warm", cold, env=env).stdout.splitlines()
+    assert cache.startswith("compile cache: 2 files, ")
+    assert cache.partition(" into the page cache in ")[1]
+    assert weights.startswith(f"{cold}: 3.00 MiB into the page cache in ")
+    assert share_of(index) == 1.0
+    alone = run("warm", "/missing/model", env=env)
+    assert alone.returncode == 1
+    assert alone.stdout.startswith("compile cache: 2 files, 0 B into the page cache in ")
+
+
+def test_a_compile_cache_in_an_object_store_is_left_and_the_weights_are_read(cold: Path) -> None:
+    done = run("warm", cold, env={"ENGINE_LOADER_COMPILE_CACHE__DIRECTORY": "s3://bucket/prefix"})
+    cache, weights = done.stdout.splitlines()
+    assert cache == "compile cache: nothing is read into the page cache: it lies in an object store"
+    assert weights.startswith(f"{cold}: 3.00 MiB into the page cache in ")
 
 
 @pytest.mark.parametrize(

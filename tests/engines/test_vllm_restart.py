@@ -1,5 +1,6 @@
 """The real `vllm serve` with compilation: cold, then on fresh machines that have nothing but the store."""
 
+import json
 import os
 import re
 import shutil
@@ -156,6 +157,18 @@ def test_a_start_on_the_restored_cache_compiles_nothing(cold: Start, restored: S
 
 def test_a_restored_start_needs_no_process_to_inspect_the_model(restored: Start) -> None:
     assert "restored vLLM's description of the model" in restored.log
+
+
+def test_a_restored_start_leaves_what_its_restores_read_for_the_next_one(fleet: Fleet, restored: Start) -> None:
+    """Of both: that of the model's description, in the first process, and the engine's."""
+    starts = fleet.directory / "machine-2" / "home" / ".cache" / "engine_loader" / "starts"
+    (path,) = starts.glob("restored-vllm-*.json")
+    read = {str(Path(name).relative_to(fleet.store)): ranges for name, ranges in json.loads(path.read_text()).items()}
+    assert next(iter(read)) == "engine-loader-store.json"
+    scopes = {name.split("/")[1] for name, ranges in read.items() if name.endswith("/index") and ranges}
+    assert len(scopes) == 2
+    assert "model-infos" in scopes
+    assert any(name.endswith(".tar.zst") and ranges for name, ranges in read.items())
 
 
 def test_a_restored_start_is_several_times_faster(cold: Start, restored: Start) -> None:

@@ -19,20 +19,10 @@ from engine_loader.start.page_warmer import listen, name_of, warm, warm_each, wa
 from engine_loader.start.warming import WarmingAccount, tell_loader_begins, warm_files
 from engine_loader.transfer.modes import resident_share
 from tests.support.children import in_child
+from tests.support.page_cache import made_cold, share_of
 
 MIB = 1 << 20
 ROOM = Memory(total=1 << 40, available=1 << 40, limit=None)
-
-
-def share_of(path: Path) -> float:
-    with path.open("rb") as file:
-        return resident_share(file.fileno(), path.stat().st_size) or 0.0
-
-
-def drop(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 @pytest.fixture
@@ -41,9 +31,7 @@ def cold(tmp_path: Path) -> list[Path]:
     paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
     for number, path in enumerate(paths):
         path.write_bytes(os.urandom(MIB) * (9 + number))
-        drop(path)
-    if any(map(share_of, paths)):
-        pytest.skip("the temporary directory is on a file system whose pages cannot be dropped")
+    made_cold(*paths)
     return paths
 
 
@@ -424,7 +412,7 @@ def test_a_loader_that_begins_ends_what_is_read_first_and_no_weights_are_read(co
         yield str(cold[1])
 
     each = WarmingEach(told(), Budget(lambda: ROOM))
-    assert warm_once(list(map(str, cold)), before=each) == {"reason": "the loader began"}
+    assert warm_once(list(map(str, cold)), before=[each]) == {"reason": "the loader began"}
 
 
 def test_its_process_needs_nothing_but_the_standard_library() -> None:

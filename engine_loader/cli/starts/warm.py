@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,10 +26,10 @@ def warm(
     them until the loader has taken them over.
 
     First the shared libraries (.so) and compiled modules (.pyc) that the last start on this machine opened, where one
-    has left a list of them, then the model's weights. With `start.warm: auto` an engine reads the weights by itself,
-    once it has imported most of what it needs. Run this before it, or beside it, and the bytes move from the first
-    moment on. It ends when all is there, when a loader of b10_3fs begins to read the model, or when memory for it is
-    used up. What lies in the page cache is not read again.
+    has left a list of them, then what it restored of a compile cache in a directory, then the model's weights. With
+    `start.warm: auto` an engine reads the weights by itself, once it has imported most of what it needs. Run this
+    before it, or beside it, and the bytes move from the first moment on. It ends when all is there, when a loader of
+    b10_3fs begins to read the model, or when memory for it is used up. What lies in the page cache is not read again.
 
     **Example**
 
@@ -37,37 +38,38 @@ def warm(
     vllm serve MODEL --load-format b10_3fs
     ```
     """
-    from ...engines.common.start.opened_last import opened_last
+    from ...engines.common.start.cache_ahead import ahead_of_weights
     from ...engines.common.start.warm_weights import NotWarmedError, described, files_to_warm
     from ...errors import CheckpointError
     from ...settings import load_settings
-    from ...start.page_reading import Budget, WarmingEach
     from ...start.page_warmer import lower_priority, warm_each, warm_once
     from ...start.warming import WarmingAccount
 
     settings = load_settings().settings
-    opened = opened_last()
-    before = WarmingEach(opened, Budget()) if opened else None
+    before = ahead_of_weights()
     lower_priority()
     try:
         files = files_to_warm(model, settings.loader)
     except NotWarmedError as reason:
-        if before is not None:
-            warm_each(before)
-            _tell_opened(before)
+        for first in before:
+            warm_each(first)
+            _tell_ahead(first)
         raise CheckpointError(f"the weights are left alone: {reason}") from None
     began = time.monotonic()
     if files.past_page_cache:
-        if before is not None:
-            warm_each(before)
-            _tell_opened(before)
-        _keep(model, files, settings)
+        # Beside the rest, which comes from elsewhere. Its process ends with this one.
+        keeping = threading.Thread(target=_keep, args=(model, files, settings), daemon=True)
+        keeping.start()
+        for first in before:
+            warm_each(first)
+            _tell_ahead(first)
+        keeping.join()
         return
     account = WarmingAccount.of(warm_once(files.paths, ranges=files.ranges, before=before))
     seconds = time.monotonic() - began
-    if before is not None:
-        seconds -= before.seconds
-        _tell_opened(before)
+    for first in before:
+        seconds -= first.seconds
+        _tell_ahead(first)
     console().print(printable(f"{model}: {described(account, seconds)}"), soft_wrap=True)
 
 
@@ -84,7 +86,8 @@ def _keep(model: str, files: FilesToWarm, settings: Settings) -> None:
     stock_files(files.paths, files.ranges, settings.loader, int(settings.start.warm_bytes), tell)
 
 
-def _tell_opened(done: WarmingEach) -> None:
-    from ...engines.common.start.opened_last import opened_in_words
+def _tell_ahead(done: WarmingEach) -> None:
+    from ...engines.common.start.cache_ahead import ahead_in_words
 
-    console().print(printable(opened_in_words(done)), soft_wrap=True)
+    if said := ahead_in_words(done):
+        console().print(printable(said), soft_wrap=True)

@@ -17,6 +17,7 @@ from ..ownership import Access
 from ..packs.key_packs import files_for, for_this_host, read_key
 from ..packs.scan import LocalFile, scan
 from ..packs.verify import damaged_frames
+from ..store_reads import joined_reads
 from ..stores.interface import Store
 from ..stores.opening import open_store
 from ..stores.uses import note_used
@@ -94,6 +95,7 @@ def _restore(job: Job, settings: CompileCacheSettings, may_go_on: Callable[[], b
         access=Access(settings.trust == "anyone"),
     )
     outcome = restore.run()
+    outcome.reads = joined_reads(store.reads, {entry.name: () for entry in restore.entries if entry.kind == "pack"})
     if restore.left_alone and job.since_ns:
         note_restore(job.home(), job.since_ns, restore.left_alone)
     outcome.messages += trust.warnings

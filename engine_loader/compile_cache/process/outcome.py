@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from ..store_reads import Reads
+
 Status = Literal["restored", "saved", "complete", "nothing", "refused", "interrupted", "failed", "off", "suspect"]
 
 
@@ -25,6 +27,7 @@ class Outcome:
         reasons: why it was no hit, a line each.
         messages: logged as a warning each.
         notes: logged as information.
+        reads: what a restore read of a store in a directory: name in the store -> (offset, size) in bytes.
     """
 
     status: Status
@@ -37,6 +40,7 @@ class Outcome:
     reasons: list[str] = field(default_factory=list)
     messages: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    reads: Reads = field(default_factory=dict)
 
     @property
     def in_place(self) -> bool:

@@ -80,7 +80,7 @@ class FilesystemStore(MarkedStore):
     def open(self, name: str) -> Iterator[_File]:
         descriptor, facts = self._open(name)
         try:
-            yield _File(descriptor, facts.st_size, self.directory / name)
+            yield _File(descriptor, facts.st_size, self.directory / name, self.reads.setdefault(name, []))
         finally:
             os.close(descriptor)
 
@@ -91,6 +91,7 @@ class FilesystemStore(MarkedStore):
                 raise CacheValidationError(
                     f"{self.directory / name}: refused: it has {facts.st_size} bytes, more than {most_bytes}"
                 )
+            self.reads.setdefault(name, []).append((0, facts.st_size))
             return Small(_stored(name, facts), read_whole(descriptor, facts.st_size))
         finally:
             os.close(descriptor)
@@ -200,15 +201,17 @@ class FilesystemStore(MarkedStore):
 
 
 class _File:
-    def __init__(self, descriptor: int, size: int, path: Path) -> None:
+    def __init__(self, descriptor: int, size: int, path: Path, reads: list[tuple[int, int]]) -> None:
         self.size = size
         self._descriptor = descriptor
         self._path = path
+        self._reads = reads
 
     def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
         return
 
     def read(self, offset: int, size: int) -> bytes:
+        self._reads.append((offset, size))
         parts = []
         while size > 0:
             part = os.pread(self._descriptor, min(size, _MOST_READ_BYTES), offset)

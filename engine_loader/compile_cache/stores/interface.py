@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ..store_reads import Reads
 from .object_names import SUFFIX, Kind, kind_of
 
 
@@ -97,10 +98,12 @@ class Store(Protocol):
     Attributes:
         description: the path or URL, for messages.
         unreadable: what the last listing could not look into, with the reason; for messages.
+        reads: what was read, in pieces; of an object store nothing is noted.
     """
 
     description: str
     unreadable: list[str]
+    reads: Reads
 
     @property
     def name(self) -> str:

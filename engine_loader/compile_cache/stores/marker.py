@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..cache_errors import CacheValidationError
+from ..store_reads import Reads
 from .clock import StoreClock
 from .interface import Small, Stored
 from .object_names import DENIED, MARKER
@@ -55,11 +56,15 @@ class MarkedStore(ABC):
 
     Args:
         expected: the name that the store must have; None: any.
+
+    Attributes:
+        reads: what was read, in pieces; of an object store nothing is noted.
     """
 
     description: str
 
     def __init__(self, expected: str | None) -> None:
+        self.reads: Reads = {}
         self._expected = expected
         self._marker: Marker | None = None
         self._clock = StoreClock(self._measure)

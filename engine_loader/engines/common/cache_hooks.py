@@ -23,6 +23,7 @@ from ...compile_cache.host.hashes import short_hash
 from ...compile_cache.key import CacheKey
 from ...compile_cache.process.job import Job
 from ...compile_cache.process.locks import NodeLock, held
+from ...compile_cache.process.outcome import Outcome
 from ...compile_cache.process.session import Running, log_restore, log_save
 from ...compile_cache.process.trials import end_trial, engine_lock
 from ...compile_cache.process.use import NOTES, noted_uses
@@ -30,6 +31,7 @@ from ...escaping import printable
 from ...report.events import LOCK, recorder
 from ...report.phases import RESTORE_WAIT
 from ...settings import CompileCacheSettings, load_settings
+from .start.restored_last import note_restored
 
 RESTORE_LOCK = "restore"
 SAVE_LOCK = "save-of-node"
@@ -99,7 +101,7 @@ class NodeSession:
             job,
             settings,
             settings.restore_timeout_s,
-            then=functools.partial(log_restore, log, job, settings.directory),
+            then=functools.partial(_restored, log, job, settings),
             lock=lock,
         )
         node = _node(_home(self._directories))
@@ -125,6 +127,11 @@ class NodeSession:
         """The engine is ready: start to save, in the background, what was compiled since the restore began."""
         start_save(self.engine, self.key, self.settings, self.since_ns, self._log)
         self._starting.release()
+
+
+def _restored(log: logging.Logger, job: Job, settings: CompileCacheSettings, outcome: Outcome) -> None:
+    log_restore(log, job, settings.directory, outcome)
+    note_restored(outcome, settings)
 
 
 def scope_of(settings: CompileCacheSettings, model: str, revision: str | None, sizes: Mapping[str, int]) -> str:

@@ -49,6 +49,7 @@ from ..common.cache_hooks import (
     wait_for_node,
     watched,
 )
+from ..common.start.restored_last import note_restored
 
 # Below vLLM's own logger, so that it is shown in vLLM's way and at vLLM's level.
 logger = logging.getLogger("vllm.engine_loader")
@@ -288,6 +289,7 @@ def _restore_model_info(model: Any) -> Path | None:
         return None
     job = _model_infos_job("restore", settings)
     outcome = run_job(job, min(_MODEL_INFOS_TIMEOUT_S, settings.restore_timeout_s))
+    note_restored(outcome, settings)
     for message in outcome.messages:
         logger.warning("compile cache: %s", printable(message))
     if path.exists():

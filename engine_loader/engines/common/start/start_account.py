@@ -23,6 +23,7 @@ from ....report.starts import Identity, Summary, begin_start, identity_of, read_
 from ....settings import load_settings
 from .opened_last import keep_opened
 from .phase_wrappers import never_raising, watch, watchdogs
+from .restored_last import keep_restored
 from .start_hints import plan_hint, tell_bytecode
 
 
@@ -95,3 +96,4 @@ def _sum_up(directory: Path, identity: Identity, seconds: float, log: logging.Lo
         except OSError as error:
             log.warning("report.metrics_file: %s: %s", path, error.strerror)
     keep_opened(directory, identity.engine)
+    keep_restored(directory, identity.engine)
