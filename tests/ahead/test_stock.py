@@ -8,6 +8,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -489,6 +491,20 @@ def test_an_engine_that_starts_has_it_read_ahead(
     for pid in keepers():
         os.kill(pid, signal.SIGTERM)
     wait_for(lambda: not [thread for thread in threading.enumerate() if thread.name == "engine-loader-warm"])
+
+
+def test_the_command_keeps_it_until_it_is_interrupted(disk: Place, caplog: pytest.LogCaptureFixture) -> None:
+    model = Path(disk.paths[0]).parent
+    program = [sys.executable, "-m", "engine_loader", "warm", model.name]
+    env = {**os.environ, "ENGINE_LOADER_LOADER__READ_MODE": "direct", "ENGINE_LOADER_REPORT__DIRECTORY": str(model)}
+    with subprocess.Popen(program, env=env, cwd=model.parent, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        said = running.stdout.readline()
+        assert said.startswith(f"{model.name}: {SIZE / MIB:.1f} MiB into memory in ")
+        assert bytes_ahead(loaded(disk, caplog))
+        running.send_signal(signal.SIGINT)
+        assert running.wait(GENEROUS_S) == 130
+    wait_for(lambda: name_of(disk.paths[0]).replace("\0", "@") not in Path("/proc/net/unix").read_text())
 
 
 @pytest.mark.parametrize(
