@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+_ACCELERATORS = ("nvidia[0-9]*", "kfd", "dri/renderD*", "accel/accel*", "davinci[0-9]*", "neuron[0-9]*", "xpu*")
 _PROC = Path("/proc")
 # cgroup v1 says "no limit" with the largest multiple of the page size.
 _NO_LIMIT = 1 << 62
@@ -90,6 +91,11 @@ def cpu_time(proc: Path = _PROC) -> CpuTime:
     _, _, _, idle, waiting, *_ = fields
     tick_s = 1 / os.sysconf("SC_CLK_TCK")
     return CpuTime(sum(fields) * tick_s, (sum(fields) - idle - waiting) * tick_s, sum(os.times()[:4]))
+
+
+def has_accelerator(dev: Path = Path("/dev")) -> bool:
+    """Whether this process sees a device with memory of its own: a GPU or the like."""
+    return any(next(dev.glob(pattern), None) is not None for pattern in _ACCELERATORS)
 
 
 def memory(proc: Path = _PROC) -> Memory:

@@ -3,7 +3,19 @@
 import os
 from pathlib import Path
 
-from engine_loader.machine import CpuTime, cgroup_cpus, cpu_model, cpu_time, memory, mount_of, mounts, usable_cpus
+import pytest
+
+from engine_loader.machine import (
+    CpuTime,
+    cgroup_cpus,
+    cpu_model,
+    cpu_time,
+    has_accelerator,
+    memory,
+    mount_of,
+    mounts,
+    usable_cpus,
+)
 
 MEMINFO = "MemTotal:       100000 kB\nMemFree:         10000 kB\nMemAvailable:    80000 kB\n"
 
@@ -117,3 +129,14 @@ def test_the_kernel_counts_our_own_time_too() -> None:
     after = cpu_time()
     assert after.busy > before.busy
     assert after.total >= after.busy
+
+
+@pytest.mark.parametrize(
+    ("names", "seen"),
+    [([], False), (["null", "dri/card0", "nvidiactl"], False), (["nvidia0"], True), (["dri/renderD128"], True)],
+)
+def test_an_accelerator_is_seen_by_its_device(tmp_path: Path, names: list[str], seen: bool) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert has_accelerator(tmp_path) is seen

@@ -16,12 +16,15 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from ..errors import EngineLoaderError
+from ..machine import has_accelerator
 from ..settings import LoaderSettings
-from ..start.page_reading import Budget
+from ..sources.registry import make_source
+from ..start.page_reading import Budget, Ranges
 from ..start.page_warmer import LOADER_BEGAN, is_one_of_us, listen, lower_priority, read_order
 from .handing_over import hand_over
 from .stock_filling import Filling
@@ -153,11 +156,26 @@ def keep_once(asked: Mapping[str, Any], lifeline: int | None, tell: Callable[[Ma
         return
     with listening:
         settings = LoaderSettings(**asked["settings"])
-        filling = Filling(asked["paths"], asked["ranges"], settings, asked["most_bytes"], Budget(freed=False))
+        budget = Budget(freed=False, for_weights=memory_for_weights(asked["paths"], asked["ranges"], settings))
+        filling = Filling(asked["paths"], asked["ranges"], settings, asked["most_bytes"], budget)
         try:
             Keeper(filling, listening, lifeline, tell).serve()
         finally:
             filling.end_reading()  # 3FS's buffers and rings outlive a process
+
+
+def memory_for_weights(paths: Sequence[str], ranges: Mapping[str, Ranges], settings: LoaderSettings) -> int:
+    """How many bytes of this machine's memory the weights will take, in parameters; 0 where they go to accelerators."""
+    if has_accelerator():
+        return 0
+    source = make_source(settings.backend, settings=settings)
+    found = 0
+    for path in paths:
+        with suppress(EngineLoaderError):  # whoever reads it says so
+            file = source.open(path)
+            found += sum(length for _, length in ranges.get(path, [(0, file.size)]))
+            file.close()
+    return found
 
 
 def main() -> None:

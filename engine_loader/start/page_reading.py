@@ -35,10 +35,13 @@ class Budget:
     Args:
         look: the memory of the machine and the cgroup as it is.
         freed: whether what is taken counts as available, since the kernel frees it (the page cache).
+        for_weights: bytes that the engine will need for its weights beside the reserve; of use where ``freed`` is
+            false, for it may have to find them while what is taken is still there.
     """
 
-    def __init__(self, look: Callable[[], Memory] = memory, *, freed: bool = True) -> None:
+    def __init__(self, look: Callable[[], Memory] = memory, *, freed: bool = True, for_weights: int = 0) -> None:
         self._look = look
+        self._for_weights = for_weights
         self._freed = freed
         self._seen = (-1.0, 0)
         self._taken = 0
@@ -64,7 +67,8 @@ class Budget:
         if at < 0 or now - at >= _LOOK_S:
             found = self._look()
             limit = found.total if found.limit is None else min(found.total, found.limit)
-            room = max(0, found.available - max(_LEAST_RESERVE_BYTES, limit // _RESERVE))
+            reserve = max(_LEAST_RESERVE_BYTES, limit // _RESERVE) + self._for_weights
+            room = max(0, found.available - reserve)
             self._seen = (now, room)
             if not self._freed:  # it is part of what is in use now
                 self._taken = 0

@@ -271,6 +271,21 @@ def test_memory_that_is_kept_does_not_count_as_room() -> None:
     assert budget.take(30 * MIB)
 
 
+@pytest.mark.parametrize("accelerator", [True, False])
+def test_room_is_left_for_the_parameters_where_they_come_into_the_same_memory(
+    place: Place, accelerator: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper, "has_accelerator", lambda: accelerator)
+    expected = 0 if accelerator else SIZE
+    assert keeper.memory_for_weights([*place.paths, "/missing"], {}, place.settings) == expected
+    ranges = {place.paths[0]: [(0, 10), (100, 5)]}
+    expected = 0 if accelerator else 15 + len(checkpoint(MORE))
+    assert keeper.memory_for_weights(place.paths, ranges, place.settings) == expected
+    budget = Budget(lambda: Memory(2 << 30, (512 << 20) + 9 * MIB, None), freed=False, for_weights=5 * MIB)
+    assert not budget.take(5 * MIB)
+    assert budget.take(4 * MIB)
+
+
 def test_whoever_takes_it_can_only_read(disk: Place) -> None:
     with kept(disk):
         stock = taken_over(disk.paths[0])
