@@ -24,7 +24,11 @@ logger = logging.getLogger(__name__)
 LOAD_FORMAT = "b10_3fs"
 _VLLM_CACHE = "engine_loader.engines.vllm.cache"
 _SGLANG_CACHE = "engine_loader.engines.sglang.cache"
-_STARTED_BY, _STARTING = "vllm.entrypoints.cli.serve", "engine_loader.engines.starting.vllm_processes"
+_STARTING = {
+    "vllm.entrypoints.cli.serve": "engine_loader.engines.starting.vllm_processes",
+    "sglang.srt.plugins": "engine_loader.engines.starting.sglang_processes",
+}
+"""Module that is there where an engine's server starts -> what may make the template of its processes."""
 _SGLANG_FORMAT = "engine_loader.engines.sglang.format"
 ADAPTERS = {
     "vllm.model_executor.model_loader": "engine_loader.engines.vllm.loader",
@@ -92,8 +96,9 @@ def register() -> None:
             _when_imported(module, adapter)
         except Exception:
             logger.exception("engine_loader could not prepare %s", adapter)
-    if _STARTED_BY in sys.modules:
-        _run(_STARTING)
+    for module, adapter in _STARTING.items():
+        if module in sys.modules:
+            _run(adapter)
 
 
 def _name_cache_directories() -> None:

@@ -1,7 +1,7 @@
-"""A plugin of vLLM's that writes down what a process of a start is like: module state, environment, limits.
+"""A plugin of the engines' that writes down what a process of a start is like: module state, environment, limits.
 
-`audited(directory)` gives the variables with which `vllm serve` finds the plugin; each process of the start then leaves
-a file there when it loads plugins, which the engine process and workers do before anything of theirs runs.
+`audited(directory)` gives the variables with which an engine's server finds the plugin; each process of the start then
+leaves a file there when it loads plugins, which all do before anything of theirs runs.
 """
 
 import json
@@ -17,14 +17,27 @@ from types import ModuleType
 from typing import Any
 
 _DIRECTORY = "PROCESS_STATE_DIRECTORY"
-_ENTRY = "[vllm.general_plugins]\nzz_process_state = tests.support.process_state:write\n"
+_ENTRY = "".join(
+    f"[{group}]\nzz_process_state = tests.support.process_state:write\n"
+    for group in ("vllm.general_plugins", "sglang.srt.plugins")
+)
 _PLAIN = (bool, int, float, str, bytes, type(None))
-_PACKAGES = ("vllm", "torch", "transformers", "numpy", "engine_loader", "triton", "multiprocessing", "huggingface_hub")
+_PACKAGES = (
+    "vllm",
+    "sglang",
+    "torch",
+    "transformers",
+    "numpy",
+    "engine_loader",
+    "triton",
+    "multiprocessing",
+    "huggingface_hub",
+)
 _MOST_CHARS = 4000
 
 
 def audited(directory: Path) -> dict[str, str]:
-    """Variables for `vllm serve`; `directory` gets a file NAME.json for each process of the start by its name."""
+    """Variables for the server; `directory` gets a file NAME.json for each process of the start by its name."""
     package = directory / "package"
     info = package / "process_state-1.0.dist-info"
     info.mkdir(parents=True)

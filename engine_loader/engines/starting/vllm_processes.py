@@ -15,12 +15,12 @@ import re
 import sys
 from collections.abc import Mapping
 from multiprocessing.process import BaseProcess
-from typing import Any
 
 from ...errors import SettingsError
 from ...settings import load_settings
 from ...start.fitness import changed_variables, why_not_preloaded, why_not_with
 from ...start.spawned import Plan, Role, begin
+from .torch_state import mend_torch
 
 logger = logging.getLogger("vllm.engine_loader")
 
@@ -91,25 +91,9 @@ def mend(before: Mapping[str, str]) -> None:
     changed = changed_variables(before, os.environ)
     # The copy was made while plugins were being loaded: those behind this one have not been.
     plugins.plugins_loaded = False
-    if "OMP_NUM_THREADS" in changed:
-        _set_threads(os.environ.get("OMP_NUM_THREADS", ""))
     if "GOMP_CPU_AFFINITY" in changed:
         os.sched_setaffinity(0, {int(os.environ["GOMP_CPU_AFFINITY"])})
-    if changed & {"TORCHINDUCTOR_COMPILE_THREADS", "TORCHINDUCTOR_CPP_DYNAMIC_THREADS"}:
-        _mend_inductor()
-
-
-def _set_threads(count: str) -> None:
-    import torch
-
-    torch.set_num_threads(int(count) if count.isdigit() else len(os.sched_getaffinity(0)))
-
-
-def _mend_inductor() -> None:
-    config: Any = sys.modules.get("torch._inductor.config")
-    if config is not None:
-        config.compile_threads = config.decide_compile_threads()
-        config.cpp.dynamic_threads = os.environ.get("TORCHINDUCTOR_CPP_DYNAMIC_THREADS", "0") == "1"
+    mend_torch(changed)
 
 
 def _is_first_process() -> bool:

@@ -33,11 +33,15 @@ OF_THE_PROCESS = {
     "nothing had put setuptools/_vendor on sys.path yet",
     ("transformers.utils.import_utils", "PACKAGE_DISTRIBUTION_MAPPING"): "the same",
     ("transformers.utils.hub", "SESSION_ID"): "random; the user agent of requests to the hub",
+    ("numpy.f2py.rules", "generationtime"): "the time",
+    ("numpy.f2py.rules", "module_rules"): "the time",
+    ("sglang.srt.observability.req_time_stats", "global_diff_realtime_monotonic"): "the time",
     ("vllm.logger", "_vllm_process_info"): "name and id of the process",
     ("vllm.platforms", "_init_trace"): "where the platform was first asked for",
 }
 """(module, name) that differ from process to process, and why that is no matter."""
 BY_IMPORTS = {
+    ("sglang.srt.compilation.compilation_config", "SPLIT_OPS"): "operators",
     ("huggingface_hub.constants", "HF_XET_HIGH_PERFORMANCE"): "vLLM's weight_utils sets it when it is imported",
     ("torch._library.triton", "triton_ops_to_kernels"): "operators",
     ("torch.library", "_impls"): "operators",
@@ -145,9 +149,9 @@ if not late:
     os.environ |= variables
 import torch._inductor.config as config
 if late:
-    from engine_loader.engines.starting.vllm_processes import _mend_inductor
+    from engine_loader.engines.starting.torch_state import mend_inductor
     os.environ |= variables
-    _mend_inductor()
+    mend_inductor()
 plain = (bool, int, float, str, list, tuple, dict, type(None))
 values = {name: repr(value) for name, value in config.get_config_copy().items() if isinstance(value, plain)}
 print(json.dumps(values, sort_keys=True))
