@@ -51,7 +51,7 @@ SGLANG := tests/support/sglang
 SGLANG_STAMPS := $(SGLANG_VERSIONS:%=.venv-sglang-%/.package-installed)
 
 # Older versions of vLLM that make test-vllm starts, each in an environment of its own (4 GB), which also costs minutes.
-VLLM_VERSIONS ?= 0.31.0 0.30.0 0.29.0 0.28.0
+VLLM_VERSIONS ?= 0.31.0 0.30.0 0.29.0 0.28.0 0.27.0
 VLLM_VERSION ?= $(VLLM_VERSIONS)
 # The adapter as a whole: what it relies on, every option of the loader, parameters, errors before the start, servers
 # whose answers are those of vLLM's own loader, and starts that compile, and that restore.
