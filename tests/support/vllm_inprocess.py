@@ -64,7 +64,6 @@ def load_model(
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import get_model
-    from vllm.model_executor.model_loader.utils import get_draft_load_config
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
@@ -82,6 +81,8 @@ def load_model(
         _spare_the_garbage_collector()
         options: dict[str, Any] = {}
         if of_draft:
+            from vllm.model_executor.model_loader.utils import get_draft_load_config  # as of 0.31
+
             options["model_config"] = config.speculative_config.draft_model_config
             options["load_config"] = get_draft_load_config(config)
         model: nn.Module = get_model(vllm_config=config, **options)

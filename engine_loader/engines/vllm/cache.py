@@ -58,7 +58,7 @@ _ENGINE = "vllm"
 _SESSION = "_engine_loader_session"
 _MODEL_INFOS_TIMEOUT_S = 10.0
 _WORKER_METHODS = ("determine_available_memory", "compile_or_warm_up_model")
-_RPC, _JOINED = "_collective_rpc", "warmup_new_worker"
+_RPC, _JOINED = "_collective_rpc", ("warmup_new_worker", "warmup_local_kernels")  # the second up to 0.29
 _SNAPSHOT = "vllm.snapshot.server"
 _quietly = functools.partial(quietly, logger)
 
@@ -134,7 +134,8 @@ def register_elastic() -> None:
 
     def around(original: Callable[..., Any], self: Any, *args: Any, **options: Any) -> Any:
         result = original(self, *args, **options)
-        if _JOINED in (*args, *options.get("args", ())) and _warms_up_later():
+        told = (*args, *options.get("args", ()))
+        if any(name in told for name in _JOINED) and _warms_up_later():
             _quietly(_save_joined, self)
         return result
 

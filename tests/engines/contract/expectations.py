@@ -19,7 +19,7 @@ class Expected:
         takes: names of the parameters in their order, without ``self``; further ones must have a default.
         keywords: names that are taken by keyword.
         calls: names that are called within.
-        says: constants that stand within.
+        says: constants that stand within; of those in a tuple, one is enough.
         required: False where the adapter looks whether it is there, and goes without.
     """
 
@@ -68,6 +68,10 @@ class Expected:
         missing = [name for name in self.calls if name not in called_names(found)]
         if missing:
             yield f"does not call {', '.join(missing)}"
-        unsaid = [value for value in self.says if value not in constants(found)]
+        unsaid = [one for one in map(_choices, self.says) if one.isdisjoint(constants(found))]
         if unsaid:
-            yield f"does not mention {', '.join(map(repr, unsaid))}"
+            yield f"does not mention {', '.join(' or '.join(sorted(map(repr, one))) for one in unsaid)}"
+
+
+def _choices(said: object) -> set[object]:
+    return set(said) if isinstance(said, tuple) else {said}

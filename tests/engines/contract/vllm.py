@@ -139,7 +139,7 @@ PRESENT = (
     Expected(
         "vllm.distributed.elastic_ep.elastic_state:ElasticEPScalingState",
         "a rank that joins an engine saves after its own warm-up",
-        says=("elastic_ep_execute", "warmup_new_worker"),
+        says=("elastic_ep_execute", ("warmup_new_worker", "warmup_local_kernels")),
         required=False,
     ),
     Expected(

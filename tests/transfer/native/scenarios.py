@@ -181,7 +181,7 @@ def threads_that_are_set_stay(faults: Faults, file: PosixFile) -> None:
 
 def threads_above_the_limit_do_not_hide_a_stuck_read(faults: Faults, file: PosixFile) -> None:
     faults.set(delay_us=2_000, one_by_one=1)
-    with contextlib.closing(NativeReaders(block_bytes=8 << 10, read_mode="direct", deadline_s=0.4)) as readers:
+    with contextlib.closing(NativeReaders(block_bytes=8 << 10, read_mode="direct", deadline_s=2.0)) as readers:
         _assert_often(readers, file, times=5)
         faults.set(stall_every=1, stall_ms=LONG_MS)
         for transfer in [_submit(readers, file) for _ in range(4)]:  # also those that no thread ever got to
