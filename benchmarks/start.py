@@ -6,6 +6,10 @@ Two starts fill a compile cache (the first one that restores still adds to it); 
 way, into local caches that are empty, and asks for the same 24 tokens. Figures are medians; the ratio is that of the
 medians. With --eager nothing is compiled nor restored, and vLLM's own cache (~/.cache/vllm) is used. Needs vLLM's CPU
 build.
+
+    python -m benchmarks.start --sglang 0.5.23
+
+Eager starts of SGLang, `start.template` off and on, in the environment that `make venv-sglang` has made.
 """
 
 import os
@@ -16,10 +20,10 @@ import time
 from pathlib import Path
 
 from benchmarks.arguments import parser_of
+from tests.support.sglang_server import TWO_RANKS, SglangServer
 from tests.support.tiny_models import make_model
 from tests.support.vllm_server import VllmServer
 
-WAYS = ("off", "auto")
 PROMPT = "the quick brown fox"
 SAVED = ("compile cache: saved", "compile cache: nothing new to save")
 SAVE_TIMEOUT_S = 600
@@ -46,30 +50,43 @@ def start(model: Path, scratch: Path, way: str, ranks: int, *, eager: bool, save
             return server.seconds_to_ready, text
 
 
+def start_sglang(version: str, model: Path, way: str, ranks: int) -> tuple[float, str]:
+    """As ``start``, of SGLang."""
+    env = {"ENGINE_LOADER_START__TEMPLATE": way, **(TWO_RANKS if ranks == 2 else {})}
+    with SglangServer(version, model, "--load-format", "b10_3fs", "--tp-size", str(ranks), env=env) as server:
+        assert server.seconds_to_ready is not None
+        return server.seconds_to_ready, server.complete(PROMPT, max_tokens=24)
+
+
 def main() -> int:
     parser = parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds")
     parser.add_argument("--ranks", type=int, default=1, help="tensor-parallel size")
     parser.add_argument("--eager", action="store_true", help="nothing is compiled, nor restored")
+    parser.add_argument("--sglang", metavar="VERSION", help="eager starts of this version of SGLang")
     arguments = parser.parse_args()
+    ways = ("off", "on" if arguments.sglang else "auto")
     with tempfile.TemporaryDirectory(prefix="benchmark-start-") as directory:
         scratch = Path(directory)
         model = make_model("llama", scratch / "model", shards=3)
-        if not arguments.eager:
+        if not arguments.eager and not arguments.sglang:
             for _ in range(2):
                 start(model, scratch, "off", arguments.ranks, eager=False, save=True)
-        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
         answers = set()
         for number in range(arguments.rounds):
-            for way in WAYS:
-                taken, text = start(model, scratch, way, arguments.ranks, eager=arguments.eager)
+            for way in ways:
+                if arguments.sglang:
+                    taken, text = start_sglang(arguments.sglang, model, way, arguments.ranks)
+                else:
+                    taken, text = start(model, scratch, way, arguments.ranks, eager=arguments.eager)
                 seconds[way].append(taken)
                 answers.add(text)
                 load = os.getloadavg()[0]
                 print(f"round {number + 1}, {way}: {taken:.1f} s (load {load:.1f})", file=sys.stderr, flush=True)
     medians = {way: statistics.median(values) for way, values in seconds.items()}
     print("| start.template | median s | fastest - slowest | of off |\n|---|---:|---:|---:|")
-    for way in WAYS:
+    for way in ways:
         print(
             f"| {way} | {medians[way]:.1f} | {min(seconds[way]):.1f} - {max(seconds[way]):.1f} "
             f"| {medians[way] / medians['off']:.2f} |"

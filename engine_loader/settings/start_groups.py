@@ -41,7 +41,7 @@ class StartSettings(SettingsGroup):
         default="auto",
         description="Whether the engine process and the workers of `vllm serve` are forked from a copy of its first "
         "process, made before anything runs there, so that one import serves all: auto where that is tested (CPU), on "
-        "also beside accelerators, off: each imports for itself.",
+        "also beside accelerators and in SGLang, off: each imports for itself.",
     )
     warm: Literal["auto", "off"] = Field(
         default="off",
