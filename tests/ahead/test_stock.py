@@ -35,6 +35,7 @@ from engine_loader.sources.stock import StockedPart
 from engine_loader.start.page_reading import Budget
 from engine_loader.start.page_warmer import listen, name_of
 from engine_loader.start.warming import WarmingAccount
+from tests.start.test_warming import memory_group, remove_group
 from tests.support.checkpoints import checkpoint, entry
 from tests.support.children import NOBODY, in_child
 from tests.support.fault_server import Answer, FaultServer, Request
@@ -284,6 +285,32 @@ def test_room_is_left_for_the_parameters_where_they_come_into_the_same_memory(
     budget = Budget(lambda: Memory(2 << 30, (512 << 20) + 9 * MIB, None), freed=False, for_weights=5 * MIB)
     assert not budget.take(5 * MIB)
     assert budget.take(4 * MIB)
+
+
+def test_a_limit_of_the_cgroup_is_not_passed(tmp_path: Path) -> None:
+    limit, size, file = 1 << 30, 500 * MIB, tmp_path / "large.safetensors"
+    with file.open("wb") as made:  # without blocks on the disk
+        made.truncate(size)
+    place = Place([str(file)], LoaderSettings(read_mode="direct"))
+    group = memory_group(limit)
+    try:
+
+        def run() -> WarmingAccount:
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+            told: list[WarmingAccount] = []
+            arguments = (place.paths, {}, place.settings, 8 << 30, told.append)
+            threading.Thread(target=stock_files, args=arguments, daemon=True).start()
+            wait_for(lambda: told)
+            return told[0]
+
+        account = in_child(run)
+        most = next(path for name in ("memory.max_usage_in_bytes", "memory.peak") if (path := group / name).exists())
+        assert account.reason == NO_ROOM
+        # A quarter is the reserve, and as much as the file has is for the parameters.
+        assert 0 < account.read <= limit * 3 // 4 - size
+        assert int(most.read_text()) < limit
+    finally:
+        remove_group(group)
 
 
 def test_whoever_takes_it_can_only_read(disk: Place) -> None:
