@@ -305,7 +305,7 @@ def test_a_limit_of_the_cgroup_is_not_passed(tmp_path: Path) -> None:
 
         account = in_child(run)
         most = next(path for name in ("memory.max_usage_in_bytes", "memory.peak") if (path := group / name).exists())
-        assert account.reason == NO_ROOM
+        assert account.reason == NO_ROOM == "there is no room for more"
         # A quarter is the reserve, and as much as the file has is for the parameters.
         assert 0 < account.read <= limit * 3 // 4 - size
         assert int(most.read_text()) < limit
