@@ -41,7 +41,7 @@ from tests.support.children import NOBODY, in_child
 from tests.support.fault_server import Answer, FaultServer, Request
 from tests.support.threefs import machine_with_3fs
 from tests.support.training_checkpoints import save_chunked
-from tests.support.waiting import GENEROUS_S, wait_for
+from tests.support.waiting import GENEROUS_S, LAST_S, wait_for
 
 MIB = 1 << 20
 ENTRIES = {f"t{number}": entry("U8", [3 * MIB + 100 * number], seed=number) for number in range(3)}
@@ -300,10 +300,10 @@ def test_a_limit_of_the_cgroup_is_not_passed(tmp_path: Path) -> None:
             told: list[WarmingAccount] = []
             arguments = (place.paths, {}, place.settings, 8 << 30, told.append)
             threading.Thread(target=stock_files, args=arguments, daemon=True).start()
-            wait_for(lambda: told)
+            wait_for(lambda: told, LAST_S)
             return told[0]
 
-        account = in_child(run)
+        account = in_child(run, timeout_s=int(LAST_S))
         most = next(path for name in ("memory.max_usage_in_bytes", "memory.peak") if (path := group / name).exists())
         assert account.reason == NO_ROOM == "there is no room for more"
         # A quarter is the reserve, and as much as the file has is for the parameters.
@@ -490,7 +490,7 @@ def test_a_process_of_its_own_does_it(place: Place, caplog: pytest.LogCaptureFix
         target=stock_files, args=(place.paths, {}, place.settings, 64 * MIB, told.append), daemon=True
     )
     asking.start()
-    wait_for(lambda: told)
+    wait_for(lambda: told, LAST_S)
     assert told == [WarmingAccount(read=SIZE)]
     stock = taken_over(place.paths[0])
     assert stock is not None
@@ -528,7 +528,7 @@ def test_an_engine_that_starts_has_it_read_ahead(
     model = place.paths[0].rpartition("/")[0]
     begin_to_warm(model, place.settings.model_copy(update={"weights_uri": model}), log)
     words = rf"start\.warm: {SIZE / MIB:.1f} MiB into memory in \d+\.\d s, until the loader takes them over"
-    wait_for(lambda: re.search(words, caplog.text))
+    wait_for(lambda: re.search(words, caplog.text), LAST_S)
     assert bytes_ahead(loaded(place, caplog))
     for pid in keepers():
         os.kill(pid, signal.SIGTERM)

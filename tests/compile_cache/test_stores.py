@@ -22,7 +22,7 @@ from engine_loader.compile_cache.stores.leases import save_slot
 from engine_loader.compile_cache.stores.object_names import MARKER
 from engine_loader.settings import CompileCacheSettings
 from tests.compile_cache.support import KEY, Machine, some_bytes
-from tests.support.waiting import GENEROUS_S, wait_for
+from tests.support.waiting import GENEROUS_S, LAST_S, wait_for
 
 
 def settings_for(store: Path, **values: object) -> CompileCacheSettings:
@@ -207,6 +207,7 @@ def test_a_save_that_died_long_ago_is_none_that_is_under_way(first: Machine, sto
     assert not list((store / "saving").iterdir())
 
 
+@pytest.mark.timeout(3 * LAST_S)
 def test_a_save_that_is_ended_half_way_leaves_nothing(first: Machine, store: Path) -> None:
     """As at the shutdown of a pod: SIGTERM, at different moments."""
     for number in range(60):
@@ -217,7 +218,7 @@ def test_a_save_that_is_ended_half_way_leaves_nothing(first: Machine, store: Pat
     for wait_s in (0, 0.3, 0.6):
         program = [sys.executable, "-m", "engine_loader.compile_cache.process.worker", told, store.parent / "outcome"]
         process = subprocess.Popen(program)
-        wait_for(lambda process=process: process.poll() is not None or list(store.rglob(".unfinished-*")))
+        wait_for(lambda process=process: process.poll() is not None or list(store.rglob(".unfinished-*")), LAST_S)
         time.sleep(wait_s)
         process.send_signal(signal.SIGTERM)
         ended += process.wait(GENEROUS_S) != 0

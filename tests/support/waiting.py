@@ -7,6 +7,8 @@ from typing import ParamSpec
 
 GENEROUS_S = 60.0
 """After this nothing comes any more, on however slow a machine."""
+LAST_S = 4 * GENEROUS_S
+"""The same of a process of the lowest priority (nice 19), which gets little while other tests have all CPUs."""
 
 P = ParamSpec("P")
 
