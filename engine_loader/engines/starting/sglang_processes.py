@@ -17,10 +17,9 @@ import sys
 from collections.abc import Mapping
 from multiprocessing.process import BaseProcess
 
-from ...errors import SettingsError
-from ...settings import load_settings
-from ...start.fitness import changed_variables, why_not_preloaded, why_not_with
+from ...start.fitness import changed_variables
 from ...start.spawned import Plan, Role, begin
+from .template_terms import role_among, template_setting, why_not_in
 from .torch_state import mend_torch
 
 logger = logging.getLogger("sglang.engine_loader")
@@ -51,13 +50,8 @@ _MAY_DIFFER = re.compile(
 
 def register() -> None:
     """Make the template where this is the first process of a server and the settings ask for it."""
-    if not _is_first_process():
-        return
-    try:
-        setting = load_settings().settings.start.template
-    except SettingsError:  # said where the arguments are checked
-        return
-    if setting != "on":  # auto acts where it is proved over all that the tests have, and this is not
+    # auto acts where it is proved over all that the tests have, and this is not.
+    if not _is_first_process() or template_setting() != "on":
         return
     reason = begin(Plan(role_of, why_not, _IMPORTS, mend, logger))
     if reason is not None:
@@ -66,16 +60,12 @@ def register() -> None:
 
 def role_of(process: BaseProcess) -> Role | None:
     """The part of a process in a start of SGLang, by the function that it runs."""
-    target = getattr(process, "_target", None)
-    return _ROLES.get((getattr(target, "__module__", ""), getattr(target, "__qualname__", "")))
+    return role_among(_ROLES, process)
 
 
 def why_not(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
     """A reason against a child with the environment ``now``, from a process that has imported in ``before``."""
-    reason = why_not_with(before, now, lambda name: _MAY_DIFFER.fullmatch(name) is not None)
-    if reason is None and "LD_PRELOAD" in changed_variables(before, now):
-        reason = why_not_preloaded(now.get("LD_PRELOAD", ""))
-    return reason
+    return why_not_in(before, now, _MAY_DIFFER)
 
 
 def mend(before: Mapping[str, str]) -> None:

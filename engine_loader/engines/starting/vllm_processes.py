@@ -16,10 +16,9 @@ import sys
 from collections.abc import Mapping
 from multiprocessing.process import BaseProcess
 
-from ...errors import SettingsError
-from ...settings import load_settings
-from ...start.fitness import changed_variables, why_not_preloaded, why_not_with
+from ...start.fitness import changed_variables
 from ...start.spawned import Plan, Role, begin
+from .template_terms import role_among, template_setting, why_not_in
 from .torch_state import mend_torch
 
 logger = logging.getLogger("vllm.engine_loader")
@@ -50,10 +49,7 @@ def register() -> None:
     """Make the template where this is the first process of ``vllm serve`` and the settings allow it."""
     if not _is_first_process():
         return
-    try:
-        setting = load_settings().settings.start.template
-    except SettingsError:  # said where the arguments are checked
-        return
+    setting = template_setting()
     if setting == "off":
         return
     platform = _platform()
@@ -69,8 +65,7 @@ def register() -> None:
 
 def role_of(process: BaseProcess) -> Role | None:
     """The part of a process in a start of vLLM, by the function that it runs."""
-    target = getattr(process, "_target", None)
-    return _ROLES.get((getattr(target, "__module__", ""), getattr(target, "__qualname__", "")))
+    return role_among(_ROLES, process)
 
 
 def why_not(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
@@ -78,10 +73,7 @@ def why_not(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
     changed = changed_variables(before, now)
     if "GOMP_CPU_AFFINITY" in changed and not now.get("GOMP_CPU_AFFINITY", "").isdigit():
         return f"libgomp binds its threads when it is loaded (GOMP_CPU_AFFINITY={now.get('GOMP_CPU_AFFINITY', '')})"
-    reason = why_not_with(before, now, lambda name: _MAY_DIFFER.fullmatch(name) is not None)
-    if reason is None and "LD_PRELOAD" in changed:
-        reason = why_not_preloaded(now.get("LD_PRELOAD", ""))
-    return reason
+    return why_not_in(before, now, _MAY_DIFFER)
 
 
 def mend(before: Mapping[str, str]) -> None:
