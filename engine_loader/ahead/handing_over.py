@@ -14,6 +14,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
+from ..settings import LoaderSettings
 from ..sources.stock import Stock, StockedPart
 from ..start.warming import tell_loader_begins
 
@@ -25,16 +26,23 @@ _MOST_BYTES = 64 << 20  # of the index; one of a thousand files has some hundred
 _WAIT_S = 5.0
 
 
-def taken_over(path: str) -> Stock | None:
+def server_of(settings: LoaderSettings) -> str:
+    """Whose objects a URL names by these settings, as far as they, or the environment, say another than usual."""
+    found = (os.environ.get(name) for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))
+    return settings.object_store_endpoint_url or next(filter(None, found), "")
+
+
+def taken_over(path: str, settings: LoaderSettings) -> Stock | None:
     """Have whoever reads the directory of ``path`` ahead end, since a loader reads from there now, and take its stock.
 
     Args:
         path: of a file, or its URL.
+        settings: by which it is read.
 
     Returns:
         None: nobody reads ahead there, or what is read lies in the page cache.
     """
-    connection = tell_loader_begins(path)
+    connection = tell_loader_begins(path, server_of(settings))
     if connection is None:
         return None
     stock = None

@@ -26,7 +26,7 @@ from ..settings import LoaderSettings
 from ..sources.registry import make_source
 from ..start.page_reading import Budget, Ranges
 from ..start.page_warmer import LOADER_BEGAN, is_one_of_us, listen, lower_priority, read_order
-from .handing_over import hand_over
+from .handing_over import hand_over, server_of
 from .stock_filling import Filling
 
 GRACE_S = 30.0
@@ -146,8 +146,9 @@ def keep_once(asked: Mapping[str, Any], lifeline: int | None, tell: Callable[[Ma
         lifeline: see ``Keeper``.
         tell: see ``Keeper``.
     """
+    settings = LoaderSettings(**asked["settings"])
     try:
-        listening = listen(asked["paths"][0])
+        listening = listen(asked["paths"][0], server_of(settings))
     except OSError as error:
         tell({"reason": f"their directory cannot be read ({error.strerror})"})
         return
@@ -155,7 +156,6 @@ def keep_once(asked: Mapping[str, Any], lifeline: int | None, tell: Callable[[Ma
         tell({"reason": "another process does it already"})
         return
     with listening:
-        settings = LoaderSettings(**asked["settings"])
         budget = Budget(freed=False, for_weights=memory_for_weights(asked["paths"], asked["ranges"], settings))
         filling = Filling(asked["paths"], asked["ranges"], settings, asked["most_bytes"], budget)
         try:

@@ -34,31 +34,33 @@ _NICE = 19
 _URL = re.compile(r"[a-z][a-z0-9+.-]*:/.", re.DOTALL)
 
 
-def name_of(path: str) -> str:
+def name_of(path: str, server: str = "") -> str:
     """The abstract socket by which a loader tells that it begins to read what is in the directory of ``path``.
 
     A name of the kernel's and no file: it is gone with the process, however that ends, and only one process has it.
 
     Args:
         path: of a file, or its URL.
+        server: whose URL it is, where that is not the one that everybody means.
 
     Raises:
         OSError: the directory is not there.
     """
     if _URL.match(path):
         above = re.sub(r"/+", "/", path).rpartition("/")[0]  # pathlib.Path makes one slash of the two of a URL
-        return f"\0engine_loader-warm-{os.geteuid()}-{hashlib.sha256(above.encode()).hexdigest()[:32]}"
+        place = hashlib.sha256(f"{server}\0{above}".encode()).hexdigest()[:32]
+        return f"\0engine_loader-warm-{os.geteuid()}-{place}"
     found = os.stat(os.path.dirname(os.path.abspath(path)))
     return f"\0engine_loader-warm-{os.geteuid()}-{found.st_dev:x}-{found.st_ino:x}"
 
 
-def listen(path: str) -> socket.socket | None:
+def listen(path: str, server: str = "") -> socket.socket | None:
     """The socket on which the end is told; None where another process warms this directory already.
 
     Raises:
         OSError: the directory is not there.
     """
-    name = name_of(path)
+    name = name_of(path, server)
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     try:
         listening.bind(name)

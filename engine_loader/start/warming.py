@@ -61,18 +61,19 @@ def warm_files(paths: Sequence[str], ranges: Mapping[str, Ranges] | None = None)
         return WarmingAccount(reason=f"the process for it failed ({error})")
 
 
-def tell_loader_begins(path: str) -> socket.socket | None:
+def tell_loader_begins(path: str, server: str = "") -> socket.socket | None:
     """Have whoever warms the directory of ``path`` end, since a loader reads from there now. Waits for nothing.
 
     Args:
         path: of a file, or its URL.
+        server: see ``name_of``.
 
     Returns:
         A connection to whoever was told, which the caller closes; None: there is nobody.
     """
     telling = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
-        telling.connect(name_of(path))
+        telling.connect(name_of(path, server))
     except OSError:
         telling.close()
         return None

@@ -116,7 +116,7 @@ def kept(
     place: Place, *, most_bytes: int = 64 * MIB, room: Memory = ROOM, ready: bool = True
 ) -> Iterator[tuple[Filling, threading.Thread, list[Mapping[str, object]]]]:
     """The files on their way into memory, and on their way out: the filling, who keeps it, and what that has said."""
-    listening = listen(place.paths[0])
+    listening = listen(place.paths[0], handing_over.server_of(place.settings))
     assert listening is not None
     told: list[Mapping[str, object]] = []
     lifeline, others = os.pipe()
@@ -175,7 +175,7 @@ def test_what_was_not_is_read_from_its_file(place: Place, caplog: pytest.LogCapt
 
 def test_every_rank_gets_it(place: Place, caplog: pytest.LogCaptureFixture) -> None:
     with kept(place):
-        first, second = taken_over(place.paths[0]), taken_over(place.paths[1])
+        first, second = taken_over(place.paths[0], place.settings), taken_over(place.paths[1], place.settings)
         assert first is not None
         assert second is not None
         assert first.size == second.size == SIZE
@@ -200,7 +200,7 @@ def test_a_loader_that_comes_early_takes_what_is_there(caplog: pytest.LogCapture
         with kept(place, ready=False) as (filling, _, told):
             assert begun.wait(GENEROUS_S)
             wait_for(lambda: filling.read >= 4 * MIB)
-            stock = taken_over(place.paths[0])
+            stock = taken_over(place.paths[0], place.settings)
             assert stock is not None
             assert told[0]["reason"] == "the loader began"
             there = stock.size
@@ -315,7 +315,7 @@ def test_a_limit_of_the_cgroup_is_not_passed(tmp_path: Path) -> None:
 
 def test_whoever_takes_it_can_only_read(disk: Place) -> None:
     with kept(disk):
-        stock = taken_over(disk.paths[0])
+        stock = taken_over(disk.paths[0], disk.settings)
         assert stock is not None
         descriptor = stock.memory.fileno()
         assert descriptor is not None
@@ -335,7 +335,7 @@ def test_the_memory_is_given_back_when_the_last_loader_has_closed(
     monkeypatch.setattr(keeper, "GRACE_S", 0.05)
     monkeypatch.setattr(keeper, "_LOOK_S", 0.02)
     with kept(disk) as (_, thread, _):
-        stock = taken_over(disk.paths[0])
+        stock = taken_over(disk.paths[0], disk.settings)
         assert stock is not None
         assert bytes_ahead(loaded(disk, caplog))
         assert thread.is_alive()
@@ -372,7 +372,7 @@ def test_a_file_that_cannot_be_read_is_left_to_the_loader(disk: Place) -> None:
 
 def answering(place: Place, answer: Callable[[socket.socket], object]) -> threading.Thread:
     """Somebody who takes the name of the process that reads ahead, and answers so to the next who comes."""
-    listening = listen(place.paths[0])
+    listening = listen(place.paths[0], handing_over.server_of(place.settings))
     assert listening is not None
     listening.setblocking(True)
 
@@ -492,7 +492,7 @@ def test_a_process_of_its_own_does_it(place: Place, caplog: pytest.LogCaptureFix
     asking.start()
     wait_for(lambda: told, LAST_S)
     assert told == [WarmingAccount(read=SIZE)]
-    stock = taken_over(place.paths[0])
+    stock = taken_over(place.paths[0], place.settings)
     assert stock is not None
     assert stock.size == SIZE
     assert bytes_ahead(loaded(place, caplog))

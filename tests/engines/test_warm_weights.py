@@ -279,7 +279,7 @@ def test_whoever_warms_ends_when_weights_are_read(model: Path) -> None:
 
 @pytest.mark.parametrize("weights", [[], ["s3://bucket/model/model.safetensors"], None, iter(["/missing/a"])])
 def test_weights_that_nobody_can_warm_are_read_as_ever(weights: object) -> None:
-    loader_begins(weights)
+    loader_begins(weights, LoaderSettings())
 
 
 def test_sglang_begins_before_it_starts_processes(

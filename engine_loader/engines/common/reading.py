@@ -58,7 +58,7 @@ def read_weights(
         CheckpointError: a file, a header or the index is wrong, or bytes could not be read.
         SettingsError: GPUDirect Storage was asked for and cannot be used.
     """
-    stock = loader_begins(weights)
+    stock = loader_begins(weights, settings)
     report = LoadReport()
     return stream_weights(
         weights,

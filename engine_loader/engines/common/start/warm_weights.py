@@ -111,11 +111,12 @@ def _stock(files: FilesToWarm, settings: LoaderSettings, most_bytes: int, log: l
 
 
 @never_raising
-def loader_begins(weights: object) -> Stock | None:
+def loader_begins(weights: object, settings: LoaderSettings) -> Stock | None:
     """Tell that the loader begins to read ``weights``: whatever reads them ahead ends.
 
     Args:
         weights: as a loader gets them; anything but paths is passed over.
+        settings: how they are read.
 
     Returns:
         What of them was read into memory, for the loader to take over; None: nothing was.
@@ -124,7 +125,7 @@ def loader_begins(weights: object) -> Stock | None:
         first: object = os.path.join(weights.directory, METADATA_NAME)
     else:
         first = next(iter(weights), None) if isinstance(weights, Sequence) else None
-    return taken_over(first) if isinstance(first, str) else None
+    return taken_over(first, settings) if isinstance(first, str) else None
 
 
 def files_to_warm(
