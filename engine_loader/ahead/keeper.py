@@ -25,7 +25,7 @@ from ..machine import has_accelerator
 from ..settings import LoaderSettings
 from ..sources.registry import make_source
 from ..start.page_reading import Budget, Ranges
-from ..start.page_warmer import LOADER_BEGAN, is_one_of_us, listen, lower_priority, read_order
+from ..start.page_warmer import LOADER_BEGAN, at_end_of, is_one_of_us, listen, lower_priority, read_order
 from .handing_over import hand_over, server_of
 from .stock_filling import Filling
 
@@ -68,7 +68,7 @@ class Keeper:
 
     def serve(self) -> None:
         """Returns when the memory is of no more use."""
-        done = self._start_reading()
+        done = at_end_of(self._filling.readers, lambda: self._filling.run(self._ended.is_set))
         try:
             self._serve(done)
         finally:
@@ -93,23 +93,6 @@ class Keeper:
                 elif not os.read(descriptor, 1):
                     self._ended.set()
                     return
-
-    def _start_reading(self) -> int:
-        """A descriptor that is at its end when no thread reads any more."""
-        done, tell = os.pipe2(os.O_CLOEXEC)
-        left = list(range(self._filling.readers))
-
-        def work() -> None:
-            try:
-                self._filling.run(self._ended.is_set)
-            finally:
-                if left.pop() == 0:  # taken last
-                    os.close(tell)
-
-        for _ in range(self._filling.readers):
-            # Not waited for: the process ends with reads that hang.
-            threading.Thread(target=work, daemon=True).start()
-        return done
 
     def _reads_no_more(self) -> None:
         if not self._told:

@@ -21,7 +21,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .page_reading import Budget, Ranges, Warming, WarmingEach
@@ -118,34 +118,48 @@ def warm(warming: Warming | WarmingEach, listening: socket.socket | None = None,
         listening: on which a loader tells that it begins; None: none can.
         lifeline: a descriptor that is at its end when the process that asked is gone; None: there is none.
     """
-    done, tell = os.pipe2(os.O_CLOEXEC)
     ended = threading.Event()
+    done = at_end_of(warming.readers, lambda: warming.run(ended.is_set))
+    try:
+        _wait(warming, done, listening, lifeline)
+    finally:
+        ended.set()
+        os.close(done)
+
+
+def at_end_of(count: int, action: Callable[[], object]) -> int:
+    """Have several threads carry out an action, and be told when all have: a descriptor that is at its end then. They
+    are not waited for otherwise: a process ends with reads that hang.
+    """
+    done, tell = os.pipe2(os.O_CLOEXEC)
+    left = list(range(count))
 
     def work() -> None:
         try:
-            warming.run(ended.is_set)
+            action()
         finally:
-            os.write(tell, b".")
+            if left.pop() == 0:  # taken last
+                os.close(tell)
 
-    for _ in range(warming.readers):
-        # Not waited for: the process ends with reads that hang.
+    for _ in range(count):
         threading.Thread(target=work, daemon=True).start()
+    return done
+
+
+def _wait(warming: Warming | WarmingEach, done: int, listening: socket.socket | None, lifeline: int | None) -> None:
     poll = select.poll()
     told = -1 if listening is None else listening.fileno()
     for descriptor in {done, told, -1 if lifeline is None else lifeline} - {-1}:
         poll.register(descriptor, select.POLLIN)
-    left = warming.readers
-    while left:
+    while True:
         for descriptor, _ in poll.poll():
             if descriptor == done:
-                left -= len(os.read(done, left))
-            elif listening is not None and descriptor == told:
+                return
+            if listening is not None and descriptor == told:
                 if _is_told(listening):
                     warming.reason = LOADER_BEGAN
-                    ended.set()
                     return
             elif not os.read(lifeline or 0, 1):
-                ended.set()
                 return
 
 
