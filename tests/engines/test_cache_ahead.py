@@ -367,7 +367,7 @@ def test_it_shares_the_room_with_what_is_read_before_and_behind(fleet: Fleet) ->
     done = fleet.warm(budget)
     assert done.reason == "there is no room for more"
     assert done.budget is budget
-    assert 0.0 < share_of(fleet.pack) < 0.5
+    assert 0 < done.read <= 2 * MIB  # the kernel may have read on by itself
     assert ahead_in_words(done).endswith("; the rest was left: there is no room for more")
 
 
