@@ -46,6 +46,9 @@ MOST_FILES = 12
 SOURCE_SUFFIXES = {".py", ".c", ".cpp", ".h"}
 
 INSIDE_FUNCTIONS = {
+    ("ahead/handing_over.py", "sources.object_store.client"): "of an object store, and only a URL needs it",
+    ("ahead/handing_over.py", "sources.object_store.endpoints"): "of an object store, and only a URL needs it",
+    ("ahead/handing_over.py", "sources.object_store.url"): "of an object store, and only a URL needs it",
     ("compat/callable_package.py", "compat.b10_transfer"): "importing this package must not import the compile cache",
     ("compile_cache/stores/opening.py", "compile_cache.stores.objects"): "obstore is an extra: only a URL needs it",
     (

@@ -14,8 +14,11 @@ import struct
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
+from ..errors import CheckpointError
 from ..settings import LoaderSettings
+from ..sources.registry import is_remote
 from ..sources.stock import Stock, StockedPart
+from ..start.page_warmer import user_of
 from ..start.warming import tell_loader_begins
 
 _SEAL_FUTURE_WRITE = 0x10  # of <linux/fcntl.h>, since Linux 5.1; Python has no name for it before 3.13
@@ -26,10 +29,17 @@ _MOST_BYTES = 64 << 20  # of the index; one of a thousand files has some hundred
 _WAIT_S = 5.0
 
 
-def server_of(settings: LoaderSettings) -> str:
-    """Whose objects a URL names by these settings, as far as they, or the environment, say another than usual."""
-    found = (os.environ.get(name) for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))
-    return settings.object_store_endpoint_url or next(filter(None, found), "")
+def server_of(path: str, settings: LoaderSettings) -> str:
+    """The server that is configured for a URL; "" for the one that everybody means, and for what is no URL."""
+    if not is_remote(path):
+        return ""
+    from ..sources.object_store.client import ObjectStoreOptions
+    from ..sources.object_store.endpoints import endpoint_of
+    from ..sources.object_store.url import parse_object_url
+
+    with suppress(CheckpointError):  # whoever reads from there says so
+        return endpoint_of(parse_object_url(path), ObjectStoreOptions.from_settings(settings)) or ""
+    return ""
 
 
 def taken_over(path: str, settings: LoaderSettings) -> Stock | None:
@@ -42,13 +52,13 @@ def taken_over(path: str, settings: LoaderSettings) -> Stock | None:
     Returns:
         None: nobody reads ahead there, or what is read lies in the page cache.
     """
-    connection = tell_loader_begins(path, server_of(settings))
+    connection = tell_loader_begins(path, server_of(path, settings))
     if connection is None:
         return None
     stock = None
     with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):  # then the loader reads all by itself
         connection.settimeout(_WAIT_S)
-        if is_of_this_user(connection):
+        if user_of(connection) == os.geteuid():
             stock = _received(connection)
     if stock is None:
         connection.close()
@@ -71,12 +81,6 @@ def hand_over(connection: socket.socket, descriptor: int, parts: Mapping[str, Se
     connection.settimeout(_WAIT_S)
     socket.send_fds(connection, [_LENGTH.pack(len(content))], [descriptor])
     connection.sendall(content)
-
-
-def is_of_this_user(connection: socket.socket) -> bool:
-    """Whether at the other end of a connection is a process of this user."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    return bool(struct.unpack("3i", credentials)[1] == os.geteuid())
 
 
 def _received(connection: socket.socket) -> Stock | None:

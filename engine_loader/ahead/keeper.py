@@ -7,7 +7,6 @@ for it in a while, or until its input ends (the process that started it is gone)
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import select
@@ -25,7 +24,7 @@ from ..machine import has_accelerator
 from ..settings import LoaderSettings
 from ..sources.registry import make_source
 from ..start.page_reading import Budget, Ranges
-from ..start.page_warmer import LOADER_BEGAN, at_end_of, is_one_of_us, listen, lower_priority, read_order
+from ..start.page_warmer import LOADER_BEGAN, at_end_of, be_a_helper, is_one_of_us, listen, read_order
 from .handing_over import hand_over, server_of
 from .stock_filling import Filling
 
@@ -34,7 +33,6 @@ GRACE_S = 30.0
 IDLE_S = 900.0
 """After the last read, where no loader comes: an engine that begins to load later than that reads all by itself."""
 _LOOK_S = 1.0
-_SET_PARENT_DEATH_SIGNAL = 1
 
 
 class Keeper:
@@ -45,7 +43,6 @@ class Keeper:
         listening: where loaders come, see ``listen``.
         lifeline: a descriptor that is at its end when the process that asked is gone; None: there is none.
         tell: called with the account when no more is read.
-        clock: seconds that only grow.
     """
 
     def __init__(
@@ -54,13 +51,11 @@ class Keeper:
         listening: socket.socket,
         lifeline: int | None,
         tell: Callable[[Mapping[str, object]], object],
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._filling = filling
         self._listening = listening
         self._lifeline = lifeline
         self._tell = tell
-        self._clock = clock
         self._ended = threading.Event()
         self._told = False
         self._loaders: dict[int, socket.socket] = {}
@@ -78,7 +73,7 @@ class Keeper:
         poll = select.poll()
         for descriptor in {done, self._listening.fileno(), *([] if self._lifeline is None else [self._lifeline])}:
             poll.register(descriptor, select.POLLIN)
-        while self._end_at is None or self._loaders or self._clock() < self._end_at:
+        while self._end_at is None or self._loaders or time.monotonic() < self._end_at:
             for descriptor, _ in poll.poll(_LOOK_S * 1000):
                 if descriptor == done:
                     poll.unregister(done)
@@ -89,7 +84,7 @@ class Keeper:
                 elif descriptor in self._loaders:
                     poll.unregister(descriptor)
                     self._loaders.pop(descriptor).close()
-                    self._end_at = self._clock() + GRACE_S
+                    self._end_at = time.monotonic() + GRACE_S
                 elif not os.read(descriptor, 1):
                     self._ended.set()
                     return
@@ -98,7 +93,7 @@ class Keeper:
         if not self._told:
             self._told = True
             self._tell({"read": self._filling.read, "reason": self._filling.reason})
-            self._end_at = self._clock() + IDLE_S
+            self._end_at = time.monotonic() + IDLE_S
 
     def _serve_loader(self, poll: select.poll) -> None:
         try:
@@ -115,7 +110,7 @@ class Keeper:
             hand_over(connection, self._filling.descriptor, self._filling.parts())
         except OSError:  # it went away
             connection.close()
-            self._end_at = self._clock() + GRACE_S
+            self._end_at = time.monotonic() + GRACE_S
             return
         self._loaders[connection.fileno()] = connection
         poll.register(connection, select.POLLIN)
@@ -131,7 +126,7 @@ def keep_once(asked: Mapping[str, Any], lifeline: int | None, tell: Callable[[Ma
     """
     settings = LoaderSettings(**asked["settings"])
     try:
-        listening = listen(asked["paths"][0], server_of(settings))
+        listening = listen(asked["paths"][0], server_of(asked["paths"][0], settings))
     except OSError as error:
         tell({"reason": f"their directory cannot be read ({error.strerror})"})
         return
@@ -164,9 +159,7 @@ def memory_for_weights(paths: Sequence[str], ranges: Mapping[str, Ranges], setti
 def main() -> None:
     """What the process does."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM, 0, 0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal; the process that asked says when it ends
-    lower_priority()
+    be_a_helper(signal.SIGTERM)
     with suppress(SystemExit):
         keep_once(read_order(), 0, _say)
     os._exit(0)  # a thread may be in a read that hangs

@@ -18,7 +18,7 @@ from ..sources.registry import make_source
 from ..sources.source import Source, SourceFile
 from ..sources.stock import StockedPart
 from ..start.pace import Pace
-from ..start.page_reading import Budget, Ranges
+from ..start.page_reading import NO_ROOM, Budget, Ranges
 from ..transfer.constructor import make_readers_for
 from ..transfer.plan import extent, make_extents
 from ..transfer.protocol import ReaderThreads, wait_or_cancel
@@ -31,7 +31,6 @@ _MOST_READS = 32
 _FIRST_READS = 8
 _LEAVE_S = 1.0
 FULL = "no more than start.warm_bytes"
-NO_ROOM = "there is no room for more"
 
 
 @dataclass(eq=False)

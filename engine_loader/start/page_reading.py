@@ -26,7 +26,7 @@ READERS_OF_EACH = 8  # of files that the engine itself waits for, always all
 _LOOK_S = 0.2
 _LEAST_RESERVE_BYTES = 256 << 20
 _RESERVE = 4  # a part of the memory that is left for the engine's own
-_NO_ROOM = "there is no room for more"
+NO_ROOM = "there is no room for more"
 
 
 class Budget:
@@ -160,7 +160,7 @@ class Warming:
                 there = _resident_bytes(file.fd, offset, length)
                 self.resident += there
                 if not self._budget.take(length, resident=there >= length):
-                    self.reason = _NO_ROOM
+                    self.reason = NO_ROOM
                     return
                 if there >= length:
                     continue
@@ -244,7 +244,7 @@ class WarmingEach:
             one.run(stopped)
             with self._lock:
                 self._under_way.discard(one)
-            if one.reason == _NO_ROOM:
+            if one.reason == NO_ROOM:
                 self.reason = one.reason
 
     def add_up(self, seconds: float) -> None:

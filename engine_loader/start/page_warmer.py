@@ -172,11 +172,20 @@ def lower_priority() -> None:
         ctypes.CDLL(None).syscall(ctypes.c_long(number), 1, 0, _LAST_BEST_EFFORT)
 
 
-def main() -> None:
-    """What the process does."""
-    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+def be_a_helper(death: signal.Signals) -> None:
+    """Live as long as the thread that asked, and come last.
+
+    Args:
+        death: sent to this process when that thread has ended.
+    """
+    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, death, 0, 0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal; the process that asked says when it ends
     lower_priority()
+
+
+def main() -> None:
+    """What the process does."""
+    be_a_helper(signal.SIGKILL)
     asked = read_order()
     os.write(1, json.dumps(warm_once(asked["paths"], 0, asked["ranges"])).encode())
     os._exit(0)  # a thread may be in a read that hangs
@@ -198,10 +207,14 @@ def read_order() -> dict[str, Any]:
     return dict(json.loads(b"".join(pieces)))
 
 
+def user_of(connection: socket.socket) -> int:
+    """The user of the process at the other end of a connection, as the kernel knows it."""
+    return int(struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1])
+
+
 def is_one_of_us(connection: socket.socket) -> bool:
     """Whether at the other end of a connection is a process of this user, or of root."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    return struct.unpack("3i", credentials)[1] in (0, os.geteuid())
+    return user_of(connection) in (0, os.geteuid())
 
 
 def _absolute(path: str) -> str:

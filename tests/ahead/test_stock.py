@@ -24,7 +24,7 @@ from pydantic import ByteSize
 from engine_loader.ahead import handing_over, keeper
 from engine_loader.ahead.handing_over import SEALS, hand_over, taken_over
 from engine_loader.ahead.keeper import Keeper
-from engine_loader.ahead.stock_filling import FULL, NO_ROOM, Filling
+from engine_loader.ahead.stock_filling import FULL, Filling
 from engine_loader.ahead.stocking import stock_files
 from engine_loader.engines.common.reading import read_weights
 from engine_loader.engines.common.start.warm_weights import begin_to_warm, stock_described
@@ -32,7 +32,7 @@ from engine_loader.loading.find import TrainingCheckpoint
 from engine_loader.machine import Memory
 from engine_loader.settings import LoaderSettings
 from engine_loader.sources.stock import StockedPart
-from engine_loader.start.page_reading import Budget
+from engine_loader.start.page_reading import NO_ROOM, Budget
 from engine_loader.start.page_warmer import listen, name_of
 from engine_loader.start.warming import WarmingAccount
 from tests.start.test_warming import memory_group, remove_group
@@ -116,7 +116,7 @@ def kept(
     place: Place, *, most_bytes: int = 64 * MIB, room: Memory = ROOM, ready: bool = True
 ) -> Iterator[tuple[Filling, threading.Thread, list[Mapping[str, object]]]]:
     """The files on their way into memory, and on their way out: the filling, who keeps it, and what that has said."""
-    listening = listen(place.paths[0], handing_over.server_of(place.settings))
+    listening = listen(place.paths[0], handing_over.server_of(place.paths[0], place.settings))
     assert listening is not None
     told: list[Mapping[str, object]] = []
     lifeline, others = os.pipe()
@@ -372,7 +372,7 @@ def test_a_file_that_cannot_be_read_is_left_to_the_loader(disk: Place) -> None:
 
 def answering(place: Place, answer: Callable[[socket.socket], object]) -> threading.Thread:
     """Somebody who takes the name of the process that reads ahead, and answers so to the next who comes."""
-    listening = listen(place.paths[0], handing_over.server_of(place.settings))
+    listening = listen(place.paths[0], handing_over.server_of(place.paths[0], place.settings))
     assert listening is not None
     listening.setblocking(True)
 
