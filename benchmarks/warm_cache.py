@@ -10,7 +10,6 @@ measurement, so that nothing of them is in the page cache. What is read ahead is
 import argparse
 import os
 import shutil
-import statistics
 import tempfile
 import time
 from contextlib import AbstractContextManager
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from benchmarks.compile_cache import KEY, TRUST, make_files
 from benchmarks.slow_fuse import mounted
+from benchmarks.warm_imports import print_seconds
 from engine_loader.compile_cache.directories import INDUCTOR
 from engine_loader.compile_cache.packs.scan import scan
 from engine_loader.compile_cache.process.restore import Restore
@@ -119,10 +119,7 @@ def main() -> None:
         "read ahead and restore": [sum(pair) for pair in zip(warming, warmed, strict=True)],
         "restore, all resident": resident,
     }
-    for name, seconds in rows.items():
-        median = statistics.median(seconds)
-        ratio = median / statistics.median(cold)
-        print(f"{name:<24}{median:8.2f} s  {min(seconds):8.2f} - {max(seconds):.2f}  {ratio:6.2f}")
+    print_seconds(rows)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.slow_fuse import mounted
@@ -65,6 +66,14 @@ def imported_s(place: Path) -> float:
     return time.monotonic() - began
 
 
+def print_seconds(rows: Mapping[str, Sequence[float]]) -> None:
+    """A line for each row: median, least and most of its seconds, and the ratio of its median to the first row's."""
+    first = statistics.median(next(iter(rows.values())))
+    for name, seconds in rows.items():
+        median = statistics.median(seconds)
+        print(f"{name:<24}{median:8.2f} s  {min(seconds):8.2f} - {max(seconds):.2f}  {median / first:6.2f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--latency-ms", type=float, default=10.0, help="that each read takes")
@@ -97,10 +106,7 @@ def main() -> None:
         "warm and import": [sum(pair) for pair in zip(warming, warmed, strict=True)],
         "import, all resident": resident,
     }
-    for name, seconds in rows.items():
-        median = statistics.median(seconds)
-        ratio = median / statistics.median(alone)
-        print(f"{name:<22}{median:8.2f} s  {min(seconds):8.2f} - {max(seconds):.2f}  {ratio:6.2f}")
+    print_seconds(rows)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,10 @@ import pytest
 
 from engine_loader.compile_cache.host.versions import module_version
 from engine_loader.start.opened_files import list_name, write_list
-from engine_loader.transfer.modes import resident_share
 from tests.cli.running import run
 from tests.compile_cache.support import Machine, some_bytes
 from tests.support.checkpoints import checkpoint, entry
-from tests.support.page_cache import made_cold, share_of
+from tests.support.page_cache import drop, made_cold, share_of
 
 
 @pytest.fixture(autouse=True)
@@ -25,11 +24,7 @@ def cold(tmp_path: Path) -> Path:
     """A model's directory with a file that is not in the page cache."""
     path = tmp_path / "model.safetensors"
     path.write_bytes(checkpoint({"a": entry("U8", [3 << 20])}))
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        if resident_share(file.fileno(), path.stat().st_size):
-            pytest.skip("the temporary directory is on a file system whose pages cannot be dropped")
+    made_cold(path)
     return tmp_path
 
 
@@ -95,9 +90,7 @@ def test_what_the_last_start_opened_is_read_before_the_weights(
     files = [place / "a.so", place / "b.pyc"]
     for path in files:
         path.write_bytes(bytes(1 << 20))
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        drop(path)
     os.mkfifo(place / "pipe.so")
     listed = [*map(str, files), str(place / "missing.pyc"), str(place / "pipe.so")]
     write_list(place / list_name("vllm", module_version("vllm")), listed)
@@ -106,8 +99,7 @@ def test_what_the_last_start_opened_is_read_before_the_weights(
     assert opened.startswith("2 .so and .pyc files of the last start: 2.00 MiB into the page cache in ")
     assert weights.startswith(f"{cold}: 3.00 MiB into the page cache in ")
     for path in files:
-        with path.open("rb") as file:
-            assert (resident_share(file.fileno(), 1 << 20) or 0) > 0.9
+        assert share_of(path) > 0.9
     alone = run("warm", cold, env={**env, "ENGINE_LOADER_LOADER__TRANSPORT": "gds"})
     assert alone.returncode == 1
     assert alone.stdout.startswith("2 .so and .pyc files of the last start: ")

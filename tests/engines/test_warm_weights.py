@@ -32,6 +32,7 @@ from engine_loader.sources.source import Source
 from engine_loader.start.page_warmer import listen
 from engine_loader.start.warming import WarmingAccount
 from tests.support.checkpoints import checkpoint, entry, index
+from tests.support.page_cache import drop
 from tests.support.threefs import clean_emulator
 from tests.support.training_checkpoints import save_chunked
 
@@ -160,7 +161,7 @@ def test_whoever_warms_ends_when_a_training_checkpoint_is_read(training: Path) -
 
 
 def test_a_training_checkpoint_is_read_into_the_page_cache(training: Path, caplog: pytest.LogCaptureFixture) -> None:
-    drop(training)
+    drop_all(training)
     said = warmed(training, caplog)
     assert re.match(r"start\.warm: (5\d\d\.\d KiB|1\.\d\d MiB) into the page cache in \d+\.\d s", said), said
 
@@ -215,15 +216,13 @@ def warmed(model: object, caplog: pytest.LogCaptureFixture, settings: LoaderSett
     return "\n".join(record.getMessage() for record in caplog.records if record.name == log.name)
 
 
-def drop(directory: Path) -> None:
+def drop_all(directory: Path) -> None:
     for path in directory.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        drop(path)
 
 
 def test_the_log_says_once_how_much_was_read(model: Path, caplog: pytest.LogCaptureFixture) -> None:
-    drop(model)
+    drop_all(model)
     said = warmed(model, caplog)
     assert re.fullmatch(r"start\.warm: [12]\.\d\d MiB into the page cache in \d+\.\d s", said.partition(",")[0])
 
@@ -238,7 +237,7 @@ def test_nothing_is_done_where_it_is_off(
     model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ENGINE_LOADER_START__WARM", "off")
-    drop(model)
+    drop_all(model)
     assert warmed(model, caplog) == ""
 
 

@@ -1,6 +1,5 @@
 """A start of `vllm serve` whose weights are cold: they are read while it imports."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -9,16 +8,11 @@ from engine_loader.report.phases import WARMING
 from engine_loader.report.reading.timeline import read_timeline
 from engine_loader.report.starts import starts_in
 from tests.support.fault_server import FaultServer
+from tests.support.page_cache import drop
 from tests.support.tiny_models import make_model
 from tests.support.vllm_server import VllmServer
 
 pytestmark = pytest.mark.engine
-
-
-def drop(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def environments(server: VllmServer) -> list[bytes]:
